@@ -1,4 +1,4 @@
-"""The command `encode`: encode images to latents, and captions to a table, once."""
+"""The command `encode`: fill the caches of latents and of encoded captions before training."""
 
 from shlex import join
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +11,7 @@ from dumo.runtime.limits import ROWS
 from dumo.runtime.progress import bar, print_line
 
 if TYPE_CHECKING:
-    from dumo.run.encode import EncodeResult
+    from dumo.run.encode import EncodeResult, TextResult
 
 
 def encode(
@@ -28,12 +28,13 @@ def encode(
     device: Device = "auto",
     trust_code: TrustCode = False,
 ) -> None:
-    """Encode images to latents, and captions to a table, once.
+    """Encode the images and captions of a recipe before training, here or on another machine.
 
-    A recipe trains on the cache of latents, and its network reads the table of captions.
+    Training encodes what is missing by itself. Here several GPUs or machines share the work under torchrun; copy
+    runs/latents and runs/texts to where the recipe is trained.
 
     Run it again to resume. Images are encoded mirrored, too, if the data are flipped. A damaged shard is named and made
-    again; a shard of other images is refused. Under torchrun the ranks share the work.
+    again; a shard of other images is refused.
 
     Example:  dumo encode cifar10-latents
     """
@@ -44,22 +45,23 @@ def encode(
 
     # Encode the images, then the captions. The ranks wait for each other at the end.
     work = encoding.encoding_work(source, set_ or [], out=folder, codec=codec, side=side, count=count)
-    results: list[EncodeResult] = []
+    results: list[EncodeResult | TextResult] = []
     with resume_hint(), dist.join():
         rank, world = dist.torchrun_rank_and_world()
         if isinstance(work.data, Latents):
             results.append(encoding.encode(work.data, rank=rank, world=world, device=device, bar=bar))
-        no_table = encoding.reason_without_text_table(work.data, work.texts) if work.texts else ""
-        if no_table:
-            print_line(no_table)
-        elif work.texts:
-            results.append(encoding.encode_texts(work.data, work.texts, rank=rank, world=world, device=device, bar=bar))
+        if work.run:
+            text_result = encoding.encode_texts(work.run, deep=True, rank=rank, world=world, device=device, bar=bar)
+            if text_result:
+                results.append(text_result)
+            else:
+                print_line(encoding.reason_without_cached_texts(work.run))
 
     # Print what was made, and what to type next.
     for result in results:
         for line in result.lines():
             out.print(line, soft_wrap=True)
-    is_complete = all(result.read_index() for result in results)
+    is_complete = all(result.is_finished for result in results)
     if is_complete and choose(source).kind == "recipe":
         command = ["dumo", "train", source]
         for setting in [*encoding.options_as_settings(folder, codec, side, count), *(set_ or [])]:

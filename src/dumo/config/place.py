@@ -19,7 +19,7 @@ from dumo.io.trained import RUNS_FOLDER as RUNS_FOLDER
 EVALUATION_FILE = "evaluation.json"
 OTHER_EVALUATIONS = "evaluation-*.json"
 LOG_FILE = "metrics.jsonl"
-# Next to runs: the tables of captions of images, by name.
+# Next to runs: the cache of encoded texts.
 TEXTS_FOLDER = "texts"
 
 

@@ -255,7 +255,7 @@ def read_file(file: Path) -> RunText:
     if file.name == RUN_FILE:
         folder = file.absolute().parent
         _follow_moved_folder(text.tree, ["data"], Path(trained.LATENTS_FOLDER).name, folder)
-        _follow_moved_folder(text.tree, ["net", "texts"], TEXTS_FOLDER, folder)
+        _follow_moved_cache(text.tree, TEXTS_FOLDER, folder)
     return text
 
 
@@ -274,6 +274,21 @@ def _follow_moved_folder(tree: dict[str, Any], keys: Sequence[str], name: str, f
     was_next_to_runs = noted.is_absolute() and noted.parent.name == name
     if was_next_to_runs and not noted.is_dir() and next_to_run.is_dir():
         part["root"] = str(next_to_run)
+
+
+def _follow_moved_cache(tree: dict[str, Any], name: str, folder: Path) -> None:
+    """Set net.texts.root in a tree if it was the folder NAME next to the run, and was moved with it.
+
+    `folder` is where the run is now.
+    """
+    net = tree.get("net")
+    texts = net.get("texts") if isinstance(net, dict) else None
+    if not isinstance(texts, dict) or not isinstance(texts.get("root"), str):
+        return
+    noted = Path(texts["root"])
+    next_to_run = folder.parent / name
+    if noted.is_absolute() and noted.name == name and not noted.is_dir() and next_to_run.is_dir():
+        texts["root"] = str(next_to_run)
 
 
 def without_resolved(text: RunText) -> RunText:

@@ -39,7 +39,7 @@ _COLUMNS = ("tokens", "mask", "pooled")  # what is kept of the outputs of encode
 
 
 class PromptReaderSpec(Spec):
-    """How a pipeline reads texts: what the index of a table of texts notes of it."""
+    """How a pipeline reads texts."""
 
     kind: Literal["pipeline"] = "pipeline"
     source: str = Field(json_schema_extra=PLACE)  # the pipeline's folder
@@ -54,10 +54,13 @@ class PromptReaderSpec(Spec):
         """Return the name of what reads the texts, the pipeline's class."""
         return self.pipeline
 
+    def files_hash(self) -> str:
+        """Return a hash of all files of encoders and tokenizers. Raises UserError if a part is missing."""
+        return Pipeline(source=self.source, without=self.without).texts_hash()
+
     def open(self, device: torch.device | str = "cpu") -> "PromptReader":
         """Load the encoders onto a device. Raises UserError where a part is missing or cannot be loaded."""
         folder = Pipeline(source=self.source, without=self.without)
-        sha256 = folder.texts_hash()
         pipeline_class, pipe = self._load(folder)
         text_parts = [getattr(pipe, name) for name in folder.text_parts]
         encoders = [part for part in text_parts if isinstance(part, nn.Module)]
@@ -65,7 +68,6 @@ class PromptReaderSpec(Spec):
             spec=self,
             pipe=pipe,
             arguments=encode_prompt_arguments(pipeline_class),
-            sha256=sha256,
             num_tokenizers=sum(name.startswith("tokenizer") for name in folder.text_parts),
             encoders=encoders,
             device=torch.device("cpu"),
@@ -143,7 +145,6 @@ class PromptReader:
     spec: PromptReaderSpec
     pipe: Any  # of diffusers
     arguments: dict[str, Any]  # of encode_prompt, besides the prompt and the device
-    sha256: str  # of encoders and tokenizers
     num_tokenizers: int
     encoders: Sequence[nn.Module]
     device: torch.device

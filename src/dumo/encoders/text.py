@@ -5,7 +5,7 @@
 1. `TextEncoder.find_folder` finds the folder and chooses the weights in it, as an `EncoderFolder`.
 2. `TextEncoder.open` does so, refuses damaged weights, and loads tokenizer and model onto a device, as an
    `EncoderModel`.
-3. A call of the `EncoderModel` turns texts into `Embeddings`. `dumo.encoders.texttable` keeps them in a table.
+3. A call of the `EncoderModel` turns texts into `Embeddings`. `dumo.encoders.textcache` keeps them on disk.
 
 `dumo.encoders.prompt` is for the text encoders of a pipeline; its spec has `open` and `model_type`, too.
 """
@@ -23,10 +23,10 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from dumo.encoders.part import TRANSFORMERS, TRANSFORMERS_FILE, PartWeights, require_weights
-from dumo.encoders.tokens import LoadedTokenizer, load_tokenizer
+from dumo.encoders.tokens import LoadedTokenizer, load_tokenizer, tokenizer_hash
 from dumo.encoders.transformers_library import CONFIG, load_model
 from dumo.flow.precision import Precision, using
-from dumo.io import hub
+from dumo.io import digest, hub
 from dumo.io.read import read_json, user_path
 from dumo.runtime.limits import TOKENS
 from dumo.types import PLACE, Spec, UserError
@@ -70,8 +70,7 @@ class TextEncoder(Spec):
     pooled: bool = False  # keep the embedding of the whole text as well
     pad: bool = False  # read and keep the tokens of padding, for a net that takes no mask
     precision: Precision = "fp32"  # of the encoder's passes, by the names of `dumo.flow.precision`
-    # Of the table that keeps the embeddings (`dumo.encoders.texttable`), and of its rows in a net (`dumo.nets.table`).
-    # The encoder itself gives float32.
+    # Of the embeddings in the cache (`dumo.encoders.textcache`) and in a net. The encoder itself gives float32.
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
 
     @field_validator("template")
@@ -101,6 +100,11 @@ class TextEncoder(Spec):
         """The name of the encoder's architecture. Raises UserError as `find_folder`."""
         return self.find_folder().model_type
 
+    def files_hash(self) -> str:
+        """Return a hash of the encoder's weights and of its tokenizer's files. Raises UserError as `find_folder`."""
+        folder = self.find_folder()
+        return digest.short(folder.weights.sha256(), tokenizer_hash(folder.tokenizer_path))
+
     def require_tokenizers(self) -> None:
         """Raise UserError as `find_folder`, where the tokenizer cannot be loaded, and where `skip` cuts the text."""
         tokenizer = self._load_tokenizer(self.find_folder())
@@ -113,16 +117,14 @@ class TextEncoder(Spec):
                 )
 
     def open(self, device: torch.device | str = "cpu") -> "EncoderModel":
-        """Load the encoder onto a device. A `skip` that cuts the text is no error: tables were made with some.
+        """Load the encoder onto a device.
 
         Raises UserError as `find_folder`, and as `load_tokenizer` and `load_model`.
         """
         folder = self.find_folder()
         tokenizer = self._load_tokenizer(folder)
         model = load_model(folder.path, folder.class_name(pooled=self.pooled), "net.texts", _HINT)
-        return EncoderModel(
-            spec=self, folder=folder, tokenizer=tokenizer, model=model.to(device), device=torch.device(device)
-        )
+        return EncoderModel(spec=self, tokenizer=tokenizer, model=model.to(device), device=torch.device(device))
 
     def _load_tokenizer(self, folder: "EncoderFolder") -> LoadedTokenizer:
         """Load the tokenizer. A text is cut behind its `length` tokens and those that are skipped.
@@ -173,15 +175,9 @@ class EncoderModel:
     """A text encoder with its weights and its tokenizer."""
 
     spec: TextEncoder
-    folder: EncoderFolder
     tokenizer: LoadedTokenizer
     model: Any  # of transformers
     device: torch.device
-
-    @cached_property
-    def sha256(self) -> str:
-        """The hash of the weights, in hexadecimal."""
-        return self.folder.weights.sha256()
 
     def to(self, device: torch.device) -> None:
         """Move the model to a device."""

@@ -40,11 +40,7 @@ class ByteTokenizer(Spec):
 
     def open(self) -> "LoadedTokenizer":
         """Load the tokenizer of bytes. Raises UserError where transformers is missing."""
-        tokenizer = import_transformers("net.texts").ByT5Tokenizer(extra_ids=0)
-        # nothing but the ids of bytes and of three special tokens decides what it gives
-        ids_by_token: dict[str, int] = tokenizer.get_vocab()
-        sha256 = digest.of_bytes(*(f"{n} {token}\n".encode() for token, n in sorted(ids_by_token.items())))
-        return LoadedTokenizer(tokenizer, sha256, self.length)
+        return LoadedTokenizer(import_transformers("net.texts").ByT5Tokenizer(extra_ids=0), self.length)
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,6 @@ class LoadedTokenizer:
     """A tokenizer of transformers, and how it is used. A call turns texts into ids of tokens."""
 
     library_tokenizer: Any  # of transformers
-    sha256: str  # of its vocabulary, merges, special tokens, normalizer and settings
     length: int  # tokens of a text at most
     template: str = "{}"  # {} is the text
 
@@ -125,7 +120,7 @@ def load_tokenizer(folder: Path, length: int, template: str = "{}", *, field: st
     require_vocabulary(tokenizer, f"{field}: {folder} holds no whole tokenizer")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return LoadedTokenizer(tokenizer, _files_hash(folder), length, template)
+    return LoadedTokenizer(tokenizer, length, template)
 
 
 def require_vocabulary(tokenizer: Any, problem: str, hint: str = HINT) -> None:  # noqa: ANN401, of transformers
@@ -151,7 +146,7 @@ def _own_words(tokenizer: Any) -> list[str]:  # noqa: ANN401, of transformers
     return list(islice(filter(None, words), _NUM_OWN_WORDS))
 
 
-def _files_hash(folder: Path) -> str:
+def tokenizer_hash(folder: Path) -> str:
     """The hash of a tokenizer's files with their names."""
     files = {file for pattern in _FILE_PATTERNS for file in folder.glob(pattern) if file.is_file()}
     return digest.short(*(f"{file.name} {digest.of_file(file)}" for file in sorted(files)))

@@ -186,7 +186,8 @@ class ExportedModel:
         """The fixed embeddings of classes, (classes + 1, ...) each, by name; {} if it was tuned on texts."""
         if not isinstance(self.spec.texts, Codes):
             return {}
-        return {name: rows.contiguous() for name, rows in self.net.texts.named_buffers()}
+        codes = self.net.texts
+        return {name: rows.contiguous() for name, rows in codes.named_buffers() if len(rows)}
 
     def build_model(self) -> Any:  # noqa: ANN401, a model of diffusers
         """Build the model of diffusers: adapters merged into their layers, no path of this machine in its config."""

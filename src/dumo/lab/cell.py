@@ -262,12 +262,10 @@ def commit() -> str | None:
 
 
 def _make_caches(cells: Sequence[Cell], *, device: str, bar: Bar) -> None:
-    """Make the caches of latents and tables of tokens that cells read and that do not exist yet."""
+    """Make the caches of latents that cells read and that do not exist yet."""
     for data in dict.fromkeys(cell.spec.data for cell in cells):
         if isinstance(data, Latents):
             encode.ensure_cache(data, device=device, bar=bar)
-    for cell in cells:
-        encode.make_tokens(cell.spec)
 
 
 def _require_measured_alike(results: Sequence[Result]) -> None:

@@ -5,7 +5,7 @@
 1. `find_family` finds the model's `Family` by its config.json, or refuses the model.
 2. `load_model` makes the model from its config.json and weights, which are mapped from their files until used.
 3. `_require_fit` and others check that fields, objective and data fit the model.
-4. `text_rows` opens the texts.
+4. `text_rows` makes the module of texts, whose rows are loaded once the net is built (`dumo.run.net`).
 5. `Dualized` takes over the model and the texts, and becomes the net.
 
 `Pretrained.short` is the spec of a smaller model, for checks that read no weights, and `with_uncoded_weights` is one
@@ -40,7 +40,7 @@ from dumo.nets.dualized import Dualized
 from dumo.nets.family import Family, find_family, is_unet
 from dumo.nets.precondition import Precondition
 from dumo.nets.rows import Codes, Texts, make_codes
-from dumo.nets.table import PipelineTexts
+from dumo.nets.text import PipelineTexts
 from dumo.nets.vp import DiffusionToVelocity, read_scheduler
 from dumo.runtime import import_bitsandbytes, require
 from dumo.runtime.limits import FACTOR
@@ -116,8 +116,7 @@ class Pretrained(PipelineSpec):
     def short(self, depth: int) -> "Shortened":
         """Return a spec of up to `depth` blocks of each kind with random weights, for checks that read no weights."""
         fields: dict[str, Any] = {**dict(self), "weights": "drawn", "depth": depth}
-        shortened = Shortened.model_construct(None, **fields)  # not validated, because texts may be of no recipe's kind
-        return shortened.within(self._pipeline)
+        return Shortened.model_construct(None, **fields).within(self._pipeline)
 
     def with_uncoded_weights(self) -> "Pretrained":
         """Return a spec whose frozen weights are not coded, but in bf16 if their file is, else in float32."""
@@ -202,17 +201,14 @@ class Pretrained(PipelineSpec):
                 mark_recomputed(part, self.checkpoint)
 
     def text_rows(self, family: Family, config: Config, classes: int, shape: tuple[int, ...] = ()) -> Texts:
-        """Open the rows of text, or make codes for `classes`.
-
-        Raises UserError as `PipelineTexts.build`, and for codes where the model edits images.
-        """
+        """Make the module of texts, or codes for `classes`. Raises UserError for codes if the model edits images."""
         if isinstance(self.texts, Codes):
             if family.edits_images:
                 raise UserError(
                     f"{FIELD} has a {family.pipeline}, which edits images, and codes edit none: take captions"
                 )
             return make_codes(classes, config[family.text_width], family.pooled_width(config))
-        with not_deferred():  # tables are files, which are mapped
+        with not_deferred():
             if family.edits_images:
                 return self.texts.build(classes, shape)
             return self.texts.build(classes)

@@ -1,216 +1,265 @@
-"""Texts that a net reads as token ids, through a T5 encoder that is trained with it; and drawn texts, for estimates.
+"""Specs of texts that a frozen encoder embeds: `EncoderTexts` and `PipelineTexts`, the fields of net.texts in run.yaml.
 
-1. `LearnedTexts`, the spec, has a table of token ids (`dumo.nets.table.TableTexts`). Its `build` reads the ids, and
-   draws the weights of a T5 (Raffel et al. 2020) over bytes.
-2. `TokenTexts`, the module, reads a batch's captions at every pass, in training without some of their words. The
-   encoder is part of the net: optimizer, averages and checkpoints hold its weights.
+A spec knows the sizes of a row (`sizes`) without any file. The order of events:
 
-A caption does not depend on t, so derivatives along the flow do not pass through it.
+1. `find_identity` says which folder of the cache the encoder has; a run notes it when it begins, as `identity`.
+2. Before the net is loaded, `dumo.run.encode` encodes captions that the cache lacks, unless `is_online`.
+3. `build` makes the module that a net looks rows up in, `Rows`. It reads no file.
+4. `load` opens the cache and hands the rows of the captions to the module: copied to the device if they take at most
+   `memory` GB, else read from the host pass by pass.
 
-Where a table of any kind does not exist yet, `drawn_if_missing` gives `DrawnTexts`, random texts of its sizes. A cost
-or a derivative is then measured with these.
+`EmbeddedTexts` is their base. `dumo.nets.learned` has texts whose encoder is trained with the net.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
+from math import prod
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from jaxtyping import Bool, Int, Int64
-from pydantic import Field
-from torch import Tensor
-from torch.nn import functional as F
+from pydantic import Field, model_validator
 
-from dumo.encoders.tokens import NUM_BYTE_IDS, SPACE_ID, ByteTokenizer, warn_of_cuts
-from dumo.encoders.transformers_library import import_transformers
-from dumo.flow import dropout
-from dumo.io.table import FILE
-from dumo.nets.rows import Rows, SourceLatents, TextRows, Texts
-from dumo.nets.table import PipelineTexts, TableTexts, TextTable
-from dumo.runtime.limits import BLOCKS, CHANNELS
-from dumo.runtime.random import stream
-from dumo.types import Cond, Spec
-
-_NUM_HEADS = 4  # ours
-_MLP_RATIO = 4  # the perceptron's width over the encoder's (Raffel et al. 2020)
-_DRAWN_ROWS = 16  # of random texts, instead of a table (ours)
+from dumo.encoders import textcache, textreader
+from dumo.encoders.pipeline import TRANSFORMER, PipelineSpec
+from dumo.encoders.prompt import PromptReaderSpec
+from dumo.encoders.text import TextEncoder
+from dumo.io.read import user_path
+from dumo.nets.family import Family, find_family
+from dumo.nets.learned import LearnedTexts
+from dumo.nets.rows import CachedStore, RandomStore, Rows, Texts, TextSizes, TextsSpec
+from dumo.runtime.limits import CHANNELS, GIGABYTE, GIGABYTES
+from dumo.runtime.text import bytes_text
+from dumo.types import FREE, MACHINE, PINNED, PLACE, UserError
 
 
-class LearnedTexts(TableTexts):
-    """A T5 encoder of these sizes, which is trained with the net; its token ids come from a table."""
+class EmbeddedTexts(TextsSpec):
+    """Texts embedded by a frozen encoder.
 
-    kind: Literal["learned"] = "learned"
-    tokenizer: ByteTokenizer = ByteTokenizer()
-    width: int = Field(default=128, ge=_NUM_HEADS, le=CHANNELS, multiple_of=_NUM_HEADS)
-    depth: int = Field(default=2, ge=1, le=BLOCKS)
-    # The share of a caption's words that are hidden in training (Iyyer et al. 2015): few captions are overfitted.
-    drop: float = Field(default=0.0, ge=0, lt=1)
-
-    @property
-    def reader_spec(self) -> ByteTokenizer:
-        """The tokenizer."""
-        return self.tokenizer
-
-    def build(self, captions: int) -> "TokenTexts":
-        """Build the encoder, with the ids of all captions and of the empty one; on the meta device without files.
-
-        Raises UserError where there is no table, it is of other captions or another tokenizer, or transformers is
-        missing.
-        """
-        shape = (captions + 1, self.tokenizer.length)
-        if torch.get_default_device().type == "meta":
-            return TokenTexts(self, torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=torch.bool))
-        ids, mask, _ = self.open_table(captions).read_rows()
-        return TokenTexts(self, ids.int(), mask)
-
-
-class TokenTexts(Texts):
-    """Token ids of n texts, and the encoder that reads them. No checkpoint holds the ids."""
-
-    ids: Tensor  # (n, l), int32
-    mask: Tensor  # (n, l), bool: False where a shorter text has no token
-
-    def __init__(self, spec: LearnedTexts, ids: Tensor, mask: Tensor) -> None:
-        """Make the encoder of `spec` for these texts. Raises UserError where transformers is missing."""
-        super().__init__()
-        self.tokenizer = spec.tokenizer
-        self.width = spec.width
-        self.pooled_width = 0
-        self.length = ids.shape[1]
-        self.register_buffer("ids", ids, persistent=False)
-        self.register_buffer("mask", mask, persistent=False)
-        self.encoder = _draw_encoder(spec)
-        self.drop = spec.drop
-
-    def forward(self, c: Cond) -> TextRows:
-        """Return tokens (b, l, width) of texts c (b,), and their mask (b, l). In training, `drop` hides words."""
-        ids = self.ids[c]
-        mask = self.mask[c]
-        if self.training and self.drop:
-            mask = self._hide_words(ids, mask)
-        attended = mask[:, None, None]  # of two axes, transformers would read the values and wait for the device
-        return self.encoder(ids, attention_mask=attended).last_hidden_state, mask, None
-
-    def _hide_words(self, ids: Int[Tensor, "b l"], mask: Bool[Tensor, "b l"]) -> Bool[Tensor, "b l"]:
-        """Return the mask without the words that this step's draws hide; unchanged outside of a step."""
-        rows = dropout.current(len(ids))
-        if rows is None:
-            return mask
-        is_last = mask & ~F.pad(mask[:, 1:], (0, 1))  # the end of the text is never hidden: some token always stays
-        kept_words = dropout.keep_mask(rows, mask.shape[1:], self.drop)
-        return mask & kept_words.gather(1, _word_of_token(ids)) | is_last
-
-    def append(self, texts: Sequence[str], source: SourceLatents | None = None) -> int:
-        """Add the ids of texts, and return the row of the first. Warns where texts are cut.
-
-        Raises UserError as `ByteTokenizer.open`.
-        """
-        first_row = len(self.ids)
-        tokenizer = self.tokenizer.open()
-        ids, mask = tokenizer(texts)
-        warn_of_cuts(tokenizer.cut_texts(texts), f"at {tokenizer.length} tokens")
-        self.ids = torch.cat([self.ids, ids.to(self.ids)])
-        self.mask = torch.cat([self.mask, mask.to(self.mask)])
-        return first_row
-
-
-def _word_of_token(ids: Int[Tensor, "b l"]) -> Int64[Tensor, "b l"]:
-    """The number, within its text, of the word that each token belongs to: a space begins the next."""
-    return (ids == SPACE_ID).cumsum(1)
-
-
-def _draw_encoder(spec: LearnedTexts) -> Any:  # noqa: ANN401, a model of transformers
-    """A T5 encoder with weights drawn from torch's generator, without dropout, which would draw from it as well."""
-    library = import_transformers("net.texts.kind learned")
-    config = library.T5Config(
-        vocab_size=NUM_BYTE_IDS,
-        d_model=spec.width,
-        d_kv=spec.width // _NUM_HEADS,
-        d_ff=_MLP_RATIO * spec.width,
-        num_layers=spec.depth,
-        num_heads=_NUM_HEADS,
-        dropout_rate=0.0,
-    )
-    return library.T5EncoderModel(config).encoder
-
-
-class DrawnTexts(Spec):
-    """Random texts of the sizes of other texts, whose table does not exist yet; in no recipe.
-
-    Row i has 1 + i tokens, modulo the length.
+    Methods take the number of `captions`, without the empty one, and `source_shape`, the shape of the latents of images
+    that captions edit; (): they edit none.
     """
 
-    kind: Literal["drawn"] = "drawn"
-    of: PipelineTexts | TextTable | LearnedTexts  # has the sizes
+    kind: Any  # a literal of the subclass; declared here to come first
+    # The cache of encoded texts, for all encoders and data sets. May begin with ~ and hold $NAMES.
+    root: str = Field(default="runs/texts", json_schema_extra=PLACE)
+    # The encoder's folder in the cache (`textcache.identity_of`), noted when the run begins; None before that.
+    identity: str | None = Field(default=None, exclude_if=lambda identity: identity is None, json_schema_extra=PINNED)
+    # GB that the rows may take on the device; above, each pass reads its rows from the host. Ours.
+    memory: float = Field(default=4.0, ge=0, le=GIGABYTES, json_schema_extra=FREE)
 
-    def build(self, captions: int, source_shape: tuple[int, ...] = ()) -> "RepeatedTexts":
-        """Draw _DRAWN_ROWS texts, which stand for any number of captions; on the meta device without values.
+    @property
+    @abstractmethod
+    def reader_spec(self) -> TextEncoder | PromptReaderSpec:
+        """The encoder that makes the rows."""
 
-        `source_shape` is the shape of the latents of images that texts edit; (): they edit none.
+    @property
+    @abstractmethod
+    def sizes(self) -> TextSizes:
+        """The largest sizes that a row may have."""
+
+    @property
+    def padded_length(self) -> int | None:
+        """The number of tokens that all rows are padded to; None: that of the longest."""
+        return None
+
+    @property
+    def cache_root(self) -> Path:
+        """The folder of the cache. Raises UserError for an environment variable that is not set."""
+        return user_path(self.root, "net.texts.root")
+
+    def find_identity(self, sources: str = "") -> str:
+        """Return the identity of the encoder in the cache: the noted one, or else that of the encoder's files.
+
+        sources: the identity of the images that captions edit. On a machine without the encoder it is the only one
+        whose rows the cache has. Raises UserError if there is none.
         """
-        if torch.get_default_device().type == "meta":
-            return RepeatedTexts(self._outline(source_shape))
-        if isinstance(self.of, LearnedTexts):
-            return RepeatedTexts(self._draw_ids(self.of))
-        return RepeatedTexts(self._draw_embeddings(self.of, source_shape))
+        if self.identity is not None:
+            return self.identity
+        try:
+            return textcache.identity_of(self.reader_spec, sources)
+        except (UserError, OSError):
+            identity = textcache.find_identity(self.cache_root, self.reader_spec)
+            if identity is None:
+                raise
+            return identity
 
-    def _outline(self, source_shape: tuple[int, ...]) -> Texts:
-        """The rows of the other texts, on the meta device."""
-        captions = _DRAWN_ROWS - 1  # the last row is the empty caption
-        if isinstance(self.of, PipelineTexts):
-            return self.of.build(captions, source_shape)
-        return self.of.build(captions)
+    def memory_bytes(self, captions: int, source_shape: tuple[int, ...] = ()) -> int:
+        """Return the most bytes that the rows of all captions and of the empty one take."""
+        sizes = self.sizes
+        values = sizes.length * sizes.width + sizes.pooled_width
+        if source_shape:
+            values += prod(source_shape)
+        mask_bytes = sizes.length  # one for each token
+        return (captions + 1) * (values * sizes.dtype.itemsize + mask_bytes)
 
-    @staticmethod
-    def _draw_ids(spec: LearnedTexts) -> "TokenTexts":
-        """Random token ids, and the encoder that reads them."""
-        mask = _draw_mask(spec.tokenizer.length)
-        ids = torch.randint(NUM_BYTE_IDS, mask.shape, generator=stream("texts"))
-        return TokenTexts(spec, ids.int(), mask)
+    def fits_device(self, captions: int, source_shape: tuple[int, ...] = ()) -> bool:
+        """Whether all rows are copied to the device."""
+        return not self.is_online(captions) and self.memory_bytes(captions, source_shape) <= self.memory * GIGABYTE
 
-    @staticmethod
-    def _draw_embeddings(spec: PipelineTexts | TextTable, source_shape: tuple[int, ...]) -> Rows:
-        """Random embeddings from N(0, 1), and images to edit where there are some."""
-        generator = stream("texts")
-        sizes = spec.sizes
-        mask = _draw_mask(sizes.length)
-        tokens = torch.randn(*mask.shape, sizes.width, generator=generator)
-        pooled = torch.randn(_DRAWN_ROWS, sizes.pooled_width, generator=generator) if sizes.pooled_width else None
-        source = torch.randn(_DRAWN_ROWS, *source_shape, generator=generator) if source_shape else None
-        return Rows(tokens, mask if sizes.has_mask else None, pooled, source=source)
+    def is_online(self, captions: int) -> bool:
+        """Whether captions are encoded in training, because a cache of them would be too large."""
+        return False
+
+    def build(self, captions: int, source_shape: tuple[int, ...] = ()) -> Rows:
+        """Make the module, on the default device, without rows (`load`); on the meta device with rows without values.
+
+        If rows are read from the host, the meta device has a single one.
+        """
+        sizes = self.sizes
+        texts = Rows(sizes, captions, source_shape)
+        if texts.like.is_meta:
+            num_rows = captions + 1 if self.fits_device(captions, source_shape) else 1
+            texts.hold_tensors(
+                torch.empty(num_rows, sizes.length, sizes.width, dtype=sizes.dtype),
+                torch.empty(num_rows, sizes.length, dtype=torch.bool) if sizes.has_mask else None,
+                torch.empty(num_rows, sizes.pooled_width, dtype=sizes.dtype) if sizes.pooled_width else None,
+                torch.empty(num_rows, *source_shape, dtype=sizes.dtype) if source_shape else None,
+            )
+        return texts
+
+    def load(self, texts: Texts, captions: Sequence[str]) -> None:
+        """Hand the module that `build` made the rows of these captions; () if they are not on this machine.
+
+        What the cache lacks is encoded when it is read. Raises UserError if rows have other sizes than the spec's, or a
+        shard is damaged.
+        """
+        assert isinstance(texts, Rows)
+        if self._has_random_rows:
+            texts.hold(RandomStore(self.sizes, texts.source_shape), on_device=False)
+            return
+        identity = self.find_identity()
+        tables = textcache.open_tables(self.cache_root / identity)
+        for text_table in tables:
+            self.require_sizes(text_table.index, texts.source_shape)
+        num_kept = 0
+        if self.is_online(texts.count):
+            num_kept = max(1, int(self.memory * GIGABYTE / self.memory_bytes(0)))
+        store = CachedStore(
+            tables,
+            textcache.find_rows(tables, [*captions, ""]),
+            captions,
+            texts.count,
+            textreader.shared_reader(self.reader_spec, identity, num_kept),
+            self.padded_length,
+        )
+        on_device = store.is_whole and self.fits_device(texts.count, texts.source_shape)
+        if on_device:
+            store.verify()
+        else:
+            store.begin_audit()
+        texts.hold(store, on_device=on_device)
+
+    def require_sizes(self, index: textcache.TextIndex, source_shape: tuple[int, ...]) -> None:
+        """Raise UserError if the rows of a table have other sizes than those that the net was built for."""
 
 
-def _draw_mask(length: int) -> Bool[Tensor, "n l"]:
-    """The mask of _DRAWN_ROWS texts of at most `length` tokens: text i has 1 + i modulo the length."""
-    token_counts = torch.arange(_DRAWN_ROWS) % length + 1
-    return torch.arange(length) < token_counts[:, None]
+class EncoderTexts(EmbeddedTexts):
+    """Texts through an encoder in a folder of its own, as transformers saves it."""
+
+    kind: Literal["encoder"] = "encoder"
+    encoder: TextEncoder
+    width: int = Field(ge=1, le=CHANNELS)  # channels of a token's embedding
+    pooled: int = Field(default=0, ge=0, le=CHANNELS)  # channels of the whole text's embedding; 0: there is none
+
+    @model_validator(mode="after")
+    def _require_pooled_width(self) -> "EncoderTexts":
+        if bool(self.pooled) != self.encoder.pooled:
+            raise ValueError("pooled is the width of the embedding that encoder.pooled keeps: set both, or neither")
+        return self
+
+    @property
+    def reader_spec(self) -> TextEncoder:
+        """The encoder."""
+        return self.encoder
+
+    @property
+    def padded_length(self) -> int:
+        """The length of the encoder, whatever that of the longest caption."""
+        return self.encoder.length
+
+    @property
+    def sizes(self) -> TextSizes:
+        """The sizes of a row, by the fields of the spec."""
+        return TextSizes(
+            length=self.encoder.length,
+            width=self.width,
+            pooled_width=self.pooled,
+            has_mask=not self.encoder.pad,
+            dtype=getattr(torch, self.encoder.dtype),
+        )
+
+    def require_sizes(self, index: textcache.TextIndex, source_shape: tuple[int, ...]) -> None:
+        """Raise UserError if the embeddings have other widths than the fields say."""
+        width = sum(index.columns["tokens"].shape)
+        pooled = sum(index.columns["pooled"].shape) if "pooled" in index.columns else 0
+        if (width, pooled) != (self.width, self.pooled):
+            raise UserError(
+                f"net.texts: {self.encoder.source} gives tokens of width {width} and pooled {pooled}: set "
+                f"net.texts.width={width} net.texts.pooled={pooled}"
+            )
 
 
-class RepeatedTexts(Texts):
-    """_DRAWN_ROWS texts, repeated for any number of captions."""
+class PipelineTexts(PipelineSpec, EmbeddedTexts):
+    """Texts as the run's pretrained pipeline reads them (`dumo.encoders.prompt`)."""
 
-    def __init__(self, texts: Texts) -> None:
-        """Hold the texts, which have _DRAWN_ROWS rows."""
-        super().__init__()
-        self.texts = texts
-        self.width = texts.width
-        self.pooled_width = texts.pooled_width
-        self.length = texts.length
-        self.has_mask = texts.has_mask
+    kind: Literal["pipeline"] = "pipeline"
+    # Of the encoders and of the rows: what a pipeline in this precision gives its transformer.
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    # GB that the captions may take in the cache; above, they are encoded in training instead. Ours.
+    budget: float = Field(default=100.0, ge=0, le=GIGABYTES, json_schema_extra=MACHINE)
 
-    def forward(self, c: Cond) -> TextRows:
-        """Return the rows of c (b,) modulo the number of rows."""
-        return self.texts(c % _DRAWN_ROWS)
+    def is_online(self, captions: int) -> bool:
+        """Whether captions are encoded in training, because in the cache they would take more than `budget`.
 
-    def sources(self, c: Cond) -> SourceLatents | None:
-        """Return the images (b, c, h, w) that rows c (b,), modulo the number of rows, edit; None: they edit none."""
-        return self.texts.sources(c % _DRAWN_ROWS)
+        Captions that edit images are always encoded before.
+        """
+        return not self.family.edits_images and self.memory_bytes(captions) > self.budget * GIGABYTE
+
+    def reason_without_cache(self, captions: int) -> str:
+        """Return why this number of captions is not encoded before training; "" if it is."""
+        if not self.is_online(captions):
+            return ""
+        return (
+            f"{captions:,} captions may take {bytes_text(self.memory_bytes(captions))}, more than net.texts.budget = "
+            f"{self.budget:g} GB: they are encoded in training"
+        )
+
+    @property
+    def encoder_bytes(self) -> int | None:
+        """Bytes of the text encoders' weights; None: not known, because they are not here."""
+        return self.pipeline.text_encoder_bytes(self.sizes.dtype.itemsize)
+
+    @property
+    def family(self) -> Family:
+        """The family of the pipeline's model. Raises UserError if it is none that dumo knows."""
+        return find_family(self.pipeline.config(TRANSFORMER), self.pipeline.class_name)
+
+    @property
+    def reader_spec(self) -> PromptReaderSpec:
+        """The pipeline's text encoders, as its family reads them."""
+        family = self.family
+        return PromptReaderSpec(
+            source=self.pipeline.source,
+            without=self.pipeline.without,
+            pipeline=family.pipeline,
+            encodes=family.encodes,
+            dtype=self.dtype,
+            padded=family.adds_mask,
+        )
+
+    @property
+    def sizes(self) -> TextSizes:
+        """The sizes of a row, by the config of the pipeline's model."""
+        family = self.family
+        config = self.pipeline.config(TRANSFORMER)
+        return TextSizes(
+            length=family.max_text_tokens,
+            width=config[family.text_width],
+            pooled_width=family.pooled_width(config),
+            has_mask=family.takes_mask or family.one_by_one,
+            dtype=getattr(torch, self.dtype),
+        )
 
 
-def drawn_if_missing(texts: object) -> object:
-    """Return `DrawnTexts` in place of a spec of texts whose table does not exist; any other spec as it is."""
-    if isinstance(texts, PipelineTexts | TextTable | LearnedTexts) and not (texts.folder / FILE).exists():
-        return DrawnTexts(of=texts)
-    return texts
-
-
-Text = Annotated[LearnedTexts | PipelineTexts | TextTable, Field(discriminator="kind")]  # texts that a net may read
+Text = Annotated[LearnedTexts | PipelineTexts | EncoderTexts, Field(discriminator="kind")]  # texts that a net may read

@@ -12,7 +12,7 @@ from dumo.config.change import override
 from dumo.config.fit import check_ranks
 from dumo.config.load import parse
 from dumo.config.spec import Run
-from dumo.nets.table import EmbeddedTexts, PipelineTexts
+from dumo.nets.text import EmbeddedTexts, PipelineTexts
 from dumo.plan import cluster
 from dumo.run import memory
 from dumo.run.cost import step_cost
@@ -176,6 +176,6 @@ def text_bytes(run: Run) -> int:
     total = 0
     if isinstance(texts, PipelineTexts) and texts.is_online(captions):
         total += texts.encoder_bytes or 0
-    if isinstance(texts, EmbeddedTexts) and not captions and not texts.is_mapped(captions):
+    if isinstance(texts, EmbeddedTexts) and not captions and texts.fits_device(captions):
         total += int(texts.memory * GIGABYTE)
     return total

@@ -1,22 +1,21 @@
-"""Make the folders that a recipe trains on: a cache of latents of images, and a table of encoded captions.
+"""Fill the two caches that a recipe trains on: of latents of images, and of encoded captions.
 
-For `dumo encode`, in this order:
+Training calls `encode_what_is_missing` before it loads its net. `dumo encode` fills the same caches ahead:
 
 1. `encoding_work` says what a recipe, or a folder of images with options, has to encode; `options_as_settings` writes
    the options as settings.
-2. `encode` makes the cache.
-3. `encode_texts` makes the table, unless `reason_without_text_table` says why there is none. `captions` are its texts.
-
-`encode` and `encode_texts` return an `EncodeResult`. Training makes what it lacks by `ensure_cache` and `make_tokens`.
+2. `encode` makes the latents.
+3. `encode_texts` encodes the captions, unless `reason_without_cached_texts` says why not.
 
 Any number of ranks may share the work, and need not run at once: rank k of n makes the shards k, k + n, k + 2 n ... A
 killed rank is started again, and the folder is the same to the last bit. What is damaged is named and made again
 (`dumo.io.table`).
 """
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +26,21 @@ from dumo.config.spec import Run, with_pipeline
 from dumo.data import Data, Latents, cache, encoding
 from dumo.data.caption import CaptionFiles
 from dumo.data.images import errors_of_latents
-from dumo.encoders import texttable
+from dumo.encoders import textcache
 from dumo.encoders.pipeline import Pipeline
 from dumo.io import table
 from dumo.io.guard import locked
 from dumo.io.table import MakeResult, TableIndex
-from dumo.nets import Net
-from dumo.nets.table import EmbeddedTexts, PipelineTexts, TableTexts
-from dumo.nets.text import LearnedTexts
-from dumo.run.prompt import open_source_images
+from dumo.nets.text import EmbeddedTexts, PipelineTexts
+from dumo.run.prompt import open_source_images, sources_identity
 from dumo.run.resolve import data_with_facts, load_resolved
-from dumo.runtime import signals
-from dumo.runtime.device import choose_device
+from dumo.runtime import dist, signals
+from dumo.runtime.device import choose_device, free_memory
 from dumo.runtime.progress import Bar, no_bar
+from dumo.training import agreement
 from dumo.types import Spec, UserError
 
-_SHARD_ROWS = 1024  # images or captions to a shard: ours
+_SHARD_ROWS = 1024  # images to a shard: ours
 
 
 class _LatentsOnly(Spec):
@@ -54,11 +52,16 @@ class _LatentsOnly(Spec):
 
 @dataclass(frozen=True)
 class EncodeResult:
-    """What this rank did in a folder."""
+    """What this rank did in the cache of latents."""
 
     folder: Path
     make_result: MakeResult
     index_type: type[TableIndex]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the cache is finished, also by other ranks."""
+        return self.read_index() is not None
 
     def read_index(self) -> TableIndex | None:
         """The index of what is in the folder now; None: other ranks have shards to make."""
@@ -80,11 +83,35 @@ class EncodeResult:
 
 
 @dataclass(frozen=True)
+class TextResult:
+    """What this rank did in the cache of texts."""
+
+    folder: Path
+    make_result: MakeResult
+    num_captions: int
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all captions are encoded, also those of other ranks."""
+        return not self.make_result.missing
+
+    def lines(self) -> Iterator[str]:
+        """What was done, in lines: what was made again and why, and what is in the folder."""
+        made = self.make_result.made
+        for damaged in self.make_result.damaged:
+            yield f"made again: {damaged}"
+        if self.is_finished:
+            yield f"{self.folder}: {self.num_captions:,} captions and the empty text, {made} shards made now"
+        else:
+            yield f"{self.folder}: {made} shards made, {self.make_result.missing} are still to be made by others"
+
+
+@dataclass(frozen=True)
 class EncodingWork:
-    """What there is to encode: the images of latents, the captions of data for a table of texts, or both."""
+    """What there is to encode: the images of latents, the captions of a run whose net reads them, or both."""
 
     data: Data
-    texts: TableTexts | None = None
+    run: Run | None = None  # None: there are no captions to encode
 
 
 def encoding_work(
@@ -98,8 +125,8 @@ def encoding_work(
 ) -> EncodingWork:
     """What to encode, and into which folders: as a recipe says, or a folder of images and options.
 
-    Raises UserError where the recipe trains on neither latents nor a table of texts, an option is missing, or the
-    text encoder or its tokenizer is missing.
+    Raises UserError if the recipe trains on neither latents nor encoded captions, an option is missing, or the text
+    encoder or its tokenizer is missing.
     """
     settings = [*options_as_settings(out, codec, side, count), *overrides]
     if choose(source).kind == "images":
@@ -118,17 +145,18 @@ def _work_of_images(root: str, settings: Sequence[str]) -> EncodingWork:
 def _work_of_recipe(source: str, settings: Sequence[str]) -> EncodingWork:
     """What to encode for a recipe, a file or a run. Raises UserError where there is nothing."""
     run = load_resolved(source, settings)
-    texts = _text_table_spec(run.net)
-    if not isinstance(run.data, Latents) and texts is None:
+    texts = run.net.texts
+    if not isinstance(run.data, Latents) and not isinstance(texts, EmbeddedTexts):
         raise UserError(
-            f"{source} trains on data '{run.data.kind}', not on latents, and its net reads no captions: there is "
-            "nothing to encode"
+            f"{source} trains on data '{run.data.kind}', not on latents, and its net reads no captions through a "
+            "frozen encoder: there is nothing to encode"
         )
-    if isinstance(texts, EmbeddedTexts):  # now, as images may take hours, and captions come after them
-        if isinstance(texts, PipelineTexts):
-            texts.pipeline.require_text_files()
-        texts.reader_spec.require_tokenizers()
-    return EncodingWork(run.data, texts)
+    if not isinstance(texts, EmbeddedTexts):
+        return EncodingWork(run.data)
+    if isinstance(texts, PipelineTexts):  # now, as images may take hours, and captions come after them
+        texts.pipeline.require_text_files()
+    texts.reader_spec.require_tokenizers()
+    return EncodingWork(run.data, run)
 
 
 def options_as_settings(out: str | None, codec: str | None, side: int | None, count: int | None) -> list[str]:
@@ -226,77 +254,84 @@ def _locked_to_fill(folder: Path) -> Generator[None, None, None]:
         yield
 
 
-def _text_table_spec(net: Net) -> TableTexts | None:
-    """The spec of the table of texts that a net reads; None: it reads none."""
-    texts = net.texts
-    return texts if isinstance(texts, TableTexts) else None
-
-
 def captions(data: Data) -> Sequence[str]:
-    """The captions of the data, by number. Raises UserError where there are none, or they cannot be read."""
+    """The captions of the data, by number. Raises UserError if there are none, or they cannot be read."""
     if data.captions is None:
         raise UserError(f"data '{data.kind}' give no captions to encode: set data.captions, or net.texts=null")
     return data.caption_texts()
 
 
-def reason_without_text_table(data: Data, spec: TableTexts) -> str:
-    """A line that says why no table of the data's captions is made: it would be too large. "": it is made.
+def reason_without_cached_texts(run: Run) -> str:
+    """A line that says why the captions of a run are not encoded before training; "" if they are.
 
-    Raises UserError where the data have no captions.
+    Raises UserError if the data have no captions.
     """
-    if not isinstance(spec, PipelineTexts):
-        return ""
-    return spec.reason_without_table(len(captions(data)))
+    texts = run.net.texts
+    return texts.reason_without_cache(len(captions(run.data))) if isinstance(texts, PipelineTexts) else ""
+
+
+def _text_folder(run: Run, texts: EmbeddedTexts) -> Path:
+    """The folder of a run's text encoder in the cache. Raises UserError if the encoder is missing."""
+    return texts.cache_root / texts.find_identity(sources_identity(run.data))
 
 
 def encode_texts(
-    data: Data,
-    spec: TableTexts,
-    *,
-    batch: int = 32,
-    rank: int = 0,
-    world: int = 1,
-    shard_rows: int | None = None,
-    device: str = "auto",
-    bar: Bar = no_bar,
-) -> EncodeResult:
-    """Make this rank's shards of the table of the data's captions.
+    run: Run, *, deep: bool, rank: int = 0, world: int = 1, device: str = "auto", bar: Bar = no_bar
+) -> TextResult | None:
+    """Encode this rank's share of the captions that the cache lacks, and of its damaged shards; None: no net reads any.
 
-    `shard_rows` None: a table that is begun keeps its own. Raises UserError where the data have no captions,
-    `shard_rows` is too large, the encoder cannot be opened, or the folder holds something else, or another table.
+    `deep` compares all shards with their checksums. The encoder is let go of at the end. Raises UserError if the data
+    have no captions, or the encoder cannot be opened.
     """
+    spec = run.net.texts
+    if not isinstance(spec, EmbeddedTexts) or reason_without_cached_texts(run):
+        return None
     torch_device = choose_device(device)
-    texts = captions(data)
+    texts = [*captions(run.data), ""]
+    folder = _text_folder(run, spec)
     files_by_hash: Mapping[str, Path] = {}  # of the images that captions edit
-    if isinstance(data, Latents) and data.images.source:
-        files_by_hash = data.images.source_images()
-    if shard_rows is None:
-        existing_index = texttable.read_index(spec.folder)
-        shard_rows = existing_index.shard_rows if existing_index else _SHARD_ROWS
-    num_rows = table.rows_of_rank(len(texts) + 1, shard_rows, rank, world)  # the empty text, too
-    with bar("encoding captions", num_rows) as tick:
-        make_result = texttable.encode(
-            texts,
-            spec.reader_spec,
-            spec.folder,
-            shard_rows=shard_rows,
-            batch=batch,
-            sources=open_source_images(data, torch_device, files_by_hash.__getitem__),
-            rank=rank,
-            world=world,
-            device=torch_device,
-            tick=tick,
-        )
-    return EncodeResult(spec.folder, make_result, texttable.TextTableIndex)
+    if isinstance(run.data, Latents) and run.data.images.source:
+        files_by_hash = run.data.images.source_images()
+    make_result = textcache.fill_cache(
+        folder,
+        texts,
+        spec.reader_spec,
+        sources=open_source_images(run.data, torch_device, files_by_hash.__getitem__),
+        deep=deep,
+        rank=rank,
+        world=world,
+        device=torch_device,
+        bar=bar,
+    )
+    free_memory(torch_device)
+    return TextResult(folder, make_result, len(texts) - 1)
 
 
-def make_tokens(run: Run) -> None:
-    """Make the table of the captions' token ids, if the run's net reads one and it is missing. That takes no encoder.
+def encode_what_is_missing(run: Run, *, device: str, bar: Bar, tell: Callable[[str], None]) -> None:
+    """Make latents and texts that a run lacks, before its net is loaded. Every rank must call it.
 
-    Processes that start together make it once. Raises UserError where the folder holds the tokens of other captions.
+    Rank 0 makes the latents, and all ranks share the captions. `tell` is called with a line for each damaged shard that
+    was made again. Processes that start together make everything once. Raises UserError and Stopped as `encode` and
+    `encode_texts`; finished shards are kept.
     """
-    spec = _text_table_spec(run.net)
-    if not isinstance(spec, LearnedTexts):
+    if isinstance(run.data, Latents):
+        agreement.on_main_rank(partial(ensure_cache, run.data, device=device, bar=bar), is_long=True)
+    texts = run.net.texts
+    if not isinstance(texts, EmbeddedTexts):
         return
-    with _locked_to_fill(spec.folder):
-        encode_texts(run.data, spec)
+    if reason_without_cached_texts(run):
+        return
+    deep = texts.fits_device(run.data.classes)  # then few shards are compared with their checksums
+    folder = _text_folder(run, texts)
+    if agreement.on_main_rank(lambda: textcache.is_filled(folder, [*captions(run.data), ""], deep=deep), is_long=True):
+        return
+    with ExitStack() as stack:
+        lock = _locked_to_fill(texts.cache_root)
+        agreement.on_main_rank(lambda: stack.enter_context(lock), is_long=True)
+        rank, world = dist.rank(), dist.world()
+        results = agreement.gather_results(
+            lambda: encode_texts(run, deep=deep, rank=rank, world=world, device=device, bar=bar), is_long=True
+        )
+    for result in results:
+        for line in result.make_result.damaged if result else ():
+            tell(f"made again: {line}")

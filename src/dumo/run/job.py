@@ -4,22 +4,20 @@
 
 1. meet the other ranks, lock the folder (rank 0), read what it holds into an `Index`, and compare what the ranks are
    asked for
-2. resolve the run: write out what files and machine say of it; check that it fits the machine and its ranks; rank 0
-   makes missing tokens of captions
+2. resolve the run: write out what files and machine say of it; check that it fits the machine and its ranks
 3. check it against the folder
 4. choose the checkpoint to resume from, the last one that is whole
-5. rank 0 encodes images whose latents are missing; open the data, and examine the derivative against float64
+5. encode missing latents of images and missing captions; open the data, and examine the derivative against float64
 6. begin the state: as drawn, of the checkpoint, or of `start`
 7. compare data and run with what the folder holds
 
-Before `run.train` takes the job, rank 0 writes no more than the folder, its lock, those tokens and latents, and a mark
+Before `run.train` takes the job, rank 0 writes no more than the folder, its lock, those latents and texts, and a mark
 in the note of what was obeyed (`Request.was_obeyed`); and it removes what a training that was killed left half-written.
 """
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -32,7 +30,7 @@ from dumo.config.fit import check_ranks
 from dumo.config.spec import Run
 from dumo.data import Data, Latents
 from dumo.io.source import DataSource
-from dumo.nets.text import LearnedTexts
+from dumo.nets.text import EmbeddedTexts
 from dumo.run import examination
 from dumo.run.data import compare_data
 from dumo.run.folder import (
@@ -45,7 +43,7 @@ from dumo.run.history import History
 from dumo.run.index import Index
 from dumo.run.net import outline, require_room_to_train
 from dumo.run.request import Request, require_same_request
-from dumo.run.resolve import resolve, resolve_remaining, with_absolute_paths, with_hashes
+from dumo.run.resolve import resolve, with_absolute_paths, with_hashes
 from dumo.run.speed import Meter
 from dumo.run.weights import begin_or_resume
 from dumo.runtime import dist, shell_path, stopwatch
@@ -174,8 +172,8 @@ def open_job(
         # Refuse now what `train` would refuse for its length: nothing expensive was done yet.
         Duration.resolve(run_to_train.train, train_before, chosen.manifest if chosen else None)
 
-        # 5. encode images whose latents are missing, open the data, and examine the derivative
-        time_began += _encode_missing_latents(run_to_train.data, device, bar)
+        # 5. encode missing latents and captions, open the data, and examine the derivative
+        time_began += _encode_what_is_missing(run_to_train, device, bar, tell_on_main)
         data = open_data(run_to_train.data)
         examination.examine(run_to_train, torch_device).require()
         meter = Meter(run_to_train.train, folder, torch_device, _step_flops(run_to_train, net_outline, torch_device))
@@ -240,21 +238,14 @@ def _run_of_folder(index: Index, changes: Sequence[str]) -> Run:
 def _fit_and_complete(
     run: Run, run_before: Run | None, device: torch.device, sheets: MakeSheets | None
 ) -> tuple[Run, nn.Module]:
-    """Check that a resolved run fits, make its missing tokens of captions, and add its hashes.
+    """Check that a resolved run fits, and add its hashes.
 
     `run_before` is the run of the folder. Returns the run with the outline of its net. Every rank must call it. Raises
     UserError where the run does not fit.
     """
     net_outline = outline(run)
     _require_fit(run, net_outline, device, sheets)
-    if not isinstance(run.net.texts, LearnedTexts):
-        return with_hashes(run, run_before), net_outline
-    from dumo.run.encode import make_tokens
-
-    agreement.on_main_rank(partial(make_tokens, run), is_long=True)
-    run_with_tokens = resolve_remaining(run)
-    net_with_tokens = outline(run_with_tokens)
-    return with_hashes(run_with_tokens, run_before), net_with_tokens
+    return with_hashes(run, run_before), net_outline
 
 
 def _require_fit(run: Run, net_outline: nn.Module, device: torch.device, sheets: MakeSheets | None) -> None:
@@ -295,17 +286,17 @@ def _require_same_checkpoints(checkpoints: Checkpoints) -> None:
             )
 
 
-def _encode_missing_latents(data: Data, device: str, bar: Bar) -> float:
-    """Make the cache of latents on rank 0 if it is missing and the images are here. Returns the seconds that it took.
+def _encode_what_is_missing(run: Run, device: str, bar: Bar, tell: Tell) -> float:
+    """Encode latents and captions that are missing. Returns the seconds that it took.
 
     Every rank must call it. The seconds do not count as training if the run ends by the clock.
     """
-    if not isinstance(data, Latents):
+    if not (isinstance(run.data, Latents) or isinstance(run.net.texts, EmbeddedTexts)):
         return 0.0
-    from dumo.run.encode import ensure_cache
+    from dumo.run.encode import encode_what_is_missing
 
     began = stopwatch.wall_clock()
-    agreement.on_main_rank(partial(ensure_cache, data, device=device, bar=bar), is_long=True)
+    encode_what_is_missing(run, device=device, bar=bar, tell=tell)
     return stopwatch.wall_clock() - began
 
 

@@ -15,11 +15,11 @@ from torch import nn
 
 from dumo.config.spec import Run
 from dumo.flow.flow import Flow
-from dumo.io.deferred import Deferred
+from dumo.io.deferred import Deferred, not_deferred
 from dumo.nets import Pretrained
 from dumo.nets.dualized import Dualized
-from dumo.nets.live import OnlineTexts
 from dumo.nets.lowbit import num_unstored_weights
+from dumo.nets.rows import Texts, TextsSpec
 from dumo.run.memory import held_bytes, weight_bytes
 from dumo.runtime.device import require_memory
 from dumo.runtime.random import stream
@@ -54,16 +54,24 @@ def outline(run: Run, *, short: bool = False) -> nn.Module:
 def draw_net(run: Run) -> nn.Module:
     """The net at step 0 on the CPU, its weights keyed by the run's seed, or those of its pipeline.
 
-    Raises UserError as building a net does, also where a table of texts is missing.
+    Raises UserError as building a net does, and if texts cannot be loaded.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(run.train.seed, "weights").initial_seed())
         net = run.net.build(run.objective.needs, run.data.shape, run.data.classes)
-    if run.net.texts:
-        for module in net.modules():
-            if isinstance(module, OnlineTexts):
-                module.captions = run.conditions.names
+    _load_texts(run, net)
     return net
+
+
+def _load_texts(run: Run, net: nn.Module) -> None:
+    """Hand the part of a net that looks up texts the captions of the data."""
+    spec = run.net.texts
+    if not isinstance(spec, TextsSpec):
+        return
+    with not_deferred():
+        for module in net.modules():
+            if isinstance(module, Texts):
+                spec.load(module, run.conditions.names)
 
 
 def deferred_net(run: Run) -> tuple[nn.Module, Deferred]:

@@ -18,7 +18,7 @@ from dumo.data import Data, Latents
 from dumo.data.caption import image_hash
 from dumo.data.pixel import ToSquare, Unreadable
 from dumo.encoders.caption import edit_caption, split_caption
-from dumo.encoders.texttable import SourceImages
+from dumo.encoders.textcache import SourceImages
 from dumo.io import picture
 from dumo.run.sampler import Sampler
 from dumo.types import UserError
@@ -38,7 +38,15 @@ def open_source_images(data: Data, device: torch.device | str, file_of: Callable
         pixels = torch.stack([_read_pixels(file_of(sha256), to_pixels) for sha256 in hashes])
         return codec.encode(picture.from_uint8(pixels))[:, : data.codec.channels].cpu()  # the means
 
-    return SourceImages(data.shape, codec.sha256, read)
+    return SourceImages(data.shape, sources_identity(data), read)
+
+
+def sources_identity(data: Data) -> str:
+    """The identity of the images that the captions of some data edit: of the codec and of their size; "": none."""
+    if not (isinstance(data, Latents) and data.images.source):
+        return ""
+    codec_hash = data.codec.sha256 or data.codec.digest()
+    return f"{codec_hash} {data.shape} {data.images.crop}"
 
 
 def _read_pixels(file: Path, to_pixels: ToSquare) -> Tensor:

@@ -1,7 +1,7 @@
 """A run's network with random weights in all layers, to test or time it before it is trained.
 
 A fresh network is not enough: its last layers are zero, so all it computes is zero, and so are its derivatives. A
-pretrained network is built from its config, so nothing is downloaded. Texts are random if they are not encoded yet.
+pretrained network is built from its config, and texts are random, so nothing is downloaded.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 from dumo.config.spec import Run
 from dumo.nets import Net, Pretrained
 from dumo.nets.adapter import SUBJECT
-from dumo.nets.text import drawn_if_missing
+from dumo.nets.rows import TextsSpec
 from dumo.run.weights import draw_on_device
 from dumo.runtime.random import stream
 
@@ -25,7 +25,7 @@ def random_net(run: Run, device: torch.device) -> nn.Module:
 
     The device must have room for it (`dumo.run.net.require_room`).
     """
-    spec = with_random_texts_if_missing(run.net)
+    spec = with_random_texts(run.net)
     if isinstance(spec, Pretrained):
         spec = spec.model_copy(update={"weights": "drawn"})
     net = draw_on_device(run.model_copy(update={"net": spec}), device)
@@ -47,18 +47,14 @@ def random_net(run: Run, device: torch.device) -> nn.Module:
 
 def short_run(run: Run) -> Run:
     """The run with a network of at most two blocks of each kind, for tests that take little memory and time."""
-    return run.model_copy(update={"net": cut_to_two_blocks(with_random_texts_if_missing(run.net))})
+    return run.model_copy(update={"net": cut_to_two_blocks(run.net)})
 
 
-def with_random_texts_if_missing(net: Net) -> Net:
-    """The spec of a network, with random texts in place of a table of texts that does not exist yet."""
-    if net.texts is None:
-        return net
-
-    texts = drawn_if_missing(net.texts)
-    if texts is net.texts:
-        return net
-    return net.model_copy(update={"texts": texts})
+def with_random_texts(net: Net) -> Net:
+    """The spec of a network, with random rows of text."""
+    if isinstance(net.texts, TextsSpec):
+        return net.model_copy(update={"texts": net.texts.with_random_rows()})
+    return net
 
 
 def cut_to_two_blocks(net: Net) -> Net:

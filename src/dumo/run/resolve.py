@@ -4,9 +4,8 @@ When a run is opened for training, `run.job` calls:
 
 1. `with_absolute_paths`, which writes out where things lie
 2. `resolve`, which fills in classes, captions, schedule and code hashes, and checks the net
-3. `resolve_remaining`, which adds what was made since, the tokens of captions
-4. `with_hashes`, which adds hashes of what samples depend on besides data: autoencoder, pipeline, and the few-step run
-   under a subject's adapters
+3. `with_hashes`, which adds hashes of what samples depend on besides data: autoencoder, pipeline, text encoder, and the
+   few-step run under a subject's adapters
 
 So a run.yaml is complete by itself. For a reader on another machine, `as_given` puts back the words that the user typed
 in place of absolute paths.
@@ -22,7 +21,7 @@ from pydantic.config import JsonDict
 
 from dumo.config.change import field_of, override, yaml_text
 from dumo.config.code import codes_of
-from dumo.config.conditions import Conditions, shown_data
+from dumo.config.conditions import shown_data
 from dumo.config.difference import differences
 from dumo.config.fit import check
 from dumo.config.load import load, parse
@@ -32,11 +31,12 @@ from dumo.data import Data, Images, Latents
 from dumo.data.cache import read_index
 from dumo.data.images import with_fields_of_latents
 from dumo.flow.path import Diffusion
-from dumo.io import digest, trained
+from dumo.io import trained
 from dumo.io.read import user_path
-from dumo.nets import Net, Pretrained
-from dumo.nets.table import TableTexts
+from dumo.nets import Pretrained
+from dumo.nets.text import EmbeddedTexts
 from dumo.run.fit import check_built
+from dumo.run.prompt import sources_identity
 from dumo.run.weights import few_step_run
 from dumo.runtime.progress import ignore_line
 from dumo.types import Spec, UserError
@@ -59,35 +59,21 @@ def load_resolved(source: str | RunText, changes: Sequence[str] = ()) -> Run:
 def resolve(run: Run) -> Run:
     """Fill in what only files can tell, and record it under `resolved`.
 
-    That is: classes, names and captions' digest of the data, the identity of the table of texts, the pipeline's
-    schedule, and a hash of the code of every class from outside. What is not there yet is skipped, and a resolved run,
+    That is: classes, names and captions' digest of the data, the pipeline's schedule, and a hash of the code of every
+    class from outside. What is not there yet is skipped, and a resolved run,
     as one read from its folder, is returned as it is. Raises UserError where what is found contradicts the spec, or the
     net does not fit.
     """
-    resolved_run = resolve_remaining(run)
-    if resolved_run is run:
-        check_built(run)
-    return resolved_run
-
-
-def resolve_remaining(run: Run) -> Run:
-    """A resolved run with what was made since; itself, and not checked again, where that is nothing.
-
-    Raises UserError as `resolve`.
-    """
     data = run.data
-    net = run.net
     path = run.path
     if isinstance(data, Images | Latents):
         data = data_with_facts(data)
-    if isinstance(net.texts, TableTexts):
-        net = _resolve_text_table(net, net.texts, data)
-    if isinstance(path, Diffusion) and path.schedule is None and isinstance(net, Pretrained) and net.diffusion:
-        path = path.model_copy(update={"schedule": net.diffusion.schedule})
+    if isinstance(path, Diffusion) and path.schedule is None and isinstance(run.net, Pretrained) and run.net.diffusion:
+        path = path.model_copy(update={"schedule": run.net.diffusion.schedule})
     resolved_run = run
     facts: dict[str, object] = {}
-    if data is not run.data or net is not run.net or path is not run.path:
-        resolved_run = run.model_copy(update={"data": data, "net": net, "path": path})
+    if data is not run.data or path is not run.path:
+        resolved_run = run.model_copy(update={"data": data, "path": path})
         facts = _new_facts(run, resolved_run)
     known_codes = run.resolved.get(CODE_KEY)
     if not isinstance(known_codes, dict):
@@ -96,18 +82,11 @@ def resolve_remaining(run: Run) -> Run:
     if codes != known_codes:
         facts[CODE_KEY] = codes
     if not facts:
+        check_built(run)
         return run
     check(resolved_run)
     check_built(resolved_run)
     return resolved_run.model_copy(update={"resolved": run.resolved | facts})
-
-
-def _resolve_text_table(net: Net, texts: "TableTexts", data: Data) -> Net:
-    """The net with the identity of its table of texts. Raises UserError where a new one is of other captions."""
-    resolved_net = net.model_copy(update={"texts": texts.with_identity()})
-    if texts.identity is None:
-        _require_captions(data, texts)
-    return resolved_net
 
 
 def _new_facts(run: Run, resolved_run: Run) -> dict[str, object]:
@@ -118,14 +97,6 @@ def _new_facts(run: Run, resolved_run: Run) -> dict[str, object]:
     titles = _titles_of(resolved_run.data)
     if titles != _titles_of(run.data):
         facts["data.images.titles" if isinstance(run.data, Latents) else "data.titles"] = [*titles]
-    texts = run.net.texts
-    resolved_texts = resolved_run.net.texts
-    if (
-        isinstance(texts, TableTexts)
-        and isinstance(resolved_texts, TableTexts)
-        and resolved_texts.identity != texts.identity
-    ):
-        facts["net.texts.identity"] = resolved_texts.identity
     path = resolved_run.path
     if isinstance(path, Diffusion) and path.schedule and path != run.path:
         facts["path.schedule"] = path.schedule.model_dump(mode="json")
@@ -152,25 +123,6 @@ def data_with_facts(data: Data) -> Data:
         if isinstance(data, Latents):
             message = f"data.images: {with_fields_of_latents(str(error))}"
         raise type(error)(message) from error
-
-
-def _require_captions(data: Data, texts: "TableTexts") -> None:
-    """Raise UserError where there is a table of texts that is not of these data's captions."""
-    captions = Conditions(data).captions
-    names = Conditions(data).names
-    data_digest: str | None = None
-    if captions is not None and captions.kind == "files":
-        data_digest = captions.digest
-    elif names:
-        data_digest = digest.short(*names)
-    if not captions or not data_digest:  # the data are not here
-        return
-    table_digest = texts.captions_digest()
-    if table_digest not in (None, data_digest):
-        raise UserError(
-            f"net.texts.root: {texts.folder} is of other captions (digest {table_digest}) than the data's "
-            f"({data_digest}): encode these into another folder, by dumo encode RECIPE and net.texts.root=DIR"
-        )
 
 
 def with_absolute_paths(run: Run, before: Run | None = None, log_line: Callable[[str], None] = ignore_line) -> Run:
@@ -311,7 +263,9 @@ def absolute_path(text: str, *, maybe: bool = False) -> str:
 
 
 def with_hashes(run: Run, before: Run | None = None) -> Run:
-    """The run with hashes of what samples depend on besides data: codec, pipeline, the run under a subject's adapters.
+    """The run with hashes of what samples depend on besides data.
+
+    These are of the codec, the pipeline, the text encoder, and the run under a subject's adapters.
 
     Hashes of the run `before`, which it continues, are kept; the others are taken now.
     """
@@ -361,6 +315,10 @@ def _pins(run: Run) -> dict[str, _PinField]:
     pipeline = run.pipeline
     if pipeline:
         pins_by_field["pipeline.facts"] = _PinField(pipeline.facts, lambda: pipeline.with_facts().facts)
+    texts = run.net.texts
+    if isinstance(texts, EmbeddedTexts):
+        identity = texts.identity
+        pins_by_field["net.texts.identity"] = _PinField(identity, lambda: texts.find_identity(sources_identity(data)))
     if run.start and run.has_subject:
         pins_by_field["start.sha256"] = _PinField(run.start.sha256, lambda: few_step_run(run).sha256)
     return pins_by_field

@@ -2,11 +2,13 @@
 
 - `choose_device` turns a name into a device.
 - `total_memory` gives the bytes of memory that a device has, and `require_memory` refuses what exceeds them.
+- `free_memory` gives memory back that is no longer used.
 - `peak_bytes` gives the most bytes that this process has held so far.
 - `known_peak_tflops` looks up the speed of a GPU.
 - `software_versions` gives the versions that reports and checkpoints note.
 """
 
+import gc
 import os
 import platform
 import resource
@@ -46,6 +48,13 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"device '{name}' is not available: use auto or cpu") from error
     return x.device
+
+
+def free_memory(device: torch.device) -> None:
+    """Give memory that nothing refers to any more back to the device, as that of an encoder that is no longer used."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def total_memory(device: torch.device) -> int:

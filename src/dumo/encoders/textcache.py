@@ -1,0 +1,371 @@
+"""A cache of encoded texts on disk: a row is found by the encoder and by the text itself.
+
+    ROOT/gemma2-0123456789abcdef/                     an encoder, used in one way (`identity_of`)
+    ROOT/gemma2-0123456789abcdef/fedcba9876543210/    a table of texts (`dumo.io.table`), by the hash of these texts
+        texts.jsonl                                   the texts, a string of JSON per line
+
+`fill_cache` encodes the texts that no table has, into one more table. If it is interrupted, the same texts are missing
+the next time, so the same table is completed. An edited caption is a text that is missing; another encoder has another
+folder. So no row is ever stale, and data sets and runs share one root.
+
+`open_tables` opens what is finished, and `find_rows` finds texts in it. A shard has these columns, with the tokens of
+all its rows one after the other:
+
+    tokens     embeddings (m, d)
+    lengths    the number of tokens of each row
+    mask       True on tokens, False on padding (m,); only if the model reads padding, which is left out otherwise
+    pooled     an embedding (p,) of each whole text, if the encoder makes one
+    source     the latent (c, h, w) of the image that a caption edits, zeros for none; only if captions edit images
+"""
+
+import json
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int64
+from pydantic import Field
+from torch import Tensor
+
+from dumo.encoders.caption import split_caption
+from dumo.encoders.prompt import PromptReader, PromptReaderSpec
+from dumo.encoders.text import Embeddings, EncoderModel, TextEncoder
+from dumo.io import digest, table
+from dumo.io.read import read_text
+from dumo.io.table import FILE, MAX_MAPPED, Column, MakeResult, ShardTable, TableIndex, Tick
+from dumo.runtime import signals
+from dumo.runtime.progress import Bar, no_bar
+from dumo.types import UserError
+
+TEXTS = "texts.jsonl"
+SHARD_ROWS = 256
+BATCH_SIZE = 32
+EncoderSpec = Annotated[TextEncoder | PromptReaderSpec, Field(discriminator="kind")]
+LoadedEncoder = EncoderModel | PromptReader
+# One encoded text: tokens (l, d), and a mask (l,), pooled (p,) and source (c, h, w) if the cache has these columns.
+StoredRow = dict[str, Tensor]
+
+
+class TextIndex(TableIndex):
+    """What index.json says of a table of encoded texts."""
+
+    noun: ClassVar[str] = "table of texts"
+    remake_hint: ClassVar[str] = "train the run again or start dumo encode, which encode what is damaged again"
+    encoder: dict[str, Any]  # the encoder's fields without its folder
+    identity: str  # of the encoder, as `identity_of`
+    digest: str  # of the texts in their order
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of stored tokens."""
+        return self.columns["tokens"].torch_dtype
+
+
+@dataclass(frozen=True)
+class SourceImages:
+    """The images that captions edit, as latents of the data's autoencoder."""
+
+    shape: tuple[int, ...]  # of a latent: channels, height, width
+    identity: str  # of the autoencoder's weights, and of how images are brought to its size
+    read_latents: Callable[[Sequence[str]], Float[Tensor, "b c h w"]]  # of images, by their SHA-256
+
+    def latents_of(self, captions: Sequence[str]) -> Float[Tensor, "b c h w"]:
+        """Return the latent of the image that each caption edits; zeros for a caption that edits none."""
+        latents = torch.zeros(len(captions), *self.shape)
+        rows: list[int] = []  # of captions that edit an image
+        hashes: list[str] = []
+        for row, caption in enumerate(captions):
+            _, sha256 = split_caption(caption)
+            if sha256:
+                rows.append(row)
+                hashes.append(sha256)
+        if rows:
+            latents[rows] = self.read_latents(hashes).to(latents)
+        return latents
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A finished table of texts, open to read. Shards are mapped into memory when a row of theirs is read."""
+
+    folder: Path
+    index: TextIndex
+
+    @cached_property
+    def texts(self) -> tuple[str, ...]:
+        """The texts in the order of the rows. Raises UserError if they are not those that were encoded."""
+        file = self.folder / TEXTS
+        fix = f"remove {self.folder}, and its texts are encoded again"
+        try:
+            texts = tuple(str(json.loads(line)) for line in read_text(file).split("\n") if line)
+        except ValueError as error:
+            raise UserError(f"{file} is damaged ({error}): {fix}") from error
+        if digest.short(*texts) != self.index.digest:
+            raise UserError(f"{file} holds other texts than {FILE} says: {fix}")
+        return texts
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """The number of stored tokens of each row."""
+        lengths: list[int] = []
+        for number in range(self.index.num_shards):
+            shard, _ = self._read_shard(number)
+            lengths += shard["lengths"].tolist()
+        return tuple(lengths)
+
+    def row(self, row: int) -> StoredRow:
+        """Return a row, in the types in which it is stored."""
+        number = bisect_right(self._shards.first_rows, row) - 1
+        row_in_shard = row - self._shards.first_rows[number]
+        shard, token_ends = self._read_shard(number)
+        tokens = slice(token_ends[row_in_shard] - int(shard["lengths"][row_in_shard]), token_ends[row_in_shard])
+        stored: StoredRow = {}
+        for name, column in shard.items():
+            if name != "lengths":
+                stored[name] = column[tokens] if name in ("tokens", "mask") else column[row_in_shard]
+        return stored
+
+    def is_damaged(self, *, rank: int = 0, world: int = 1, deep: bool = False) -> bool:
+        """Whether a shard of this rank is missing or of another size; `deep`: or has another checksum."""
+        return any(shard.fault(self.folder, deep=deep) for shard in self.index.shards[rank::world])
+
+    @cached_property
+    def _shards(self) -> ShardTable:
+        return ShardTable(self.folder, self.index)
+
+    @cached_property
+    def _read_shard(self) -> Callable[[int], tuple[Mapping[str, Tensor], list[int]]]:
+        """A function from a shard's number to its columns, and to where each of its rows ends in `tokens`."""
+
+        @lru_cache(MAX_MAPPED)
+        def read_shard(number: int) -> tuple[Mapping[str, Tensor], list[int]]:
+            shard = self._shards.tensors(number)
+            return shard, shard["lengths"].cumsum(0).tolist()
+
+        return read_shard
+
+
+def identity_of(encoder: EncoderSpec, sources: str = "") -> str:
+    """Return the name of an encoder's folder in a cache: its architecture, and a hash of all that decides its rows.
+
+    That is its weights, its tokenizer and its fields without the place of its files; and `sources`, the identity of the
+    images that captions edit. Reads the files of the encoder. Raises UserError if they are missing.
+    """
+    fields = json.dumps(_encoder_fields(encoder), sort_keys=True)
+    name = f"{encoder.model_type()}-{digest.short(encoder.files_hash(), fields)}"
+    return f"{name}-{digest.short(sources)}" if sources else name
+
+
+def find_identity(root: Path, encoder: EncoderSpec) -> str | None:
+    """Return the only folder of a cache that an encoder with these fields filled, whatever its weights.
+
+    For a machine that has the cache and not the encoder. None if there is no such folder, or there are several.
+    """
+    fields = _encoder_fields(encoder)
+    found = {index.identity for folder in root.glob("*") for index in _read_indices(folder) if index.encoder == fields}
+    return found.pop() if len(found) == 1 else None
+
+
+def open_tables(folder: Path) -> list[TextTable]:
+    """Open the finished tables of an encoder's folder, in the order of their names.
+
+    Raises UserError if an index.json is damaged.
+    """
+    return [TextTable(folder / index.digest, index) for index in _read_indices(folder) if index.shards]
+
+
+def find_rows(tables: Sequence[TextTable], texts: Sequence[str]) -> Int64[Tensor, "n 2"]:
+    """Return the number of the table and of the row of each of the distinct texts; -1 and -1 of one that is missing."""
+    number_of_text = {text: number for number, text in enumerate(texts)}
+    places = torch.full((len(texts), 2), -1, device="cpu")
+    for table_number, text_table in enumerate(tables):
+        rows_by_text: dict[int, int] = {}
+        for row, text in enumerate(text_table.texts):
+            if text in number_of_text:
+                rows_by_text[number_of_text[text]] = row
+        numbers = torch.tensor([*rows_by_text], dtype=torch.long, device="cpu")
+        rows = torch.tensor([*rows_by_text.values()], dtype=torch.long, device="cpu")
+        is_new = places[numbers, 0] < 0
+        places[numbers[is_new], 0] = table_number
+        places[numbers[is_new], 1] = rows[is_new]
+    return places
+
+
+def is_filled(folder: Path, texts: Sequence[str], *, deep: bool) -> bool:
+    """Whether the folder of an encoder has all of the distinct texts, and no shard is damaged (`fill_cache`)."""
+    tables = open_tables(folder)
+    is_found = find_rows(tables, texts)[:, 0] >= 0
+    return bool(is_found.all()) and not any(text_table.is_damaged(deep=deep) for text_table in tables)
+
+
+def fill_cache(
+    folder: Path,
+    texts: Sequence[str],
+    spec: EncoderSpec,
+    *,
+    sources: SourceImages | None = None,
+    deep: bool = False,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+    bar: Bar = no_bar,
+) -> MakeResult:
+    """Encode those of the distinct texts that the folder of an encoder lacks, and its damaged shards again.
+
+    Each rank makes its shards, and ranks need not run at once. The encoder is opened if there is anything to encode,
+    and let go of at the end. `deep` compares all shards with their checksums; otherwise a missing shard and one of
+    another size are damaged. Warns if texts are cut. Raises UserError as opening the encoder does, and for an embedding
+    that is too large for its type; Stopped after a signal; and as `dumo.io.table.make_shards`.
+    """
+    tables = open_tables(folder)
+    is_missing = find_rows(tables, texts)[:, 0] < 0
+    work: list[Sequence[str]] = [
+        text_table.texts for text_table in tables if text_table.is_damaged(rank=rank, world=world, deep=deep)
+    ]
+    if is_missing.any():
+        work.append(tuple(texts[number] for number in is_missing.nonzero().flatten().tolist()))
+    if not work:
+        return MakeResult(0, (), 0)
+
+    encoder = spec.open(device)
+    results: list[MakeResult] = []
+    cut_texts: list[str] = []
+    rows_by_table = [table.rows_of_rank(len(table_texts), SHARD_ROWS, rank, world) for table_texts in work]
+    with bar("encoding captions", sum(rows_by_table)) as tick:
+        for i, table_texts in enumerate(work):
+            maker = _TableMaker(table_texts, spec, encoder, sources, cut_texts)
+            index = maker.plan(folder.name)
+            result = table.make_shards(
+                folder / index.digest,
+                index,
+                partial(maker.make_shard, index),
+                rank=rank,
+                world=world,
+                extra_files={TEXTS: maker.dump_texts()},
+                tick=partial(_tick_behind, tick, sum(rows_by_table[:i])),
+            )
+            results.append(result)
+    if cut_texts:
+        fix = "write shorter ones" if isinstance(spec, PromptReaderSpec) else "raise net.texts.encoder.length"
+        warnings.warn(f"{len(cut_texts):,} captions are cut {cut_place(spec)}: {fix}", stacklevel=2)
+    return MakeResult(
+        made=sum(result.made for result in results),
+        damaged=tuple(line for result in results for line in result.damaged),
+        missing=sum(result.missing for result in results),
+    )
+
+
+@dataclass(frozen=True)
+class _TableMaker:
+    """Encodes the texts of a table, shard by shard."""
+
+    texts: Sequence[str]
+    spec: EncoderSpec
+    encoder: LoadedEncoder
+    sources: SourceImages | None
+    cut_texts: list[str]  # collects the texts that are cut
+
+    def plan(self, identity: str) -> TextIndex:
+        """Plan the table, before any shard is made. Sizes are those of the encoded empty text."""
+        spec = self.spec
+        empty_text = self.encoder([""])
+        columns = {
+            "tokens": Column(dtype=spec.dtype, shape=tuple(empty_text.tokens.shape[2:]), lengths="lengths"),
+            "lengths": Column(dtype="int64"),
+        }
+        if isinstance(spec, PromptReaderSpec) and spec.padded:
+            columns["mask"] = Column(dtype="bool", lengths="lengths")
+        if empty_text.pooled is not None:
+            columns["pooled"] = Column(dtype=spec.dtype, shape=(empty_text.pooled.shape[1],))
+        if self.sources:
+            columns["source"] = Column(dtype=spec.dtype, shape=self.sources.shape)
+        return TextIndex(
+            columns=columns,
+            rows=len(self.texts),
+            shard_rows=SHARD_ROWS,
+            encoder=_encoder_fields(spec),
+            identity=identity,
+            digest=digest.short(*self.texts),
+        )
+
+    def make_shard(self, index: TextIndex, number: int, report: Callable[[int], None]) -> Mapping[str, Tensor]:
+        """Return the columns of a shard. `report` is called with the number of its rows that are done.
+
+        Batches begin with the shard, so it does not matter which rank makes it.
+        """
+        span = index.span(number)
+        batches: list[dict[str, Tensor]] = []
+        for first in span[::BATCH_SIZE]:
+            signals.check()
+            batch = self.texts[first : min(first + BATCH_SIZE, span.stop)]
+            embeddings = encode_captions(self.encoder, batch)
+            self.cut_texts.extend(embeddings.cut_texts)
+            columns = to_columns(embeddings, keeps_padding="mask" in index.columns)
+            if self.sources:
+                columns["source"] = self.sources.latents_of(batch)
+            batches.append(columns)
+            report(first + len(batch) - span.start)
+        dtypes = {name: column.torch_dtype for name, column in index.columns.items()}
+        return to_stored_types(table.concatenate(batches), dtypes)
+
+    def dump_texts(self) -> bytes:
+        """The content of texts.jsonl."""
+        return "".join(f"{json.dumps(text, ensure_ascii=False)}\n" for text in self.texts).encode()
+
+
+def _tick_behind(tick: Tick, rows_before: int, done: int, note: str) -> None:
+    """Report the rows of a table that are done, behind those of the tables before."""
+    tick(rows_before + done, note)
+
+
+def encode_captions(encoder: LoadedEncoder, captions: Sequence[str]) -> Embeddings:
+    """Encode the texts of captions, padded to the longest."""
+    return encoder([split_caption(caption)[0] for caption in captions])
+
+
+def to_columns(rows: Embeddings, *, keeps_padding: bool) -> dict[str, Tensor]:
+    """The columns of a shard with some rows. Padding is left out, or kept with the column `mask` if `keeps_padding`."""
+    is_stored = torch.ones_like(rows.mask) if keeps_padding else rows.mask  # (b, l)
+    columns = {"lengths": is_stored.sum(1), "tokens": rows.tokens[is_stored]}
+    if keeps_padding:
+        columns["mask"] = rows.mask[is_stored]
+    if rows.pooled is not None:
+        columns["pooled"] = rows.pooled
+    return columns
+
+
+def to_stored_types(columns: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """Convert columns to the types in which they are stored. Raises UserError if a value is not finite there."""
+    stored = {name: column.to(dtypes[name]) for name, column in columns.items()}
+    for column in stored.values():
+        if not column.isfinite().all():
+            dtype = str(dtypes["tokens"]).removeprefix("torch.")
+            raise UserError(f"the encoder gives no numbers, or too large ones for {dtype}: set its dtype=bfloat16")
+    return stored
+
+
+def cut_place(spec: EncoderSpec) -> str:
+    """Where an encoder cuts texts, in words. The tokenizers of a pipeline may each cut elsewhere."""
+    if isinstance(spec, PromptReaderSpec):
+        return "where the pipeline cuts texts"
+    return f"at {spec.length} tokens"
+
+
+def _encoder_fields(encoder: EncoderSpec) -> dict[str, Any]:
+    """The fields of an encoder that decide its rows: all but its folder, which may move."""
+    return encoder.model_dump(mode="json", exclude={"source"})
+
+
+def _read_indices(folder: Path) -> list[TextIndex]:
+    """The indices of the tables in an encoder's folder, finished or not. Raises UserError if one is damaged."""
+    indices: list[TextIndex] = []
+    for file in sorted(folder.glob(f"*/{FILE}")):
+        index = table.read_index(file.parent, TextIndex)
+        if index is not None:
+            indices.append(index)
+    return indices

@@ -1,0 +1,140 @@
+"""Encodes texts on demand: prompts of sampling, and captions of a run that has too many for a cache on disk.
+
+The encoder is opened at the first call. A row must have the bits that it would have in the cache, so whatever surrounds
+the caller must not reach the encoder:
+
+- Autocast and derivatives belong to a thread. So a thread of its own encodes.
+- Attention kernels and the rounding of matrix products belong to the process. So the caller waits, and meanwhile they
+  are set as for filling the cache.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dumo.encoders.prompt import PromptReaderSpec
+from dumo.encoders.text import Embeddings
+from dumo.encoders.textcache import (
+    BATCH_SIZE,
+    EncoderSpec,
+    LoadedEncoder,
+    StoredRow,
+    cut_place,
+    encode_captions,
+    identity_of,
+    to_columns,
+    to_stored_types,
+)
+from dumo.encoders.tokens import warn_of_cuts
+from dumo.flow.precision import product_precision
+from dumo.types import UserError
+
+# all kernels of attention, as torch chooses from if nothing restricts it
+_ATTENTION_KERNELS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+class TextReader:
+    """Encodes texts by an encoder that is opened at the first call, and that all nets of the process share."""
+
+    def __init__(self, spec: EncoderSpec, identity: str, num_kept: int) -> None:
+        """Name the encoder by its spec, and by its identity in the cache (`identity_of`).
+
+        `num_kept` is the number of rows to keep, those that were used last. An encoder of which rows are kept is used
+        in every training step, so it stays on the device; with 0 it lies on the host between calls.
+        """
+        self.spec = spec
+        self.identity = identity
+        self.num_kept = num_kept
+        self.encoder: LoadedEncoder | None = None
+        self.kept_rows = OrderedDict[str, StoredRow]()  # by text, the last used at the end
+        self.thread = ThreadPoolExecutor(1, "texts", torch.set_num_threads, (torch.get_num_threads(),))
+        self.has_warned = False  # that a text is cut
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TextReader":
+        """Return itself: a net and its averages share the encoder."""
+        return self
+
+    def __call__(self, texts: Sequence[str], device: torch.device) -> list[StoredRow]:
+        """Return the rows of texts, on the CPU. Those that are not kept are encoded on `device`.
+
+        Raises UserError if the encoder is missing or another than that of the identity, or its values are not finite.
+        """
+        new_texts = [text for text in dict.fromkeys(texts) if text not in self.kept_rows]
+        if new_texts:
+            new_rows = self.thread.submit(self._encode, new_texts, device).result()
+            self.kept_rows.update(zip(new_texts, new_rows, strict=True))
+        rows: list[StoredRow] = []
+        for text in texts:
+            self.kept_rows.move_to_end(text)
+            rows.append(self.kept_rows[text])
+        while len(self.kept_rows) > self.num_kept:
+            self.kept_rows.popitem(last=False)
+        return rows
+
+    def _encode(self, texts: Sequence[str], device: torch.device) -> list[StoredRow]:
+        """Encode texts. Runs in the thread, and raises as `__call__`."""
+        spec = self.spec
+        if self.encoder is None:
+            if not self.identity.startswith(identity_of(spec)):
+                raise UserError(
+                    f"net.texts: the text encoder in {spec.source} is not {self.identity}, the one that the run was "
+                    "trained with: put its files back, or name the folder of that encoder"
+                )
+            self.encoder = spec.open()
+        self.encoder.to(device)
+        rows: list[StoredRow] = []
+        cut_texts: list[str] = []
+        try:
+            with sdpa_kernel(_ATTENTION_KERNELS), product_precision("fp32", device):
+                for first in range(0, len(texts), BATCH_SIZE):
+                    embeddings = encode_captions(self.encoder, texts[first : first + BATCH_SIZE])
+                    cut_texts += embeddings.cut_texts
+                    rows += _split_rows(embeddings, spec)
+        finally:
+            if not self.num_kept:
+                self.encoder.to(torch.device("cpu"))
+        if not (self.num_kept and self.has_warned):
+            warn_of_cuts(cut_texts, cut_place(spec))
+            self.has_warned = bool(cut_texts)
+        return rows
+
+
+# by spec, identity and number of rows: the nets of a process share an encoder
+_OPEN_READERS = WeakValueDictionary[str, TextReader]()
+
+
+def shared_reader(spec: EncoderSpec, identity: str, num_kept: int) -> TextReader:
+    """The reader of an encoder, one for all nets of the process. The encoder is not opened yet."""
+    key = f"{spec.model_dump_json()} {identity} {num_kept}"
+    reader = _OPEN_READERS.get(key)
+    if reader is None:
+        reader = TextReader(spec, identity, num_kept)
+        _OPEN_READERS[key] = reader
+    return reader
+
+
+def _split_rows(embeddings: Embeddings, spec: EncoderSpec) -> list[StoredRow]:
+    """The rows of a batch, in the types in which the cache stores them."""
+    keeps_padding = isinstance(spec, PromptReaderSpec) and spec.padded
+    rows: list[StoredRow] = []
+    for i in range(len(embeddings.tokens)):
+        pooled = None if embeddings.pooled is None else embeddings.pooled[i : i + 1]
+        columns = to_columns(
+            Embeddings(embeddings.tokens[i : i + 1], embeddings.mask[i : i + 1], pooled), keeps_padding=keeps_padding
+        )
+        del columns["lengths"]
+        if "pooled" in columns:
+            columns["pooled"] = columns["pooled"][0]
+        dtypes = {name: torch.bool if name == "mask" else getattr(torch, spec.dtype) for name in columns}
+        rows.append(to_stored_types(columns, dtypes))
+    return rows
