@@ -16,6 +16,7 @@ from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES
 from dumo.nets.rows import Codes, Rows
 from dumo.types import Needs, Spec
+from rows_given import given_rows
 
 Saved = Callable[[str], Pretrained]
 VU = Needs(heads=("v", "u"))
@@ -51,7 +52,7 @@ class File(Spec):
     def build(self, classes: int) -> Rows:
         """All of them."""
         there = load_file(self.source)
-        return Rows(there["tokens"], there.get("mask"), there.get("pooled"))
+        return given_rows(there["tokens"], there.get("mask"), there.get("pooled"))
 
 
 def of(folder: Path | str, **fields: Any) -> Pretrained:  # noqa: ANN401

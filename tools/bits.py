@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 MAX_PROCESSES = 2  # at a time: ours
 NUM_SAMPLES = 4  # of a recipe: ours
-NOT_FIELDS = ("after", "encode", "resume_from", "ranks")  # keys of the table that are no fields of a recipe
+NOT_FIELDS = ("after", "resume_from", "ranks")  # keys of the table that are no fields of a recipe
 WEIGHTS_PATTERN = "net*.safetensors"  # of a checkpoint's files; those of averages have other names
 OPTIMIZER_PATTERN = "optimizer*.safetensors"
 DATA_FILE = "data.safetensors"  # of a checkpoint: what identifies the images
@@ -170,8 +170,6 @@ def record_recipe(name: str, fields: Fields) -> Record:
     for setting in settings:
         options += ["--set", setting]
     options += ["--device", "cpu"]
-    if fields.get("encode"):
-        _run_dumo("encode", recipe, *options)
     training = ["train", recipe, "--out", str(run), *options]
     if "ranks" in fields:
         _run_dumo_on_ranks(fields["ranks"], *training)

@@ -32,8 +32,7 @@ TUTORIAL = "own-objective.md"  # its kind is not in the union
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name != TUTORIAL)]
 EXEMPT = {  # by class: fields of the run and of the machine, and an optimizer's constants
     "Run": ("resolved",),  # what was found when a run was opened
-    "TextTable": ("identity",),
-    "LearnedTexts": ("identity",),
+    "EncoderTexts": ("identity",),
     "PipelineTexts": ("identity", "memory", "budget"),
     "SdVae": ("variant",),  # of older runs and caches: there is one
     # minutes: a folder of images is proposed with it (`dumo.plan.photos`)

@@ -61,6 +61,7 @@ class PromptReaderSpec(Spec):
     def open(self, device: torch.device | str = "cpu") -> "PromptReader":
         """Load the encoders onto a device. Raises UserError where a part is missing or cannot be loaded."""
         folder = Pipeline(source=self.source, without=self.without)
+        folder.require_text_files()
         pipeline_class, pipe = self._load(folder)
         text_parts = [getattr(pipe, name) for name in folder.text_parts]
         encoders = [part for part in text_parts if isinstance(part, nn.Module)]

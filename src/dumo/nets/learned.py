@@ -58,7 +58,7 @@ class LearnedTexts(TextsSpec):
         ids, mask = tokenizer([*captions, ""])
         num_unknown = texts.count - len(captions)
         texts.hold(F.pad(ids, (0, 0, num_unknown, 0)), F.pad(mask, (0, 0, num_unknown, 0)), num_unknown)
-        num_cut = len(tokenizer.cut_texts(captions))
+        num_cut = len(tokenizer.cut_texts([*captions, ""]))
         if num_cut:
             warnings.warn(
                 f"{num_cut:,} captions are cut at {tokenizer.length} tokens: raise net.texts.tokenizer.length",

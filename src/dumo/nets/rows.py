@@ -30,6 +30,7 @@ from dumo.encoders.textreader import TextReader
 from dumo.flow.precision import to_float32
 from dumo.io import table
 from dumo.io.audit import Audit
+from dumo.io.deferred import not_deferred
 from dumo.runtime.random import keyed_normal, stream
 from dumo.types import Cond, Spec, UserError
 
@@ -258,7 +259,8 @@ class Rows(Texts):
         self.source_shape = source_shape
         self.store: RowStore | None = None
         self.prompt_rows: list[StoredRow] = []
-        self.register_buffer("like", torch.empty(0), persistent=False)
+        with not_deferred():  # it is on a device at once, also in a net whose weights are made later
+            self.register_buffer("like", torch.empty(0), persistent=False)
         for name in ("tokens", "mask", "pooled", "source"):
             self.register_buffer(name, None, persistent=False)
 
@@ -320,7 +322,8 @@ class Rows(Texts):
         """Return the number of tokens of each row of c (b,); None if there is no mask, and on the meta device."""
         if not self.has_mask or self.like.is_meta:
             return None
-        return tuple(len(row["tokens"]) for row in self._rows_of(c))
+        rows = self._rows_of(c)
+        return tuple(int(row["mask"].sum()) if "mask" in row else len(row["tokens"]) for row in rows)
 
     def append(self, texts: Sequence[str], source: SourceLatents | None = None) -> int:
         """Encode prompts, and return the number of the first.

@@ -25,7 +25,7 @@ from dumo.encoders.pipeline import TRANSFORMER, VAE, Pipeline
 from dumo.nets import Pretrained
 from dumo.nets.pretrained import model_weights
 from dumo.nets.rows import Codes
-from dumo.nets.table import PipelineTexts
+from dumo.nets.text import PipelineTexts
 from dumo.types import UserError
 from pipelines import PIPELINES, save
 

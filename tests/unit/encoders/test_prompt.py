@@ -14,10 +14,10 @@ from torch import Tensor
 
 from dumo.encoders.pipeline import TRANSFORMER, Pipeline
 from dumo.encoders.prompt import PromptReaderSpec, encode_prompt_arguments
-from dumo.encoders.texttable import encode, open_table
+from dumo.encoders.textcache import StoredRow, fill_cache, find_rows, open_tables
 from dumo.export.stock import PIPELINE_BY_CLASS, PIPELINE_BY_MODEL
 from dumo.nets.family import FAMILIES, VARIANTS, find_family
-from dumo.nets.table import PipelineTexts
+from dumo.nets.text import PipelineTexts
 from dumo.types import UserError
 from pipelines import PIPELINES, SIDE, save
 from tiers import tiered
@@ -58,9 +58,9 @@ def test_rows_are_what_the_stock_transformer_receives(name: str, place: Path, tm
     pipeline = saved(place, name)
     spec = texts(pipeline, tmp_path / "texts")
     captions = [SHORT, LONG, "a dog"]
-    encode(captions, spec.reader_spec, spec.folder, shard_rows=2)
-    table = open_table(spec.folder)
-    rows = [row_of(table.read_rows([k]), spec) for k in range(len(captions) + 1)]
+    fill_cache(tmp_path / "texts", [*captions, ""], spec.reader_spec)
+    (table,) = open_tables(tmp_path / "texts")
+    rows = [row_of(table.row(k), spec) for k in find_rows([table], [*captions, ""])[:, 1].tolist()]
     assert not torch.equal(rows[0]["tokens"], rows[2]["tokens"])
     stock = Stock(pipeline)
     for text, row in zip(captions, rows, strict=False):
@@ -71,12 +71,11 @@ def test_rows_are_what_the_stock_transformer_receives(name: str, place: Path, tm
     assert max(len(row["tokens"]) for row in rows) <= spec.family.max_text_tokens
 
 
-def row_of(padded: tuple[Tensor, Tensor, Tensor | None], spec: PipelineTexts) -> Received:
-    """A row of a table, without padding."""
-    tokens, mask, pooled = padded
+def row_of(row: StoredRow, spec: PipelineTexts) -> Received:
+    """A row of the cache."""
     if spec.family.adds_mask:
-        return {"tokens": tokens[0], "mask": mask[0].float()}
-    return {"tokens": tokens[0][mask[0]], **({} if pooled is None else {"pooled": pooled[0]})}
+        return {"tokens": row["tokens"], "mask": row["mask"].float()}
+    return row
 
 
 def same(a: Received, b: Received) -> bool:
@@ -240,9 +239,11 @@ def test_texts_that_all_tokenizers_cut_are_counted_and_nothing_else_is_shown(
     monkeypatch.setattr(logging.getLogger("diffusers").handlers[0], "stream", shown)
     middle = "a fox, " * 20  # more than CLIP reads, less than T5
     with pytest.warns(UserWarning, match="captions are cut") as warned:
-        encode([SHORT, middle, LONG], spec.reader_spec, spec.folder)
+        fill_cache(tmp_path / "texts" / spec.find_identity(), [SHORT, middle, LONG, ""], spec.reader_spec)
     cuts = [str(warning.message) for warning in warned if warning.category is UserWarning]
-    assert cuts == ["1 of 3 captions are cut where the pipeline cuts texts: write shorter ones"]
+    assert cuts == ["1 captions are cut where the pipeline cuts texts: write shorter ones"]
     assert shown.getvalue() == ""
+    built = spec.build(3)
+    spec.load(built, [SHORT, middle, LONG])
     with pytest.warns(UserWarning, match=r"'a long story.*': cut where the pipeline cuts texts$"):
-        spec.build(3).append([LONG])
+        built.append([LONG])

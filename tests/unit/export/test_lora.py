@@ -20,7 +20,7 @@ from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES, SDXL, UNET, Family
 from dumo.nets.pretrained import Pretrained
 from dumo.nets.rows import Codes
-from dumo.nets.table import PipelineTexts
+from dumo.nets.text import PipelineTexts
 from dumo.types import UserError
 from transformers_saved import CLASSES, SHAPE
 

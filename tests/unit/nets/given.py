@@ -9,6 +9,7 @@ from contract.case import randomise
 from dumo.nets import Net
 from dumo.nets.rows import Rows
 from dumo.types import Needs, Spec
+from rows_given import given_rows
 
 
 def points(n: int, shape: tuple[int, ...] = (3, 4, 4), classes: int = 5) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,7 +41,7 @@ class Given(Spec):
         rest = torch.full((n, self.room - self.length, self.width), 7.0)
         lengths = torch.arange(n) % self.length + 1
         mask = torch.arange(self.room) < lengths[:, None]
-        return Rows(torch.cat([tokens, rest], 1), mask if self.masked else None, pooled if self.pooled else None)
+        return given_rows(torch.cat([tokens, rest], 1), mask if self.masked else None, pooled if self.pooled else None)
 
 
 class Labels(Spec):
@@ -52,4 +53,4 @@ class Labels(Spec):
         """A zero is the token of each."""
         pooled = torch.tensor(self.rows)
         assert len(pooled) == classes + 1
-        return Rows(torch.zeros(classes + 1, 1, 1), None, pooled)
+        return given_rows(torch.zeros(classes + 1, 1, 1), pooled=pooled)

@@ -16,10 +16,10 @@ from dumo.nets.adapter import Lora
 from dumo.nets.family import FLUX2, PIXART, find_family
 from dumo.nets.gap import fit_fixed_times
 from dumo.nets.route import Route
-from dumo.nets.rows import Rows
 from dumo.nets.vp import read_scheduler
 from dumo.objectives import MeanFlow, Shortcut
 from dumo.types import Needs, UserError
+from rows_given import given_rows
 from transformers_saved import Saved, built, of
 from unit.nets.given import Given
 from unit.nets.test_gap import embedders
@@ -189,11 +189,11 @@ def passes_at_one_time(folder: Saved, here: Path) -> None:
 
 
 def a_prompt_without_the_image_to_edit(folder: Saved, here: Path) -> None:
-    Rows(torch.ones(3, 2, 4), None, None, read_words, torch.zeros(3, 2, 3, 3)).append(["a"])
+    given_rows(torch.ones(3, 2, 4), source=torch.zeros(3, 2, 3, 3), read=read_words).append(["a"])
 
 
 def an_image_for_rows_that_edit_none(folder: Saved, here: Path) -> None:
-    Rows(torch.ones(3, 2, 4), None, None, read_words).append(["a"], torch.zeros(1, 2, 3, 3))
+    given_rows(torch.ones(3, 2, 4), read=read_words).append(["a"], torch.zeros(1, 2, 3, 3))
 
 
 OTHERS: dict[Callable[[Saved, Path], object], str] = {

@@ -1,94 +1,65 @@
-"""Laws of rows of text by number."""
+"""Laws of rows of text by number, whatever store they come from."""
 
-import copy
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-import encoders
-from dumo.encoders.text import EncoderModel, TextEncoder
-from dumo.encoders.texttable import encode
-from dumo.nets.rows import Rows, TextRows
-from dumo.nets.table import TextTable
+from dumo.encoders.textcache import StoredRow
+from dumo.nets.rows import RandomStore, Rows, TextSizes
+from rows_given import given_rows
 
 
 def test_a_caption_edits_its_own_image() -> None:
     source = torch.randn(4, 2, 3, 3, dtype=torch.float16)
-    rows = Rows(torch.zeros(4, 5, 8), None, None, source=source)
     c = torch.tensor([2, 0, 2])
-    found = rows.sources(c)
-    assert found is not None
-    assert torch.equal(found, source[c].float())
-    assert Rows(torch.zeros(4, 5, 8), None, None).sources(c) is None
+    for on_device in (True, False):
+        found = given_rows(torch.zeros(4, 5, 8), source=source, on_device=on_device).sources(c)
+        assert found is not None
+        assert torch.equal(found, source[c].float())
+    assert given_rows(torch.zeros(4, 5, 8)).sources(c) is None
 
 
-def read_words(texts: Sequence[str], device: torch.device) -> TextRows:
-    """A token of ones for each word, padded to the longest text."""
-    lengths = torch.tensor([len(text.split()) for text in texts])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    return mask[..., None].float().expand(-1, -1, 4), mask, None
+def read_words(texts: Sequence[str]) -> list[StoredRow]:
+    """A token of ones for each word."""
+    return [{"tokens": torch.ones(len(text.split()), 4)} for text in texts]
 
 
-def test_rows_are_as_short_again_once_a_long_prompt_is_forgotten() -> None:
-    rows = Rows(torch.ones(3, 2, 4), torch.ones(3, 2, dtype=torch.bool), None, read_words)
+@pytest.mark.parametrize("on_device", [True, False])
+def test_rows_are_as_short_again_once_a_long_prompt_is_forgotten(on_device: bool) -> None:
+    mask = torch.ones(3, 2, dtype=torch.bool)
+    rows = given_rows(torch.ones(3, 2, 4), mask, read=read_words, on_device=on_device)
     first = rows.append(["a", "a long prompt of six words", "one of four words"])
     assert rows(torch.tensor([first]))[0].shape == (1, 6, 4)
     rows.keep(first, [first, first + 2])
-    assert rows.length == 4
     assert rows(torch.arange(5))[0].shape == (5, 4, 4)
     assert rows.lengths(torch.arange(5)) == (2, 2, 2, 1, 4)
+    assert rows.lengths_differ
     rows.keep(first, [])
     assert rows(torch.arange(3))[0].shape == (3, 2, 4)
 
 
 def test_a_prompt_edits_its_own_image() -> None:
     source = torch.zeros(3, 2, 3, 3)
-    editing = Rows(torch.ones(3, 2, 4), None, None, read_words, source)
-    first = editing.append(["a"], source[:1] + 1)
-    edited = editing.sources(torch.tensor([first]))
+    editing = given_rows(torch.ones(3, 2, 4), source=source, read=read_words)
+    first = editing.append(["two words"], source[:1] + 1)
+    edited = editing.sources(torch.tensor([first, 0]))
     assert edited is not None
-    assert edited.eq(1).all()
+    assert edited[0].eq(1).all()
+    assert edited[1].eq(0).all()
 
 
-def test_without_a_mask_of_a_prompt_all_its_tokens_are_there() -> None:
-    def read_unmasked(texts: Sequence[str], device: torch.device) -> TextRows:
-        tokens, _, _ = read_words(texts, device)
-        return tokens, None, None
-
-    rows = Rows(torch.ones(3, 2, 4), torch.ones(3, 2, dtype=torch.bool), None, read_unmasked)
-    first = rows.append(["three words here"])
-    assert rows.lengths(torch.tensor([0, first])) == (2, 3)
-
-
-@pytest.mark.parametrize("memory", [4, 0], ids=["in memory", "on the disk"])
-def test_prompts_are_encoded_some_at_a_time_by_an_encoder_that_stays_open(
-    memory: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoder = TextEncoder(source=str(encoders.t5(tmp_path / "t5")), length=24, dtype="float32")
-    encode(["a red car", "a cat"], encoder, tmp_path / "texts")
-    spec = TextTable(root=str(tmp_path / "texts"), encoder=encoder, width=encoders.WIDTH, memory=memory)
-    rows = spec.build(2)
-    batch_sizes: list[int] = []
-    open_encoder = TextEncoder.open
-
-    def open_counted(spec: TextEncoder, device: torch.device | str = "cpu") -> EncoderModel:
-        opened = open_encoder(spec, device)
-
-        def count(module: torch.nn.Module, args: object, inputs: dict[str, Any]) -> None:
-            batch_sizes.append(len(inputs["input_ids"]))
-
-        opened.model.register_forward_pre_hook(count, with_kwargs=True)
-        batch_sizes.append(0)
-        return opened
-
-    monkeypatch.setattr(TextEncoder, "open", open_counted)
-    prompts = [f"{n} red cats" for n in range(100)]
-    first = rows.append(prompts)
-    assert batch_sizes == [0, 32, 32, 32, 4]
-    again = [copy.deepcopy(rows).append([prompts[0]]), *(rows.append([prompt]) for prompt in prompts[::33])]
-    assert batch_sizes[5:] == [1] * 5  # without opening it again
-    for number, prompt_number in zip(range(first, first + 100, 33), again[1:], strict=True):
-        torch.testing.assert_close(rows(torch.tensor([number]))[0], rows(torch.tensor([prompt_number]))[0])
+def test_random_rows_are_the_same_for_the_same_number_and_have_the_largest_sizes() -> None:
+    sizes = TextSizes(20, 6, 3, has_mask=True, dtype=torch.float16)
+    rows = Rows(sizes, 1000, (2, 4, 4))
+    rows.hold(RandomStore(sizes, (2, 4, 4)), on_device=False)
+    c = torch.tensor([999, 3, 1000, 3])
+    tokens, mask, pooled = rows(c)
+    assert tokens.shape == (4, 20, 6)
+    assert torch.equal(tokens[1], tokens[3])
+    assert not torch.equal(tokens[0], tokens[1])
+    assert mask is not None
+    assert mask.sum(1).tolist() == [*(rows.lengths(c) or ())] == [8, 4, 9, 4]
+    assert pooled is not None
+    assert pooled.shape == (4, 3)
+    assert rows.sources(c) is not None

@@ -1,51 +1,70 @@
-"""Texts: rows of a table, wherever they lie, with prompts behind them; and an encoder that is trained along."""
+"""Texts that a frozen encoder embeds: rows of a cache, on the device or read pass by pass, with prompts behind them."""
 
 import copy
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import encoders
-from dumo.encoders.text import TextEncoder
-from dumo.encoders.texttable import encode
-from dumo.encoders.tokens import ByteTokenizer
-from dumo.flow import dropout
-from dumo.flow.slope import DualSlope, JvpSlope
-from dumo.nets.dit import DiT, Transformer
-from dumo.nets.rows import Texts
-from dumo.nets.table import TextTable
-from dumo.nets.text import LearnedTexts, TokenTexts
+from dumo.encoders import textcache
+from dumo.encoders.pipeline import Pipeline
+from dumo.encoders.text import EncoderModel, TextEncoder
+from dumo.encoders.textcache import fill_cache
+from dumo.nets.rows import CachedStore, Rows
+from dumo.nets.text import EmbeddedTexts, EncoderTexts, PipelineTexts
 from dumo.nets.textblock import TextEmbedder
-from dumo.types import Frozen, Needs, UserError
-from unit.nets.given import drawn, points
+from dumo.types import UserError
+from pipelines import save
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers', of its own code
 CAPTIONS = ("a red car", "a blue car", "cat")
 NEW = ["a photo of a red cat", "seven"]
 
 
+def fill(spec: EmbeddedTexts, captions: Sequence[str] = CAPTIONS) -> None:
+    """Encode captions."""
+    fill_cache(spec.cache_root / spec.find_identity(), [*captions, ""], spec.reader_spec)
+
+
+def loaded(spec: EmbeddedTexts, captions: Sequence[str] = CAPTIONS, count: int = 3, **fields: object) -> Rows:
+    """The module, with its rows."""
+    spec = spec.model_copy(update=fields)
+    rows = spec.build(count)
+    spec.load(rows, captions)
+    return rows
+
+
+def encoder_texts(place: Path, **fields: Any) -> EncoderTexts:  # noqa: ANN401
+    """Texts by a tiny encoder, whose cache is empty."""
+    encoder = TextEncoder(source=str(encoders.t5(place / "t5")), length=24, **fields)
+    return EncoderTexts(root=str(place / "texts"), encoder=encoder, width=encoders.WIDTH)
+
+
 @pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> TextTable:
-    """A table that is made."""
-    place = tmp_path_factory.mktemp("texts")
-    encoder = TextEncoder(source=str(encoders.t5(place / "t5")), length=24)
-    encode(CAPTIONS, encoder, place / "table", shard_rows=2)
-    return TextTable(root=str(place / "table"), encoder=encoder, width=encoders.WIDTH)
+def spec(tmp_path_factory: pytest.TempPathFactory) -> EncoderTexts:
+    """Texts whose captions are encoded, in two shards."""
+    spec = encoder_texts(tmp_path_factory.mktemp("texts"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(textcache, "SHARD_ROWS", 2)
+        fill(spec)
+    return spec
 
 
-def mapped(spec: TextTable) -> Texts:
-    """Its rows, looked up on disk."""
-    return spec.model_copy(update={"memory": 0.0}).build(len(CAPTIONS))
-
-
-def test_rows_in_memory_and_on_disk_are_the_same_before_and_after_prompts(spec: TextTable) -> None:
+def test_rows_on_the_device_and_on_disk_are_the_same_before_and_after_prompts(spec: EncoderTexts) -> None:
     c = torch.tensor([2, 0, 3, 3, 1])
-    held, looked_up = spec.build(len(CAPTIONS)), mapped(spec)
+    held, looked_up = loaded(spec), loaded(spec, memory=0.0)
+    assert held.tokens is not None
+    assert looked_up.tokens is None
     before = held(c)
     for one, other in zip(before, looked_up(c), strict=True):
         assert one is other is None or torch.equal(one, other)
+    assert held.lengths(c) == looked_up.lengths(c)
+    assert held.lengths_differ == looked_up.lengths_differ
     assert held.append(NEW) == looked_up.append(NEW) == len(CAPTIONS) + 1
     for one, old in zip(held(c), before, strict=True):
         assert one is old is None or torch.equal(one, old)
@@ -54,15 +73,44 @@ def test_rows_in_memory_and_on_disk_are_the_same_before_and_after_prompts(spec: 
         assert one is other is None or torch.equal(one, other)
 
 
-def test_the_layer_of_tokens_starts_as_xavier_draws_it(spec: TextTable) -> None:
+def test_rows_are_those_of_their_captions_in_whatever_order_they_were_encoded(spec: EncoderTexts) -> None:
+    turned = loaded(spec, CAPTIONS[::-1])
+    for one, other in zip(loaded(spec)(torch.arange(4)), turned(torch.tensor([2, 1, 0, 3])), strict=True):
+        assert one is other is None or torch.equal(one, other)
+
+
+def test_what_the_cache_lacks_is_encoded_when_it_is_read(spec: EncoderTexts) -> None:
+    """As in sampling, where nothing is written."""
+    captions = ("a red car", "a dog", "cat")
+    rows = loaded(spec, captions)
+    assert rows.tokens is None
+    tokens, mask, _ = rows(torch.arange(4))
+    wanted, wanted_mask, _ = loaded(spec)(torch.tensor([0, 0, 2, 3]))
+    assert mask is not None
+    assert wanted_mask is not None
+    for i, same in enumerate((True, False, True, True)):
+        assert torch.equal(tokens[i][mask[i]], wanted[i][wanted_mask[i]]) == same
+
+
+def test_without_the_captions_prompts_are_read_and_numbers_refused(spec: EncoderTexts) -> None:
+    """As a run that was copied without its data."""
+    rows = loaded(spec, ())
+    first = rows.append(["cat"])
+    tokens, _, _ = rows(torch.tensor([first, 3]))
+    assert torch.allclose(tokens[1], loaded(spec)(torch.tensor([3]))[0][0])
+    with pytest.raises(UserError, match="captions are not on this machine"):
+        rows(torch.tensor([0]))
+
+
+def test_the_layer_of_tokens_starts_as_xavier_draws_it(spec: EncoderTexts) -> None:
     token = TextEmbedder(spec.build(len(CAPTIONS)), 256).token
     assert token.weight.std().item() == pytest.approx((2 / (encoders.WIDTH + 256)) ** 0.5, rel=0.1)
     assert not token.bias.any()
 
 
 @pytest.mark.parametrize("memory", [0.0, 1.0])
-def test_prompts_that_are_forgotten_leave_the_others_as_they_are(spec: TextTable, memory: float) -> None:
-    texts = spec.model_copy(update={"memory": memory}).build(len(CAPTIONS))
+def test_prompts_that_are_forgotten_leave_the_others_as_they_are(spec: EncoderTexts, memory: float) -> None:
+    texts = loaded(spec, memory=memory)
     texts.forget(1)
     first = texts.append(["seven", *NEW])
     texts.prompts = {"red": first + 1, "seven": first, "last": first + 2}
@@ -75,8 +123,8 @@ def test_prompts_that_are_forgotten_leave_the_others_as_they_are(spec: TextTable
         texts(torch.tensor([first + 2]))
 
 
-def test_a_caption_as_a_prompt_is_the_row_that_it_has(spec: TextTable) -> None:
-    texts = spec.build(len(CAPTIONS))
+def test_a_caption_as_a_prompt_is_the_row_that_it_has(spec: EncoderTexts) -> None:
+    texts = loaded(spec)
     first = texts.append(CAPTIONS)
     tokens, mask, _ = texts(torch.arange(first + 3))
     assert mask is not None
@@ -85,158 +133,132 @@ def test_a_caption_as_a_prompt_is_the_row_that_it_has(spec: TextTable) -> None:
 
 
 @pytest.mark.parametrize("memory", [0.0, 1.0])
-def test_rows_follow_the_net_in_type_and_are_in_no_checkpoint(spec: TextTable, memory: float) -> None:
-    net = nn.Sequential(spec.model_copy(update={"memory": memory}).build(len(CAPTIONS))).double()
+def test_rows_follow_the_net_in_type_and_are_in_no_checkpoint(spec: EncoderTexts, memory: float) -> None:
+    net = nn.Sequential(loaded(spec, memory=memory)).double()
     assert not net.state_dict()
     assert net(torch.tensor([1]))[0].dtype == torch.float64
 
 
-def test_a_net_is_outlined_without_any_file(spec: TextTable) -> None:
+def test_a_net_is_outlined_without_any_file(spec: EncoderTexts) -> None:
     nowhere = spec.model_copy(update={"root": "nowhere"})
     with torch.device("meta"):
         texts = nowhere.build(100)
-    assert (texts.width, texts.length, texts.pooled_width, texts.has_mask) == (encoders.WIDTH, 24, 0, True)
-    with pytest.raises(UserError, match="dumo encode"):
-        nowhere.build(3)
+    assert (texts.width, texts.pooled_width, texts.has_mask) == (encoders.WIDTH, 0, True)
+    assert texts(torch.zeros(2, dtype=torch.long, device="meta"))[0].shape == (2, 24, encoders.WIDTH)
 
 
 @pytest.mark.parametrize("memory", [0.0, 1.0])
-def test_a_shard_that_was_overwritten_is_refused(spec: TextTable, tmp_path: Path, memory: float) -> None:
-    """In memory or looked up on disk; before that a net can be copied."""
-    place = tmp_path / "table"
-    shutil.copytree(spec.folder, place)
-    moved = spec.model_copy(update={"root": str(place), "memory": memory})
-    copy.deepcopy(moved.build(len(CAPTIONS)))
-    shard = place / "shard-00001.safetensors"
+def test_a_shard_that_was_overwritten_is_refused(tmp_path: Path, memory: float) -> None:
+    """On the device or on disk; before that a net can be copied."""
+    spec = encoder_texts(tmp_path)
+    fill(spec)
+    copy.deepcopy(loaded(spec, memory=memory))
+    (shard,) = tmp_path.rglob("shard-00000.safetensors")
     shard.write_bytes(shard.read_bytes()[:-4] + b"\0\1\2\3")
-    with pytest.raises(UserError, match=r"shard-00001\.safetensors has changed: its SHA-256 is another"):
-        moved.build(len(CAPTIONS))
+    with pytest.raises(UserError, match=r"shard-00000\.safetensors has changed: its SHA-256 is another"):
+        loaded(spec, memory=memory)
 
 
-def test_a_table_of_something_else_is_refused(spec: TextTable, tmp_path: Path) -> None:
-    def refused(match: str, classes: int = 3, **fields: object) -> None:
-        with pytest.raises(UserError, match=match):
-            spec.model_copy(update=fields).build(classes)
-
-    refused("holds 3 captions, and the data have 4", classes=4)
-    refused(r"set net\.texts\.width=16", width=8)
-    refused(r"encoder\.length: 24 there, 8 asked", encoder=spec.encoder.model_copy(update={"length": 8}))
-    refused("another table than that of this run", identity="0123456789abcdef")
+def test_an_encoder_that_is_not_the_runs_is_refused_once_it_is_needed(spec: EncoderTexts, tmp_path: Path) -> None:
     other = spec.encoder.model_copy(update={"source": str(encoders.t5(tmp_path / "other", seed=1))})
-    texts = spec.model_copy(update={"encoder": other}).build(3)  # who wrote them is asked when there is more to write
-    with pytest.raises(UserError, match="name the folder of that encoder"):
+    begun = spec.model_copy(update={"identity": spec.find_identity()})
+    texts = loaded(begun, encoder=other)  # its rows are those of the run's encoder
+    assert torch.equal(texts(torch.arange(4))[0], loaded(spec)(torch.arange(4))[0])
+    with pytest.raises(UserError, match=r"is not t5-.*, the one that the run was trained with"):
         texts.append(NEW)
+
+
+def test_widths_that_are_not_the_encoders_are_refused(spec: EncoderTexts) -> None:
+    with pytest.raises(UserError, match=r"set net\.texts\.width=16"):
+        loaded(spec, width=8)
     with pytest.raises(ValueError, match="set both, or neither"):
-        TextTable(root="x", encoder=spec.encoder, width=8, pooled=4)
+        EncoderTexts(encoder=spec.encoder, width=8, pooled=4)
 
 
-def test_a_run_keeps_to_the_table_that_was_there(spec: TextTable) -> None:
-    again = TextTable.model_validate(spec.model_dump() | {"identity": None}).with_identity()
-    assert again.identity is not None
-    assert TextTable(root="nowhere", encoder=spec.encoder, width=16).identity is None
+@pytest.mark.parametrize("memory", [4, 0], ids=["on the device", "on the disk"])
+def test_prompts_are_encoded_some_at_a_time_by_an_encoder_that_stays_open(
+    memory: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = encoder_texts(tmp_path, dtype="float32")
+    fill(spec)
+    rows = loaded(spec, memory=memory)
+    batch_sizes: list[int] = []
+    open_encoder = TextEncoder.open
+
+    def open_counted(spec: TextEncoder, device: torch.device | str = "cpu") -> EncoderModel:
+        opened = open_encoder(spec, device)
+
+        def count(module: torch.nn.Module, args: object, inputs: dict[str, Any]) -> None:
+            batch_sizes.append(len(inputs["input_ids"]))
+
+        opened.model.register_forward_pre_hook(count, with_kwargs=True)
+        batch_sizes.append(0)
+        return opened
+
+    monkeypatch.setattr(TextEncoder, "open", open_counted)
+    prompts = [f"{n} red cats" for n in range(100)]
+    first = rows.append(prompts)
+    assert batch_sizes == [0, 32, 32, 32, 4]
+    again = [copy.deepcopy(rows).append([prompts[0]]), *(rows.append([prompt]) for prompt in prompts[::33])]
+    assert batch_sizes[5:] == [1] * 5  # without opening it again
+    for number, prompt_number in zip(range(first, first + 100, 33), again[1:], strict=True):
+        torch.testing.assert_close(rows(torch.tensor([number]))[0], rows(torch.tensor([prompt_number]))[0])
 
 
-# --- an encoder that is trained along with the net
-
-WORDS = ("a seven", "a three", "4")
-SHAPE, VU = (1, 4, 4), Needs(heads=("v", "u"))
+# --- captions that would be too large for a cache, by the encoders of a pipeline
 
 
-def learned(folder: Path, length: int = 9) -> LearnedTexts:
-    """A tiny encoder over the bytes of WORDS."""
-    tokenizer = ByteTokenizer(length=length)
-    encode(WORDS, tokenizer, folder)
-    return LearnedTexts(root=str(folder), tokenizer=tokenizer, width=8, depth=2)
+def pipeline_texts(name: str, place: Path) -> PipelineTexts:
+    """The texts of a pipeline."""
+    pipeline = Pipeline(source=str(save(name, place / name))).with_facts()
+    return PipelineTexts(root=str(place / "texts"), dtype="float32").within(pipeline)
 
 
-def built(texts: LearnedTexts) -> Transformer:
-    """A net of it."""
-    return drawn(DiT(patch=2, width=8, depth=2, attention=2, texts=texts), VU, SHAPE, len(WORDS))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SD3", "Chroma", "Z-Image"])
+def test_rows_that_are_encoded_in_training_are_those_of_a_cache_whatever_surrounds_the_call(
+    name: str, tmp_path: Path
+) -> None:
+    spec = pipeline_texts(name, tmp_path)
+    live = loaded(spec, budget=0)
+    fill(spec)
+    cached = loaded(spec)
+    assert cached.tokens is not None
+    c = torch.tensor([3, 0, 1, 2, 0])
+    wanted = [cached(c[i : i + 1]) for i in range(len(c))]
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16):
+        tokens, mask, pooled = live(c)
+    for i, (text, there, whole) in enumerate(wanted):
+        n = tokens.shape[1]
+        assert torch.equal(tokens[i], text[0][:n])
+        assert not text[0][n:].any()
+        assert (mask is None) == (there is None)
+        assert mask is None or (there is not None and torch.equal(mask[i], there[0][:n]))
+        assert pooled is None or (whole is not None and torch.equal(pooled[i], whole[0]))
+    if name == "Z-Image":  # which reads captions by their lengths
+        assert live.lengths(c) == cached.lengths(c) == tuple(map(len, (text[0][there[0]] for text, there, _ in wanted)))
 
 
-def encoder_of(net: Transformer) -> TokenTexts:
-    """The captions' part of a net."""
-    assert net.text is not None
-    assert isinstance(net.text.texts, TokenTexts)
-    return net.text.texts
+def test_few_rows_are_kept_and_prompts_come_and_go(tmp_path: Path) -> None:
+    spec = pipeline_texts("SD3", tmp_path)
+    live = loaded(spec, budget=0)
+    fill(spec)
+    cached = loaded(spec)
+    assert isinstance(live.store, CachedStore)
+    live.store.reader.num_kept = 2
+    for texts in (live, cached):
+        first = texts.append(["a cat", "a bird", "a cow"])
+        texts.prompts = {"a cat": first, "a bird": first + 1, "a cow": first + 2}
+        texts.forget(2)
+    assert live.prompts == cached.prompts == {"a bird": 4, "a cow": 5}
+    c = torch.tensor([5, 4, 0, 1])
+    assert torch.equal(live(c)[0], cached(c)[0])
+    assert [*live.store.reader.kept_rows] == [*CAPTIONS[:2]]
 
 
-def test_it_learns_with_the_net_and_its_captions_rest(tmp_path: Path) -> None:
-    """Every parameter gets a gradient, d/dt is exact, and no pass draws a number."""
-    net, (x, c, t) = built(learned(tmp_path)), points(4, SHAPE, len(WORDS))
-    state = torch.get_rng_state()
-    torch.stack([head.square().sum() for head in net(x, c, t=t)]).sum().backward()
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
-    w = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
-    for toward in (None, w):
-        exact, found = (s(net, Frozen(net), x, c, toward=toward, t=t)[1](w) for s in (JvpSlope(), DualSlope()))
-        assert all(((a - b).norm() / b.norm()).item() < 1e-6 for a, b in zip(found, exact, strict=True))
-
-
-def test_room_behind_a_caption_is_nothing(tmp_path: Path) -> None:
-    x, c, t = points(4, SHAPE, len(WORDS))
-    one, other = (built(learned(tmp_path / str(length), length))(x, c, t=t) for length in (9, 32))
-    assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(one, other, strict=True))
-
-
-def test_prompts_stand_behind_all_captions(tmp_path: Path) -> None:
-    """A prompt that is a caption is read as that caption, and none as the empty one."""
-    net, (x, c, t) = built(learned(tmp_path)), points(4, SHAPE, len(WORDS))
-    before = net(x, c, t=t)
-    assert encoder_of(net).append(["a nine", "4"]) == 4
-    assert encoder_of(net).append([""]) == 6
-    assert all(torch.equal(a, b) for a, b in zip(net(x, c, t=t), before, strict=True))
-    x, t = x[:1].expand(2, -1, -1, -1), t[:1].expand(2)
-    for one, other in ((5, 2), (6, 3)):
-        (a, b), _ = net(x, torch.tensor([one, other]), t=t)
-        assert torch.equal(a, b)
-
-
-def test_a_hidden_word_tells_nothing_and_the_end_stays(tmp_path: Path) -> None:
-    """Whatever stands there; a share `drop` is hidden, each row's by its key, and none without keys or in sampling."""
-    net, (x, c, t) = built(learned(tmp_path).model_copy(update={"drop": 0.4})), points(4, SHAPE, len(WORDS))
-    texts, keys = encoder_of(net), dropout.keys(0, 0, 4)
-    with dropout.using(keys):
-        mask, one = texts(c)[1], net(x, c, t=t)
-        assert not torch.equal(mask, texts.mask)
-        with dropout.rows([2, 0]):
-            assert torch.equal(texts(c[[2, 0]])[1], mask[[2, 0]])
-        ids, other = texts.ids, texts.ids.where((texts.ids == 35) | mask, 200)
-        texts.ids = other
-        assert all(torch.equal(a, b) for a, b in zip(net(x, c, t=t), one, strict=True))
-        texts.ids = ids
-    many = torch.zeros(2000, dtype=torch.long)  # "a seven", and its end
-    with dropout.using(dropout.keys(0, 1, len(many))):
-        there = texts(many)[1]
-        assert there.mean(0, dtype=torch.float) == pytest.approx([0.6] * 7 + [1, 0], abs=0.05)
-        first, second = there[:, :1], there[:, 1:7]
-        assert torch.equal(second, second[:, :1].expand_as(second))  # a space goes with the word behind it
-        assert not torch.equal(first.expand_as(second), second)
-        net.eval()
-        assert torch.equal(texts(many)[1], texts.mask[many])
-    net.train()
-    with dropout.off():
-        assert torch.equal(texts(many)[1], texts.mask[many])
-
-
-def test_a_checkpoint_has_the_encoder_and_not_the_captions(tmp_path: Path) -> None:
-    texts = learned(tmp_path)
-    net = built(texts)
-    with torch.device("meta"):
-        outline = texts.model_copy(update={"root": "nowhere"}).build(3)
-    names = {name.removeprefix("text.texts.") for name in net.state_dict() if name.startswith("text.texts.")}
-    assert names == set(outline.state_dict()) == {name for name, _ in outline.named_parameters()}
-    assert outline(torch.zeros(2, dtype=torch.long, device="meta"))[0].shape == (2, 9, 8)
-
-
-def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    texts = learned(tmp_path)
-    for update, says in (
-        ({"tokenizer": ByteTokenizer(length=10)}, "encoded otherwise"),
-        ({"root": str(tmp_path / "none")}, "dumo encode"),
-    ):
-        with pytest.raises(UserError, match=says):
-            texts.model_copy(update=update).build(3)
-    with pytest.raises(UserError, match="3 captions, and the data have 4"):
-        texts.build(4)
+def test_a_pipelines_encoders_that_are_others_are_refused(tmp_path: Path) -> None:
+    spec = pipeline_texts("SD3", tmp_path)
+    begun = loaded(spec.model_copy(update={"identity": spec.find_identity(), "budget": 0}))
+    (tmp_path / "SD3" / "tokenizer_3" / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match="is not StableDiffusion3Pipeline-"):
+        begun(torch.tensor([0]))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,15 @@ import pytest
 import torch
 from torch import nn
 
+import encoders
 from dumo.config.load import load
 from dumo.config.spec import Run
-from dumo.data import Data
-from dumo.encoders import texttable
+from dumo.encoders.text import EncoderModel, TextEncoder
 from dumo.flow.sampling import labels_in_turn
 from dumo.flow.solver import Heun, Restart
 from dumo.io.source import TensorData
 from dumo.io.weights import load as load_weights
-from dumo.nets.table import TableTexts
+from dumo.nets.text import EncoderTexts
 from dumo.report.sample import chosen_solver
 from dumo.run import encode, job
 from dumo.run.job import Job, open_data
@@ -167,7 +168,7 @@ def test_a_batch_is_made_once_for_all_its_pieces(tmp_path: Path, monkeypatch: py
 def test_stopped_and_resumed_it_hides_the_same_tokens(route: str, tmp_path: Path) -> None:
     """Words that are dropped, and tokens that skip blocks."""
     recipe = "digits-guided" if route else "digits-words"
-    words = ["net.depth=1", "net.texts.width=8", "net.texts.drop=0.5", f"net.texts.root={tmp_path}/ids"]
+    words = ["net.depth=1", "net.texts.width=8", "net.texts.drop=0.5"]
     routed = ["net.depth=3", f"net.route={{kind: {route}, share: 0.5, first: 1, last: 1}}"]
     tiny = ["net.width=8", "train.batch=4", "train.schedule.kind=constant", "train.save_every=1"]
     tiny += routed if route else words
@@ -177,37 +178,24 @@ def test_stopped_and_resumed_it_hides_the_same_tokens(route: str, tmp_path: Path
     assert all(torch.equal(x, whole[name]) for name, x in train(runs[4], tmp_path / "run").net.state_dict().items())
 
 
-def test_runs_that_start_together_make_their_table_one_after_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inside, most, make = 0, list[int](), encode.encode_texts
+def test_runs_that_start_together_encode_their_captions_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = TextEncoder(source=str(encoders.t5(tmp_path / "t5")), length=40)
+    texts = EncoderTexts(root=str(tmp_path / "texts"), encoder=encoder, width=encoders.WIDTH)
+    run = load("digits-words")
+    run = run.model_copy(update={"net": run.net.model_copy(update={"texts": texts})})
+    opened = list[TextEncoder]()
+    open_encoder = TextEncoder.open
 
-    def slowly(data: Data, spec: TableTexts) -> encode.EncodeResult:
-        nonlocal inside
-        inside += 1
-        most.append(inside)
-        time.sleep(0.1)
-        made = make(data, spec)
-        inside -= 1
-        return made
+    def open_slowly(spec: TextEncoder, device: torch.device | str = "cpu") -> EncoderModel:
+        opened.append(spec)
+        time.sleep(0.2)
+        return open_encoder(spec, device)
 
-    monkeypatch.setattr(encode, "encode_texts", slowly)
-    run = load("digits-words", [f"net.texts.root={tmp_path}/ids"])
+    monkeypatch.setattr(TextEncoder, "open", open_slowly)
+    fill = partial(encode.encode_what_is_missing, run, device="cpu", bar=no_bar, tell=print)
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(encode.make_tokens, [run] * 3))
-    assert most == [1, 1, 1]
-
-
-def test_a_table_that_was_begun_keeps_the_size_of_its_shards(tmp_path: Path) -> None:
-    """Whoever goes on with it need not know how it was begun: another part, or the training that reads it."""
-    run = load("digits-words", [f"net.texts.root={tmp_path}/ids"])
-    assert isinstance(run.net.texts, TableTexts)
-    encode.encode_texts(run.data, run.net.texts, shard_rows=7, rank=0, world=2)
-    encode.make_tokens(run)
-    index = texttable.read_index(run.net.texts.folder)
-    assert index is not None
-    assert index.shard_rows == 7
-    assert index.shards
+        list(pool.map(lambda _: fill(), range(3)))
+    assert len(opened) == 1
 
 
 @pytest.mark.slow

@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from dumo.encoders.texttable import encode
 from dumo.encoders.tokens import ByteTokenizer
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets import DiT, Net, UNet
+from dumo.nets.learned import LearnedTexts
 from dumo.nets.route import Route
-from dumo.nets.text import LearnedTexts
 from dumo.objectives import DuMo
 from dumo.training.spec import Train
 from dumo.training.state import begin
 from dumo.training.step import Record, flow_of, train_step
+from rows_given import load_captions
 
 SMALL = {"width": 8, "multipliers": (1, 2), "attend": (4,), "depth": 1}
 SHAPE, CAPTIONS = (3, 8, 8), ("one", "two", "a three")
@@ -31,8 +31,7 @@ def net(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[float], Net
         return lambda p: deep.model_copy(update={"route": route.model_copy(update={"share": p})})
     if request.param == "unet":
         return lambda p: UNet(**SMALL, dropout=p)
-    encode(CAPTIONS, tokenizer := ByteTokenizer(length=8), tmp_path)
-    texts = LearnedTexts(root=str(tmp_path), tokenizer=tokenizer, width=8, depth=1)
+    texts = LearnedTexts(tokenizer=ByteTokenizer(length=8), width=8, depth=1)
     return lambda p: DiT(width=8, depth=2, attention=2, texts=texts.model_copy(update={"drop": p}))
 
 
@@ -41,6 +40,7 @@ def step(spec: Net, rows: int | None = None, exact: bool = False) -> tuple[Recor
     objective = DuMo(slope=JvpSlope() if exact else DualSlope(), guide=Guide(zeta=0.5), drop=0.25)
     torch.manual_seed(0)
     net = spec.build(objective.needs, SHAPE, len(CAPTIONS))
+    load_captions(net, CAPTIONS)
     for p in net.parameters():
         p.data.add_(0.05 * torch.randn_like(p))
     train = Train(steps=1, batch=8, seed=1, micro_batch=rows)

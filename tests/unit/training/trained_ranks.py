@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import transformers_tiny as tiny
-from dumo.encoders.texttable import encode
 from dumo.encoders.tokens import ByteTokenizer
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
@@ -20,9 +19,9 @@ from dumo.flow.times import Pair
 from dumo.io.deferred import Deferred
 from dumo.nets.adapter import Lora
 from dumo.nets.dit import DiT
+from dumo.nets.learned import LearnedTexts
 from dumo.nets.route import Route
 from dumo.nets.rows import Rows
-from dumo.nets.text import LearnedTexts
 from dumo.objectives import DuMo, MeanFlow
 from dumo.run.teacher import BaseNet
 from dumo.runtime import dist
@@ -35,6 +34,7 @@ from dumo.training.state import State, begin
 from dumo.training.step import Batch, flow_of, passes_of_rank, span
 from dumo.types import Cond, Objective, Sample, Time
 from meeting import meeting
+from rows_given import given_rows, load_captions
 from transformers_saved import CLASSES, SHAPE, saved
 from unit.nets.given import Given
 from unit.training import toy
@@ -73,12 +73,12 @@ class Case:
 
 def reader(way: str, place: Path) -> nn.Module:
     """A DiT that reads texts: by an encoder that learns too, or given ones."""
-    tokenizer, texts = ByteTokenizer(length=8), place / "texts"
-    encode(CAPTIONS, tokenizer, texts)
-    learned = LearnedTexts(root=str(texts), tokenizer=tokenizer, width=8, depth=1, drop=0.2)
+    learned = LearnedTexts(tokenizer=ByteTokenizer(length=8), width=8, depth=1, drop=0.2)
     net = DiT(patch=2, width=8, depth=3, attention=2, qk_norm=True)
     net = net.model_copy(update={"texts": learned if way == "learned" else Given()})
-    return net.build(OBJECTIVE.needs, GREY, len(CAPTIONS))
+    built = net.build(OBJECTIVE.needs, GREY, len(CAPTIONS))
+    load_captions(built, CAPTIONS)
+    return built
 
 
 def tuned(
@@ -101,7 +101,9 @@ def tuned(
     if net.family.one_by_one:  # captions of several lengths go through it one by one
         rows = net.texts
         assert isinstance(rows, Rows)
-        net.texts = Rows(rows.tokens, torch.arange(rows.length) < torch.tensor([[2], [3], [1]]), None)
+        assert rows.tokens is not None
+        mask = torch.arange(rows.tokens.shape[1]) < torch.tensor([[2], [3], [1]])
+        net.texts = given_rows(rows.tokens, mask)
     if way in CODED or model in EXACT or objective is not OBJECTIVE:
         with noting:
             net.double()

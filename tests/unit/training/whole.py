@@ -5,7 +5,6 @@ In a process of its own, for what checks shapes in tests cannot be compiled.
 
 import json
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch._dynamo.utils import counters
@@ -15,15 +14,14 @@ from dumo.autodiff import tape
 from dumo.config import recipes
 from dumo.config.load import load
 from dumo.config.spec import Run
-from dumo.encoders.texttable import encode
 from dumo.encoders.tokens import ByteTokenizer
 from dumo.flow.guide import Guide
 from dumo.flow.noise import draw, path_velocity
 from dumo.flow.path import Linear, Trig
 from dumo.lab.bench import PlainStep
 from dumo.nets.dit import DiT
+from dumo.nets.learned import LearnedTexts
 from dumo.nets.route import Route
-from dumo.nets.text import LearnedTexts
 from dumo.run.weights import build
 from dumo.runtime.random import random_batch
 from dumo.training.loop import Every, train
@@ -75,9 +73,7 @@ def trained(run: Run, choice: Compile, backend: str = "eager", net: DiT | None =
 
 def texts() -> dict[str, DiT]:
     """Nets that read texts, given ones and by an encoder that learns too, for the classes of digits."""
-    folder, tokenizer = Path("texts"), ByteTokenizer(length=8)
-    encode([str(k) for k in range(10)], tokenizer, folder)
-    learned = LearnedTexts(root=str(folder), tokenizer=tokenizer, width=8, depth=1, drop=0.2)
+    learned = LearnedTexts(tokenizer=ByteTokenizer(length=8), width=8, depth=1, drop=0.2)
     tiny = DiT(patch=2, width=8, depth=2, attention=2)
     return {name: tiny.model_copy(update={"texts": of}) for name, of in (("learned", learned), ("given", Given()))}
 
