@@ -103,16 +103,13 @@ def begin(name: str, *fields: str) -> None:
 
 
 def words() -> None:
-    """A run whose net reads texts, by a table of them."""
+    """A run whose net reads texts, from a cache."""
     tree: dict[str, Any] = yaml.safe_load(recipes.text("digits"))
     encoder = {"kind": "transformers", "source": str(encoders.t5(Path("t5"))), "length": 40}
-    texts = {"kind": "table", "root": "texts", "encoder": encoder, "width": encoders.WIDTH}
+    texts = {"kind": "encoder", "root": "texts", "encoder": encoder, "width": encoders.WIDTH}
     tree["data"] = {"kind": "digits", "captions": {"kind": "templates", "templates": ["{}", "the digit {n}"]}}
     tree["net"] = {"kind": "dit", "patch": 4, "width": 16, "depth": 1, "attention": 2, "texts": texts}
     Path("words.yaml").write_text(yaml.safe_dump(tree))
-    work = encode.encoding_work("words.yaml", out=None, codec=None, side=None)
-    assert work.texts
-    encode.encode_texts(work.data, work.texts, shard_rows=SHARD)
     done("train", "words.yaml", "--out", "runs/words", *sets("train.steps=4", "train.batch=8", "train.save_every=2"))
 
 
@@ -397,22 +394,23 @@ def of_latents() -> Iterator[Harm]:
 
 
 def of_texts() -> Iterator[Harm]:
-    """A table of texts, and the captions and the encoder behind it."""
-    shard, other = "texts/shard-00000.safetensors", "texts/shard-00001.safetensors"
+    """A cache of encoded texts, and the encoder behind it."""
+    shard = "texts/*/*/shard-00000.safetensors"
+    prompt = ("sample", "runs/words", "--nfe", "1,2", "--prompt", "seven")  # a caption of the data
     for how in (rolled, scaled, zeroed, halved):
-        yield Harm("table of texts", how.__name__, tensors(shard, how), train("words"), ("shard-00000",))
-    yield Harm("table of texts", "shards swapped", swapped(shard, other), train("words"), ("shard-0000",))
-    captions = "texts/captions.jsonl"
-    back = lines(captions, lambda rows: rows[::-1])
-    yield Harm("captions", "in another order", back, train("words"), harmless=True)
-    prompt = ("sample", "runs/words", "--nfe", "1,2", "--prompt", "seven")  # by the data's captions
-    yield Harm("captions", "in another order", back, prompt, harmless=True)
-    others = lines("words.yaml", lambda rows: [row.replace("the digit", "a number") for row in rows])
-    yield Harm(
-        "table of texts", "of other captions, as many", others, ("train", "words.yaml", "--out", "new"), ("texts",)
-    )
+        harm = tensors(shard, how)
+        yield Harm("cache of texts", how.__name__, harm, train("words"), ("shard-00000", "made again"), harmless=True)
+        yield Harm("cache of texts", how.__name__, harm, prompt, ("shard-00000",))
+    gone = lambda: shutil.rmtree("texts")  # noqa: E731
+    yield Harm("cache of texts", "gone", gone, train("words"), harmless=True)
+    yield Harm("cache of texts", "gone", gone, prompt, harmless=True)
+    texts = "texts/*/*/texts.jsonl"
+    back = lines(texts, lambda rows: rows[::-1])
+    yield Harm("cache of texts", "texts in another order", back, train("words"), ("texts.jsonl",))
     encoder = tensors("t5/model.safetensors", scaled)
-    yield Harm("table of texts", "another encoder's", encoder, ("encode", "words.yaml"), ("texts", "sha256"))
+    yield Harm("text encoder", "another in its place", encoder, train("words"), harmless=True)
+    new_prompt = ("sample", "runs/words", "--nfe", "1,2", "--prompt", "a seven, please")
+    yield Harm("text encoder", "another in its place", encoder, new_prompt, ("t5",))
 
 
 def of_pairs() -> Iterator[Harm]:

@@ -1,4 +1,4 @@
-"""Captions that are encoded while a net trains: the rows, so the weights, are those of a table, to the bit."""
+"""Captions that are encoded while a net trains: the rows, so the weights, are those of a cache, to the bit."""
 
 import shutil
 from pathlib import Path
@@ -67,12 +67,14 @@ def test_two_ranks_encode_their_own(tabled: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_a_table_that_is_made_meanwhile_is_read(tabled: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_is_filled_meanwhile_is_read(
+    tabled: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And with another encoder nothing goes on."""
     must(call("train", *words(tabled), "--out", tmp_path / "run"))
     model = shutil.copytree(tabled.source, tmp_path / "another")
     (model / "tokenizer_3" / "tokenizer_config.json").write_text("{}")
-    named = ("another texts", "pipeline.source")
+    named = ("another", "is not StableDiffusion3Pipeline-")
     monkeypatch.chdir(tmp_path)
     refused("train", "run", "--from", 2, *sets(f"pipeline.source={model}"), named=named)
     monkeypatch.setattr(PromptReader, "read_row", None)
@@ -94,7 +96,7 @@ def test_samples_of_captions_and_prompts_are_those_of_a_table(tabled: Case, tmp_
 def test_what_will_be_is_stated(tabled: Case) -> None:
     done = must(call("encode", *words(tabled)))
     assert "3 captions may take" in done.err
-    assert "more than net.texts.budget = 0 GB: texts are encoded in training" in done.err
+    assert "more than net.texts.budget = 0 GB: they are encoded in training" in done.err
     assert not (tabled.folder / "none").exists()
     live, there = (call("show", *words(tabled, *more), "--cost", "--json") for more in ((), ("net.texts.budget=1",)))
     (alone, *_) = must(live).json["cost"]["memory"]

@@ -1,4 +1,4 @@
-"""From captions to prompts: encode, train, sample by words."""
+"""From captions to prompts: train and sample by words."""
 
 import os
 import shutil
@@ -16,6 +16,7 @@ import encoders
 from dumo.config import recipes
 from dumo.data import Digits
 from dumo.data.caption import Templates
+from dumo.encoders.text import TextEncoder
 from dumo.io import picture
 from dumo.io.weights import load
 from dumo.report.name import name_part
@@ -23,30 +24,22 @@ from dumo.report.sample import sample_to_files
 from dumo.run.encode import encoding_work
 from dumo.run.prompt import conditions_of_prompts, names_of_conditions
 from dumo.run.sample_files import write_samples
-from e2e.shell import call
+from e2e.shell import call, files
 
 TEMPLATES = ["{}", "the digit {n}", "a handwritten {}"]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny encoder, a recipe of digits by words, its table, and a run."""
+    """A tiny encoder, a recipe of digits by words, and a run, which encoded its captions."""
     home = tmp_path_factory.mktemp("home")
     tree: dict[str, Any] = yaml.safe_load(recipes.text("digits"))
     tree["data"] = {"kind": "digits", "captions": {"kind": "templates", "templates": TEMPLATES}}
     encoder = {"kind": "transformers", "source": str(encoders.t5(home / "t5")), "length": 40}
-    texts = {"kind": "table", "root": str(home / "texts"), "encoder": encoder, "width": encoders.WIDTH}
+    texts = {"kind": "encoder", "root": str(home / "texts"), "encoder": encoder, "width": encoders.WIDTH}
     tree["net"] = {"kind": "dit", "patch": 4, "width": 16, "depth": 1, "attention": 2, "texts": texts}
     tree["train"] |= {"steps": 2, "batch": 8}
     (home / "words.yaml").write_text(yaml.safe_dump(tree))
-    assert "make it with dumo encode RECIPE" in refused("train", home / "words.yaml", "--out", home / "run")
-    assert not (home / "run").exists()
-    done = call("encode", home / "words.yaml")
-    assert (done.code, done.out) == (
-        0,
-        f"{home / 'texts'}: 30 captions and the empty one by t5, up to 40 tokens of 16 numbers, 1 shards made now\n",
-    )
-    assert call("encode", home / "words.yaml").out.endswith("0 shards made now\n")
     done = call("train", home / "words.yaml", "--out", home / "run")
     assert done.code == 0, done.err
     return home
@@ -159,16 +152,41 @@ def test_an_encoder_that_is_missing_is_named_before_anything_is_encoded(home: Pa
             encoding_work(str(home / "words.yaml"), [source], out=None, codec=None, side=None)
 
 
-def test_a_table_of_other_captions_or_otherwise_encoded_is_refused(home: Path, tmp_path: Path) -> None:
-    recipe, out = home / "words.yaml", ("--out", tmp_path / "out")
-    other = ("--set", "data.captions.templates=['{}', '{n}', 'a {}']")
-    assert "is of other captions (digest " in refused("encode", recipe, *other)
-    assert "is of other captions (digest " in refused("train", recipe, *out, *other)  # as many
-    assert "was encoded otherwise" in refused("train", recipe, *out, "--set", "net.texts.encoder.skip=1")
-    assert "is of other captions (digest " in refused(
-        *("train", recipe, *out, "--set", "data.captions.templates=['{}', '{n}']")
-    )
-    assert not (tmp_path / "out").exists()
+def test_encoding_ahead_fills_the_cache_that_training_reads(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it was copied to another place, where there is no encoder."""
+    recipe, trained = home / "words.yaml", next((home / "run" / "checkpoints").glob("*/net.safetensors"))
+    root = f"net.texts.root={tmp_path / 'texts'}"
+    (folder,) = (home / "texts").iterdir()
+    done = call("encode", recipe, "--set", root)
+    said = "30 captions and the empty text, 1 shards made now"
+    assert (done.code, done.out) == (0, f"{tmp_path / 'texts' / folder.name}: {said}\n")
+    assert call("encode", recipe, "--set", root).out.endswith("0 shards made now\n")
+    assert files(tmp_path / "texts") == files(home / "texts")
+
+    lost = ("--set", root, "--set", f"net.texts.encoder.source={tmp_path / 'nowhere'}")
+    monkeypatch.setattr(TextEncoder, "open", None)
+    assert call("train", recipe, "--out", tmp_path / "run", *lost).code == 0
+    (again,) = (tmp_path / "run" / "checkpoints").glob("*/net.safetensors")
+    assert again.read_bytes() == trained.read_bytes()
+
+
+def test_other_captions_and_another_use_of_the_encoder_are_encoded_and_trained_on(home: Path, tmp_path: Path) -> None:
+    """Never a row of what was there before."""
+    recipe, root = home / "words.yaml", f"net.texts.root={shutil.copytree(home / 'texts', tmp_path / 'texts')}"
+    there = files(tmp_path / "texts")
+    for i, field in enumerate(("data.captions.templates=['{}', '{n}', 'a {}']", "net.texts.encoder.template=so {}")):
+        fields = ("--set", field, "--set", "train.steps=1")
+        assert call("train", recipe, "--out", tmp_path / f"old{i}", "--set", root, *fields).code == 0
+        fresh = ("--set", f"net.texts.root={tmp_path / f'fresh{i}'}")
+        assert call("train", recipe, "--out", tmp_path / f"new{i}", *fresh, *fields).code == 0
+        one, other = (
+            load(next((tmp_path / f"{run}{i}" / "checkpoints").glob("*/net.safetensors"))) for run in ("old", "new")
+        )
+        assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in other)
+    assert there.items() <= files(tmp_path / "texts").items()
+    assert len([*(tmp_path / "texts").glob("*/*/index.json")]) == 3
 
 
 @pytest.mark.slow

@@ -81,15 +81,19 @@ class TextReader:
             self.kept_rows.popitem(last=False)
         return rows
 
+    def require_identity(self) -> None:
+        """Raise UserError if the encoder is missing, or is another than that of the identity."""
+        if not self.identity.startswith(identity_of(self.spec)):
+            raise UserError(
+                f"net.texts: the text encoder in {self.spec.source} is not {self.identity}, the one that the run was "
+                "trained with: put its files back, or name the folder of that encoder"
+            )
+
     def _encode(self, texts: Sequence[str], device: torch.device) -> list[StoredRow]:
         """Encode texts. Runs in the thread, and raises as `__call__`."""
         spec = self.spec
         if self.encoder is None:
-            if not self.identity.startswith(identity_of(spec)):
-                raise UserError(
-                    f"net.texts: the text encoder in {spec.source} is not {self.identity}, the one that the run was "
-                    "trained with: put its files back, or name the folder of that encoder"
-                )
+            self.require_identity()
             self.encoder = spec.open()
         self.encoder.to(device)
         rows: list[StoredRow] = []

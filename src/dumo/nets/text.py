@@ -135,14 +135,17 @@ class EmbeddedTexts(TextsSpec):
         num_kept = 0
         if self.is_online(texts.count):
             num_kept = max(1, int(self.memory * GIGABYTE / self.memory_bytes(0)))
+        reader = textreader.shared_reader(self.reader_spec, identity, num_kept)
         store = CachedStore(
             tables,
             textcache.find_rows(tables, [*captions, ""]),
             captions,
             texts.count,
-            textreader.shared_reader(self.reader_spec, identity, num_kept),
+            reader,
             self.padded_length,
         )
+        if self.is_online(texts.count) and not store.is_whole:
+            reader.require_identity()
         on_device = store.is_whole and self.fits_device(texts.count, texts.source_shape)
         if on_device:
             store.verify()
