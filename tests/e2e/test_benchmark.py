@@ -28,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("benchmark")
     done = call(
         *("train", "digits-words", "--out", folder / "run", *TINY),
-        *sets("train.steps=4", "train.log_every=4", f"net.texts.root={folder / 'texts'}"),
+        *sets("train.steps=4", "train.log_every=4"),
     )
     assert done.code == 0, done
     return folder / "run"

@@ -196,11 +196,18 @@ def find_rows(tables: Sequence[TextTable], texts: Sequence[str]) -> Int64[Tensor
     return places
 
 
+def used_tables(tables: Sequence[TextTable], places: Int64[Tensor, "n 2"]) -> list[TextTable]:
+    """Return the tables that have some of the texts at these places (`find_rows`)."""
+    return [tables[number] for number in places[:, 0].unique().tolist() if number >= 0]
+
+
 def is_filled(folder: Path, texts: Sequence[str], *, deep: bool) -> bool:
     """Whether the folder of an encoder has all of the distinct texts, and no shard is damaged (`fill_cache`)."""
     tables = open_tables(folder)
-    is_found = find_rows(tables, texts)[:, 0] >= 0
-    return bool(is_found.all()) and not any(text_table.is_damaged(deep=deep) for text_table in tables)
+    places = find_rows(tables, texts)
+    if (places < 0).any():
+        return False
+    return not any(text_table.is_damaged(deep=deep) for text_table in used_tables(tables, places))
 
 
 def fill_cache(
@@ -223,12 +230,14 @@ def fill_cache(
     that is too large for its type; Stopped after a signal; and as `dumo.io.table.make_shards`.
     """
     tables = open_tables(folder)
-    is_missing = find_rows(tables, texts)[:, 0] < 0
-    work: list[Sequence[str]] = [
-        text_table.texts for text_table in tables if text_table.is_damaged(rank=rank, world=world, deep=deep)
-    ]
-    if is_missing.any():
-        work.append(tuple(texts[number] for number in is_missing.nonzero().flatten().tolist()))
+    places = find_rows(tables, texts)
+    work: list[Sequence[str]] = []  # the texts of each table to make
+    for text_table in used_tables(tables, places):
+        if text_table.is_damaged(rank=rank, world=world, deep=deep):
+            work.append(text_table.texts)
+    missing: list[int] = (places[:, 0] < 0).nonzero().flatten().tolist()
+    if missing:
+        work.append([texts[number] for number in missing])
     if not work:
         return MakeResult(0, (), 0)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from dumo.encoders.textcache import StoredRow, TextTable
+from dumo.encoders.textcache import StoredRow, TextTable, used_tables
 from dumo.encoders.textreader import TextReader
 from dumo.flow.precision import to_float32
 from dumo.io import table
@@ -159,7 +159,7 @@ class CachedStore:
         lengths = {tables[i].lengths[row] for i, row in places.tolist()} if self.is_whole else set[int]()
         self.length = max(lengths) if lengths and length is None else length
         self.lengths_differ = len(lengths) != 1
-        self.used_tables = [tables[i] for i in places[:, 0].unique().tolist() if i >= 0]
+        self.used_tables = used_tables(tables, places)
         self.audits: list[Audit] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CachedStore":

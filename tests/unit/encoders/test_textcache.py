@@ -65,15 +65,15 @@ def test_ranks_and_stops_leave_the_same_bytes(
     encode = EncoderModel.__call__
     calls = 0
 
-    def stop_at_the_fifth(model: EncoderModel, texts: list[str]) -> Embeddings:
+    def stop_at_the_fourth(model: EncoderModel, texts: list[str]) -> Embeddings:
         nonlocal calls
         calls += 1
-        if calls == 5:  # of the empty text, then two batches of a shard
+        if calls == 4:  # after the empty text and both batches of the first shard
             raise Stopped(15, "stopped")
         return encode(model, texts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(EncoderModel, "__call__", stop_at_the_fifth)
+        patch.setattr(EncoderModel, "__call__", stop_at_the_fourth)
         with pytest.raises(Stopped):
             fill_cache(out, CAPTIONS, spec, rank=0, world=2)
     assert not is_filled(out, CAPTIONS, deep=False)
