@@ -26,13 +26,14 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.lab import bench
 from dumo.plan.cost import count_cost
+from dumo.run.net import make_flow
 from dumo.run.resolve import resolve
 from dumo.run.weights import build
 from dumo.runtime.device import peak_bytes
 from dumo.runtime.random import random_batch
 from dumo.runtime.stopwatch import Stopwatch
 from dumo.training.state import begin
-from dumo.training.step import flow_of, train_step
+from dumo.training.step import train_step
 
 Row = dict[str, Any]
 
@@ -132,7 +133,7 @@ def memory_rows(device: torch.device, smoke: bool) -> Iterator[Row]:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         state = begin(build(run, device), run.train)
-        flow = flow_of(state, run.train, run.objective, run.path, run.data.classes)
+        flow = make_flow(run, state)
         x, c = random_batch("gpu", run.train.batch, run.data.shape, run.data.classes)
         step = partial(train_step, state, flow, (x.to(device), c.to(device)), run.train)
         seconds = Stopwatch(device).time_rounds([step], 1 if smoke else 3).median().item()

@@ -23,5 +23,5 @@ for epoch in range(EPOCHS):
         losses.append(loss.item())
     print(f"epoch {epoch}: loss {sum(losses) / len(losses):.4f}")
 
-samples = flow.of(ema).sample(range(10), nfe=1)
+samples = flow.with_net(ema).sample(range(10), nfe=1)
 print(f"samples {tuple(samples.shape)}")

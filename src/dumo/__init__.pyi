@@ -6,6 +6,6 @@ from dumo.cli.api import recipe as recipe
 from dumo.cli.api import recipes as recipes
 from dumo.cli.api import train as train
 from dumo.cli.callback import Stop as Stop
-from dumo.cli.flow import Flow as Flow
+from dumo.flow.module import Flow as Flow
 
 __version__: str

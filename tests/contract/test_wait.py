@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from contract.case import name, nets, one_each, randomise
-from dumo.flow import flow
+from dumo.flow import module
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.noise import draw, path_velocity
 from dumo.flow.path import Linear
@@ -22,8 +22,9 @@ from dumo.flow.slope import JvpSlope
 from dumo.objectives import DuMo
 from dumo.training.spec import Train
 from dumo.training.state import begin
-from dumo.training.step import MicroBatches, flow_of
+from dumo.training.step import MicroBatches
 from dumo.types import Objective
+from unit.training.toy import flow_of
 
 GUIDE = Guide(zeta=0.4, interval=Interval(high=0.9))
 # What torch does on `meta` for a derivative in forward mode it does on the CPU.
@@ -67,7 +68,7 @@ class Crossing(TorchDispatchMode):
 def test_a_step_waits_for_no_number_and_makes_the_same_passes(
     objective: Objective, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flow, "autocast", lambda *_, **__: nullcontext())  # there is none of `meta`
+    monkeypatch.setattr(module, "autocast", lambda *_, **__: nullcontext())  # there is none of `meta`
     spec, made = Train(steps=4, batch=N, micro_batch=N // 2, ema=()), dict[str, list[int]]()
     for device in ("cpu", "meta"):
         net = Passes(randomise(nets()[0].build(objective.needs, SHAPE, 3)).to(device))

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from dumo.export import lora
 from dumo.flow.guide import Guide
+from dumo.flow.module import Flow
 from dumo.flow.noise import PRIOR, add_noise, make_draws
 from dumo.flow.reading import readings_of, teacher_velocity
-from dumo.run.net import flow_in_training
 from dumo.run.weights import open_run
 from dumo.runtime.random import random_row_mask
 from dumo.training import checkpoint
@@ -60,7 +60,7 @@ def personal(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Person
     monkeypatch.setenv("FEW_STEPS", str(case.few))
     monkeypatch.setenv("MY_IMAGES", str(mine))
     must(call("encode", "personal", *case.words()))
-    with patch("dumo.run.train.flow_in_training", wraps=flow_in_training) as flow:
+    with patch("dumo.run.net.Flow", wraps=Flow) as flow:
         must(call("train", "personal", *case.words(), *LR, "--out", case.run))
     assert {made.kwargs["prior"] for made in flow.call_args_list} == {0.5}
     return case

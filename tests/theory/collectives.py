@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dumo.config.load import load
-from dumo.run.net import flow_in_training
+from dumo.run.net import make_flow
 from dumo.run.weights import build
 from dumo.training.state import begin
 from dumo.training.step import passes_of_rank, span, train_step
@@ -53,7 +53,7 @@ def count(slope: str, share: int, reshard: bool, micro_batch: int | None) -> dic
     mine = passes_of_rank(spec.train, spec.objective)
     batch = spec.data.open().batch(0, spec.train.batch, 0, span(mine))
     with Sent() as sent:
-        train_step(state, flow_in_training(spec, state), batch, spec.train)
+        train_step(state, make_flow(spec, state), batch, spec.train)
     return {
         "slope": slope,
         "share": share,

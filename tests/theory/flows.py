@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dumo
 from contract.own import Encoder, Perceptron, UNet
-from dumo.flow.loop import LoopFlow as Flow
+from dumo.flow.module import Flow
 from dumo.objectives import MeanFlow
 from dumo.types import Needs, UserError
 from meeting import meeting
@@ -138,7 +138,7 @@ def compare(name: str, of_net: str, of_flow: str, rank: int) -> Gradient:
         found = found / 2
     torch._dynamo.reset()
     error = (found - expected).norm() / expected.norm()
-    return Gradient(f"{name}, {of_net}, {of_flow}", error.item(), loss, flow.slope_reason)
+    return Gradient(f"{name}, {of_net}, {of_flow}", error.item(), loss, flow.slope_report)
 
 
 class AsksForTensors(nn.Module):
@@ -164,7 +164,7 @@ def refusals(rank: int) -> dict[str, str]:
     def attempt(name: str, flow: Flow, x: Tensor, c: Tensor | None = None) -> None:
         try:
             flow(x, c)
-            said[name] = f"none: {flow.slope_reason}"
+            said[name] = f"none: {flow.slope_report}"
         except UserError as error:
             said[name] = str(error)
 

@@ -17,7 +17,7 @@ from dumo.config.spec import Run
 from dumo.data import Data
 from dumo.io.source import DataSource
 from dumo.run.journal import slope_in_time
-from dumo.run.net import flow_in_training
+from dumo.run.net import make_flow
 from dumo.run.weights import build, build_deferred
 from dumo.runtime import dist
 from dumo.runtime.random import keyed_normal
@@ -70,7 +70,7 @@ def train(run: Run, case: str, steps: int) -> tuple[dict[str, Tensor], list[floa
         assert all(p.is_meta for name, p in net.named_parameters() if "blocks" in name)
         state = begin(net, run.train, torch.device("cpu"), made)
     rows = span(passes_of_rank(run.train, run.objective))
-    flow = flow_in_training(run, state, teacher=taught if "+teacher" in case else None)
+    flow = make_flow(run, state, teacher=taught if "+teacher" in case else None)
     losses: list[float] = []
     norms: list[float] = []
     for step in range(steps):

@@ -20,11 +20,12 @@ from dumo.nets import DiT
 from dumo.objectives import SCT, Consistency
 from dumo.training.spec import Train
 from dumo.training.state import begin
-from dumo.training.step import flow_of, train_step
+from dumo.training.step import train_step
 from dumo.types import Frozen, Net, NoisyBatch, Objective, Readings, lift
 from objectives.test_consistency import AUTHORS
 from theory.exact import D, column
 from theory.formula import Polynomial
+from unit.training.toy import flow_of
 
 POINT = (2, 1, 1)  # a point as an image
 TINY = DiT(patch=1, width=16, depth=1, attention=2)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from contract.case import name, objectives, one_each
 from dumo.config.load import load
 from dumo.config.teacher import Start, Teacher
-from dumo.flow.flow import Flow
 from dumo.flow.guide import Guide
+from dumo.flow.module import Flow
 from dumo.flow.reading import available_readings, teacher_velocity
 from dumo.flow.slope import DualSlope
 from dumo.objectives import FACM, DuMo, FlowMatching, Objective
@@ -51,7 +51,9 @@ class UnderAdapters(nn.Module):
 
 
 def run_of(objective: Objective) -> TeacherVelocity:
-    return teacher_velocity(Flow(Exact(APART, objective.needs), objective, classes=APART.classes).readings())
+    return teacher_velocity(
+        Flow(Exact(APART, objective.needs), objective, direct=True, classes=APART.classes).readings()
+    )
 
 
 def of_function() -> TeacherVelocity:

@@ -115,7 +115,7 @@ class TrainedRun:
         `velocity(x_t, t, c)` is dx_t/dt, `endpoint(x_t, t, c)` is x_0, `flow_map(x_t, t, s, c)` is x_s, all in units
         of `spec.path.sd`. Knobs and guidance are those of `spec.sample`; gradients are recorded.
         """
-        return self.opened.sampler.readings
+        return self.opened.sampler.flow.readings()
 
     def sample(
         self,

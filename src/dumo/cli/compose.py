@@ -14,7 +14,7 @@ from torch import nn
 
 from dumo.config import recipes
 from dumo.config.change import yaml_text
-from dumo.config.load import RUN_FILE, load, load_recipe, objective_of, parse
+from dumo.config.load import RUN_FILE, load, load_recipe, parse
 from dumo.config.source import (
     IMAGES_RECIPE,
     SHIPPED_PREFIX,
@@ -251,7 +251,9 @@ def _part_fields(parts: Fields, tree: Fields) -> Fields:
         fields["evaluate"] = load_recipe(recipe).evaluate.model_dump(mode="json")
     if "objective" in fields:
         fields["objective"] = _objective_fields(fields["objective"])
-        solver = best_solver(available_readings(objective_of(fields["objective"])))
+        objective = parse(StandaloneParts, {"objective": fields["objective"]}).objective
+        assert objective is not None
+        solver = best_solver(available_readings(objective))
         fields["sample.solver"] = {"kind": solver.kind}
     return fields
 

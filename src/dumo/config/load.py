@@ -4,18 +4,17 @@
 found when the run was first opened (`resolved`), and validates the tree (`parse`). `load_recipe` reads a shipped recipe
 by name, `run_of` a text that is read already.
 
-`dump` is the inverse of `load`, and `summary` a shorter tree for people. `objective_of` makes an objective of what
-Python code gives. `dumo.config.difference` compares two runs.
+`dump` is the inverse of `load`, and `summary` a shorter tree for people. `dumo.config.difference`
+compares two runs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError, to_json
-from torch import nn
 
 from dumo.config import trust
 from dumo.config.change import override
@@ -32,9 +31,9 @@ from dumo.config.source import (
     read,
 )
 from dumo.config.source import RUN_FILE as RUN_FILE  # those who `load` and `dump` a run.yaml have it from here
-from dumo.config.spec import Run, StandaloneParts
+from dumo.config.spec import Run
 from dumo.io.yaml import dump_yaml
-from dumo.types import Objective, Spec, UserError, marks_of
+from dumo.types import Spec, UserError, marks_of
 
 S = TypeVar("S", bound=Spec)
 
@@ -81,25 +80,6 @@ def parse(spec: type[S], tree: object, name: str = "") -> S:
 
         prefix = f"{name}: " if Path(name).suffix else ""
         raise UserError("\n".join(prefix + line for line in explain(error, spec))) from error
-
-
-def objective_of(value: str | Mapping[str, Any] | Objective) -> Objective:
-    """The objective of this kind, or of a dict of fields with its `kind`. An instance is returned as it is.
-
-    Raises UserError for anything else, and for fields that do not fit.
-    """
-    if isinstance(value, str | Mapping):
-        fields = {"kind": value} if isinstance(value, str) else dict(value)
-        objective = parse(StandaloneParts, {"objective": fields}).objective
-        assert objective is not None
-        return objective
-    if isinstance(value, type | nn.Module) or not isinstance(value, Objective):  # pyright: ignore[reportUnnecessaryIsInstance]
-        name = value.__name__ if isinstance(value, type) else type(value).__name__
-        raise UserError(
-            f"the objective is {name}: give its name, a dict of its fields, or an instance such as "
-            "dumo.objectives.DuMo()"
-        )
-    return value
 
 
 def _fill(tree: dict[str, Any], resolved: dict[str, Any]) -> None:

@@ -139,7 +139,7 @@ def _exported_model(
             "train with path.kind=linear and path.sd=1, or sample it by dumo sample"
         )
     if to in ("diffusers", "safetensors"):
-        sampler = replace(sampler, flow=sampler.flow.of(_net_with_uncoded_base(opened, spec)))
+        sampler = replace(sampler, flow=sampler.flow.with_net(_net_with_uncoded_base(opened, spec)))
     chosen_head = _choose_head(sampler.flow.objective, head)
     # A LoRA is rounded alone, without what it is added to.
     model_dtype = "float32" if to in ("lora", "comfyui") else dtype

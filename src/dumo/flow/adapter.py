@@ -3,7 +3,7 @@
 The network itself is called as `net(x, t=t)`, or as `net(x, t=t, c=c)` if there are conditions; `r=r` follows t, and
 the knobs of an objective follow r, by their own names. Keywords let a network have its arguments in any order, and one
 with other names raises a TypeError. `call(net, x, t, c)`, a function of the user's with arguments of these names, calls
-any other network. dumo's own networks take x and c by position, and are called as they are.
+any other network. dumo's own networks take x and c by position.
 
 Conditions are of two kinds. Labels (b,) go to the objective and to the network as they are. Of anything else, such as
 the tokens of a text, the objective gets row numbers, which it drops, duplicates and picks without knowing what they
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dumo.autodiff.dual import Dual, primal
 from dumo.runtime.random import seeded_generators
-from dumo.types import Array, Cond, Heads, Needs, Time, UserError, unwrap
+from dumo.types import Array, Cond, Heads, Needs, Net, Sample, Time, UserError, unwrap
 
 Condition = Tensor | Mapping[str, Tensor] | None  # labels (b,), numbers (b, ...), or tensors by name
 Null = Tensor | Mapping[str, Tensor] | None  # the row that replaces a dropped condition, or one by name
@@ -192,3 +192,16 @@ def heads_of(outputs: object, x: Array, needs: Needs, net: str) -> Heads:
             "return a tuple of these, or give dumo.Flow(call=...)"
         )
     return cast(Heads, heads)
+
+
+def in_weights_dtype(adapter: NetAdapter) -> Net:
+    """The adapter on x in the floating-point type of the network's weights; what it returns is in that of x."""
+    weights = (p for p in unwrap(adapter.net).parameters() if p.is_floating_point())
+    weight = next(weights, None)
+    if weight is None or weight.dtype == torch.float32:
+        return adapter
+
+    def net(x: Sample, c: Cond, /, **inputs: Time) -> Heads:
+        return tuple(head.to(x.dtype) for head in adapter(x.to(weight.dtype), c, **inputs))
+
+    return net

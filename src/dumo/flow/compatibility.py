@@ -10,6 +10,7 @@ combination is refused in the same words wherever it is asked for.
     require_same_data                                                     a teacher of other data
     require_first_stage                                                   theta^- of a second stage
     require_labels                                                        objectives that compare rows of one label
+    require_conditions                                                    conditions without classes= or null=
     require_guidable, require_names                                       guidance and knobs while sampling
 
 `why_unguided` says why a model cannot be guided. `without_drop` changes an objective for a network that has no null
@@ -18,11 +19,12 @@ condition.
 
 from collections.abc import Collection, Mapping
 from math import isinf
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dumo.flow.adapter import Condition, ConditionRows, Null, is_labels
 from dumo.flow.guide import CFG, GuidanceScale, Guide
 from dumo.flow.precision import HALVES, precision_of
 from dumo.flow.reading import available_readings
@@ -191,6 +193,35 @@ def require_labels(objective: Objective, *, has_coupling: bool) -> None:
             f"{subject} compares rows of one label, and c is not a label: give labels and classes=, or take another "
             "objective without coupling="
         )
+
+
+def require_conditions(
+    c: Condition, classes: int, null: Null, *, waits: bool = False, may_be_null: bool = False
+) -> None:
+    """Refuse conditions of `dumo.Flow` that would be ignored, or taken for others.
+
+    waits: whether to read labels on a GPU, which must be waited for; those on a CPU always are.
+    may_be_null: whether a label may be the one that means none, as it may if the network is read.
+    """
+    if c is None:
+        if classes or null is not None:
+            raise UserError("classes= and null= are for conditions, and there are none: give c, or leave them out")
+    elif is_labels(c):
+        labels = cast(Tensor, c)
+        if not classes:
+            raise UserError("c are labels, which would be ignored: give dumo.Flow(net, classes=...)")
+        if waits or labels.device.type == "cpu":
+            out_of_range = labels[(labels < 0) | (labels >= classes + may_be_null)]
+            if len(out_of_range):
+                raise UserError(
+                    f"label {int(out_of_range[0])} with classes = {classes}: labels are 0 to {classes - 1}, and "
+                    f"{classes} means none"
+                )
+    elif classes:
+        raise UserError(f"classes = {classes} are for labels of integers (b,), and c is not: give c as such")
+    else:
+        rows = ConditionRows.of(c, null)
+        require_names("null", rows.null, rows.rows, "c")
 
 
 # ------------------------------------------------------------------------------------------------------------- guidance

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import Precision, using
 from dumo.flow.solver import Fresh, Solver, Stepper
+from dumo.runtime import dist
 from dumo.runtime.limits import SAMPLES
 from dumo.runtime.random import noise
 from dumo.types import Array, Cond, Heads, Readings, Sample, Trail, UserError
@@ -85,17 +86,22 @@ def sample_batches(
     if len(indices) != len(c):
         raise ValueError(f"{len(indices)} images for {len(c)} rows of c: give one index a row")
 
-    for start in range(0, len(c), batch):
-        batch_indices = indices[start : start + batch]
-        batch_c = c[start : start + batch].to(device)
-        first_draw = None if z is None else z[start : start + batch].to(device)
-        with eval_mode(net), counting_passes(net) as rows_per_pass, in_precision(net, precision, device):
-            _, x = integrate(
-                readings, path, solver, batch_c, nfe, _fresh_noise(seed, batch_indices, shape, device, first_draw)
-            )
-        num_passes, remainder = divmod(sum(rows_per_pass), len(batch_indices))
-        assert not remainder, "a reading called the network for some rows more often than for others"
-        yield Batch(torch.tensor(batch_indices), x.cpu(), num_passes)
+    try:
+        for start in range(0, len(c), batch):
+            batch_indices = indices[start : start + batch]
+            batch_c = c[start : start + batch].to(device)
+            first_draw = None if z is None else z[start : start + batch].to(device)
+            fresh = _fresh_noise(seed, batch_indices, shape, device, first_draw)
+            with eval_mode(net), counting_passes(net) as rows_per_pass, in_precision(net, precision, device):
+                _, x = integrate(readings, path, solver, batch_c, nfe, fresh)
+            num_passes, remainder = divmod(sum(rows_per_pass), len(batch_indices))
+            assert not remainder, "a reading called the network for some rows more often than for others"
+            yield Batch(torch.tensor(batch_indices), x.cpu(), num_passes)
+    finally:
+        # The root of a network that FSDP2 shards stays whole after a pass without a backward pass. The next optimizer
+        # step would not update it.
+        for part in dist.sharded_parts(net):
+            part.reshard()
 
 
 def join_batches(batches: Iterable[Batch]) -> Samples:

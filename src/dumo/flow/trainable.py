@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dumo.flow.adapter import NetAdapter, heads_of
 from dumo.flow.precision import Precision, precision_of
-from dumo.types import Cond, Heads, Needs, NoisyBatch, Objective, Sample, Time, UserError, unwrap
+from dumo.types import Cond, Heads, Needs, NoisyBatch, Objective, Sample, Terms, Time, UserError, unwrap
 from dumo.types.outside import name_of
 
 # The largest difference of two passes on a GPU, whose kernels may add in another order, over the norm of the outputs
@@ -121,6 +121,19 @@ def outputs_match(first: Tensor, second: Tensor, max_difference: float) -> bool:
     values = first[finite].cpu().double()  # MPS has no float64
     difference = torch.linalg.vector_norm(second[finite].cpu().double() - values)
     return bool(difference <= max_difference * torch.linalg.vector_norm(values))
+
+
+def require_loss_per_row(terms: Terms, rows: int, objective: str) -> Terms:
+    """What an objective's loss returned. Raises UserError unless it is one number for each of this many rows.
+
+    The trainer takes the mean, so a mean, or a column, would be trained on at another scale.
+    """
+    if terms.loss.shape != (rows,):
+        raise UserError(
+            f"objective '{objective}': its loss has shape {tuple(terms.loss.shape)}: return dumo.types.Terms(loss), "
+            f"where loss has one number per row, shape ({rows},), such as dumo.types.mean_square(e)"
+        )
+    return terms
 
 
 def rows_to_try(objective: Objective) -> int:

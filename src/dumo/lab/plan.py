@@ -38,8 +38,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from dumo.config import trust
 from dumo.config.change import yaml_text
-from dumo.config.load import load_recipe, objective_of
-from dumo.config.spec import Run
+from dumo.config.load import load_recipe, parse
+from dumo.config.spec import Run, StandaloneParts
 from dumo.config.suggestion import require_known
 from dumo.io.yaml import parse_mapping, parse_yaml
 from dumo.run import cost
@@ -444,7 +444,7 @@ def guidance_settings(recipe: str, settings: Sequence[str]) -> list[str]:
     if kind is None:
         return []
     recipe_objective = load_recipe(recipe).objective
-    objective_class = type(objective_of(kind))
+    objective_class = type(parse(StandaloneParts, {"objective": {"kind": kind}}).objective)
     assert isinstance(recipe_objective, Spec)
     assert issubclass(objective_class, Spec)
     fields = objective_class.model_fields

@@ -19,14 +19,14 @@ import torch.distributed
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dumo.flow.module import Flow
 from dumo.flow.path import FlowPath
-from dumo.flow.precision import autocast
 from dumo.run import cost
 from dumo.run.memory import average_tensors
 from dumo.training import layout
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import flow_of, passes_of_rank
+from dumo.training.step import passes_of_rank
 from dumo.types import NoisyBatch, Objective
 
 
@@ -116,13 +116,12 @@ class _Loss(nn.Module):
 
     def __init__(self, state: State, objective: Objective, path: FlowPath, train: Train, batch: NoisyBatch) -> None:
         super().__init__()
-        ref = flow_of(state, train, objective, path, 0).reference
+        average = None if train.ref == "self" else state.averages[train.ref].module
+        flow = Flow(state.net, objective, direct=True, path=path, ref=average, precision=train.precision)
         self.batch = batch
         # In a partial, so that the network is no submodule of this one.
-        self.loss = partial(objective.loss, state.net, ref)
-        self.autocast = partial(autocast, train.precision, "cpu", keep=not layout.frees_gathered_weights(train.reshard))
+        self.loss = partial(flow.compute_loss, cache_casts=not layout.frees_gathered_weights(train.reshard))
 
     def forward(self) -> Tensor:
         """The sum of the loss over the batch, a number."""
-        with self.autocast():
-            return self.loss(self.batch).loss.sum()
+        return self.loss(self.batch).loss.sum()

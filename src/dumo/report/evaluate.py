@@ -183,7 +183,7 @@ def likelihoods(sampler: Sampler, evaluator: LikelihoodEvaluator, solver: Solver
     """
     net = sampler.net
     device = sampler.device
-    readings = sampler.guided(CFG())
+    readings = sampler.flow.readings(guide=CFG())
     rows_of_rank = torch.arange(dist.rank(), len(evaluator.x), dist.world())
     for rows in rows_of_rank.split(sampler.rows):
         x = evaluator.x[rows].to(device)

@@ -17,15 +17,15 @@ from torch import nn
 from dumo.config.code import has_own_net, is_from_outside
 from dumo.config.spec import Run
 from dumo.flow import dropout
-from dumo.flow.flow import require_loss_per_row
-from dumo.flow.noise import add_noise, make_draws, path_velocity
+from dumo.flow.module import Flow
+from dumo.flow.noise import path_velocity
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import using
 from dumo.flow.sampling import eval_mode
 from dumo.flow.trainable import max_pass_difference, outputs_match, require_trainable
 from dumo.runtime.random import random_batch
 from dumo.training.step import passes_of_rank
-from dumo.types import Array, Frozen, NoisyBatch, Objective, Sample, Trail, UserError
+from dumo.types import Array, Sample, Trail, UserError
 
 _STREAM_KEY = "outside"  # of the random numbers in place of data. Another key would draw other numbers
 
@@ -36,47 +36,41 @@ def require_contract(run: Run, net: nn.Module, device: torch.device) -> None:
     `net` is the run's network with random weights, because a last layer of zeros would hide what it draws. It is tried
     in training mode, and has its own mode again afterwards.
     """
-    b, keys = _first_rows(run, device)
-    with eval_mode(net, training=True), using(run.train.precision, device), dropout.using(keys):
-        if has_own_net(run):
-            require_trainable(net, b, run.objective.needs)
-        if is_from_outside(run.objective):
-            target = net if run.train.ref == "self" else copy.deepcopy(net).eval()
-            _require_repeatable_loss(run.objective, net, Frozen(target), b)
-
-
-def _require_repeatable_loss(objective: Objective, net: nn.Module, ref: Frozen, b: NoisyBatch) -> None:
-    """Raise UserError unless a loss has one number for each row, and two losses of the same batch are equal."""
-    first = require_loss_per_row(objective.loss(net, ref, b), len(b.t), objective.kind).loss.detach()
-    second = objective.loss(net, ref, b).loss.detach()
-    if not outputs_match(first, second, max_pass_difference(b.x_t)):
-        raise UserError(
-            f"objective '{objective.kind}': two losses of the same rows differ, so a resumed run would differ: keep no "
-            "state, name what is drawn in Needs.laws, and read it from b.drawn (docs/own-objective.md)"
-        )
-
-
-def _first_rows(run: Run, device: torch.device) -> tuple[NoisyBatch, dropout.Keys]:
-    """The record of the first pass of training, of random numbers in place of data, and the keys of its dropout."""
     objective = run.objective
     train = run.train
+    flow = Flow(
+        net,
+        objective,
+        direct=True,
+        classes=run.data.classes,
+        path=run.path,
+        teacher=path_velocity if run.teacher else None,  # none is open yet
+        ref=None if train.ref == "self" else copy.deepcopy(net),
+        precision=train.precision,
+        seed=train.seed,
+    )
+
+    # Put noise to random numbers in place of data, as the first pass of training does.
     rows = passes_of_rank(train, objective)[0]
     x, c = random_batch(_STREAM_KEY, rows.stop - rows.start, run.data.shape, run.data.classes)
-    draws = make_draws(objective, run.data.shape, seed=train.seed, step=0, batch=train.batch, rows=rows)
+    draws = flow.make_draws(0, run.data.shape, batch=train.batch, rows=rows)
     between = None
     if objective.needs.teacher.points:
         assert draws.z is not None
         between = _points_on_path(run.path, x, draws.z, objective.needs.teacher.points).to(device)
-    b = add_noise(
-        draws,
-        run.path,
-        x.to(device),
-        c.to(device),
-        run.data.classes,
-        teacher=path_velocity if run.teacher else None,  # none is open yet
-        between=between,
-    )
-    return b, draws.keys.to(device)
+    batch = flow.add_noise(x.to(device), c.to(device), draws, between=between)
+
+    with eval_mode(net, training=True), using(train.precision, device), dropout.using(draws.keys.to(device)):
+        if has_own_net(run):
+            require_trainable(net, batch, objective.needs)
+        if is_from_outside(objective):
+            first = flow.compute_loss(batch).loss.detach()
+            second = flow.compute_loss(batch).loss.detach()
+            if not outputs_match(first, second, max_pass_difference(batch.x_t)):
+                raise UserError(
+                    f"objective '{objective.kind}': two losses of the same rows differ, so a resumed run would differ: "
+                    "keep no state, name what is drawn in Needs.laws, and read it from b.drawn (docs/own-objective.md)"
+                )
 
 
 def _points_on_path(path: FlowPath, x: Sample, z: Sample, points: int) -> Trail:

@@ -29,12 +29,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dumo.flow import dropout
-from dumo.flow.flow import require_loss_per_row
 from dumo.flow.guide import Guide
 from dumo.flow.linearize import Moving
 from dumo.flow.noise import draw, path_velocity
 from dumo.flow.path import FlowPath
 from dumo.flow.slope import DualSlope, Way
+from dumo.flow.trainable import require_loss_per_row
 from dumo.nets.dualized import Dualized
 from dumo.nets.heads import with_submodules
 from dumo.runtime.random import stream

@@ -4,8 +4,8 @@
 without them, with what draws each weight when it is needed. `dumo.run.weights` loads trained ones.
 
 `num_parameters` says how large a net is. `require_room` asks whether a device has room for it, `require_room_to_train`
-whether it has room to train it; `dumo.run.memory` counts both. `flow_in_training` is the net with its objective, as it
-is trained.
+whether it has room to train it; `dumo.run.memory` counts both. `make_flow` joins the net and its objective, as
+they are trained.
 """
 
 from math import prod
@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from dumo.config.spec import Run
-from dumo.flow.flow import Flow
+from dumo.data import Latents
+from dumo.flow.module import Flow
 from dumo.io.deferred import Deferred, not_deferred
 from dumo.nets import Pretrained
 from dumo.nets.dualized import Dualized
@@ -24,19 +25,26 @@ from dumo.run.memory import held_bytes, weight_bytes
 from dumo.runtime.device import require_memory
 from dumo.runtime.random import stream
 from dumo.training.state import State
-from dumo.training.step import flow_of
 from dumo.types import TeacherVelocity
 from dumo.types.outside import NetSpec
 
 
-def flow_in_training(
-    run: Run, state: State, *, teacher: TeacherVelocity | None = None, prior: float | None = None
-) -> Flow:
-    """The net of a state with the run's objective, as it is trained.
-
-    `teacher` replaces the data's velocity, for the share `prior` of a batch's rows (None: for all).
-    """
-    return flow_of(state, run.train, run.objective, run.path, run.data.classes, teacher=teacher, prior=prior)
+def make_flow(run: Run, state: State, *, teacher: TeacherVelocity | None = None) -> Flow:
+    """The net of a state and the run's objective, as they are trained. `teacher` replaces the data's velocity."""
+    train = run.train
+    return Flow(
+        state.net,
+        run.objective,
+        direct=True,
+        classes=run.data.classes,
+        path=run.path,
+        coupling=train.coupling,
+        teacher=teacher,
+        prior=run.data.prior if isinstance(run.data, Latents) else None,
+        ref=None if train.ref == "self" else state.averages[train.ref].module,
+        precision=train.precision,
+        seed=train.seed,
+    )
 
 
 def outline(run: Run, *, short: bool = False) -> nn.Module:

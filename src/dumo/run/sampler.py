@@ -19,8 +19,8 @@ from dumo.data import Data, Latents
 from dumo.data.pixel import Size
 from dumo.encoders.codec import LoadedCodec
 from dumo.flow import sampling
-from dumo.flow.flow import Flow
 from dumo.flow.guide import CFG
+from dumo.flow.module import Flow
 from dumo.flow.precision import Precision
 from dumo.flow.reading import available_readings
 from dumo.flow.solver import Solver
@@ -53,7 +53,8 @@ class Sampler:
     @property
     def precision(self) -> Precision:
         """The precision of the net's passes; decoders stay in float32."""
-        return self.flow.precision or "fp32"
+        assert self.flow.precision is not None, "a run has a precision"
+        return self.flow.precision
 
     @property
     def device(self) -> torch.device:
@@ -88,15 +89,6 @@ class Sampler:
     def available_readings(self) -> Readings:
         """The readings that the objective teaches, of no net: for checks."""
         return available_readings(self.flow.objective)
-
-    @property
-    def readings(self) -> Readings:
-        """The net as it is sampled: with the knobs and the guidance."""
-        return self.guided(self.spec.guide)
-
-    def guided(self, guide: CFG) -> Readings:
-        """The net as it is sampled, with the knobs and this guidance."""
-        return self.flow.readings(guide, self.spec.knobs)
 
     @cached_property
     def codec(self) -> LoadedCodec | None:
@@ -143,8 +135,10 @@ class Sampler:
         if indices is None:
             indices = range(dist.rank(), len(c), dist.world())
         rows = torch.tensor(indices, dtype=torch.long)
-        batches = self.flow.batches(
-            self.guided(guide or self.spec.guide),
+        batches = sampling.sample_batches(
+            self.net,
+            self.flow.readings(guide=guide),
+            self.flow.path,
             solver or self.spec.solver,
             c[rows],
             nfe=nfe,
@@ -152,6 +146,8 @@ class Sampler:
             shape=self.shape,
             indices=indices,
             batch=self.rows,
+            device=self.device,
+            precision=self.precision,
             z=None if z is None else z[rows],
         )
         return (replace(batch, x=self.decode(batch.x)) for batch in batches)
@@ -212,7 +208,16 @@ class Sampler:
 
 def sampler_of(run: Run, net: nn.Module) -> Sampler:
     """A run's net with all that its samples depend on, made with no more rows at a time than it was trained with."""
-    flow = Flow(net, run.objective, path=run.path, classes=run.data.classes, precision=run.precision)
+    flow = Flow(
+        net,
+        run.objective,
+        direct=True,
+        classes=run.data.classes,
+        path=run.path,
+        guide=run.sample.guide,
+        knobs=run.sample.knobs,
+        precision=run.precision,
+    )
     return Sampler(flow, run.data, run.sample, max_rows_per_pass(run.train))
 
 

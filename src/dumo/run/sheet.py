@@ -24,7 +24,7 @@ from dumo.io.picture import SCATTER_POINTS
 from dumo.run.sample_files import write_samples
 from dumo.run.sampler import gather_samples, rank_indices, sampler_of
 from dumo.runtime import dist, signals
-from dumo.training import agreement, layout
+from dumo.training import agreement
 from dumo.training.state import State
 from dumo.training.step import Record
 from dumo.types import Sample
@@ -99,8 +99,10 @@ class Sheets:
         sampler = sampler_of(run, state.sampled_net)
         indices = rank_indices(count)  # of this rank's images
         with _without_compiling(run):
-            rank_batches = sampler.flow.batches(
-                sampler.readings,
+            rank_batches = sampling.sample_batches(
+                sampler.net,
+                sampler.flow.readings(),
+                sampler.flow.path,
                 run.sample.solver,
                 self.c[torch.tensor(indices) % count],
                 nfe=nfe,
@@ -108,9 +110,10 @@ class Sheets:
                 shape=run.data.shape,
                 indices=indices,
                 batch=sampler.rows,
+                device=sampler.device,
+                precision=sampler.precision,
             )
             batches = list(rank_batches)
-        layout.release(sampler.net)
         return gather_samples(batches, run.data.shape).x[:count]
 
 

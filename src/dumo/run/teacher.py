@@ -28,7 +28,7 @@ from dumo.config.teacher import Pairs, Teacher
 from dumo.data import Data, Latents
 from dumo.flow import sampling
 from dumo.flow.compatibility import require_same_data
-from dumo.flow.flow import Flow
+from dumo.flow.module import Flow
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import Precision, autocast
 from dumo.flow.reading import bind_knobs, teacher_velocity
@@ -116,13 +116,13 @@ def open_teacher(teacher: Teacher, run: Run, state: State, device: torch.device)
     match teacher.kind:
         case "run":
             flow, sha256 = _run_flow(teacher, run.data, run.path, device)
-            readings = flow.readings(teacher.guide)
+            readings = flow.readings(guide=teacher.guide)
         case "python":
             user_reads, sha256 = _call_user_function(teacher, run, device)
             readings = teacher.guide(user_reads, run.data.classes)
         case "base":
             sha256 = str(state.frozen)
-            readings = base_flow(teacher, run, state.net).readings(teacher.guide)
+            readings = base_flow(teacher, run, state.net).readings(guide=teacher.guide)
     velocity = teacher_velocity(readings) if teacher.gives_velocity(run.objective.needs.teacher) else None
     return LoadedTeacher(teacher, readings, velocity, {"source": teacher.source or teacher.kind, "sha256": sha256})
 
@@ -135,7 +135,7 @@ def base_flow(teacher: Teacher, run: Run, net: nn.Module) -> Flow:
     """
     base_net = BaseNet(net, run.train.precision)
     if not (run.start and run.has_subject):
-        return Flow(_BaseVelocity(base_net, run.objective.needs), FlowMatching(), classes=run.data.classes)
+        return Flow(_BaseVelocity(base_net, run.objective.needs), FlowMatching(), direct=True, classes=run.data.classes)
     few_step = load(run.start.source)
     check_guidance(
         teacher.guide,
@@ -145,7 +145,7 @@ def base_flow(teacher: Teacher, run: Run, net: nn.Module) -> Flow:
         "teacher.guide.scale",
         run.start.source,
     )
-    return Flow(base_net, few_step.objective, classes=run.data.classes, knobs=few_step.sample.knobs)
+    return Flow(base_net, few_step.objective, direct=True, classes=run.data.classes, knobs=few_step.sample.knobs)
 
 
 class BaseNet(nn.Module):
@@ -202,7 +202,7 @@ def _run_flow(teacher: Teacher, data: Data, path: FlowPath, device: torch.device
         "teacher.guide.scale",
         teacher.source,
     )
-    flow = Flow(opened.net, teacher_run.objective, classes=data.classes, knobs=teacher_run.sample.knobs)
+    flow = Flow(opened.net, teacher_run.objective, direct=True, classes=data.classes, knobs=teacher_run.sample.knobs)
     return flow, weights.sha256(opened.file)
 
 

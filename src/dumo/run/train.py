@@ -22,15 +22,14 @@ import torch
 
 from dumo.config.spec import Run
 from dumo.config.word import method
-from dumo.data import Latents
 from dumo.data.ledger import ledger_of
-from dumo.flow.flow import Flow
+from dumo.flow.module import Flow
 from dumo.flow.noise import Draws
 from dumo.io.source import Bucketed, DataSource
 from dumo.nets.dualized import Dualized
 from dumo.run.job import Job, MakeSheets, open_job, train_more_hint
 from dumo.run.journal import Journal, resume_hint
-from dumo.run.net import flow_in_training
+from dumo.run.net import make_flow
 from dumo.run.request import note_end
 from dumo.run.summary import empty_classes_line, training_summary
 from dumo.run.teacher import TeacherPairs
@@ -124,8 +123,7 @@ def train_job(
 
     # what a step takes
     teacher_velocity = job.teacher.velocity if job.teacher else None
-    prior = run.data.prior if isinstance(run.data, Latents) else None
-    flow = flow_in_training(run, state, teacher=teacher_velocity, prior=prior)
+    flow = make_flow(run, state, teacher=teacher_velocity)
 
     # what is called after it
     run_hooks = list(journal.hooks)

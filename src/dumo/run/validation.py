@@ -19,7 +19,7 @@ from dumo.run.best import BestFolder
 from dumo.run.sampler import Sampler, rank_indices, sampler_of
 from dumo.runtime import signals
 from dumo.runtime.stopwatch import wall_clock
-from dumo.training import agreement, layout
+from dumo.training import agreement
 from dumo.training.state import State
 from dumo.types import Cond, UserError
 
@@ -129,7 +129,6 @@ class Validation:
             self.log_line(f"warning: step {state.step:,} is not judged: {error}")
             return {}
         finally:
-            layout.release(self.sampler.net)
             self.exclude_seconds(wall_clock() - started)
         leading_metric = next(iter(all_scores))
         scores = {leading_metric: all_scores[leading_metric]}

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from dumo.flow.flow import Loss
+from dumo.flow.module import Loss
 from dumo.types import Objective, UserError
 
 

@@ -198,12 +198,6 @@ def frees_gathered_weights(reshard: bool) -> bool:
     return reshard and dist.world() > 1
 
 
-def release(net: nn.Module) -> None:
-    """Free the weights that a pass without a backward pass has gathered: later steps would not update them."""
-    for module in _sharded_modules(net):
-        module.reshard()
-
-
 def _sharded_modules(net: nn.Module) -> "list[FSDPModule]":
     """The sharded modules of a net, the root first; none if it is in one piece."""
     if dist.world() == 1:

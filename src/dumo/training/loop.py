@@ -8,7 +8,7 @@ bar) is a hook.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dumo.flow.flow import Flow
+from dumo.flow.module import Flow
 from dumo.flow.noise import Draws
 from dumo.flow.precision import product_precision
 from dumo.runtime.signals import Stopped

@@ -7,8 +7,8 @@ The order of a step:
    (`dumo.training.record`). Else gradients are clipped.
 3. `advance` counts the step and updates weights and averages.
 
-The caller makes ahead what a step takes: `flow_of` joins net and objective, `draws_of` draws random numbers, and
-`passes_of_rank` says which rows of the batch this rank takes.
+The caller makes ahead what a step takes: `draws_of` draws random numbers, and `passes_of_rank` says which rows of the
+batch this rank takes.
 
 The gradient is that of the mean loss over the global batch. A batch is split over ranks, and a rank's rows over its
 passes, in micro-batches of consecutive rows, of nearly equal size, equally many on every rank. A micro-batch adds the
@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from dumo.flow.flow import Flow, Loss
+from dumo.flow.module import Flow, Loss
 from dumo.flow.noise import Draws
-from dumo.flow.path import FlowPath
 from dumo.flow.trainable import group_size
 from dumo.runtime import dist
 from dumo.training import layout
@@ -35,38 +34,10 @@ from dumo.training.duration import Timing
 from dumo.training.record import Record, measure, skip_reason
 from dumo.training.spec import Train
 from dumo.training.state import State
-from dumo.types import NoisyBatch, Objective, TeacherVelocity, Terms, Time, UserError
+from dumo.types import NoisyBatch, Objective, Terms, Time, UserError
 from dumo.types.rows import to_device
 
 Batch = Sequence[Tensor]  # (x, c); with the noise of x, (x, c, z); and with what is between, (x, c, z, between)
-
-
-def flow_of(
-    state: State,
-    spec: Train,
-    objective: Objective,
-    path: FlowPath,
-    classes: int,
-    *,
-    teacher: TeacherVelocity | None = None,
-    prior: float | None = None,
-) -> Flow:
-    """The net of a state, and the objective that teaches it; `teacher` replaces the data's velocity.
-
-    `classes` is the label of no class, `prior` the share of a batch's rows that the teacher answers (None: all).
-    """
-    return Flow(
-        state.net,
-        objective,
-        path=path,
-        classes=classes,
-        seed=spec.seed,
-        coupling=spec.coupling,
-        teacher=teacher,
-        prior=prior,
-        ref=None if spec.ref == "self" else state.averages[spec.ref].module,
-        precision=spec.precision,
-    )
 
 
 def rows_kept_together(spec: Train, objective: Objective) -> int:
@@ -123,7 +94,7 @@ def train_step(
 ) -> Record:
     """Make one step: update net, optimizer, averages and counters of `state`, and return what was measured.
 
-    - `flow`: of this net (`flow_of`)
+    - `flow`: of this net
     - `batch`: this rank's rows of the global one
     - `loss`: the objective's, or a compiled one; None: the objective's
     - `draws`: the step's random numbers (`draws_of`); None: they are drawn here
@@ -195,7 +166,7 @@ class MicroBatches:
         self.draws = draws or draws_of(flow, spec, state.step, self.x.shape[1:], z=self.z is None)
         self.keys = to_device(self.draws.keys, self.x.device)
         self.progress = state.progress
-        self.keep_casts = not layout.frees_gathered_weights(spec.reshard)
+        self.cache_casts = not layout.frees_gathered_weights(spec.reshard)
 
     def local_rows(self, rows: slice) -> slice:
         """Rows of the global batch, counted from this rank's first."""
@@ -205,9 +176,9 @@ class MicroBatches:
         """Noise these rows of the global batch, with the times and labels drawn for them."""
         local_rows = self.local_rows(rows)
         return self.flow.add_noise(
-            self.draws[local_rows],
             self.x[local_rows],
             self.c[local_rows],
+            self.draws[local_rows],
             z=None if self.z is None else self.z[local_rows],
             between=None if self.between is None else self.between[local_rows],
             progress=self.progress,
@@ -215,7 +186,8 @@ class MicroBatches:
 
     def loss_of(self, b: NoisyBatch, rows: slice) -> Terms:
         """The loss of these rows, in the run's precision, with their dropout masks."""
-        return self.flow.terms(b, self.keys[self.local_rows(rows)], self.loss, keep=self.keep_casts)
+        keys = self.keys[self.local_rows(rows)]
+        return self.flow.compute_loss(b, keys, loss=self.loss, cache_casts=self.cache_casts)
 
 
 def draws_of(flow: Flow, spec: Train, step: int, shape: Sequence[int], *, z: bool = True) -> Draws:

@@ -48,7 +48,7 @@ def test_five_percent_are_found_on_a_fresh_dit_whose_zero_layers_are_filled(monk
         dumo.Flow(fresh_dit(), DUAL)(IMAGES)
 
     # The zero layers of the network itself hide the error: all that it computes is zero.
-    monkeypatch.setattr("dumo.flow.loop.copy_without_zero_layers", lambda net: None)
+    monkeypatch.setattr("dumo.flow.module.copy_without_zero_layers", lambda net: None)
     assert dumo.Flow(fresh_dit(), DUAL).check(IMAGES) == "dual, 0 % off a central difference"
 
 
@@ -97,9 +97,9 @@ class FloatsTime(Around):
 def test_where_dual_does_not_run_jvp_is_taken() -> None:
     flow = dumo.Flow(AsksForTensors())
     flow(X)
-    assert flow.slope_reason.startswith("jvp, ")
-    assert "not dual" in flow.slope_reason
-    assert flow.slope_reason in repr(flow)
+    assert flow.slope_report.startswith("jvp, ")
+    assert "not dual" in flow.slope_report
+    assert flow.slope_report in repr(flow)
 
 
 def test_the_slope_of_a_resumed_state_is_taken() -> None:
@@ -183,14 +183,14 @@ def test_du_dt_is_not_compared_where_differences_cannot_be_taken(case: str, monk
     flow = dumo.Flow(net)
     with torch.autocast("cpu", torch.bfloat16, enabled=case != "weights of 16 bits"):
         assert flow(x).isfinite()
-    assert flow.slope_reason.startswith("dual, not compared")
+    assert flow.slope_report.startswith("dual, not compared")
 
 
 def test_a_network_of_16_bits_is_compared_in_float64() -> None:
     flow = dumo.Flow(JoinsLate().bfloat16())
     assert flow(X.bfloat16()).isfinite()
-    assert flow.slope_reason.startswith("dual, ")
-    assert "not compared" not in flow.slope_reason
+    assert flow.slope_report.startswith("dual, ")
+    assert "not compared" not in flow.slope_report
 
 
 def test_layers_of_zeros_are_noise_in_the_copy_alone() -> None:

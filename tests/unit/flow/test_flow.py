@@ -17,7 +17,7 @@ from contract.case import members, randomise
 from contract.own import Encoder, Numbers, Patches, Perceptron, Text, UNet
 from dumo.autodiff import dual
 from dumo.flow.adapter import Condition, NetAdapter
-from dumo.flow.loop import LoopFlow as Flow
+from dumo.flow.module import Flow
 from dumo.flow.noise import draw, path_velocity
 from dumo.flow.path import Linear, Trig
 from dumo.flow.solver import Heun
@@ -111,7 +111,7 @@ class Joined(nn.Module):
 
 def adapter_and_batch(flow: Flow, x: Tensor, c: Condition = None) -> tuple[NetAdapter, NoisyBatch]:
     """The network as an objective calls it at the next step, and the noisy batch of that step."""
-    b, _ = flow._noise(x, c, flow.step)
+    b, _ = flow._noisy_batch(x, c, flow.step)
     return flow._adapter(c, flow._generator_key(flow.step)), b
 
 
@@ -310,7 +310,7 @@ def test_a_network_of_diffusers_is_called_by_a_function() -> None:
     )
     flow = dumo.Flow(net, classes=CLASSES, call=lambda net, x, t, c: net(x, t, c).sample.chunk(2, 1))
     flow(images(), LABELS).backward()
-    assert flow.slope_reason.startswith("dual, ")
+    assert flow.slope_report.startswith("dual, ")
     assert flow.sample(2).isfinite().all()
 
 
@@ -601,9 +601,9 @@ def test_an_average_is_read_and_the_flow_stays() -> None:
     whole = AveragedModel(flow)
     trained(flow, case.x, case.c, 2)
     before = flow.sample(4)
-    old = flow.of(average).sample(4)
+    old = flow.with_net(average).sample(4)
     assert not torch.allclose(old, before)
-    torch.testing.assert_close(flow.of(whole).sample(4), old)
+    torch.testing.assert_close(flow.with_net(whole).sample(4), old)
     assert torch.equal(flow.sample(4), before)
     assert flow.net is not average
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dumo.flow.flow import Flow
 from dumo.flow.guide import Guide
+from dumo.flow.module import Flow
 from dumo.flow.noise import Coupling, Noise, add_noise, draw, make_draws
 from dumo.flow.path import Linear
 from dumo.flow.times import Pair, Uniform
@@ -236,9 +236,9 @@ def test_a_teacher_is_asked_for_v_t_where_the_loss_reads_it(objective: Objective
         asked.append(t)
         return v_t
 
-    flow = Flow(nn.Identity(), objective, teacher=teacher)
+    flow = Flow(nn.Identity(), objective, direct=True, teacher=teacher)
     x = torch.zeros(8, 2)
-    flow.add_noise(flow.make_draws(0, x.shape[1:], batch=8), x, torch.zeros(8, dtype=torch.long))
+    flow.add_noise(x, torch.zeros(8, dtype=torch.long), flow.make_draws(0, x.shape[1:], batch=8))
     draw(objective, Linear(), x, torch.zeros(8, dtype=torch.long), 0, seed=0, step=0, teacher=teacher)
     assert len(asked) == 2 * times
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import dumo
 from contract.own import Numbers, Perceptron, UNet
 from dumo.flow.guide import CFG
-from dumo.flow.loop import LoopFlow as Flow
+from dumo.flow.module import Flow
 from dumo.flow.noise import Coupling, path_velocity
 from dumo.flow.path import Linear, Trig
 from dumo.objectives import Drift, FlowMatching, ImprovedMeanFlow

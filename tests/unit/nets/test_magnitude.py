@@ -15,8 +15,9 @@ from dumo.objectives import DuMo
 from dumo.training.optim import AdamW
 from dumo.training.spec import Train
 from dumo.training.state import begin
-from dumo.training.step import flow_of, train_step
+from dumo.training.step import train_step
 from dumo.types import Needs
+from unit.training.toy import flow_of
 
 KEPT: dict[str, Any] = {"magnitude": "preserved"}
 TINY = DiT(patch=2, width=8, depth=3, attention=2, **KEPT)

@@ -11,12 +11,12 @@ from dumo.plan import cluster, cost
 from dumo.plan.cost import LayoutMemory, count_cost, layouts
 from dumo.run import memory
 from dumo.run.cost import StepCost
-from dumo.run.net import outline
+from dumo.run.net import make_flow, outline
 from dumo.run.weights import build
 from dumo.runtime.random import random_batch
 from dumo.training.frozen import trained_state_dict
 from dumo.training.state import State, begin
-from dumo.training.step import flow_of, train_step
+from dumo.training.step import train_step
 from dumo.types import UserError
 from e2e.shell import call, sets
 from recipe import recipe
@@ -135,7 +135,7 @@ def test_bytes_are_those_of_real_tensors(monkeypatch: pytest.MonkeyPatch, part: 
 def trained_one_step(run: Run) -> State:
     """The state after one step on random numbers."""
     state = begin(build(run), run.train)
-    flow = flow_of(state, run.train, run.objective, run.path, run.data.classes)
+    flow = make_flow(run, state)
     train_step(state, flow, random_batch("one", run.train.batch, run.data.shape, run.data.classes), run.train)
     return state
 

@@ -189,9 +189,9 @@ def test_prior_rows_learn_the_velocity_of_the_few_step_runs_flow(
     x = flow.data(c, torch.Generator().manual_seed(0))
     draws = make_draws(few_step.objective, x.shape[1:], seed=0, step=0, batch=64, prior=0.5)
     b = add_noise(draws, Linear(), x, c, flow.classes, teacher=known.velocity)
-    assert b.taught is not None
-    assert b.taught.sum() == 32
-    wanted = torch.where(b.taught[:, None], flow.velocity(b.x_t, b.c, b.t), b.z - x)
+    assert b.teacher_rows is not None
+    assert b.teacher_rows.sum() == 32
+    wanted = torch.where(b.teacher_rows[:, None], flow.velocity(b.x_t, b.c, b.t), b.z - x)
     assert (b.v_t - wanted).abs().max() < 1e-5
 
 

@@ -18,7 +18,7 @@ import torch
 from dumo.config.load import RUN_FILE
 from dumo.config.source import RecordedChange
 from dumo.config.spec import Run
-from dumo.flow.flow import Flow
+from dumo.flow.module import Flow
 from dumo.io import digest
 from dumo.run import folder as folders
 from dumo.run.data import NOTE_FILE, read_note

@@ -30,11 +30,11 @@ from dumo.training.optim import AdamW
 from dumo.training.record import Record
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
-from dumo.training.step import flow_of, passes_of_rank, span, train_step
+from dumo.training.step import passes_of_rank, span, train_step
 from dumo.types import Frozen, Net, NoisyBatch, Terms, UserError
 from meeting import leave, met
 from unit.training.by_path import fault, latest, restore, restore_last_finite, save
-from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, tensors
+from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, flow_of, tensors
 
 SHARES = {2: (1, 2), 3: (1, 3), 4: (1, 2, 4)}  # ranks that hold one copy of the weights, by world
 

@@ -16,8 +16,9 @@ from dumo.nets.route import Route
 from dumo.objectives import DuMo
 from dumo.training.spec import Train
 from dumo.training.state import begin
-from dumo.training.step import Record, flow_of, train_step
+from dumo.training.step import Record, train_step
 from rows_given import load_captions
+from unit.training.toy import flow_of
 
 SMALL = {"width": 8, "multipliers": (1, 2), "attend": (4,), "depth": 1}
 SHAPE, CAPTIONS = (3, 8, 8), ("one", "two", "a three")

@@ -19,7 +19,7 @@ from dumo.training.record import Record
 from dumo.training.schedule import Cosine
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State, begin
-from dumo.training.step import draws_of, flow_of
+from dumo.training.step import draws_of
 from dumo.types import Cond, NoisyBatch, Sample, Terms
 from unit.training.by_path import latest, restore, save
 from unit.training.toy import (
@@ -28,6 +28,7 @@ from unit.training.toy import (
     OPTIMIZERS,
     Small,
     batches,
+    flow_of,
     flow_of_toy,
     run,
     same,

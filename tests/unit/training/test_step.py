@@ -16,9 +16,9 @@ from dumo.training.optim import AdamW
 from dumo.training.record import MAX_LISTED_ROWS, Record, Skipped
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import MicroBatches, flow_of, passes_of_rank, train_step
+from dumo.training.step import MicroBatches, passes_of_rank, train_step
 from dumo.types import Frozen, Net, NoisyBatch, Terms, Time, TimeLaw, frozen
-from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, same, tensors, toy, trained
+from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, flow_of, same, tensors, toy, trained
 
 STEPS = 9
 
@@ -256,13 +256,14 @@ def test_bf16_keeps_the_gradient_where_the_reference_passes_first() -> None:
 def test_reference_is_the_net_or_a_moving_average() -> None:
     state = trained()
     assert (
-        flow_of(state, Train(steps=9, batch=12, ema=AVERAGES), Toy(), Linear(), CLASSES).reference.module is state.net
+        flow_of(state, Train(steps=9, batch=12, ema=AVERAGES), Toy(), Linear(), CLASSES)._reference(state.net).module
+        is state.net
     )
     averaged = flow_of(state, Train(steps=9, batch=12, ema=AVERAGES, ref=0.9), Toy(), Linear(), CLASSES)
-    assert averaged.reference.module is state.averages[0.9].module
+    assert averaged._reference(state.net).module is state.averages[0.9].module
     before = tensors(state)
     step(state, ref=0.9)
-    assert not torch.equal(averaged.reference.module.get_parameter("last.bias"), before["0.9.last.bias"])
+    assert not torch.equal(averaged._reference(state.net).module.get_parameter("last.bias"), before["0.9.last.bias"])
 
 
 def test_the_flow_has_what_the_spec_says() -> None:
@@ -272,17 +273,17 @@ def test_the_flow_has_what_the_spec_says() -> None:
     plain = flow_of(fresh(), spec, Toy(), Linear(), CLASSES)
     draws = plain.make_draws(0, (2,), batch=12)
     noise = keyed_normal(3, 0, "z", rows=range(12), shape=(2,))
-    assert torch.equal(plain.add_noise(draws, x, c).z, noise.to(x))
+    assert torch.equal(plain.add_noise(x, c, draws).z, noise.to(x))
 
     coupling = Coupling(group=6)
     coupled = flow_of(fresh(), spec.model_copy(update={"coupling": coupling}), Toy(), Linear(), CLASSES)
-    z = coupled.add_noise(draws, x, c).z
+    z = coupled.add_noise(x, c, draws).z
     assert torch.equal(z, coupling(x, noise.to(x), c))
     assert not torch.equal(z, noise.to(x))
 
     taught = flow_of(fresh(), spec, Toy(), Linear(), CLASSES, teacher=path_velocity, prior=0.5)
     draws = taught.make_draws(0, (2,), batch=12)
-    assert torch.equal(draws.taught, random_row_mask(3, 0, PRIOR, 12, 0.5))
+    assert torch.equal(draws.teacher_rows, random_row_mask(3, 0, PRIOR, 12, 0.5))
 
 
 @pytest.mark.parametrize("average", [Ema(decay=0.99), PowerEma(std=0.1)])

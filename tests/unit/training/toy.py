@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
-from dumo.flow.flow import Flow
-from dumo.flow.path import Linear
+from dumo.flow.module import Flow
+from dumo.flow.path import FlowPath, Linear
 from dumo.runtime.random import stream
 from dumo.training.ema import Ema
 from dumo.training.layout import full_tensor
@@ -15,7 +15,7 @@ from dumo.training.loop import train
 from dumo.training.optim import Adam, AdamW
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import flow_of, passes_of_rank, span
+from dumo.training.step import passes_of_rank, span
 from dumo.types import (
     Cond,
     Frozen,
@@ -23,9 +23,11 @@ from dumo.types import (
     Needs,
     Net,
     NoisyBatch,
+    Objective,
     Readings,
     Sample,
     Spec,
+    TeacherVelocity,
     Terms,
     Time,
     TimeLaw,
@@ -84,6 +86,31 @@ class Toy(Spec):
     def readings(self, net: Net) -> Readings:
         """Not needed here."""
         return Readings()
+
+
+def flow_of(
+    state: State,
+    spec: Train,
+    objective: Objective,
+    path: FlowPath,
+    classes: int,
+    teacher: TeacherVelocity | None = None,
+    prior: float | None = None,
+) -> Flow:
+    """A net and an objective as they are trained: `dumo.run.net.make_flow` without a run."""
+    return Flow(
+        state.net,
+        objective,
+        direct=True,
+        classes=classes,
+        path=path,
+        coupling=spec.coupling,
+        teacher=teacher,
+        prior=prior,
+        ref=None if spec.ref == "self" else state.averages[spec.ref].module,
+        precision=spec.precision,
+        seed=spec.seed,
+    )
 
 
 def flow_of_toy(state: State, spec: Train) -> Flow:

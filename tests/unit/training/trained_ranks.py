@@ -31,7 +31,7 @@ from dumo.training.loop import train
 from dumo.training.optim import AdamW, AdamW8bit
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import Batch, flow_of, passes_of_rank, span
+from dumo.training.step import Batch, passes_of_rank, span
 from dumo.types import Cond, Objective, Sample, Time
 from meeting import meeting
 from rows_given import given_rows, load_captions
@@ -40,6 +40,7 @@ from unit.nets.given import Given
 from unit.training import toy
 from unit.training.adapted import Adapted
 from unit.training.by_path import save
+from unit.training.toy import flow_of
 
 OBJECTIVE = DuMo(slope=DualSlope(), drop=0.2, guide=Guide(zeta=0.5))
 # Of tiny gradients Adam with a tiny eps takes the sign, and rounding decides it.

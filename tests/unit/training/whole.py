@@ -22,12 +22,12 @@ from dumo.lab.bench import PlainStep
 from dumo.nets.dit import DiT
 from dumo.nets.learned import LearnedTexts
 from dumo.nets.route import Route
+from dumo.run.net import make_flow
 from dumo.run.weights import build
 from dumo.runtime.random import random_batch
 from dumo.training.loop import Every, train
 from dumo.training.spec import Compile
 from dumo.training.state import begin
-from dumo.training.step import flow_of
 from dumo.types import Frozen
 from unit.nets.given import Given
 
@@ -66,7 +66,7 @@ def trained(run: Run, choice: Compile, backend: str = "eager", net: DiT | None =
     x, c = random_batch("compile", spec.batch, run.data.shape, run.data.classes)
     seen = list[tuple[float, int]]()
     note = Every(1, lambda _, record: seen.append((record.loss, counters["stats"]["unique_graphs"])))
-    train(state, flow_of(state, spec, run.objective, run.path, run.data.classes), lambda step: (x, c), spec, [note])
+    train(state, make_flow(run, state), lambda step: (x, c), spec, [note])
     losses, graphs = zip(*seen, strict=True)
     return list(losses), list(graphs)
 
