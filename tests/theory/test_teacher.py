@@ -110,7 +110,7 @@ def test_rows_that_a_teacher_answers_move_no_head(
     b = record(objective, APART, ROWS)
     rows = torch.arange(ROWS) % 2 == 0
     v_t = torch.where(rows[:, None], velocity(b.x_t, b.t, b.c, b.z - b.x), b.z - b.x)
-    b = replace(b, v_t=v_t, teacher=velocity, taught=rows)
+    b = replace(b, v_t=v_t, teacher=velocity, teacher_rows=rows)
     gradients = by_row(objective, b)
     assert gradients[rows].abs().max() < 1e-6, "a row that is taught moves"
     assert gradients[~rows].abs().max() > 1e-3

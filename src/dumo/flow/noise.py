@@ -194,7 +194,7 @@ def add_noise(
     null: what a dropped condition becomes, a row each, or one class number for all.
     progress: the share of the training that is done, from 0 to 1.
     z: noise that belongs to x; None: that of the draws.
-    teacher: what it makes of (x_t, t, c, v_t) takes the place of v_t, on the rows `draws.taught`.
+    teacher: what it makes of (x_t, t, c, v_t) takes the place of v_t, on the rows `draws.teacher_rows`.
     coupling: which noise goes with which data; None: as drawn.
     between: the places from x to z that a trajectory goes through, at equal steps, of which t is to be an end.
     ask_at_x_t: whether the teacher is asked for v_t; else it is asked by the loss alone (`FromTeacher.at_x_t`).

@@ -8,9 +8,8 @@ import torch
 from torch import Generator, Tensor
 from torch.overrides import TorchFunctionMode
 
-from dumo.flow.noise import PRIOR, Coupling, draw, path_velocity
+from dumo.flow.noise import draw
 from dumo.flow.path import Linear
-from dumo.runtime.random import keyed_normal, random_row_mask
 from dumo.training.ema import Ema, PowerEma
 from dumo.training.optim import AdamW
 from dumo.training.record import MAX_LISTED_ROWS, Record, Skipped
@@ -251,39 +250,6 @@ def test_bf16_keeps_the_gradient_where_the_reference_passes_first() -> None:
             return super().loss(net, ref, b)
 
     assert step(fresh(torch.float32), First(), precision="bf16").grad_norm > 0.1
-
-
-def test_reference_is_the_net_or_a_moving_average() -> None:
-    state = trained()
-    assert (
-        flow_of(state, Train(steps=9, batch=12, ema=AVERAGES), Toy(), Linear(), CLASSES)._reference(state.net).module
-        is state.net
-    )
-    averaged = flow_of(state, Train(steps=9, batch=12, ema=AVERAGES, ref=0.9), Toy(), Linear(), CLASSES)
-    assert averaged._reference(state.net).module is state.averages[0.9].module
-    before = tensors(state)
-    step(state, ref=0.9)
-    assert not torch.equal(averaged._reference(state.net).module.get_parameter("last.bias"), before["0.9.last.bias"])
-
-
-def test_the_flow_has_what_the_spec_says() -> None:
-    """Its seed, its coupling, and the share of rows that the teacher answers."""
-    x, c = batches()(0)
-    spec = Train(steps=STEPS, batch=12, seed=3)
-    plain = flow_of(fresh(), spec, Toy(), Linear(), CLASSES)
-    draws = plain.make_draws(0, (2,), batch=12)
-    noise = keyed_normal(3, 0, "z", rows=range(12), shape=(2,))
-    assert torch.equal(plain.add_noise(x, c, draws).z, noise.to(x))
-
-    coupling = Coupling(group=6)
-    coupled = flow_of(fresh(), spec.model_copy(update={"coupling": coupling}), Toy(), Linear(), CLASSES)
-    z = coupled.add_noise(x, c, draws).z
-    assert torch.equal(z, coupling(x, noise.to(x), c))
-    assert not torch.equal(z, noise.to(x))
-
-    taught = flow_of(fresh(), spec, Toy(), Linear(), CLASSES, teacher=path_velocity, prior=0.5)
-    draws = taught.make_draws(0, (2,), batch=12)
-    assert torch.equal(draws.teacher_rows, random_row_mask(3, 0, PRIOR, 12, 0.5))
 
 
 @pytest.mark.parametrize("average", [Ema(decay=0.99), PowerEma(std=0.1)])
