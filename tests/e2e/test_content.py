@@ -117,7 +117,12 @@ def test_other_content_of_equal_size_is_refused_before_a_step(form: str, memory:
     FORMS[form](root, 100)
     assert sizes(root) == before
     name = {"folder": "class0/00.bmp", "tar": "a.tar member 00.bmp", "parquet": "train.parquet row 0"}[form]
-    refused("train", "run", *LONGER, named=(CHANGED, f"{root.resolve() / name}, ", "and 37 more changed", "--accept"))
+    refused(
+        "train",
+        "run",
+        *LONGER,
+        named=(CHANGED, f"{root.resolve() / name}, ", "and 37 more changed", "--from STEP --out NEW"),
+    )
 
 
 @pytest.mark.nightly
@@ -170,18 +175,17 @@ def test_the_same_content_goes_on(run: Path, hashed: list[int]) -> None:
             Path("copy").rename("../images")
         assert call("train", run, *sets(f"train.steps={2 * k}")).code == 0
         assert sum(hashed) == (COUNT if change == "touch" else 0), change
-    assert noted(run) == []
+    assert {field for _, field, _, _ in noted(run)} == {"train.steps"}
 
 
 @pytest.mark.slow
-def test_new_data_are_noted(run: Path) -> None:
+def test_a_new_run_takes_the_data_as_they_are(run: Path) -> None:
     as_folder(Path("../images"), 100)
-    done = call("train", run, *LONGER, "--accept")
-    assert (done.code, "from step 2 on data is" in done.err) == (0, True)
-    assert [one.field for one in noted(run)] == ["data"]
-    assert call("train", run, *sets("train.steps=5")).code == 0
+    words = ("train", run, "--from", "2", "--out", "new", *LONGER)
+    assert call(*words).code == 0
+    assert call(*words).code == 0
     as_folder(Path("../images"), 0)
-    refused("train", run, *sets("train.steps=6"), named=(CHANGED,))
+    refused("train", "new", *sets("train.steps=6"), named=(CHANGED,))
 
 
 @pytest.mark.nightly

@@ -118,7 +118,6 @@ EDITS = [
     (edited("width: 32", "widht: 32"), ("run/run.yaml", "net.widht", "'width'")),
     (lambda text: text + "\n}", ("run/run.yaml", "YAML")),
     (lambda text: "", ("run/run.yaml", "names to values")),
-    (edited("width: 32", "width: 64"), ("net.width: 32 in checkpoint step-00000020, 64 in run.yaml", "--accept")),
 ]
 
 
@@ -133,13 +132,11 @@ def test_run_edited_by_hand(
 
 
 @pytest.mark.nightly
-def test_a_field_that_was_edited_is_refused_by_all_and_accepted_by_training(
-    here: Path, trained: dict[str, Path]
-) -> None:
+def test_a_field_that_was_edited_is_refused_by_all(here: Path, trained: dict[str, Path]) -> None:
     run = shutil.copytree(trained["digits"], here / "run")
     file = run / "run.yaml"
     file.write_text(edited("time_scale: ", "time_scale: 2")(file.read_text()))
-    named = ("run/run.yaml", "net.time_scale: ", "in checkpoint step-00000020", "in run.yaml", "--accept")
+    named = ("step-00000020 is of another run", "net.time_scale: ", "--from 20 --out NEW")
     for words in (
         ["sample", "run"],
         ["evaluate", "run"],
@@ -148,11 +145,6 @@ def test_a_field_that_was_edited_is_refused_by_all_and_accepted_by_training(
         ["train", "run"],
     ):
         refused(*words, named=named, lines=None)
-    done = call("train", "run", "--accept")
-    assert done.code == 0
-    assert "from step 20 on net.time_scale is 2" in done.err
-    assert call("sample", "run", "--count", "2", "--nfe", "1").code == 0
-    assert "accepted: true" in file.read_text()
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ what torchrun would tell them (`together`).
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -147,15 +146,12 @@ def test_ranks_that_are_asked_to_stop_save_their_step_and_go_on_from_it(run: Pat
 
 
 @pytest.mark.nightly
-def test_a_restart_that_one_agent_does_not_count_goes_back_on_no_rank(run: Path, here: Path) -> None:
-    """A node that comes anew counts from 0, and the one that was there goes on counting."""
-    shutil.copytree(run, here / "back")
-    words = ("train", "back", "--from", "10")
-    for counts in ((0, 0), (0, 1), (1, 0)):
-        done = apart([words, words], cwd=here, counts=counts)
-        assert [one.code for one in done] == [0, 0], done
-        assert ("what came after it is removed" in done[0].err) == (counts == (0, 0)), done
-        same(here / "back" / LAST, run / LAST)
+def test_a_new_run_from_a_checkpoint_is_resumed_when_it_is_typed_again(run: Path, here: Path) -> None:
+    words = ("train", str(run), "--from", "10", "--out", "back")
+    together(2, *words, *sets("train.steps=14"), cwd=here)
+    together(2, *words, *sets("train.steps=20"), cwd=here)
+    for part in ("net", "optimizer"):
+        assert tree(here / "back" / LAST / part) == tree(run / LAST / part)
 
 
 @pytest.mark.nightly

@@ -125,14 +125,14 @@ def test_places_that_cannot_be_written(here: Path, trained: dict[str, Path]) -> 
 def test_another_run_lives_there(here: Path, trained: dict[str, Path]) -> None:
     run = shutil.copytree(trained["digits"], here / "run")
     words = [*TINY, *sets("net.depth=2", "objective.drop=0.25", "train.log_every=9")]
-    done = refused("train", "digits", "--out", run, *words, named=("another run", "--out"), lines=4)
+    done = refused("train", "digits", "--out", run, *words, named=("another run", "--out"), lines=None)
     assert "  net.depth: 1 there, 2 asked\n" in done.err
     assert " there, 0.25 asked\n" in done.err
     assert "log_every" not in done.err
     refused("train", "moons", "--out", run, named=("data: ", "digits", "moons"), lines=None)
     refused("sample", run, "--set", "net.width=64", named=("net.width: 32 there, 64 asked",), lines=2)
-    refused("train", run, "--set", "train.ema=[]", named=("train.ema", "0.999"), lines=3)
-    refused("train", run, "--set", "train.ema.0.decay=0.5", named=("train.ema", "0.5"), lines=3)
+    refused("train", run, "--set", "train.ema=[]", named=("train.ema", "0.999"), lines=None)
+    refused("train", run, "--set", "train.ema.0.decay=0.5", named=("train.ema", "0.5"), lines=None)
 
 
 def test_fewer_steps_than_are_done(here: Path, trained: dict[str, Path]) -> None:

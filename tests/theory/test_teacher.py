@@ -21,7 +21,7 @@ from dumo.flow.module import Flow
 from dumo.flow.reading import available_readings, teacher_velocity
 from dumo.flow.slope import DualSlope
 from dumo.objectives import FACM, DuMo, FlowMatching, Objective
-from dumo.run.folder import write_run_file
+from dumo.run.folder import RunFolder
 from dumo.run.teacher import base_flow
 from dumo.types import Frozen, Heads, NoisyBatch, Readings, TeacherVelocity, UserError
 from theory.exact import APART, Exact, record
@@ -69,7 +69,7 @@ def untuned() -> TeacherVelocity:
 
 def under_a_subject(folder: Path, monkeypatch: pytest.MonkeyPatch) -> TeacherVelocity:
     run = load("moons", ["data.labelled=true", "objective={kind: facm}", "sample.solver={kind: euler}"])
-    write_run_file(run, folder)
+    RunFolder(folder).write_run(run)
     monkeypatch.setattr(type(run), "has_subject", True)
     subject = run.model_copy(update={"start": Start(source=str(folder))})
     return teacher_velocity(

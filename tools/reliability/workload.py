@@ -270,7 +270,7 @@ def training_fingerprint(folder: Path) -> Fingerprint:
     checkpoint = _last_checkpoint(folder)
     fingerprint: Fingerprint = {}
 
-    # counters
+    # Counters.
     state = json.loads((checkpoint / "state.json").read_text())
     for key in ("step", "images"):
         fingerprint[f"state.json {key}"] = str(state[key])
@@ -290,7 +290,7 @@ def training_fingerprint(folder: Path) -> Fingerprint:
     for row in log_rows:
         fingerprint[f"metrics.jsonl {row['step']}"] = _stable_json(row)
 
-    return fingerprint | _text_without_folder(run, "run.yaml") | _file_hashes(run, "data.json")
+    return fingerprint | _text_without_folder(run, "run.yaml")
 
 
 def _pairs_fingerprint(folder: Path) -> Fingerprint:

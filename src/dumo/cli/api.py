@@ -17,13 +17,11 @@ from pydantic_core import PydanticSerializationError
 from torch import Generator, Tensor, nn
 
 from dumo.cli.callback import Callback, stoppable_hooks
-from dumo.cli.compose import Composed, compose, plain_data, plain_net
 from dumo.config import recipes as shipped_recipes
 from dumo.config.change import override, yaml_text
-from dumo.config.load import RUN_FILE, dump, parse
 from dumo.config.load import load as load_run
+from dumo.config.load import parse
 from dumo.config.place import EVALUATION_FILE
-from dumo.config.source import parse_text, without_resolved
 from dumo.config.spec import Run
 from dumo.config.trust import trusting
 from dumo.encoders.codec import LoadedCodec
@@ -31,6 +29,7 @@ from dumo.evaluation.own import OwnMetric
 from dumo.flow.solver import Solver
 from dumo.io import picture
 from dumo.io.read import user_path
+from dumo.plan.prepare import plain_data, plain_net, prepare
 from dumo.report import compare as comparison
 from dumo.report import evaluate as evaluation
 from dumo.report import page
@@ -45,13 +44,11 @@ from dumo.report.sample import (
 from dumo.report.tracker import open_tracker, require_tracker
 from dumo.run.job import open_job
 from dumo.run.prompt import conditions_of_prompts
-from dumo.run.request import note_end
 from dumo.run.sheet import Sheets
 from dumo.run.train import train_job
 from dumo.run.weights import OpenedRun, open_run
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, bar, no_bar, print_line
-from dumo.training import agreement
 from dumo.training.loop import Every
 from dumo.types import Readings, Sample, Spec
 from dumo.types import UserError as UserError
@@ -403,7 +400,6 @@ def train(
     minutes: float | None = None,
     out: str | Path | None = None,
     step: int | None = None,
-    accept: bool = False,
     device: str | torch.device = "auto",
     bar: Bar = bar,
     track: str | None = None,
@@ -428,8 +424,8 @@ def train(
 
     - `minutes`: how long to train in all, as `train.minutes` in `changes`
     - `out`: the run's folder; None: that of the run that `source` names, else runs/NAME. A run in it is compared with
-      the one that is asked for, and resumed, at the checkpoint of `step` if that is given
-    - `accept`: resume with fields or data that have changed since, and record them
+      the one that is asked for, and resumed
+    - `step`: begin a new run in `out` from the checkpoint of this step of the run in the folder `source`
     - `bar`: shows the progress, on stderr by default
     - `track`: tensorboard, wandb or trackio gets the rows of the log
     - `trust_code`: run the code that a file or folder names; objects and `changes` do not need it
@@ -445,46 +441,37 @@ def train(
     settings = _settings(changes)
     if minutes is not None:
         settings.append(f"train.minutes={minutes:g}")
+    if track is not None:
+        require_tracker(track)
     with trusting(trust_code):
-        if isinstance(source, Run):
-            has_other_parts = any(part is not None for part in (objective, data, net))
-            if folder is None or has_other_parts:
-                raise UserError('a run that has its parts needs a folder: say out="runs/NAME", and no other parts')
-            own_text = parse_text(dump(source), folder / RUN_FILE)
-            composed = Composed(load_run(without_resolved(own_text), settings), settings, folder)
-        else:
-            if track is not None:
-                require_tracker(track)
-            composed = compose(
-                source,
-                settings,
-                folder,
-                objective=objective,
-                data=data,
-                net=net,
-                device=str(device),
-                bar=bar,
-            )
+        prepared = prepare(
+            source,
+            settings,
+            folder,
+            step=step,
+            objective=objective,
+            data=data,
+            net=net,
+            device=str(device),
+            bar=bar,
+        )
         opened = open_job(
-            composed.folder,
-            composed.run,
-            changes=composed.changes,
+            prepared.path,
+            prepared.run,
+            changes=prepared.changes,
+            origin=prepared.origin,
             device=str(device),
             tell=None if bar is no_bar else print_line,
-            step=step,
-            accept=accept,
             sheets=Sheets,
             bar=bar,
         )
         with (
             opened as job,
-            open_tracker(track, composed.folder, job.run, job.state.step) as send_row,
+            open_tracker(track, prepared.path, job.run, job.state.step) as send_row,
+            stoppable_hooks(callbacks) as hooks,
         ):
-            with stoppable_hooks(callbacks) as hooks:
-                train_job(job, bar, hooks, send_row)
-            # A callback may have ended the training, which run.yaml has to know.
-            agreement.on_main_rank(lambda: note_end(composed.folder))
-        return load(composed.folder, device=device)
+            train_job(job, bar, hooks, send_row)
+        return load(prepared.path, device=device)
 
 
 def _settings(changes: Changes | None) -> list[str]:

@@ -19,7 +19,7 @@ Callback = Callable[[State, Record], None]
 class Stop(Exception):  # noqa: N818, it is no error
     """Raised by a callback of `dumo.train`: the next step is the last one, and `train` returns the run, as saved there.
 
-    The same `dumo.train` again goes on from there; with `step` or `minutes` it is a new request.
+    The same `dumo.train` again resumes it.
     """
 
 

@@ -14,7 +14,7 @@ from dumo.runtime.limits import MINUTES
 from dumo.runtime.progress import bar, print_line
 
 if TYPE_CHECKING:
-    from dumo.config.spec import Run
+    from dumo.plan.photos import Proposal
 
 
 def train(
@@ -25,11 +25,8 @@ def train(
     ] = None,
     step: Annotated[
         int | None,
-        typer.Option("--from", metavar="STEP", min=0, help="Resume at the checkpoint of this step; delete later ones."),
+        typer.Option("--from", metavar="STEP", min=0, help="Begin a new run, in --out, from this step of a run."),
     ] = None,
-    accept: Annotated[
-        bool, typer.Option("--accept", help="Resume with fields or data that have changed since, and record them.")
-    ] = False,
     minutes: Annotated[
         float | None,
         typer.Option(
@@ -46,7 +43,8 @@ def train(
 ) -> None:
     """Train a recipe or your images, or resume a run.
 
-    Run the same command again to resume.
+    Run the same command again to resume. --from STEP --out NEW begins a new run NEW from a checkpoint of a run, with
+    other data or fields if they are given.
 
     digits-trained and cifar10-trained, which ship with dumo, begin a new run with their settings and weights.
 
@@ -58,27 +56,13 @@ def train(
 
     Example:  dumo train digits --set train.steps=500
     """
-    from dumo.config.source import RUN_FILE, choose, read, settings_of_images, without_resolved
-
-    # Decide what to train, and where.
-    chosen = choose(source, folder)
-    changes = [*(set_ or []), *([] if minutes is None else [f"train.minutes={minutes:g}"])]
-    are_images = chosen.kind == "images"
-    run_folder = folder or chosen.folder
-    goes_on = chosen.kind == "run" and chosen.folder == run_folder
-    text = None  # images that have no run yet
-    if not are_images:
-        text = read(str(chosen.word))
-    elif (run_folder / RUN_FILE).is_file():
-        text = read(run_folder)
     # The time of a resumed run counts from here.
     began = time.perf_counter()
 
     from dumo.config.code import shell_command
-    from dumo.config.load import load
     from dumo.nets import Pretrained
+    from dumo.plan.prepare import prepare
     from dumo.report.tracker import open_tracker, require_tracker
-    from dumo.run.folder import require_free
     from dumo.run.job import open_job
     from dumo.run.judge import missing_to_judge
     from dumo.run.sheet import Sheets
@@ -87,35 +71,30 @@ def train(
     if track:
         require_tracker(track)
 
-    # Prepare the run to begin. It stays None if the run in the folder is resumed, with `changes`.
-    run: Run | None = None
-    if text is None:  # images that have no run yet
-        require_free(run_folder)
-        run = _propose_run(source, changes, device, ask=not yes)
+    # Decide what to train, and where.
+    changes = [*(set_ or []), *([] if minutes is None else [f"train.minutes={minutes:g}"])]
+    prepared = prepare(source, changes, folder, step=step, device=device)
+    if prepared.proposal:
+        _agree(prepared.proposal, ask=not yes)
         began = time.perf_counter()
-    elif are_images:  # images whose run goes on
-        changes = settings_of_images(text.tree, changes, source)
-    elif goes_on:
-        pass
-    else:  # a recipe, a file, or the settings of another run
-        run = load(without_resolved(text), [*chosen.settings, *changes])
 
+    # Train it.
     opened = open_job(
-        run_folder,
-        run,
-        changes=changes,
+        prepared.path,
+        prepared.run,
+        changes=prepared.changes,
+        origin=prepared.origin,
         device=device,
         tell=print_line,
-        step=step,
-        accept=accept,
         sheets=Sheets,
         began=began,
         bar=bar,
     )
+    run_folder = prepared.path
     with opened as job, open_tracker(track, run_folder, job.run, job.state.step) as send_row:
         # A path may be taken for a file, a run or images, so print which it was.
-        if chosen.kind != "recipe":
-            print_line(f"source: {chosen.meaning}")
+        if prepared.meaning:
+            print_line(f"source: {prepared.meaning}")
         less_memory = f"set train.micro_batch below {job.run.train.micro_batch or job.run.train.batch}"
         if job.run.net.checkpoint is False:
             less_memory += ", or net.checkpoint=true in a new run"
@@ -141,20 +120,17 @@ def train(
         err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
 
 
-def _propose_run(place: str, changes: list[str], device: str, *, ask: bool) -> "Run":
-    """Propose a run for the images at `place`, and return it once the user agrees.
+def _agree(proposal: "Proposal", *, ask: bool) -> None:
+    """Show a run that is proposed for images, and return once the user agrees.
 
     Raises BadParameter without a terminal to `ask` on, Exit if the answer is no.
     """
-    from dumo.plan import photos
-
-    proposal = photos.propose(place, changes, device=device)
     show_lines(proposal.lines())
-    if ask and not sys.stdin.isatty():
+    if not ask:
+        return
+    if not sys.stdin.isatty():
         raise typer.BadParameter("there is no terminal to ask on: give --yes to train so, or --set to change it")
-    if ask:
-        with signals.default_handlers():  # Ctrl-C ends it there
-            agrees = typer.confirm("train?", default=True, err=True)
-        if not agrees:
-            raise typer.Exit(1)
-    return proposal.run
+    with signals.default_handlers():  # Ctrl-C ends it there
+        agrees = typer.confirm("train?", default=True, err=True)
+    if not agrees:
+        raise typer.Exit(1)

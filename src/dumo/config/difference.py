@@ -1,9 +1,8 @@
-"""Which fields of two specs differ, and a hash of the fields that may not change.
+"""The fields in which two runs differ, and a hash of the fields that decide training.
 
-- `differences` yields a `Difference` for each field, and `difference_lines` a line of text. Both leave out free fields,
-  and hashes that an older dumo did not take (marks of `dumo.types`).
-- `identity` is the hash. It leaves out fields at their defaults, and all that may change: free fields, those whose
-  changes run.yaml lists, and paths.
+A field decides training unless it is marked as free to change (FREE, CHANGES of `dumo.types`). A run resumes only with
+the deciding fields that it began with: run.yaml and its checkpoints have the hash of these (`config_hash`), and
+`differences` says in which fields two runs differ.
 """
 
 import json
@@ -18,7 +17,9 @@ from dumo.config.change import yaml_text
 from dumo.io import digest
 from dumo.types import marks_of
 
-_MARKS_LEFT_OUT_OF_IDENTITY = {"free", "changes", "where"}
+# A change of a field marked "free" makes the same weights another way, or is of no weights at all. A change of a field
+# marked "changes" makes other weights from then on.
+_MARKS_OF_CHANGE = {"free", "changes"}
 
 
 @dataclass(frozen=True)
@@ -28,64 +29,52 @@ class Difference:
     field: str  # its dotted path
     was: object
     now: object
-    may_change: bool  # whether a resumed run may have another value
+    marks: frozenset[str] = frozenset()  # of _MARKS_OF_CHANGE
+
+    @property
+    def decides(self) -> bool:
+        """Whether the field decides training, so that a resumed run must have the same value."""
+        return not self.marks
+
+    @property
+    def is_free(self) -> bool:
+        """Whether trained weights are the same with either value."""
+        return "free" in self.marks
 
     def __str__(self) -> str:
-        """A line: the field, its value in the run's folder, and the one that is asked for."""
-        return self.between("there", "asked")
-
-    def between(self, whose_was: str, whose_now: str) -> str:
-        """A line: the field, and both values, each followed by words for whose it is."""
-        return f"{self.field}: {yaml_text(self.was)} {whose_was}, {yaml_text(self.now)} {whose_now}"
+        return f"{self.field}: {yaml_text(self.was)} there, {yaml_text(self.now)} asked"
 
 
 def differences(
-    old: BaseModel, new: BaseModel, prefix: str = "", *, is_inside_changeable: bool = False
+    old: BaseModel, new: BaseModel, prefix: str = "", marks: frozenset[str] = frozenset()
 ) -> Iterator[Difference]:
-    """The fields of two specs of one class that differ and are not free to change.
+    """The fields in which two specs of one class differ.
 
-    Parts that are specs of one class are compared field by field, other values whole. `prefix` stands before each path.
-    `is_inside_changeable` says that the specs are parts of a field that may change, so all their fields may.
+    Parts that are specs of one class are compared field by field, other values whole. `prefix` stands before each path,
+    and `marks` are those of the part that the specs are.
     """
     for name, field in type(old).model_fields.items():
-        marks = marks_of(field)
         was = getattr(old, name)
         now = getattr(new, name)
-        if marks.get("free"):
-            continue
-        if marks.get("pinned") and was is None:  # an older dumo took no hash
-            continue
-        may_change = is_inside_changeable or bool(marks.get("changes"))
+        marks_here = marks | (marks_of(field).keys() & _MARKS_OF_CHANGE)
         if isinstance(was, BaseModel) and type(was) is type(now):
-            yield from differences(was, now, f"{prefix}{name}.", is_inside_changeable=may_change)
+            yield from differences(was, now, f"{prefix}{name}.", marks_here)
         elif was != now:
-            yield Difference(f"{prefix}{name}", to_jsonable_python(was), to_jsonable_python(now), may_change)
+            yield Difference(f"{prefix}{name}", to_jsonable_python(was), to_jsonable_python(now), marks_here)
 
 
-def difference_lines(old: BaseModel, new: BaseModel) -> Iterator[str]:
-    """A line of text for each of the `differences`."""
-    return map(str, differences(old, new))
+def config_hash(spec: BaseModel) -> str:
+    """A hash of all fields that decide training, those at their defaults included."""
+    return digest.of_bytes(json.dumps(_deciding_fields(spec), sort_keys=True).encode())
 
 
-def identity(spec: BaseModel) -> str:
-    """A hash of the fields that may not change while a run trains.
-
-    Snapshots and files of weights store it, and are recognized as the run's by it. Fields at their defaults do not
-    count: a field that a later dumo adds leaves the hash as it is.
-    """
-    return digest.of_bytes(json.dumps(_identity_fields(spec), sort_keys=True).encode())
-
-
-def _identity_fields(part: BaseModel) -> dict[str, Any]:
-    """The fields of a spec that may not change and are not at their defaults, as JSON values."""
+def _deciding_fields(part: BaseModel) -> dict[str, Any]:
+    """The fields of a spec that decide training, as JSON values."""
     tree: dict[str, Any] = {}
     for name, field in type(part).model_fields.items():
-        value = getattr(part, name)
-        is_default = value == field.get_default(call_default_factory=True)
-        if is_default or marks_of(field).keys() & _MARKS_LEFT_OUT_OF_IDENTITY:
+        # What is never written is made from other fields when the run is read.
+        if field.exclude or marks_of(field).keys() & _MARKS_OF_CHANGE:
             continue
-        if isinstance(value, BaseModel):
-            tree[name] = _identity_fields(value)
-        else:
-            tree[name] = to_jsonable_python(value)
+        value = getattr(part, name)
+        tree[name] = _deciding_fields(value) if isinstance(value, BaseModel) else to_jsonable_python(value)
     return tree

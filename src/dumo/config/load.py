@@ -8,7 +8,7 @@ by name, `run_of` a text that is read already.
 compares two runs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -19,14 +19,12 @@ from pydantic_core import PydanticSerializationError, to_json
 from dumo.config import trust
 from dumo.config.change import override
 from dumo.config.source import (
-    CHANGED_KEY,
     CODE_KEY,
+    DATA_KEY,
     FORMAT,
     FORMAT_KEY,
     RESOLVED_KEY,
     SHIPPED_PREFIX,
-    TYPED_KEY,
-    RecordedChange,
     RunText,
     read,
 )
@@ -88,7 +86,7 @@ def _fill(tree: dict[str, Any], resolved: dict[str, Any]) -> None:
     `resolved` has these values by dotted path.
     """
     for field, value in resolved.items():
-        if field in (CODE_KEY, TYPED_KEY):  # records of the run, no fields
+        if field in (CODE_KEY, DATA_KEY):  # records of the run, no fields
             continue
         *parents, name = str(field).split(".")
         part = _part_at(tree, parents)
@@ -104,17 +102,17 @@ def _part_at(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any] | None
     return part if isinstance(part, dict) else None
 
 
-def dump(run: Run, changed: Sequence[RecordedChange] = (), *, short: bool = False) -> str:
-    """The complete run as YAML, which `load` reads back: its format, `changed`, the fields, and `resolved`.
+def dump(run: Run, header: Mapping[str, object] | None = None, *, short: bool = False) -> str:
+    """The complete run as YAML, which `load` reads back: its format, `header`, the fields, and `resolved`.
 
     `short` writes its `summary` instead, without `resolved`.
     """
-    written: dict[str, Any] = {FORMAT_KEY: FORMAT}
-    if changed:
-        written[CHANGED_KEY] = [change.model_dump(mode="json", exclude_defaults=True) for change in changed]
+    written: dict[str, Any] = {FORMAT_KEY: FORMAT, **(header or {})}
     tree = summary(run) if short else run.model_dump(mode="json")
     resolved = tree.pop(RESOLVED_KEY, {})
     for field, value in [*resolved.items()]:
+        if field in (CODE_KEY, DATA_KEY):
+            continue
         *parents, name = field.split(".")
         part = _part_at(tree, parents)
         if part is None or name not in part:

@@ -3,7 +3,7 @@
 from typing import Any, cast
 
 from dumo.config import recipes
-from dumo.config.source import CHANGED_KEY, FORMAT_KEY, GROUP_KEY
+from dumo.config.source import FORMAT_KEY, GROUP_KEY, HASH_KEY, ORIGIN_KEY
 from dumo.config.spec import Run
 
 
@@ -14,7 +14,11 @@ def schema() -> dict[str, Any]:
     tree["properties"]["base"] = {"type": "string", "description": "The name of a recipe, or a file or run folder."}
     tree["properties"][GROUP_KEY] = {"enum": [*recipes.GROUPS], "description": "The heading in the list of recipes."}
     # A run.yaml has these keys, too.
-    tree["properties"] |= {FORMAT_KEY: {"type": "integer"}, CHANGED_KEY: {"type": "array"}}
+    tree["properties"] |= {
+        FORMAT_KEY: {"type": "integer"},
+        HASH_KEY: {"type": "string"},
+        ORIGIN_KEY: {"type": "object"},
+    }
     return tree
 
 

@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from dumo.config import recipes
 from dumo.config.change import field_of, merge, yaml_text
@@ -40,11 +40,12 @@ from dumo.io.yaml import parse_mapping
 # The keys of a run.yaml besides the fields of a run.
 FORMAT_KEY = "format"
 FORMAT = 2
-CHANGED_KEY = "changed"  # the fields that were changed while it trained (`RecordedChange`)
+HASH_KEY = "hash"  # of the fields that decide training (`dumo.config.difference.config_hash`)
+ORIGIN_KEY = "origin"  # the checkpoint of another run that it began from (`Origin`)
 RESOLVED_KEY = "resolved"  # the fields that were found when the run was opened (`dumo.run.resolve`)
 # The keys in `resolved` besides the fields.
 CODE_KEY = "code"  # hashes of the code of classes from outside, by name
-TYPED_KEY = "given"  # paths as the user typed them, by the fields that have them absolute
+DATA_KEY = "data"  # the standard deviation and the fingerprint of the data (`dumo.run.data.DataNote`)
 # The key of a recipe that names its group (`dumo.config.recipes`).
 GROUP_KEY = "group"
 
@@ -58,21 +59,13 @@ _SOURCE_FIX = "give a run's folder, a recipe or a YAML file"
 _LATENTS_FIELDS = ("kind", "root", "images", "codec", "memory", "prior")  # fields of data.kind=latents
 
 
-class RecordedChange(BaseModel):
-    """A change of a field while a run trained, as run.yaml lists it: the steps after `step` have the value `now`."""
+class Origin(BaseModel):
+    """The checkpoint that a run began from, of another run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    run: str  # the absolute path of its folder
     step: int
-    field: str  # its dotted path, or data: their fingerprint
-    was: Any
-    now: Any
-    accepted: bool = False  # whether it took --accept, because the field is not one that may change
-
-    @property
-    def is_of_data(self) -> bool:
-        """Whether the change is of the data's fingerprint, not of a field."""
-        return self.field == "data" and not isinstance(self.was, dict)
 
 
 @dataclass(frozen=True)
@@ -81,7 +74,8 @@ class RunText:
 
     tree: dict[str, Any]  # plain values
     name: str  # of the source, for errors
-    changed: tuple[RecordedChange, ...] = ()  # the changes while the run trained, in order
+    hash: str | None = None  # as a run.yaml records it when its run begins; None: nothing began
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -295,26 +289,26 @@ def without_resolved(text: RunText) -> RunText:
     """The text of a run without what was found on its files, for a new run of its settings."""
     tree = dict(text.tree)
     tree.pop(RESOLVED_KEY, None)
-    return replace(text, tree=tree)
+    return replace(text, tree=tree, hash=None, origin=None)
 
 
 def parse_text(text: str, file: Path) -> RunText:
     """What the text of a YAML file says, over its bases. Raises UserError."""
-    tree, changed = _parse_file(text, file)
-    return RunText(_merge_over_base(tree, str(file), file), str(file), tuple(changed))
+    tree = _parse_mapping(text, str(file))
+    origin = tree.pop(ORIGIN_KEY, None)
+    recorded_hash = tree.pop(HASH_KEY, None)
+    _take_format(tree, file)
+    return RunText(
+        _merge_over_base(tree, str(file), file),
+        str(file),
+        None if recorded_hash is None else str(recorded_hash),
+        None if origin is None else Origin.model_validate(origin),
+    )
 
 
 def _file_text(file: Path) -> str:
     """The text of a YAML file. Raises OSError, and UserError for what is not UTF-8."""
     return read_text(file)
-
-
-def _parse_file(text: str, file: Path) -> tuple[dict[str, Any], list[RecordedChange]]:
-    """The tree that a file's text holds, and what had changed in it. Raises UserError."""
-    tree = _parse_mapping(text, str(file))
-    changed = _take_changed(tree, str(file))
-    _take_format(tree, file)
-    return tree, changed
 
 
 def _merge_over_base(
@@ -353,8 +347,11 @@ def _read_base(base: object, name: str, file: Path | None) -> tuple[dict[str, An
             return _recipe_tree(recipe), f"recipe {recipe}", None
         base_file = find_run_file(folder / user_path(base, "base")) if folder is not None else None
         if base_file:
-            tree, _ = _parse_file(_file_text(base_file), base_file)
-            tree.pop(RESOLVED_KEY, None)  # of that run's files
+            tree = _parse_mapping(_file_text(base_file), str(base_file))
+            _take_format(tree, base_file)
+            # What a run.yaml says of its run, and not of its settings.
+            for key in (HASH_KEY, ORIGIN_KEY, RESOLVED_KEY):
+                tree.pop(key, None)
             return tree, str(base_file), base_file
     raise UserError(
         f"{name}: base: there is no recipe '{brief(word)}', nor a file or run's folder there; {_hint(word)}"
@@ -366,16 +363,6 @@ def _take_format(tree: dict[str, Any], file: Path) -> None:
     file_format = tree.pop(FORMAT_KEY, FORMAT)
     if file_format != FORMAT:
         raise UserError(f"{file} is of format {brief(yaml_text(file_format))}, and this dumo reads {FORMAT}")
-
-
-def _take_changed(tree: dict[str, Any], name: str) -> list[RecordedChange]:
-    """Remove the changes from a tree, and return them."""
-    try:
-        return TypeAdapter(list[RecordedChange]).validate_python(tree.pop(CHANGED_KEY, []))
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, (CHANGED_KEY, *first["loc"])))
-        raise UserError(f"{name}: {field}: {first['msg']}: each change has step, field, was and now") from error
 
 
 def _recipe_tree(name: str) -> dict[str, Any]:

@@ -122,11 +122,6 @@ class Ledger:
         self.expected[records["image"]] = records
         self.problem = problem
 
-    def expect_nothing(self) -> None:
-        """From now on take images as they are."""
-        self.expected = None
-        self.problem = _CHANGED
-
     def suspects(self) -> NDArray[np.int64]:
         """The images of another size or time than expected, whose hash is not known yet."""
         if self.expected is None:

@@ -21,7 +21,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from dumo.config.code import names_code
 from dumo.config.conditions import shown_data
-from dumo.config.difference import identity
+from dumo.config.difference import config_hash
 from dumo.config.place import EVALUATION_FILE
 from dumo.config.spec import Run
 from dumo.config.word import method
@@ -36,7 +36,7 @@ from dumo.flow.guide import GuidanceScale
 from dumo.flow.solver import can_make
 from dumo.io.trained import SHIPPED_PREFIX
 from dumo.report.card import is_card_of, read_report
-from dumo.run.resolve import as_given, places, without_path
+from dumo.run.resolve import places, without_path, without_paths
 from dumo.run.sampler import Sampler
 from dumo.run.weights import OpenedRun
 from dumo.runtime import version
@@ -88,8 +88,8 @@ class Provenance:
             "step": str(self.step),
             "weights": self.weights,
             "weights_sha256": self.sha256,
-            "run": as_given(self.run).model_dump_json(),
-            "run_sha256": identity(self.run),
+            "run": without_paths(self.run).model_dump_json(),
+            "run_sha256": config_hash(self.run),
         }
 
     @property
@@ -328,7 +328,7 @@ def _places_to_sample(run: Run) -> list[tuple[str, str]]:
     """The fields by which a run names autoencoders and text encoders outside of dumo, and what they say."""
     return [
         (field, place)
-        for field, place in places(as_given(run))
+        for field, place in places(without_paths(run))
         if field.startswith(("data.codec.", "net.texts.")) and place and not place.startswith(SHIPPED_PREFIX)
     ]
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 
 from dumo.config.code import names_code
-from dumo.config.difference import identity
+from dumo.config.difference import config_hash
 from dumo.config.load import RUN_FILE, dump
+from dumo.config.source import HASH_KEY
 from dumo.export import card
 from dumo.io.read import write_json
 from dumo.io.weights import unshared
-from dumo.run.data import NOTE_FILE
-from dumo.run.index import EXPORTED_WEIGHTS
-from dumo.run.resolve import as_given
+from dumo.run.folder import EXPORTED_WEIGHTS
+from dumo.run.resolve import without_paths
 from dumo.run.weights import OpenedRun
 from dumo.training import checkpoint
 from dumo.training.frozen import trained_state_dict
@@ -31,16 +31,13 @@ _PIPELINE = Path(__file__).parent / "shipped" / "pipeline.py"
 def write(opened: OpenedRun, provenance: card.Provenance, out: Path, name: str, *, dtype: str) -> None:
     """Write the run into the empty folder `out`, which will be called `name`; weights are rounded to `dtype`."""
     # Write the run, and the weights that its samples are made with.
-    run = as_given(opened.run)
-    (out / RUN_FILE).write_text(dump(run), encoding="utf-8")
+    run = without_paths(opened.run)
+    (out / RUN_FILE).write_text(dump(run, {HASH_KEY: config_hash(run)}), encoding="utf-8")
     weights = unshared(trained_state_dict(opened.net))
     for weight_name, weight in weights.items():
         if weight.is_floating_point():
             weights[weight_name] = weight.to(getattr(torch, dtype))
-    checkpoint.write_weights(out / EXPORTED_WEIGHTS, weights, kind="export", step=opened.step, run=identity(run))
-    data_note = opened.folder / NOTE_FILE
-    if data_note.is_file():
-        shutil.copy(data_note, out)
+    checkpoint.write_weights(out / EXPORTED_WEIGHTS, weights, kind="export", step=opened.step, run=config_hash(run))
 
     # Write what diffusers and a reader need to open it. A pipeline makes images, and runs no code of a user's.
     has_pipeline = opened.sampler.is_image and not names_code(run)

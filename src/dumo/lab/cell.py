@@ -39,6 +39,7 @@ from dumo.lab.plan import Cell
 from dumo.nets.dualized import Dualized
 from dumo.nets.pretrained import Pretrained
 from dumo.nets.rows import Codes
+from dumo.plan.prepare import prepare
 from dumo.report import compare
 from dumo.report.evaluate import current_report, evaluate
 from dumo.run import encode
@@ -150,8 +151,8 @@ def read_result(cell: Cell, cells_folder: Path, device: str) -> Result | None:
 
 
 def _settings(run: Run) -> str:
-    """All settings of a run but its description, as text."""
-    return run.model_dump_json(exclude={"about"})
+    """All settings of a run but its description and what was found on disk, as text."""
+    return run.model_dump_json(exclude={"about", "resolved"})
 
 
 def run_in_processes(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> dict[str, str]:
@@ -234,7 +235,9 @@ def finish(run: Run, folder: Path, *, device: str) -> None:
     """Train a run in a folder and evaluate it. What is done there already is not done again."""
     if not (folder / RUN_FILE).is_file():
         file.write(_commit_file(folder), (commit() or "").encode())
-    train(run, folder, device=device, sheets=Sheets)
+    prepared = prepare(run, out=folder)
+    assert prepared.run
+    train(prepared.run, prepared.path, device=device, sheets=Sheets)
     trained = open_run(folder, device=device)
     if current_report(trained) is None:
         evaluate(trained)

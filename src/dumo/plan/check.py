@@ -30,7 +30,7 @@ from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.run.data import require_images
 from dumo.run.examination import Examination, examine
-from dumo.run.index import Index
+from dumo.run.folder import RunFolder
 from dumo.run.net import require_room
 from dumo.run.random_net import short_run
 from dumo.run.weights import build
@@ -154,7 +154,7 @@ def data_findings(data: Data, folder: Path | None) -> list[Finding]:
             return [Finding("data", "ok", f"{len(index.shards):,} shards and their images are as they were encoded")]
         if not isinstance(data, Images) or folder is None:
             return []
-        last = Index.read(folder).checkpoints.latest(())
+        last = RunFolder(folder).checkpoints.latest(())
         ledger = data.ledger()
         if last is None or last.manifest.ledger is None or ledger is None:
             return []

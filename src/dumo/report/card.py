@@ -19,7 +19,7 @@ from dumo.evaluation.metric import CLASS_MMD, CLASSES_SHA256, SAMPLE_SPACE
 from dumo.flow.solver import Euler, Heun, Solver
 from dumo.io.read import read_json
 from dumo.io.weights import title
-from dumo.run.resolve import as_given
+from dumo.run.resolve import without_paths
 from dumo.run.sampler import Sampler
 from dumo.run.weights import OpenedRun, sampled_part
 from dumo.runtime.device import software_versions
@@ -57,7 +57,7 @@ def make_card(opened: OpenedRun, facts: Mapping[str, str], samples: int) -> Card
         "protocol_settings": protocol_settings(run),
         "samples": samples,
         **facts,
-        "data": as_given(run).shown_data.model_dump(mode="json"),
+        "data": without_paths(run).shown_data.model_dump(mode="json"),
         "data_sd": opened.data_sd,
         "path": run.path.model_dump(mode="json"),
         "codec": None if codec is None else codec.codec.facts() | {"sha256": codec.sha256},
@@ -127,9 +127,9 @@ def judging_settings(sampler: Sampler, evaluation: Evaluation) -> Card:
 def protocol_settings(run: Run) -> Card:
     """What a run is evaluated by that its protocol's name leaves out: the split, and fields that differ from defaults.
 
-    A model or a reference is named as the user typed it, by an absolute path's last part.
+    A model or a reference is named by the last part of its path.
     """
-    evaluation = as_given(run).evaluate
+    evaluation = without_paths(run).evaluate
     settings = evaluation.protocol.model_dump(mode="json", exclude={"kind", "samples"}, exclude_defaults=True)
     if evaluation.split is not None:
         settings["split"] = evaluation.split

@@ -19,7 +19,7 @@ from dumo.flow.sampling import Samples
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver, can_make, check
 from dumo.io import picture
 from dumo.report.sample import require_count
-from dumo.run.provenance import require_own_file
+from dumo.run.folder import require_own_file
 from dumo.run.sample_files import data_points
 from dumo.run.sampler import Sampler
 from dumo.run.weights import OpenedRun, load_net
@@ -219,7 +219,7 @@ def open_milestone(opened: OpenedRun, step: int, file: Path | None) -> OpenedRun
     """
     if file is None:
         return opened
-    require_own_file(file, opened.identities, "milestone", step)
+    require_own_file(file, opened.run, "milestone", step)
     net, _ = load_net(opened.run, file, opened.device)
     return replace(opened, net=net, step=step, weights=str(file.relative_to(opened.folder)))
 

@@ -33,7 +33,7 @@ def flatten(tree: dict[str, Fields]) -> Fields:
 def changed_parts(opened: OpenedRun, before: Fields, after: Fields) -> list[str]:
     """The parts of a name: fields whose value changed, and the weights if they are not those that the run shows."""
     parts = [name_part(field, value) for field, value in after.items() if before.get(field) != value]
-    default_weights = opened.index.exported_weights
+    default_weights = opened.run_folder.exported_weights
     if opened.checkpoint:
         default_weights = part_path(opened.checkpoint.path, sampled_part(opened.run.train))
     if default_weights is None or not opened.file.samefile(default_weights):

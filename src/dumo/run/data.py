@@ -1,80 +1,67 @@
-"""Whether the data of a run are what it was trained on, and what its folder notes of them.
+"""Whether the data of a run are what it was trained on, and what its run.yaml records of them.
 
-- `data.json` has the standard deviation and the fingerprint of the data: `read_note`, `update_note`.
+- `resolved.data` in run.yaml has the standard deviation and the fingerprint of the data: `recorded_facts`,
+  `with_data_facts`.
 - `images.ledger` has what the images were when they were read (`dumo.data.ledger`). `compare_data` compares with it
   when a run resumes, `begin_ledger` makes it ready for what is read next, and `save_ledger` adds to it before a
   checkpoint.
 """
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
+from dumo.config.place import RUN_FILE
+from dumo.config.source import DATA_KEY
+from dumo.config.spec import Run
 from dumo.data import Data, Latents
 from dumo.data import ledger as ledgers
 from dumo.data.ledger import Ledger, Recorded, ledger_of
 from dumo.io import digest
 from dumo.io import file as files
-from dumo.io.read import read_json, write_json
 from dumo.io.source import DataSource
 from dumo.training import agreement
 from dumo.training.manifest import Checkpoint, FileEntry
 from dumo.types import UserError
 
-NOTE_FILE = "data.json"
-ROWS = 256  # that are measured, the first of the first epoch in the order of seed 0
-_FIX = "give another folder with --out, or resume with the data as they are by --accept"
+# The rows that are measured: the first of the first epoch in the order of seed 0.
+ROWS = 256
+_FIX = "give another folder with --out, or begin a new run with the data as they are by --from STEP --out NEW"
 _PROBLEM = f"is not what it was when this run read it: put it back as it was, on all ranks alike, {_FIX}"
 
 
-@dataclass(frozen=True)
-class DataNote:
-    """What data.json says."""
+class DataFacts(BaseModel):
+    """What run.yaml records of a run's data."""
 
-    sd: float | None  # the standard deviation over all numbers of the first `rows`, EDM's sigma_data; None: unknown
-    fingerprint: str | None = None  # of the source, if it has one
-    rows: int = ROWS
-
-
-@dataclass(frozen=True)
-class Change:
-    """How data have changed, for the note in run.yaml: a digest of them before and now."""
-
-    was: str
-    now: str
+    # The standard deviation over all numbers of the first ROWS rows, EDM's sigma_data.
+    sd: float
+    # Of the source; None if it has none.
+    fingerprint: str | None = None
 
 
-def read_note(folder: Path) -> DataNote | None:
-    """What data.json says; None: there is none."""
-    file = folder / NOTE_FILE
-    if not file.exists():
-        return None
-    content = read_json(file)
-    return DataNote(content["sd"], content.get("fingerprint"), content.get("rows", ROWS))
+def recorded_facts(run: Run) -> DataFacts | None:
+    """What a run.yaml records of the data of its run; None before training begins."""
+    facts = run.resolved.get(DATA_KEY)
+    return None if facts is None else DataFacts.model_validate(facts)
 
 
-def update_note(
-    folder: Path, before: DataNote | None, source: DataSource, fingerprint: str | None, *, anew: bool
-) -> DataNote:
-    """The note of the data in `source`, written to data.json if it is new. Only one process may call this.
+def require_same_fingerprint(recorded: Run, source: DataSource, folder: Path) -> None:
+    """Raise UserError if the data have another fingerprint than those that a run was trained on."""
+    facts = recorded_facts(recorded)
+    fingerprint = source.fingerprint()
+    if facts and facts.fingerprint not in (None, fingerprint):
+        raise changed_data_error(folder, f"fingerprint {facts.fingerprint} in {RUN_FILE}, {fingerprint} now")
 
-    `before` is the note that is there. The standard deviation is measured again with `anew`, or if the source has
-    another fingerprint.
-    """
-    is_same = before is not None and before.fingerprint in (None, fingerprint)
-    if before is not None and before.sd is not None and not anew and (is_same or fingerprint is None):
-        note = DataNote(before.sd, fingerprint or before.fingerprint, before.rows)
-    else:
-        note = DataNote(measure(source), fingerprint)
-    if note != before:
-        content: dict[str, object] = {"sd": note.sd, "rows": note.rows}
-        if note.fingerprint is not None:
-            content["fingerprint"] = note.fingerprint
-        write_json(folder / NOTE_FILE, content)
-    return note
+
+def with_data_facts(run: Run, recorded: Run | None, source: DataSource) -> Run:
+    """The run with what is recorded of its data, or with what they are now. One process calls it."""
+    facts = recorded_facts(recorded) if recorded else None
+    if facts is None:
+        facts = DataFacts(sd=measure(source), fingerprint=source.fingerprint())
+    return run.model_copy(update={"resolved": run.resolved | {DATA_KEY: facts.model_dump()}})
 
 
 def measure(source: DataSource) -> float:
@@ -83,16 +70,15 @@ def measure(source: DataSource) -> float:
     return x.double().std().item()
 
 
-def compare_data(data: Data, source: object, folder: Path, last: Checkpoint | None, *, accept: bool) -> Change | None:
+def compare_data(data: Data, source: object, folder: Path, last: Checkpoint | None) -> None:
     """Compare the data, opened as `source`, with those that the checkpoint `last` of a run was trained on.
 
     1. Compare a cache of latents with the images that it was made of.
     2. Compare names and classes with those of the checkpoint.
     3. Hash images of another size or time than they had, and compare them. All others are compared when they are read.
 
-    With `accept`, the data are taken as they are. Every rank must call it; the ranks of a machine share the hashing.
-    Returns the change if there is one and it is accepted. Raises UserError on every rank, with the names, if there is
-    one that is not.
+    Every rank must call it; the ranks of a machine share the hashing. Raises UserError on every rank, with the names,
+    if there is a difference.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -100,34 +86,18 @@ def compare_data(data: Data, source: object, folder: Path, last: Checkpoint | No
         agreement.gather_results(lambda: None if local_rank else data.compare_images(), is_long=True)
     ledger = ledger_of(source)
     if ledger is None or last is None or last.manifest.ledger is None:
-        return None
-
-    # What the images were.
-    recorded: Recorded | None = None
-    problem = ""
-    try:
-        recorded = agreement.on_each_rank(lambda: read_ledger(folder, last))
-        problem = ledger.difference(recorded)
-    except UserError as error:
-        if not accept:
-            raise
-        problem = str(error)
-
-    # What they are.
-    if recorded and not problem:
+        return
+    recorded = agreement.on_each_rank(lambda: read_ledger(folder, last))
+    problem = ledger.difference(recorded)
+    if not problem:
         ledger.expect(recorded.records, _PROBLEM)
         suspects = ledger.suspects()
         agreement.gather_results(lambda: ledger.hash(suspects[local_rank::local_ranks]), is_long=True)
         changed = np.unique(np.concatenate(agreement.gather_results(ledger.changed)))
         if len(changed):
             problem = f"{ledger.changed_text(changed)} changed"
-    if not problem:
-        return None
-    if not accept:
+    if problem:
         raise changed_data_error(folder, problem)
-    ledger.expect_nothing()
-    was = digest.of_bytes(recorded.names, recorded.records.tobytes())[:16] if recorded else ""
-    return Change(was, ledger.fingerprint())
 
 
 def changed_data_error(folder: Path, problem: str) -> UserError:
@@ -164,15 +134,15 @@ def read_ledger(folder: Path, last: Checkpoint) -> Recorded:
     return recorded
 
 
-def begin_ledger(folder: Path, source: object, last: Checkpoint | None, *, anew: bool) -> None:
-    """Bring the file of what the images were to a checkpoint; begin it, or with `anew` its records. For one process."""
+def begin_ledger(folder: Path, source: object, last: Checkpoint | None) -> None:
+    """Bring the file of what the images were to a checkpoint, or begin it. For one process."""
     ledger = ledger_of(source)
     if ledger is None:
         return
     file = folder / ledgers.FILE
     entry = last.manifest.ledger if last else None
     ledgers.truncate(file, entry.bytes if entry else 0)
-    if entry is None or anew:
+    if entry is None:
         ledgers.begin(file, ledger)
 
 

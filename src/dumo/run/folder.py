@@ -1,134 +1,438 @@
-"""A run's folder while it is trained: locked, refused if it holds another run, guarded, and marked.
+"""A run's folder: `RunFolder` reads and writes what training keeps there.
 
-`locked_run_folder` keeps other trainings out, `require_resumable` refuses another run, `remove_half_written` cleans up
-after a kill, and `guard_run_folder` refuses writes once the folder was moved. `run.job` calls them in this order.
-`run.history` calls `set_best_aside`, `write_run_file` and one of `mark_no_checkpoint_yet` and
-`mark_checkpoint_written` before the first step; the journal marks each checkpoint that it has written.
+    run.yaml           the present run, a hash of the fields that decide training, and where it began from (`Origin`)
+    changes.jsonl      a line for each permitted change of a field; nothing reads it
+    checkpoints/       the state after some steps, each with the run.yaml of its step
+    milestones/ best/  the sampled weights after some steps, and those with the best validation score
+    metrics.jsonl      the log
+    images.ledger      what the images were when they were read
+    .training.lock     exists, and is locked, while a process trains in the folder
+    .saved             a checkpoint was written: if there is none now, it was lost
+
+Other parts of a run add teacher.json and pairs/ (`dumo.run.teacher`), speed.jsonl, sheets/, tracker-id, and what
+commands make, such as samples/ and report.html.
+
+A training locks the folder, compares the run with what is there (`require_resumable`, `require_same_config`), and then
+brings the folder to the step from which it resumes (`begin_at`). Until then nothing is written but the lock.
 """
 
-from collections.abc import Generator, Sequence
+import json
+import shutil
+from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dumo.config.load import RUN_FILE, dump
-from dumo.config.place import LOG_FILE
-from dumo.config.source import RecordedChange
+from dumo.config.change import yaml_text
+from dumo.config.code import require_same_code
+from dumo.config.difference import config_hash, differences
+from dumo.config.load import dump, run_of
+from dumo.config.place import LOG_FILE, RUN_FILE
+from dumo.config.source import HASH_KEY, ORIGIN_KEY, Origin, RunText, parse_text, read_file
 from dumo.config.spec import Run
+from dumo.evaluation.metric import higher_is_better
 from dumo.io import file as files
 from dumo.io.guard import guard_path, locked, require_in_place
-from dumo.run.index import Index
-from dumo.run.provenance import require_same_run
-from dumo.training import manifest
+from dumo.runtime import shell_path
+from dumo.runtime.device import software_versions
+from dumo.training import agreement, checkpoint, log, manifest
+from dumo.training.manifest import Checkpoint, Checkpoints
+from dumo.training.state import State
 from dumo.types import UserError
 
-# Exists, and is locked, while a process trains in the folder.
 LOCK_FILE = ".training.lock"
-# The last request that must be carried out only once (`dumo.run.request`).
-OBEYED_FILE = ".obeyed"
-# An empty file: a checkpoint was written. If the folder has none now, it was lost.
 CHECKPOINT_MARK = ".saved"
-# The weights with the best validation score.
+CHANGES_FILE = "changes.jsonl"
 BEST_FOLDER = "best"
-# Files that training writes at the top of the folder.
-_WRITTEN_FILES = (RUN_FILE, "data.json", LOG_FILE, OBEYED_FILE)
+# The weights of an exported run (`dumo.export.own`), which has no checkpoints.
+EXPORTED_WEIGHTS = "model.safetensors"
+# What a file of the best weights says of itself.
+_BEST_KIND = "best weights"
+_SCORE = "score"
+# Packages whose versions change how a step rounds.
+_PACKAGES = ("dumo", "torch")
 
 
-@contextmanager
-def locked_run_folder(folder: Path) -> Generator[None, None, None]:
-    """Create a run's folder if it is missing, and keep every other training out of it.
+@dataclass(frozen=True)
+class BestWeights:
+    """A file in best/, and the score of its weights."""
 
-    A folder that was created and is empty at the end is removed. Raises UserError if another process trains there, and,
-    before anything is written, if the folder holds files that are not a run's (`require_free`).
-    """
-    require_free(folder)
-    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        problem = f"{folder} is being trained by another process: wait for it, or give another folder with --out"
-        with locked(folder / LOCK_FILE, problem):
-            yield
-    finally:
-        # A folder that something was written to is not empty, and stays.
-        with suppress(OSError):
-            for new_folder in new_folders:
-                new_folder.rmdir()
+    file: Path
+    step: int
+    metric: str
+    value: float
+    # The name of the protocol that measured it, and the NFE of the samples.
+    protocol: str
+    nfe: int
 
 
-def require_free(folder: Path) -> None:
-    """Raise UserError for a folder of files that are not a run's. What a killed training left does not count."""
-    if (folder / RUN_FILE).exists() or not folder.is_dir():
-        return
-    for path in folder.iterdir():
-        if path.name != LOCK_FILE and not _is_half_written(path):
-            raise UserError(f"{folder} is not empty and holds no {RUN_FILE}: give another folder with --out")
+class RunFolder:
+    """A run's folder. What it holds is read when it is first asked for, and then kept."""
 
+    def __init__(self, path: Path) -> None:
+        """Take the folder at `path`, which need not exist; nothing is read yet."""
+        self.path = path
+        # The text of run.yaml as it was written last, of which each checkpoint has a copy; "" on ranks other than 0.
+        self.written_text = ""
+        self.checkpoints = Checkpoints(path / "checkpoints")
 
-def require_resumable(run: Run, index: Index, step: int | None = None, *, accept: bool = False) -> None:
-    """Raise UserError unless `run` can be trained in its folder, from the start or from a checkpoint there.
+    # ------------------------------------------------------------------------------------------------ what it holds
 
-    - `index`: what the folder holds.
-    - `step`: the step of the checkpoint to resume from; None takes the last checkpoint.
-    - `accept`: fields may differ from those of the folder's run.
+    @cached_property
+    def text(self) -> RunText | None:
+        """What run.yaml says; None if there is none."""
+        file = self.path / RUN_FILE
+        return read_file(file) if file.is_file() else None
 
-    Refused are a step without a checkpoint, lost checkpoints, and another run.
-    """
-    folder = index.folder
-    checkpoints = index.checkpoints.by_step()
-    if step is not None and step not in checkpoints:
-        existing = ", ".join(map(str, checkpoints)) or "none"
-        raise UserError(f"--from {step}: {folder} has no checkpoint of that step; its checkpoints: {existing}")
-    if index.exported_weights and not checkpoints:
-        raise UserError(
-            f"{folder} is an export, which has no optimizer state to resume from: begin a new run from its weights "
-            f"with start.source={folder}"
-        )
-    # If the log is gone, too, the user has cleared the run, and it may begin anew.
-    was_saved = (folder / LOG_FILE).exists() and (folder / CHECKPOINT_MARK).exists()
-    if index.recorded_run and not checkpoints and was_saved:
-        raise UserError(
-            f"{folder} had checkpoints, and {index.checkpoints.folder} has none: mount its disk or restore them; to "
-            "train from the start, give another folder with --out"
-        )
-    require_same_run(index, run, step, accept=accept)
+    @cached_property
+    def run(self) -> Run | None:
+        """The run of run.yaml; None if there is none."""
+        return run_of(self.text) if self.text else None
 
+    @property
+    def origin(self) -> Origin | None:
+        """The checkpoint of another run that this one began from."""
+        return self.text.origin if self.text else None
 
-def remove_half_written(folder: Path) -> None:
-    """Remove what a killed training left half-written. The folder must be locked by the caller."""
-    half_written = [path for path in folder.iterdir() if _is_half_written(path)]
-    for place in manifest.weight_folders(folder):
-        half_written += place.glob(".step-*.tmp")
-    for path in half_written:
-        files.remove(path)
+    @property
+    def exported_weights(self) -> Path | None:
+        """The weights of an exported run; None if the folder is not an export."""
+        file = self.path / EXPORTED_WEIGHTS
+        return file if file.is_file() else None
 
+    @property
+    def log_file(self) -> Path:
+        """The log of training."""
+        return self.path / LOG_FILE
 
-def _is_half_written(path: Path) -> bool:
-    """Whether a path at the top of a run's folder is a file that a killed training left half-written."""
-    prefixes = tuple(f".{name}." for name in _WRITTEN_FILES)
-    return path.name.startswith(prefixes) and not path.is_dir()
+    # ---------------------------------------------------------------------------------------------- before training
 
+    @contextmanager
+    def lock(self) -> Generator["RunFolder", None, None]:
+        """Create the folder if it is missing, and keep every other training out of it. Every rank must enter it.
 
-@contextmanager
-def guard_run_folder(folder: Path) -> Generator[None, None, None]:
-    """Refuse writes into a run's folder, and its folders on other disks, once it was moved or unmounted.
+        Rank 0 holds the lock. Files that a killed training left half-written are removed. While inside, writes are
+        refused once the folder, or one of its folders on another disk, was moved or unmounted. A folder that was
+        created and is empty at the end is removed.
 
-    Raises UserError if such a write was tried.
-    """
-    guarded = [folder]
-    for place in manifest.weight_folders(folder):
-        if is_on_other_disk(place, folder):
-            guarded.append(place)
-    with ExitStack() as stack:
-        for path in guarded:
-            stack.enter_context(guard_path(path))
+        Raises UserError if another process trains there, or if the folder holds files that are not a run's.
+        """
+        with ExitStack() as stack:
+            agreement.on_main_rank(lambda: stack.enter_context(self._locked()))
+            yield self
+
+    @contextmanager
+    def _locked(self) -> Generator[None, None, None]:
+        """Lock the folder in this process."""
+        self.require_free()
+        new_folders = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        self.path.mkdir(parents=True, exist_ok=True)
         try:
-            yield
-        except (OSError, SafetensorError):
-            # The write may have failed because a folder disappeared meanwhile.
+            busy = f"{self.path} is being trained by another process: wait for it, or give another folder with --out"
+            with locked(self.path / LOCK_FILE, busy):
+                self._remove_half_written()
+                with self._guarded():
+                    yield
+        finally:
+            # A folder that something was written to is not empty, and stays.
+            with suppress(OSError):
+                for new_folder in new_folders:
+                    new_folder.rmdir()
+
+    def require_free(self) -> None:
+        """Raise UserError if the folder holds files, but no run. What a killed training left does not count."""
+        if (self.path / RUN_FILE).exists() or not self.path.is_dir():
+            return
+        for path in self.path.iterdir():
+            if path.name != LOCK_FILE and not _is_half_written(path):
+                raise UserError(f"{self.path} is not empty and holds no {RUN_FILE}: give another folder with --out")
+
+    def _remove_half_written(self) -> None:
+        """Remove what a killed training left half-written."""
+        half_written = [path for path in self.path.iterdir() if _is_half_written(path)]
+        for place in manifest.weight_folders(self.path):
+            half_written += place.glob(".step-*.tmp")
+        for path in half_written:
+            files.remove(path)
+
+    @contextmanager
+    def _guarded(self) -> Generator[None, None, None]:
+        """Refuse writes into the folder, and its folders on other disks, once it was moved or unmounted."""
+        guarded = [self.path]
+        for place in manifest.weight_folders(self.path):
+            if is_on_other_disk(place, self.path):
+                guarded.append(place)
+        with ExitStack() as stack:
             for path in guarded:
-                require_in_place(path)
-            raise
+                stack.enter_context(guard_path(path))
+            try:
+                yield
+            except (OSError, SafetensorError):
+                # The write may have failed because a folder disappeared meanwhile.
+                for path in guarded:
+                    require_in_place(path)
+                raise
+
+    def begin_from(self, origin: Origin, run: Run) -> None:
+        """Record that `run` begins from a checkpoint of another run, unless this folder has begun so before.
+
+        The record comes first and the checkpoint second (`copy_origin`), so that a start which is killed in between
+        does not train from scratch when it is repeated. Raises UserError if the folder holds another run.
+        """
+        if self.text is None:
+            self.write_run(run, origin)
+        elif self.origin != origin:
+            raise UserError(
+                f"{self.path} holds another run, not one that began from step {origin.step} of {origin.run}: give "
+                "another folder with --out"
+            )
+
+    def copy_origin(self) -> None:
+        """Copy the checkpoint that the run begins from, if the folder has none yet. The copy is of this run."""
+        if self.origin is None or self.checkpoints.by_step() or self._has_saved:
+            return
+        source = RunFolder(Path(self.origin.run)).checkpoint_at(self.origin.step)
+        problem = source.fault()
+        if problem:
+            raise UserError(f"{problem}: begin from another step")
+        self.checkpoints.folder.mkdir(exist_ok=True)
+        target = self.checkpoints.folder / source.path.name
+        temp_path = files.temp_path_for(target)
+        files.remove(temp_path)
+        shutil.copytree(source.path, temp_path)
+        run_file = temp_path / manifest.RUN
+        shutil.copy(self.path / RUN_FILE, run_file)
+        # The log and the record of images are those of the run before.
+        listed = {**source.manifest.files, manifest.RUN: manifest.FileEntry.of(run_file)}
+        manifest.write(temp_path, source.manifest.model_copy(update={"files": listed, "log": None, "ledger": None}))
+        files.commit(temp_path, target, durable=True)
+
+    def checkpoint_at(self, step: int) -> Checkpoint:
+        """The checkpoint of a step. Raises UserError if there is none."""
+        checkpoints = self.checkpoints.by_step()
+        if step not in checkpoints:
+            existing = ", ".join(map(str, checkpoints)) or "none"
+            raise UserError(f"--from {step}: {self.path} has no checkpoint of that step; its checkpoints: {existing}")
+        return checkpoints[step]
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """The newest whole checkpoint; None if there is none. Every rank must call it, and they share the hashing.
+
+        Raises UserError, on all ranks, if they see different checkpoints, or none of them is whole.
+        """
+        steps_by_rank = agreement.gather_results(lambda: [*self.checkpoints.by_step()])
+        texts = [", ".join(map(str, steps)) or "none" for steps in steps_by_rank]
+        for rank, text in enumerate(texts):
+            if text != texts[0]:
+                raise UserError(
+                    f"{self.checkpoints.folder}: rank 0 sees checkpoints of steps {texts[0]}, and rank {rank} of steps "
+                    f"{text}: train in a folder on a file system that all ranks share"
+                )
+        return self.checkpoints.latest(together=True)
+
+    def require_resumable(self) -> None:
+        """Raise UserError if the folder has lost its checkpoints, or is an export, which never had any."""
+        if self.checkpoints.by_step():
+            return
+        if self.exported_weights:
+            raise UserError(
+                f"{self.path} is an export, which has no optimizer state to resume from: begin a new run from its "
+                f"weights with start.source={self.path}"
+            )
+        if self.text and self._has_saved:
+            raise UserError(
+                f"{self.path} had checkpoints, and {self.checkpoints.folder} has none: mount its disk or restore them; "
+                "to train from the start, give another folder with --out"
+            )
+
+    @property
+    def _has_saved(self) -> bool:
+        """Whether a checkpoint was written. If the log is gone, too, the user has cleared the run."""
+        return self.log_file.exists() and (self.path / CHECKPOINT_MARK).exists()
+
+    def require_same_config(self, run: Run, checkpoint: Checkpoint | None, place: Path | None = None) -> None:
+        """Raise UserError unless `run` has the fields and the code that decided the training up to a checkpoint.
+
+        Without a checkpoint it is compared with run.yaml. `place` is the part of the checkpoint to name.
+        """
+        text = self.text
+        if checkpoint:
+            text = parse_text(checkpoint.run_text, checkpoint.path / manifest.RUN)
+        if text is None or text.hash is None:
+            return
+        trained_run = run_of(text)
+        require_same_code(run, trained_run.resolved, self.path)
+        if text.hash == config_hash(run):
+            return
+        lines = [str(difference) for difference in differences(trained_run, run) if difference.decides]
+        way_out = f"give another folder with --out, or remove {self.path}"
+        if checkpoint:
+            step = checkpoint.manifest.step
+            way_out = f"begin a new run from it:  dumo train {shell_path(self.path)} --from {step} --out NEW"
+        lines_text = "\n  ".join(lines or [f"{RUN_FILE} was edited, or written by a dumo with other fields"])
+        raise UserError(
+            f"{place or (checkpoint.path if checkpoint else self.path)} is of another run:\n  {lines_text}\n"
+            f"Put these fields back, or {way_out}"
+        )
+
+    # ------------------------------------------------------------------------------------------------ while it trains
+
+    def begin_at(self, run: Run, checkpoint: Checkpoint | None, step: int) -> Iterator[str]:
+        """Bring the folder to a step: undo what lies after it, and write run.yaml. Rank 0 alone calls it.
+
+        `checkpoint` is the one that is resumed, None if training begins. Yields lines for the user.
+        """
+        # Remove the rows of the log after the step: they are logged again.
+        if step == 0 and self.log_file.exists() and any(row["step"] for row in log.read_log(self.log_file)):
+            yield f"{self.path} has no checkpoint, so it starts again from step 0"
+        log.rewind(self.log_file, step)
+        listed_log = checkpoint.manifest.log if checkpoint else None
+        if listed_log is not None and listed_log != log.entry_of(self.log_file):
+            yield (
+                f"{self.log_file} is not what was logged up to step {step:,}: weights do not depend on it, curves do"
+            )
+
+        # Remove the weights after the step: other steps may lead elsewhere. Checkpoints after it are damaged: each
+        # stays, since it may be repaired, until a new one of its step replaces it.
+        for name in ("milestones", BEST_FOLDER):
+            manifest.rewind(self.path / name, step)
+
+        # Write the run.
+        yield from self._record_changes(run, step)
+        self.write_run(run, self.origin)
+        if step == 0:
+            (self.path / CHECKPOINT_MARK).unlink(missing_ok=True)
+        else:
+            self.mark_checkpoint_written()
+
+        # Name packages that round differently.
+        versions_before = checkpoint.manifest.versions if checkpoint else {}
+        for name in _PACKAGES:
+            version = software_versions()[name]
+            version_before = versions_before.get(name, version)
+            if version_before != version:
+                yield f"{name} is {version}, and was {version_before} up to step {step:,}: it may round differently"
+
+    def _record_changes(self, run: Run, step: int) -> Iterator[str]:
+        """Append the fields in which `run` differs from run.yaml to changes.jsonl. Yields a line for each."""
+        if self.run is None or step == 0:
+            return
+        rows: list[str] = []
+        for difference in differences(self.run, run):
+            # A deciding field is as in the checkpoint; run.yaml may have been edited meanwhile.
+            if difference.decides or difference.field.split(".")[0] == "resolved":
+                continue
+            row = {"step": step, "field": difference.field, "was": difference.was, "now": difference.now}
+            rows.append(json.dumps(row) + "\n")
+            now, was = yaml_text(difference.now), yaml_text(difference.was)
+            yield f"from step {step:,} on {difference.field} is {now}, and was {was}"
+        if rows:
+            with (self.path / CHANGES_FILE).open("a", encoding="utf-8") as changes:
+                changes.writelines(rows)
+
+    def write_run(self, run: Run, origin: Origin | None = None) -> None:
+        """Write run.yaml, and wait until it is on the disk."""
+        header: dict[str, object] = {HASH_KEY: config_hash(run)}
+        if origin:
+            header[ORIGIN_KEY] = origin.model_dump()
+        file = self.path / RUN_FILE
+        self.written_text = dump(run, header)
+        files.write(file, self.written_text.encode(), durable=True)
+        self.text = parse_text(self.written_text, file)
+        self.run = run
+
+    def mark_checkpoint_written(self) -> None:
+        """Mark that the run has a checkpoint: from now on one that is not there was lost.
+
+        Raises UserError if the folder is no longer in its place (`require_in_place`).
+        """
+        mark = self.path / CHECKPOINT_MARK
+        require_in_place(mark)
+        if not mark.exists():
+            mark.touch()
+            files.flush(self.path)
+
+    # ------------------------------------------------------------------------------------------------- best weights
+
+    def find_best(self, run: Run, max_step: int | None = None) -> BestWeights | None:
+        """The newest of the best weights up to step `max_step`, or None if there are none.
+
+        Raises UserError if `run` did not write them.
+        """
+        files_by_step = manifest.paths_by_step(self.path / BEST_FOLDER, ".safetensors")
+        steps = [step for step in files_by_step if max_step is None or step <= max_step]
+        if not steps:
+            return None
+        step = steps[-1]
+        file = files_by_step[step]
+        require_own_file(file, run, _BEST_KIND, step)
+        score = checkpoint.facts_of(file)[_SCORE]
+        return BestWeights(file, step, score["name"], score["value"], score["protocol"], score["nfe"])
+
+    def save_if_best(self, run: Run, state: State, *, metric: str, value: float, protocol: str, nfe: int) -> None:
+        """Write the sampled weights if their score is finite and the best of those that were measured alike.
+
+        Every rank must call it with the same score. Raises UserError if the weights in the folder are another run's.
+        """
+        # Weights of another run are refused whatever the score is, so they are read first.
+        previous = agreement.on_main_rank(lambda: self.find_best(run))
+        if not isfinite(value):
+            return
+        if previous and (previous.metric, previous.protocol, previous.nfe) == (metric, protocol, nfe):
+            is_better = value > previous.value if higher_is_better(metric) else value < previous.value
+            if not is_better:
+                return
+        score = {"protocol": protocol, "nfe": nfe, "name": metric, "value": value}
+        folder = self.path / BEST_FOLDER
+        checkpoint.save_weights(folder, state, state.sampled_net, _BEST_KIND, config_hash(run), **{_SCORE: score})
+
+    def remove_older_best(self, checkpoint_steps: Collection[int]) -> None:
+        """Remove the best weights that no resumed run needs, once a checkpoint is written.
+
+        A run that resumes from one of the checkpoints needs the last weights up to its step. Weights newer than the
+        last checkpoint are kept; a resumed run removes them.
+        """
+        files_by_step = manifest.paths_by_step(self.path / BEST_FOLDER, ".safetensors")
+        kept_steps = {step for step in files_by_step if step > max(checkpoint_steps)}
+        for checkpoint_step in checkpoint_steps:
+            steps_up_to_checkpoint = [step for step in files_by_step if step <= checkpoint_step]
+            kept_steps.update(steps_up_to_checkpoint[-1:])
+        for step, path in files_by_step.items():
+            if step not in kept_steps:
+                path.unlink()
+
+    # ----------------------------------------------------------------------------------------- weights of other files
+
+    def require_own_weights(self, run: Run, place: Path) -> None:
+        """Raise UserError if weights, such as a milestone or a part of another checkpoint, are another run's."""
+        owner = checkpoint.facts_of(place).get("run")
+        for folder in (place, place.parent):
+            if not (folder / manifest.NAME).is_file():
+                continue
+            if folder.resolve().parent == self.checkpoints.folder.resolve():
+                self.require_same_config(run, Checkpoint(folder), place)
+                return
+            owner = parse_text(Checkpoint(folder).run_text, folder / manifest.RUN).hash
+            break
+        if owner not in (None, config_hash(run)):
+            raise UserError(f"{place} has weights of another run than {self.path}: take others")
+
+
+def require_own_file(file: Path, run: Run, kind: str, step: int) -> None:
+    """Raise UserError if a file of weights is of another run, or is not what its place in the folder says."""
+    facts: Mapping[str, object] = checkpoint.facts_of(file)
+    if facts.get("run") != config_hash(run):
+        raise UserError(
+            f"{file} has weights of another run than {RUN_FILE} says: put back those that this run kept, or remove them"
+        )
+    for name, value in {"kind": kind, "step": step}.items():
+        stated = checkpoint.step_of(file, step) if name == "step" else facts.get(name)
+        if stated != value:
+            raise UserError(f"{file} says that its {name} is {stated}, not {value}: put each file back in its place")
 
 
 def is_on_other_disk(place: Path, folder: Path) -> bool:
@@ -136,42 +440,6 @@ def is_on_other_disk(place: Path, folder: Path) -> bool:
     return place.is_dir() and place.stat().st_dev != folder.stat().st_dev
 
 
-def set_best_aside(folder: Path) -> Path | None:
-    """Move best/*.safetensors to best/cut-N, with the first free N, when a run restarts from step 0.
-
-    Returns best/cut-N, or None if there were no best weights.
-    """
-    best_folder = folder / BEST_FOLDER
-    weights_by_step = manifest.paths_by_step(best_folder, ".safetensors")
-    if not weights_by_step:
-        return None
-    number = 1
-    while (best_folder / f"cut-{number}").exists():
-        number += 1
-    cut_folder = best_folder / f"cut-{number}"
-    cut_folder.mkdir()
-    for file in weights_by_step.values():
-        file.rename(cut_folder / file.name)
-    return cut_folder
-
-
-def write_run_file(run: Run, folder: Path, changed: Sequence[RecordedChange] = ()) -> None:
-    """Write a run's run.yaml, with the changes of its fields while it trained, and wait until it is on the disk."""
-    files.write(folder / RUN_FILE, dump(run, changed).encode(), durable=True)
-
-
-def mark_no_checkpoint_yet(folder: Path) -> None:
-    """Remove, before the first step, the mark of a run whose log and checkpoints were removed."""
-    (folder / CHECKPOINT_MARK).unlink(missing_ok=True)
-
-
-def mark_checkpoint_written(folder: Path) -> None:
-    """Mark that the run has a checkpoint: from now on one that is not there was lost.
-
-    Raises UserError if the folder is no longer in its place (`require_in_place`).
-    """
-    mark = folder / CHECKPOINT_MARK
-    require_in_place(mark)
-    if not mark.exists():
-        mark.touch()
-        files.flush(folder)
+def _is_half_written(path: Path) -> bool:
+    """Whether a path at the top of a run's folder is a file that a killed training left half-written."""
+    return path.name.startswith((f".{RUN_FILE}.", f".{LOG_FILE}.")) and not path.is_dir()

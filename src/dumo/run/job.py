@@ -1,48 +1,36 @@
 """Open a run for training: lock its folder, resolve and check it, and load all that training needs into a `Job`.
 
-`open_job` is the entrance; `train_more_hint` is a line for a run that has ended. Every rank goes through the steps:
-
-1. meet the other ranks, lock the folder (rank 0), read what it holds into an `Index`, and compare what the ranks are
-   asked for
-2. resolve the run: write out what files and machine say of it; check that it fits the machine and its ranks
-3. check it against the folder
-4. choose the checkpoint to resume from, the last one that is whole
-5. encode missing latents of images and missing captions; open the data, and examine the derivative against float64
-6. begin the state: as drawn, of the checkpoint, or of `start`
-7. compare data and run with what the folder holds
-
-Before `run.train` takes the job, rank 0 writes no more than the folder, its lock, those latents and texts, and a mark
-in the note of what was obeyed (`Request.was_obeyed`); and it removes what a training that was killed left half-written.
+`open_job` is the entrance; `train_more_hint` is a line for a run that has ended. Every rank goes through the steps. Up
+to the first step of training rank 0 writes no more than the lock, missing latents and texts, and what a new run begins
+from.
 """
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 from torch import nn
 
 from dumo.config import trust
+from dumo.config.change import yaml_text
 from dumo.config.fit import check_ranks
+from dumo.config.load import run_of
+from dumo.config.place import RUN_FILE
+from dumo.config.source import Origin
 from dumo.config.spec import Run
 from dumo.data import Data, Latents
 from dumo.io.source import DataSource
 from dumo.nets.text import EmbeddedTexts
 from dumo.run import examination
-from dumo.run.data import compare_data
-from dumo.run.folder import (
-    guard_run_folder,
-    locked_run_folder,
-    remove_half_written,
-    require_resumable,
-)
-from dumo.run.history import History
-from dumo.run.index import Index
+from dumo.run.data import compare_data, require_same_fingerprint
+from dumo.run.folder import RunFolder
 from dumo.run.net import outline, require_room_to_train
-from dumo.run.request import Request, require_same_request
 from dumo.run.resolve import resolve, with_absolute_paths, with_hashes
 from dumo.run.speed import Meter
 from dumo.run.weights import begin_or_resume
@@ -54,14 +42,13 @@ from dumo.runtime.threads import threads_for
 from dumo.training import agreement
 from dumo.training.duration import Duration
 from dumo.training.layout import share_of
-from dumo.training.manifest import Checkpoint, Checkpoints
+from dumo.training.manifest import Checkpoint
 from dumo.training.spec import Train
 from dumo.training.state import State
 from dumo.training.step import Record
-from dumo.types import UserError
+from dumo.types import UserError, marks_of
 
 if TYPE_CHECKING:
-    from dumo.run.best import BestFolder
     from dumo.run.teacher import LoadedTeacher
     from dumo.run.validation import Validation
 
@@ -88,16 +75,13 @@ class Job:
     """A run opened for training, with all parts that training needs."""
 
     run: Run  # resolved
-    index: Index  # its folder, and what that held when it was opened
+    folder: RunFolder
     device: torch.device
     tell: Tell  # silent except on rank 0
     data: DataSource
     state: State  # in which training begins
     resumed_from: Checkpoint | None  # None: a fresh start
-    request: Request | None  # what was asked for; None: it was obeyed before
-    history: History | None  # what has changed since the folder was written; None except on rank 0
     teacher: "LoadedTeacher | None"
-    best_folder: "BestFolder | None"  # None: the run is not judged as it trains
     validation: "Validation | None"  # None: the run is not judged, or no step is left at which it would be
     sheets: Sheets | None  # None: no sheets are drawn
     meter: Meter
@@ -108,14 +92,13 @@ class Job:
 
 @contextmanager
 def open_job(
-    folder: Path,
+    path: Path,
     run: Run | None = None,
     *,
     changes: Sequence[str] = (),
+    origin: Origin | None = None,
     device: str = "auto",
     tell: Tell | None = None,
-    step: int | None = None,
-    accept: bool = False,
     sheets: MakeSheets | None = None,
     began: float | None = None,
     bar: Bar = no_bar,
@@ -124,100 +107,85 @@ def open_job(
 
     While inside, the folder is locked, and writes are refused if it was moved away.
 
-    - `run`: what to train; None: the run of the folder, with `changes` (`a.b=c`)
-    - `step`: resume from the checkpoint of this step, not from the last one; a restart that has done so takes that
-    - `tell`: called with lines for the user, on rank 0
-    - `accept`: resume though data or fields have changed, and note what has
-    - `sheets`: draws the sheets of `train.sheets` (`dumo.run.sheet.Sheets`); None: nobody does
-    - `began`: from when its time counts, by `stopwatch.wall_clock`, if it ends by the clock; None: from now on
-    - `bar`: shows how far images are encoded
+    - `path`: the run's folder.
+    - `run`: what to train; None: the run of the folder, with `changes` (`a.b=c`).
+    - `origin`: the checkpoint of another run that a new run begins from.
+    - `tell`: called with lines for the user, on rank 0.
+    - `sheets`: draws the sheets of `train.sheets` (`dumo.run.sheet.Sheets`); None: nobody does.
+    - `began`: from when its time counts, by `stopwatch.wall_clock`, if it ends by the clock; None: from now on.
+    - `bar`: shows how far images are encoded.
 
     Raises UserError if the run does not fit the machine or its ranks, another process trains in the folder or it holds
-    another run, ranks are asked for different ones, data or fields have changed, or the derivative fails its
-    examination.
+    another run, the data have changed, or the derivative fails its examination.
     """
     time_began = stopwatch.wall_clock() if began is None else began
-    with ExitStack() as stack:
-        # 1. meet, lock and read
-        stack.enter_context(dist.join())
+    # Ranks meet before the folder is locked, so that all of them hear if it was refused. It is locked before anything
+    # in it is read.
+    with dist.join(), RunFolder(path).lock() as folder:
         tell_on_main = ignore_line if tell is None or not dist.is_main() else tell
-        agreement.on_main_rank(lambda: stack.enter_context(locked_run_folder(folder)))
-        request = Request(folder, step, tuple(changes), accept=accept)
-        was_obeyed = request.was_obeyed()
-        if was_obeyed:
-            tell_on_main(request.obeyed_line())
-        from_step = None if was_obeyed else step
-        index = Index.read(folder)
-        requested_run = _run_of_folder(index, changes) if run is None else run
-        require_same_request(request, requested_run)
+        requested_run = _run_of_folder(folder, changes) if run is None else run
+        require_same_on_all_ranks(requested_run)
 
-        # 2. resolve, and check that it fits the machine
-        run_before = index.recorded_run.run if index.recorded_run else None
-        resolved_run = resolve(with_absolute_paths(requested_run, run_before, tell_on_main))
+        # Resolve the run, and check that it fits the machine.
+        recorded_run = folder.run if folder.text and folder.text.hash else None
+        resolved_run = resolve(with_absolute_paths(requested_run))
         torch_device = choose_device(device)
-        complete_run, net_outline = _fit_and_complete(resolved_run, run_before, torch_device, sheets)
+        complete_run, net_outline = _fit_and_complete(resolved_run, recorded_run, torch_device, sheets)
 
-        # 3. check it against the folder
-        def check_folder() -> None:
-            require_resumable(complete_run, index, from_step, accept=accept)
-            remove_half_written(folder)
-            stack.enter_context(guard_run_folder(folder))
+        # Choose the checkpoint. A new run from another's copies it, after it has recorded where it began from.
+        def copy_origin() -> None:
+            folder.require_resumable()
+            if origin:
+                folder.begin_from(origin, complete_run)
+            folder.copy_origin()
 
-        agreement.on_main_rank(check_folder)
+        agreement.on_main_rank(copy_origin, is_long=True)
+        chosen = folder.newest_checkpoint()
 
-        # 4. choose the checkpoint
-        chosen = _choose_checkpoint(index.checkpoints, from_step)
-        run_to_train = complete_run
-        train_before = index.recorded_run.run.train if index.recorded_run else None
-        # Refuse now what `train` would refuse for its length: nothing expensive was done yet.
-        Duration.resolve(run_to_train.train, train_before, chosen.manifest if chosen else None)
+        # Refuse another run, and a length that is over, before anything expensive is done.
+        agreement.on_each_rank(lambda: folder.require_same_config(complete_run, chosen))
+        recorded_train = recorded_run.train if recorded_run else None
+        Duration.resolve(complete_run.train, recorded_train, chosen.manifest if chosen else None)
 
-        # 5. encode missing latents and captions, open the data, and examine the derivative
-        time_began += _encode_what_is_missing(run_to_train, device, bar, tell_on_main)
-        data = open_data(run_to_train.data)
-        examination.examine(run_to_train, torch_device).require()
-        meter = Meter(run_to_train.train, folder, torch_device, _step_flops(run_to_train, net_outline, torch_device))
-        drawn_sheets = sheets(run_to_train, folder, tell_on_main) if sheets else None
+        # Encode missing latents and captions, open the data, and examine the derivative.
+        time_began += _encode_what_is_missing(complete_run, device, bar, tell_on_main)
+        data = open_data(complete_run.data)
+        examination.examine(complete_run, torch_device).require()
+        step_flops = _step_flops(complete_run, net_outline, torch_device)
+        meter = Meter(complete_run.train, path, torch_device, step_flops)
+        drawn_sheets = sheets(complete_run, path, tell_on_main) if sheets else None
 
-        # 6. begin the state, and open what reads it
-        state, checkpoint = begin_or_resume(
-            run_to_train, index.checkpoints, torch_device, chosen, or_before=from_step is None
-        )
+        # Load the checkpoint, or the one before if a value of it is not finite. How long the run trains is a function
+        # of the one that was loaded.
+        state, loaded = begin_or_resume(complete_run, folder.checkpoints, torch_device, chosen)
+        state.duration = Duration.resolve(complete_run.train, recorded_train, loaded.manifest if loaded else None)
+
         # From here on the net computes, with the number of threads that its checkpoint was trained with.
-        recorded_threads = checkpoint.manifest.threads if checkpoint else None
-        threads = stack.enter_context(threads_for(state.net, torch_device, recorded_threads))
-        state.duration = Duration.resolve(run_to_train.train, train_before, checkpoint.manifest if checkpoint else None)
-        best_folder, validation = _open_validation(run_to_train, index, state, tell_on_main, meter)
-        teacher = _load_teacher(run_to_train, state, torch_device)
+        recorded_threads = loaded.manifest.threads if loaded else None
+        with threads_for(state.net, torch_device, recorded_threads) as threads:
+            validation = _open_validation(complete_run, folder, state, tell_on_main, meter)
+            teacher = _load_teacher(complete_run, state, torch_device)
 
-        # 7. compare with what the folder holds
-        changed_data = compare_data(run_to_train.data, data, folder, checkpoint, accept=accept)
-
-        def compare_history() -> History | None:
-            if not dist.is_main():
-                return None
-            return History.of(run_to_train, index, data, state.step, checkpoint, accept=accept, change=changed_data)
-
-        history = agreement.on_each_rank(compare_history)
-        yield Job(
-            run=run_to_train,
-            index=index,
-            device=torch_device,
-            tell=tell_on_main,
-            data=data,
-            state=state,
-            resumed_from=checkpoint,
-            request=None if was_obeyed else request,
-            history=history,
-            teacher=teacher,
-            best_folder=best_folder,
-            validation=validation,
-            sheets=drawn_sheets,
-            meter=meter,
-            threads=threads,
-            net_outline=net_outline,
-            began=time_began,
-        )
+            # Compare the data with those of the checkpoint.
+            compare_data(complete_run.data, data, path, loaded)
+            if loaded and recorded_run:
+                agreement.on_each_rank(lambda: require_same_fingerprint(recorded_run, data, path))
+            yield Job(
+                run=complete_run,
+                folder=folder,
+                device=torch_device,
+                tell=tell_on_main,
+                data=data,
+                state=state,
+                resumed_from=loaded,
+                teacher=teacher,
+                validation=validation,
+                sheets=drawn_sheets,
+                meter=meter,
+                threads=threads,
+                net_outline=net_outline,
+                began=time_began,
+            )
 
 
 def train_more_hint(folder: Path, train: Train) -> str:
@@ -229,23 +197,58 @@ def train_more_hint(folder: Path, train: Train) -> str:
     return f"{folder} has trained its {train.steps:,} steps. For more:  {command} --set train.steps={2 * train.steps}"
 
 
-def _run_of_folder(index: Index, changes: Sequence[str]) -> Run:
-    """The folder's run with `changes`."""
+def _run_of_folder(folder: RunFolder, changes: Sequence[str]) -> Run:
+    """The folder's run with `changes`. Raises UserError if there is none."""
     trust.accept(changes)
-    return index.run(changes)
+    if folder.text is None:
+        raise UserError(f"{folder.path} has no {RUN_FILE}")
+    return run_of(folder.text, changes)
+
+
+def require_same_on_all_ranks(run: Run) -> None:
+    """Raise UserError, on all ranks, if one is asked for another run than rank 0. Every rank must call it.
+
+    Paths may differ: what lies there is compared by its hash.
+    """
+
+    def requested_values() -> dict[str, object]:
+        return dict(_values_of(run.model_copy(update={"resolved": {}})))
+
+    main_values, *other_values = agreement.gather_results(requested_values)
+    for rank, values in enumerate(other_values, start=1):
+        for name in {**main_values, **values}:
+            main_value = main_values.get(name)
+            value = values.get(name)
+            if value != main_value:
+                raise UserError(
+                    f"{name} is {yaml_text(value)} on rank {rank}, and {yaml_text(main_value)} on rank 0: type the "
+                    "same command on every node"
+                )
+
+
+def _values_of(spec: BaseModel, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """The fields of a spec that are no paths, by dotted path, as JSON values. `prefix` stands before each path."""
+    for name, field in type(spec).model_fields.items():
+        value = getattr(spec, name)
+        if marks_of(field).get("where"):
+            continue
+        if isinstance(value, BaseModel):
+            yield from _values_of(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", to_jsonable_python(value)
 
 
 def _fit_and_complete(
-    run: Run, run_before: Run | None, device: torch.device, sheets: MakeSheets | None
+    run: Run, recorded_run: Run | None, device: torch.device, sheets: MakeSheets | None
 ) -> tuple[Run, nn.Module]:
     """Check that a resolved run fits, and add its hashes.
 
-    `run_before` is the run of the folder. Returns the run with the outline of its net. Every rank must call it. Raises
-    UserError where the run does not fit.
+    `recorded_run` is the run of the folder. Returns the run with the outline of its net. Every rank must call it.
+    Raises UserError where the run does not fit.
     """
     net_outline = outline(run)
     _require_fit(run, net_outline, device, sheets)
-    return with_hashes(run, run_before), net_outline
+    return with_hashes(run, recorded_run), net_outline
 
 
 def _require_fit(run: Run, net_outline: nn.Module, device: torch.device, sheets: MakeSheets | None) -> None:
@@ -260,30 +263,6 @@ def _require_fit(run: Run, net_outline: nn.Module, device: torch.device, sheets:
     share = share_of(run.train.share, ranks)
     require_room_to_train(run, device, net_outline, rows=rows_per_rank, share=share)
     check_ranks(run.train, run.objective, ranks)
-
-
-def _choose_checkpoint(checkpoints: Checkpoints, step: int | None) -> Checkpoint | None:
-    """The checkpoint of this step, by default the last one that is whole; None: there is no checkpoint.
-
-    Every rank must call it. Raises UserError, on all ranks, where one sees other checkpoints than rank 0; and where the
-    one of this step, or every one, is damaged.
-    """
-    _require_same_checkpoints(checkpoints)
-    if step is None:
-        return checkpoints.latest(together=True)
-    return checkpoints.of_step(step)
-
-
-def _require_same_checkpoints(checkpoints: Checkpoints) -> None:
-    """Raise UserError, on all ranks, where one sees other checkpoints than rank 0. Every rank must call it."""
-    steps_by_rank = agreement.gather_results(lambda: [*checkpoints.by_step()])
-    steps_texts = [", ".join(map(str, steps)) or "none" for steps in steps_by_rank]
-    for rank, steps_text in enumerate(steps_texts):
-        if steps_text != steps_texts[0]:
-            raise UserError(
-                f"{checkpoints.folder}: rank 0 sees checkpoints of steps {steps_texts[0]}, and rank {rank} of steps "
-                f"{steps_text}: train in a folder on a file system that all ranks share"
-            )
 
 
 def _encode_what_is_missing(run: Run, device: str, bar: Bar, tell: Tell) -> float:
@@ -322,24 +301,13 @@ def _step_flops(run: Run, net_outline: nn.Module, device: torch.device) -> float
     return cost.step_cost(net_outline, run.objective, run.path, run.data.shape, ref=run.train.ref).flops
 
 
-def _open_validation(
-    run: Run, index: Index, state: State, tell: Tell, meter: Meter
-) -> "tuple[BestFolder | None, Validation | None]":
-    """The folder of the best weights, and what judges the run as it trains, as `Validation.open`.
-
-    Both are None of a run that is not judged as it trains.
-    """
+def _open_validation(run: Run, folder: RunFolder, state: State, tell: Tell, meter: Meter) -> "Validation | None":
+    """What judges the run as it trains, as `Validation.open`; None of a run that is not judged."""
     if not run.evaluate.every:
-        return None, None
-    from dumo.run.best import BestFolder
+        return None
     from dumo.run.validation import Validation
 
-    identities: set[str] = set()  # of the run in the folder, whose best weights may be there
-    if index.recorded_run:
-        identities = index.recorded_run.identities()
-    best_folder = BestFolder(run, index.folder, identities)
-    validation = Validation.open(run, state, best_folder, log_line=tell, exclude_seconds=meter.leave_out)
-    return best_folder, validation
+    return Validation.open(run, state, folder, log_line=tell, exclude_seconds=meter.leave_out)
 
 
 def _load_teacher(run: Run, state: State, device: torch.device) -> "LoadedTeacher | None":

@@ -1,32 +1,28 @@
 """The journal of a training: it writes log, milestones and checkpoints. Every rank has a `Journal`.
 
-`run.train` creates it once `dumo.run.history` has brought the folder to the step from which training resumes. It calls
-`Journal.open` before the first step, and the training loop calls `Journal.hooks` after each step: log, milestones, then
-checkpoints. `resume_hint` says what to type after a training that diverged.
+`run.train` creates it once `RunFolder.begin_at` has brought the folder to the step from which training resumes. It
+calls `Journal.open` before the first step, and the training loop calls `Journal.hooks` after each step: log,
+milestones, then checkpoints. `resume_hint` says what to type after a training that diverged.
 """
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dumo.autodiff import float64
-from dumo.config.difference import identity
-from dumo.config.load import dump
-from dumo.config.place import LOG_FILE
-from dumo.config.source import RecordedChange
+from dumo.config.difference import config_hash
 from dumo.config.spec import Run
 from dumo.data.ledger import Ledger
 from dumo.io.source import DataSource
 from dumo.nets.embed import Scalars
 from dumo.run import examination
 from dumo.run.data import save_ledger
-from dumo.run.folder import mark_checkpoint_written
+from dumo.run.folder import RunFolder
 from dumo.run.memory import weight_bytes
 from dumo.run.net import outline
 from dumo.run.weights import build
@@ -35,7 +31,6 @@ from dumo.runtime.device import total_memory
 from dumo.runtime.text import bytes_text
 from dumo.training import agreement, checkpoint, layout, log, loop
 from dumo.training.duration import FIRST_SAVE_SHARE, SECONDS_PER_MINUTE, Clock
-from dumo.training.manifest import Checkpoints
 from dumo.training.optim import half_rates
 from dumo.training.record import Record, Skipped
 from dumo.training.saver import Saver
@@ -43,7 +38,6 @@ from dumo.training.spec import Train
 from dumo.training.state import State
 
 if TYPE_CHECKING:
-    from dumo.run.best import BestFolder
     from dumo.run.teacher import TeacherPairs
     from dumo.run.validation import Scores, Validation
 
@@ -53,21 +47,17 @@ class Journal:
     """Writes log, milestones and checkpoints. Every rank must call each method alike."""
 
     run: Run
-    folder: Path
+    folder: RunFolder
     device: torch.device
-    checkpoints: Checkpoints
     source: "DataSource | TeacherPairs"
     tell: Callable[[str], None]
     # What the images were when they were read.
     ledger: Ledger | None = None
-    # The changes of fields and data since the run began; None on ranks other than 0.
-    changes: Sequence[RecordedChange] | None = None
     # The clock of a run that ends by it.
     clock: Clock | None = None
     # Whether du/dt was examined on weights in training, and whether a checkpoint was saved.
     is_examined: bool = False
     has_saved: bool = False
-    best_folder: "BestFolder | None" = None
     validation: "Validation | None" = None
     # Called with each row of the log, such as by a tracker.
     send_row: Callable[[log.Row], object] | None = None
@@ -75,11 +65,6 @@ class Journal:
     # When the last checkpoint was taken, in seconds of the monotonic clock.
     last_saved: float = field(default_factory=time.monotonic)
     saver: Saver = field(default_factory=Saver)
-
-    @property
-    def run_text(self) -> str:
-        """The text of run.yaml, of which each checkpoint has a copy; "" on ranks other than 0."""
-        return "" if self.changes is None else dump(self.run, self.changes)
 
     @property
     def hooks(self) -> tuple[loop.Every, ...]:
@@ -110,7 +95,7 @@ class Journal:
                 raise signals.Stopped(signal_number)
         if 0 < state.step <= self.run.train.first_saved_step:
             self.examine(state)
-        if state.step not in checkpoint.milestones(self.folder / "milestones"):
+        if state.step not in checkpoint.milestones(self.folder.path / "milestones"):
             self.write_milestone(state)
         # Saving also removes checkpoints beyond the last `train.keep`.
         if state.is_over:
@@ -141,7 +126,7 @@ class Journal:
                 if blamed_rows:
                     message += ": " + "; ".join(map(_row_text, blamed_rows[:3]))
                 self.tell(message)
-            log.append(self.folder / LOG_FILE, row)
+            log.append(self.folder.log_file, row)
             if self.send_row:
                 self.send_row(row)
 
@@ -167,7 +152,7 @@ class Journal:
     def write_milestone(self, state: State, record: Record | None = None) -> None:
         """Write the sampled weights at a milestone."""
         if state.step in self.run.train.milestones:
-            checkpoint.save_milestone(self.folder / "milestones", state, identity(self.run))
+            checkpoint.save_milestone(self.folder.path / "milestones", state, config_hash(self.run))
 
     def save_if_due(self, state: State, record: Record) -> None:
         """Save a checkpoint if one is due by step or clock, after a signal, and at the end.
@@ -195,19 +180,17 @@ class Journal:
         # The thread's copy of the last checkpoint is overwritten.
         self.saver.wait()
         began = self.clock.seconds() if self.clock else 0.0
-        log_file = self.folder / LOG_FILE
+        log_file = self.folder.log_file
         logged = agreement.on_each_rank(lambda: log.entry_of(log_file) if dist.is_main() else None)
-        listed_ledger = save_ledger(self.folder, self.ledger)
-        notes = checkpoint.CheckpointNotes(self.run_text, listed_ledger, logged, self.threads)
+        listed_ledger = save_ledger(self.folder.path, self.ledger)
+        notes = checkpoint.CheckpointNotes(self.folder.written_text, listed_ledger, logged, self.threads)
         copy = checkpoint.copy(state, notes, self.saver.memory)
 
         def write() -> None:
             agreement.on_main_rank(lambda: log.flush(log_file))
-            checkpoint.save_copy(self.checkpoints, copy, self.run.train.keep)
-            agreement.on_main_rank(lambda: mark_checkpoint_written(self.folder))
-            best_folder = self.best_folder
-            if best_folder:
-                agreement.on_main_rank(lambda: best_folder.remove_older(self.checkpoints.by_step()))
+            checkpoint.save_copy(self.folder.checkpoints, copy, self.run.train.keep)
+            agreement.on_main_rank(self.folder.mark_checkpoint_written)
+            agreement.on_main_rank(lambda: self.folder.remove_older_best(self.folder.checkpoints.by_step()))
             if self.clock:
                 self.clock.note_save(began)
 
@@ -263,16 +246,14 @@ def slope_in_time(state: State) -> float | None:
     return None
 
 
-def resume_hint(train: Train, folder: Path, checkpoints: Checkpoints, step: int) -> str:
-    """Say how to resume from the last good checkpoint up to a step, or from the start, at half the learning rate."""
-    good_step = checkpoints.last_good(step)
-    place = "from the start" if good_step is None else "from its last good checkpoint"
-    # Without a good checkpoint, the folder would be resumed from a bad one, so the run starts in another folder.
-    command = f"dumo train {shell_path(folder)}"
+def resume_hint(train: Train, folder: RunFolder, step: int) -> str:
+    """Say how to begin a new run from the last good checkpoint up to a step, or anew, at half the learning rate."""
+    good_step = folder.checkpoints.last_good(step)
+    place = "To begin anew" if good_step is None else "To begin a new run from the last good checkpoint"
+    command = f"dumo train {shell_path(folder.path)}"
     if good_step is not None:
         command += f" --from {good_step}"
-    elif checkpoints.by_step():
-        command += " --out DIR"
+    command += " --out NEW"
     for name, rate in half_rates(train.optimizer).items():
         command += f" --set train.optimizer.{name}={rate:g}"
-    return f"To resume {place} at half the learning rate:  {command}"
+    return f"{place} at half the learning rate:  {command}"

@@ -7,8 +7,8 @@ When a run is opened for training, `run.job` calls:
 3. `with_hashes`, which adds hashes of what samples depend on besides data: autoencoder, pipeline, text encoder, and the
    few-step run under a subject's adapters
 
-So a run.yaml is complete by itself. For a reader on another machine, `as_given` puts back the words that the user typed
-in place of absolute paths.
+So a run.yaml is complete by itself. For a reader on another machine, `without_paths` leaves the last part of each
+absolute path.
 """
 
 import os
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar, cast
 
-from pydantic import JsonValue
 from pydantic.config import JsonDict
 
 from dumo.config.change import field_of, override, yaml_text
@@ -25,7 +24,7 @@ from dumo.config.conditions import shown_data
 from dumo.config.difference import differences
 from dumo.config.fit import check
 from dumo.config.load import load, parse
-from dumo.config.source import CODE_KEY, TYPED_KEY, RunText, read, without_resolved
+from dumo.config.source import CODE_KEY, RunText, read, without_resolved
 from dumo.config.spec import Run
 from dumo.data import Data, Images, Latents
 from dumo.data.cache import read_index
@@ -38,7 +37,6 @@ from dumo.nets.text import EmbeddedTexts
 from dumo.run.fit import check_built
 from dumo.run.prompt import sources_identity
 from dumo.run.weights import few_step_run
-from dumo.runtime.progress import ignore_line
 from dumo.types import Spec, UserError
 
 S = TypeVar("S", bound=Spec)
@@ -92,8 +90,9 @@ def resolve(run: Run) -> Run:
 def _new_facts(run: Run, resolved_run: Run) -> dict[str, object]:
     """What resolving a run has changed, by field."""
     facts: dict[str, object] = {}
-    for field_difference in differences(run, resolved_run):
-        facts[field_difference.field] = field_difference.now
+    for difference in differences(run, resolved_run):
+        if difference.decides:
+            facts[difference.field] = difference.now
     titles = _titles_of(resolved_run.data)
     if titles != _titles_of(run.data):
         facts["data.images.titles" if isinstance(run.data, Latents) else "data.titles"] = [*titles]
@@ -125,66 +124,9 @@ def data_with_facts(data: Data) -> Data:
         raise type(error)(message) from error
 
 
-def with_absolute_paths(run: Run, before: Run | None = None, log_line: Callable[[str], None] = ignore_line) -> Run:
-    """The run with absolute paths in fields that say where something lies; the words given for them go to `resolved`.
-
-    `before` is the run of the folder in which it goes on: a place in the same words as there is where it was when that
-    run began, whatever variables and the working directory say now. If nothing is there any more, it is where the words
-    lead now; if both places exist, and the words were given again, `log_line` is called with a line. What does not
-    exist, and may be a name, stays.
-    """
-    places_before: dict[str, str] = {}
-    words_before: dict[str, str] = {}
-    if before:
-        places_before = dict(places(before))
-        words_before = paths_as_typed(before.resolved)
-    absolute_places: dict[str, str] = {}
-    given_words: dict[str, JsonValue] = {}
-    for field, text, extra in _places(run):
-        is_unchanged = field in places_before and text in (places_before[field], words_before.get(field))
-        if is_unchanged:
-            words = words_before.get(field, text)
-            place_now = _absolute_place(words, extra)
-            place_before = _absolute_place(places_before[field], extra)
-            was_typed_again = text != places_before[field]  # not taken from run.yaml
-            place = _place_as_before(field, place_now, place_before, log_line if was_typed_again else ignore_line)
-        else:
-            words = text
-            place = _absolute_place(words, extra)
-        if words != place:
-            given_words[field] = words
-        absolute_places[field] = place
-
-    placed_run = _with_places(run, absolute_places)
-    resolved = _without_given(run.resolved)
-    if given_words:
-        resolved[TYPED_KEY] = given_words
-    if placed_run is run and resolved == run.resolved:
-        return run
-    return placed_run.model_copy(update={"resolved": resolved})
-
-
-def _place_as_before(field: str, place_now: str, place_before: str, log_line: Callable[[str], None]) -> str:
-    """Where a field's place was when the run began; if nothing is there any more, where its words lead now.
-
-    `log_line` is called with a line where both exist and differ.
-    """
-    exists_now = os.path.exists(place_now)
-    exists_before = os.path.exists(place_before)
-    if exists_now and not exists_before:
-        return place_now
-    if exists_now and not os.path.samefile(place_now, place_before):
-        change = f"{field}={yaml_text(place_now)}"
-        log_line(f"{field} is {place_before}, as when this run began. To take {place_now}:  {change}")
-    return place_before
-
-
-def paths_as_typed(resolved: Mapping[str, JsonValue]) -> dict[str, str]:
-    """The words that places were given in, by field, where these are not the absolute paths."""
-    words = resolved.get(TYPED_KEY)
-    if not isinstance(words, dict):
-        return {}
-    return {field: str(text) for field, text in words.items()}
+def with_absolute_paths(run: Run) -> Run:
+    """The run with absolute paths in fields that say where something lies. A name for which no path exists stays."""
+    return _with_places(run, {field: _absolute_place(text, extra) for field, text, extra in _places(run)})
 
 
 def _absolute_place(place: str, extra: JsonDict) -> str:
@@ -195,17 +137,13 @@ def _absolute_place(place: str, extra: JsonDict) -> str:
     return absolute_path(place, maybe=extra["where"] == "maybe")
 
 
-def _without_given(resolved: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """What was resolved, without the words that places were given in."""
-    return {name: value for name, value in resolved.items() if name != TYPED_KEY}
-
-
-def as_given(run: Run) -> Run:
-    """The run with its places in the words that they were given in; of an absolute path the last part alone."""
-    words = paths_as_typed(run.resolved)
-    texts = {field: without_path(words.get(field, text)) for field, text, _ in _places(run)}
-    run_as_given = _with_places(run, texts)
-    return run_as_given.model_copy(update={"resolved": _without_given(run.resolved)})
+def without_paths(run: Run) -> Run:
+    """The run for readers on other machines: of each path the last part alone. Names stay."""
+    texts = {
+        field: Path(text).name if extra["where"] == "always" else without_path(text)
+        for field, text, extra in _places(run)
+    }
+    return _with_places(run, texts)
 
 
 def without_path(place: str) -> str:
@@ -267,18 +205,14 @@ def with_hashes(run: Run, before: Run | None = None) -> Run:
 
     These are of the codec, the pipeline, the text encoder, and the run under a subject's adapters.
 
-    Hashes of the run `before`, which it continues, are kept; the others are taken now.
+    Of the run `before`, which it resumes, all of them are kept as they are, so that it stays the same run.
     """
     pins_before = _pins(before) if before else {}
     new_pins: dict[str, Pin] = {}
     for field, pin_field in _pins(run).items():
         if pin_field.known is not None:
             continue
-        pin: Pin = None
-        if field in pins_before:
-            pin = pins_before[field].known
-        if not pin:
-            pin = pin_field.take()
+        pin = pins_before[field].known if field in pins_before else pin_field.take()
         if pin:
             new_pins[field] = pin
     if not new_pins:

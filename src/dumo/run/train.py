@@ -3,15 +3,12 @@
 `train_job`, on every rank:
 
 1. say what is trained on what
-2. note it in the folder, once all ranks have read what is there (`History.write`)
+2. bring the folder to the step, once all ranks have read what is there (`RunFolder.begin_at`)
 3. make a teacher's pairs, if it teaches by pairs
 4. open the journal, and make up for a milestone or a sheet that is missing
 5. train (`training.loop`), with batches and random numbers made ahead
 
-A run is a folder. Training writes run.yaml (complete), data.json, metrics.jsonl, metrics.cut.jsonl (its rows that were
-undone), speed.jsonl, checkpoints/, milestones/, best/, sheets/; with a teacher teacher.json, and pairs/ where it
-teaches by pairs; with a tracker tracker-id; and hidden files (`dumo.run.folder`). Other commands write what they make
-there, such as samples/, evaluation.json and report.html.
+`dumo.run.folder` says what the folder of a run holds.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -20,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from dumo.config.fit import advice
 from dumo.config.spec import Run
 from dumo.config.word import method
 from dumo.data.ledger import ledger_of
@@ -27,10 +25,10 @@ from dumo.flow.module import Flow
 from dumo.flow.noise import Draws
 from dumo.io.source import Bucketed, DataSource
 from dumo.nets.dualized import Dualized
+from dumo.run.data import begin_ledger, recorded_facts, with_data_facts
 from dumo.run.job import Job, MakeSheets, open_job, train_more_hint
 from dumo.run.journal import Journal, resume_hint
 from dumo.run.net import make_flow
-from dumo.run.request import note_end
 from dumo.run.summary import empty_classes_line, training_summary
 from dumo.run.teacher import TeacherPairs
 from dumo.runtime import dist
@@ -55,8 +53,6 @@ def train(
     device: str = "auto",
     bar: Bar = no_bar,
     tell: Callable[[str], None] | None = None,
-    step: int | None = None,
-    accept: bool = False,
     sheets: MakeSheets | None = None,
     hooks: Sequence[loop.Every] = (),
 ) -> State:
@@ -70,8 +66,6 @@ def train(
         run,
         device=device,
         tell=tell,
-        step=step,
-        accept=accept,
         sheets=sheets,
         bar=bar,
     )
@@ -94,7 +88,7 @@ def train_job(
     """
     run = job.run
     state = job.state
-    folder = job.index.folder
+    folder = job.folder.path
     main_bar = bar if dist.is_main() else no_bar
 
     # 1. say what is trained
@@ -105,7 +99,7 @@ def train_job(
     if job.teacher:
         job.teacher.require_same(folder)
     dist.barrier()
-    for line in agreement.on_each_rank(lambda: _write_history(job)):
+    for line in agreement.on_main_rank(lambda: _begin_in_folder(job)):
         job.tell(line)
 
     # 3. make a teacher's pairs
@@ -149,9 +143,7 @@ def train_job(
             loop.train(state, flow, batch_at, run.train, all_hooks, journal.is_save_due, draws_at, read_clock)
     except Diverged as error:
         hint = _resume_hint_of(job)
-        agreement.on_main_rank(lambda: note_end(folder))
         raise Diverged(f"{error} {hint}") from error  # without a name, which would hold the job by its traceback
-    agreement.on_main_rank(lambda: note_end(folder))
     _tell_end(job, clock)
     return state
 
@@ -164,7 +156,7 @@ def _lines_before(job: Job) -> list[str]:
         training_summary(
             run,
             job.net_outline,
-            job.index.folder,
+            job.folder.path,
             size=job.data.size,
             step=state.step,
             timing=state.duration.timing,
@@ -182,37 +174,38 @@ def _lines_before(job: Job) -> list[str]:
     if isinstance(state.net, Dualized) and not job.resumed_from:
         lines += map(str, state.net.lowpass_fits)
     if state.is_over:
-        lines.append(train_more_hint(job.index.folder, run.train))
+        lines.append(train_more_hint(job.folder.path, run.train))
     return lines
 
 
-def _write_history(job: Job) -> list[str]:
-    """Note in the folder what is trained, on rank 0. Returns lines that say what has changed there."""
-    if job.history is None:  # on the other ranks
-        return []
-    return [*job.history.write(job.request)]
+def _begin_in_folder(job: Job) -> list[str]:
+    """Bring the folder to the step, on rank 0, and record run and data. Returns lines that say what has changed."""
+    # A run that begins measures its data: what run.yaml has of them may be of a start that was killed.
+    recorded = job.folder.run if job.resumed_from else None
+    run = with_data_facts(job.run, recorded, job.data)
+    lines = [*job.folder.begin_at(run, job.resumed_from, job.state.step)]
+    begin_ledger(job.folder.path, job.data, job.resumed_from)
+    facts = recorded_facts(run)
+    return [*lines, *advice(run, facts.sd if facts else None)]
 
 
 def _training_source(job: Job, bar: Bar) -> DataSource | TeacherPairs:
     """What training reads: the data, or a teacher's pairs, which are made if they are missing."""
     if job.teacher is None:
         return job.data
-    return job.teacher.training_source(job.data, job.run, job.index.folder, job.device, bar)
+    return job.teacher.training_source(job.data, job.run, job.folder.path, job.device, bar)
 
 
 def _journal_of(job: Job, source: DataSource | TeacherPairs, clock: Clock | None) -> Journal:
     """The journal of a job. `clock` is its clock, if it ends by it."""
     return Journal(
         run=job.run,
-        folder=job.index.folder,
+        folder=job.folder,
         device=job.device,
-        checkpoints=job.index.checkpoints,
         source=source,
         tell=job.tell,
         ledger=ledger_of(job.data),
-        changes=job.history.changes if job.history else None,
         clock=clock,
-        best_folder=job.best_folder,
         validation=job.validation,
         threads=job.threads,
     )
@@ -261,7 +254,7 @@ def _progress(job: Job, bar: Bar) -> Generator[Callable[[str], None], None, None
     That is a function which moves the bar to where the run is, and shows a text on it.
     """
     state = job.state
-    title = f"training {job.index.folder.name}"
+    title = f"training {job.folder.path.name}"
     total = job.run.train.steps
     if state.duration.timing:
         title += " (seconds)"
@@ -294,9 +287,7 @@ def _note_step(job: Job, record: Record) -> str:
 def _resume_hint_of(job: Job) -> str:
     """What to type where a job diverged. Every rank must call it."""
     last_good_step = job.state.step - job.state.skips
-    return agreement.on_main_rank(
-        lambda: resume_hint(job.run.train, job.index.folder, job.index.checkpoints, last_good_step)
-    )
+    return agreement.on_main_rank(lambda: resume_hint(job.run.train, job.folder, last_good_step))
 
 
 def _tell_end(job: Job, clock: Clock | None) -> None:
@@ -306,7 +297,7 @@ def _tell_end(job: Job, clock: Clock | None) -> None:
             f"it took {duration_text(clock.late_seconds)} to begin, and no time was left for steps: it made one. Give "
             "it more by train.minutes"
         )
-    if job.best_folder:
-        best_line = agreement.on_main_rank(job.best_folder.describe)
-        if best_line:
-            job.tell(best_line)
+    if job.run.evaluate.best:
+        best = agreement.on_main_rank(lambda: job.folder.find_best(job.run))
+        if best:
+            job.tell(f"the best {best.metric} in training, {best.value:.4g}, is of step {best.step:,}: {best.file}")

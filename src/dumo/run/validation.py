@@ -1,7 +1,7 @@
 """A run judged while it trains: the leading score of a few samples of the sampled weights, by the run's protocol.
 
 `Validation.open` opens what it needs before the first step. The journal calls `judge` after each step; every
-`evaluate.every` steps it makes samples, scores them, writes a line, and lets `BestFolder` keep the best weights.
+`evaluate.every` steps it makes samples, scores them, writes a line, and lets `RunFolder` keep the best weights.
 
 Random streams are separate (`dumo.runtime.random`), and the net's mode is restored, so training is bit-identical with
 or without it. Ranks share the sampling.
@@ -15,7 +15,7 @@ from torch import Tensor
 from dumo.config.spec import Run
 from dumo.evaluation.protocol import Evaluator, Scores
 from dumo.flow.precision import product_precision
-from dumo.run.best import BestFolder
+from dumo.run.folder import RunFolder
 from dumo.run.sampler import Sampler, rank_indices, sampler_of
 from dumo.runtime import signals
 from dumo.runtime.stopwatch import wall_clock
@@ -34,7 +34,7 @@ class Validation:
         sampler: Sampler,
         evaluator: Evaluator,
         conditions: Cond,
-        best_folder: BestFolder,
+        folder: RunFolder,
         log_line: Callable[[str], object],
         exclude_seconds: Callable[[float], object],
     ) -> None:
@@ -45,7 +45,8 @@ class Validation:
         self.sampler = sampler
         self.evaluator = evaluator
         self.conditions = conditions
-        self.best_folder = best_folder
+        self.run = run
+        self.folder = folder
         self.log_line = log_line
         self.exclude_seconds = exclude_seconds
 
@@ -54,7 +55,7 @@ class Validation:
         cls,
         run: Run,
         state: State,
-        best_folder: BestFolder,
+        folder: RunFolder,
         *,
         log_line: Callable[[str], object],
         exclude_seconds: Callable[[float], object],
@@ -80,13 +81,13 @@ class Validation:
         conditions = agreement.on_each_rank(lambda: sample_conditions(run.data, settings))
         evaluator = agreement.on_each_rank(lambda: evaluator_of(sampler, settings, no_bar))
         agreement.on_each_rank(lambda: sampler.codec)  # loaded now, because its weights may be missing
-        agreement.on_main_rank(lambda: best_folder.find_best(state.step))
+        agreement.on_main_rank(lambda: folder.find_best(run, state.step))
         return cls(
             run,
             sampler=sampler,
             evaluator=evaluator,
             conditions=conditions,
-            best_folder=best_folder,
+            folder=folder,
             log_line=log_line,
             exclude_seconds=exclude_seconds,
         )
@@ -106,7 +107,8 @@ class Validation:
         score_text = " ± ".join(f"{value:.3g}" for value in scores.values())
         self.log_line(f"step {state.step:,}: {leading_metric} {score_text}")
         if self.keeps_best:
-            self.best_folder.save_if_best(
+            self.folder.save_if_best(
+                self.run,
                 state,
                 metric=leading_metric,
                 value=scores[leading_metric],

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from dumo.config import trust
 from dumo.config.change import yaml_text
 from dumo.config.code import require_same_code
-from dumo.config.difference import Difference, difference_lines, differences
-from dumo.config.history import RecordedRun
-from dumo.config.place import require_run_folder
+from dumo.config.difference import Difference, differences
+from dumo.config.load import run_of
+from dumo.config.place import RUN_FILE, require_run_folder
 from dumo.config.source import SHIPPED_PREFIX
 from dumo.config.spec import Run
 from dumo.config.teacher import Start
@@ -32,10 +32,9 @@ from dumo.io.deferred import Deferred
 from dumo.io.weights import compare, outline, sha256
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
-from dumo.run.data import NOTE_FILE
-from dumo.run.index import Index
+from dumo.run.data import recorded_facts
+from dumo.run.folder import RunFolder
 from dumo.run.net import deferred_net, draw_net, require_room
-from dumo.run.provenance import require_own_checkpoint, require_own_weights
 from dumo.runtime import dist, shell_path
 from dumo.runtime.device import choose_device
 from dumo.training import checkpoint, frozen, manifest
@@ -63,7 +62,7 @@ class OpenedRun:
     """A run's folder, opened to read: the net that is sampled (the first average), and its step."""
 
     run: Run
-    index: Index
+    run_folder: RunFolder
     net: nn.Module
     step: int
     weights: str  # the file or folder of shards they came from, relative to the run's folder where it lies inside
@@ -78,7 +77,7 @@ class OpenedRun:
     @property
     def folder(self) -> Path:
         """The run's folder. That of a run that comes with dumo is only read: see `output_folder`."""
-        return self.index.folder
+        return self.run_folder.path
 
     @property
     def is_shipped(self) -> bool:
@@ -103,18 +102,13 @@ class OpenedRun:
     @property
     def run_as_saved(self) -> Run:
         """The run as its folder has it, without what was set to look at it."""
-        return self.index.recorded_run.run if self.index.recorded_run else self.run
+        return self.run_folder.run or self.run
 
     @property
     def data_sd(self) -> float | None:
-        """The standard deviation of the data; None: of a run from before it was measured."""
-        note = self.index.data_note
-        return note.sd if note else None
-
-    @property
-    def identities(self) -> set[str]:
-        """The identities of the run (`RecordedRun.identities`)."""
-        return RecordedRun(self.run, self.index.past).identities()
+        """The standard deviation of the data, as training has measured it."""
+        facts = recorded_facts(self.run_as_saved)
+        return facts.sd if facts else None
 
     @cached_property
     def sha256(self) -> str:
@@ -156,35 +150,36 @@ def open_run(
     require_run_folder(source, folder)
     output = shipped.output_folder(source)
     trust.accept(overrides)
-    index = Index.read(folder)
-    run = index.run(overrides)
+    run_folder = RunFolder(folder)
+    assert run_folder.text, "a run's folder has a run.yaml"
+    run = run_of(run_folder.text, overrides)
     require_same_code(run, run.resolved, folder)
     if overrides:
-        _require_trained(index, run)
+        _require_trained(run_folder, run)
     while True:
-        steps_before = list(index.checkpoints.by_step())
+        steps_before = list(run_folder.checkpoints.by_step())
         try:
-            opened = _open_weights(run, index, weights, choose_device(device), fill=fill)
+            opened = _open_weights(run, run_folder, weights, choose_device(device), fill=fill)
             own_output = None if output == folder else output
             return replace(opened, overrides=tuple(overrides), own_output=own_output)
         except (UserError, OSError):
-            steps_now = list(index.checkpoints.by_step())
+            steps_now = list(run_folder.checkpoints.by_step())
             if steps_now == steps_before:  # else a training has removed what was read
                 raise
 
 
-def _require_trained(index: Index, run: Run) -> None:
+def _require_trained(run_folder: RunFolder, run: Run) -> None:
     """Raise UserError where a run is opened with other fields than may be set, or its images lie where others are."""
-    assert index.recorded_run, "a run's folder has a run.yaml"
-    trained_run = index.recorded_run.run
-    differing_fields = list(difference_lines(trained_run, run))
+    trained_run = run_folder.run
+    assert trained_run, "a run's folder has a run.yaml"
+    differing_fields = [str(difference) for difference in differences(trained_run, run) if not difference.is_free]
     if differing_fields:
         raise UserError(
-            f"{index.folder} is already trained, so these fields cannot be changed here:\n  "
+            f"{run_folder.path} is already trained, so these fields cannot be changed here:\n  "
             + "\n  ".join(differing_fields)
         )
     if run.data != trained_run.data:
-        _require_trained_images(index, run)
+        _require_trained_images(run_folder, run)
 
 
 def require_trained_images(opened: OpenedRun) -> None:
@@ -194,52 +189,55 @@ def require_trained_images(opened: OpenedRun) -> None:
     """
     images = opened.run.data
     if isinstance(images, Images) and images.is_here and not opened.is_shipped:
-        _require_trained_images(opened.index, opened.run)
+        _require_trained_images(opened.run_folder, opened.run)
 
 
-def _require_trained_images(index: Index, run: Run) -> None:
+def _require_trained_images(run_folder: RunFolder, run: Run) -> None:
     """Raise UserError where the run's data are images, and others than those that its folder notes."""
     if not isinstance(run.data, Images):
         return
     undecoded = run.data.model_copy(update={"memory": 0.0, "buckets": None})  # its images are not decoded
-    trained_fingerprint = index.data_note.fingerprint if index.data_note else None
+    facts = recorded_facts(run_folder.run) if run_folder.run else None
+    trained_fingerprint = facts.fingerprint if facts else None
     fingerprint = undecoded.open().fingerprint()
     if trained_fingerprint not in (None, fingerprint):
         raise UserError(
-            f"data.root: {run.data.root} has other images than {index.folder} was trained on (fingerprint "
-            f"{fingerprint}, and {trained_fingerprint} in {NOTE_FILE}): put those back, or say where they are"
+            f"data.root: {run.data.root} has other images than {run_folder.path} was trained on (fingerprint "
+            f"{fingerprint}, and {trained_fingerprint} in {RUN_FILE}): put those back, or say where they are"
         )
 
 
-def _open_weights(run: Run, index: Index, weights: str | None, device: torch.device, *, fill: bool) -> OpenedRun:
+def _open_weights(
+    run: Run, run_folder: RunFolder, weights: str | None, device: torch.device, *, fill: bool
+) -> OpenedRun:
     """The run with the weights of its last checkpoint or export, or of the file `weights`. Raises as `open_run`."""
     # find the file
-    folder = index.folder
+    folder = run_folder.path
     hashed_parts = {sampled_part(run.train)} if weights is None else ()
-    last = index.checkpoints.latest(hashed_parts)
+    last = run_folder.checkpoints.latest(hashed_parts)
     listed: FileEntry | None = None
     if weights is None and last is None:
-        if index.exported_weights is None:
+        if run_folder.exported_weights is None:
             raise UserError(
                 f"{folder} has no checkpoint: train it (dumo train {shell_path(folder)}), or take other weights by "
                 "--weights"
             )
-        file = index.exported_weights
+        file = run_folder.exported_weights
         file_name = file.name
-        require_own_weights(run, index, file)
+        run_folder.require_own_weights(run, file)
     elif weights is None:
         assert last
         file = checkpoint.part_path(last.path, sampled_part(run.train))
         file_name = str(file.relative_to(folder))
         listed = last.manifest.files.get(file.name)
-        require_own_checkpoint(run, index, last, last.path)
+        run_folder.require_same_config(run, last)
     else:
         file = Path(weights)
         file_name = weights
         fault = manifest.fault_of_part(file)
         if fault:
             raise UserError(f"{fault}: take other weights")
-        require_own_weights(run, index, file)
+        run_folder.require_own_weights(run, file)
 
     # load it, and compare with what the checkpoint lists
     net, deferred_weights = load_net(run, file, device if fill else None)
@@ -251,12 +249,12 @@ def _open_weights(run: Run, index: Index, weights: str | None, device: torch.dev
     elif frozen_digest is not None:
         raise UserError(
             f"{folder} has no checkpoint, which would say on which frozen weights {file} was trained: restore "
-            f"{index.checkpoints.folder}"
+            f"{run_folder.checkpoints.folder}"
         )
     step = last_step if weights is None and last else checkpoint.step_of(file, last_step)
     return OpenedRun(
         run=run,
-        index=index,
+        run_folder=run_folder,
         net=net,
         step=step,
         weights=file_name,
@@ -385,11 +383,11 @@ def _load_few_step_run(run: Run, net: nn.Module, deferred_weights: Deferred) -> 
 
 
 def begin_or_resume(
-    run: Run, checkpoints: Checkpoints, device: torch.device, chosen: Checkpoint | None, *, or_before: bool
+    run: Run, checkpoints: Checkpoints, device: torch.device, chosen: Checkpoint | None
 ) -> tuple[State, Checkpoint | None]:
     """The state that a run resumes from, and its checkpoint: the `chosen` one, which the caller knows to be whole.
 
-    If a value in it is not finite, the last whole one before it is taken, with `or_before`. Where none is chosen, the
+    If a value in it is not finite, the last whole one before it is taken. Where none is chosen, the
     state is of another run (`start`), or as drawn. Every rank must call it. The caller has asked whether the device has
     room (`dumo.run.net.require_room_to_train`). Raises UserError.
     """
@@ -405,7 +403,7 @@ def begin_or_resume(
     state = begin_training(net, run.train, device, deferred_weights, restored=chosen is not None)
     if chosen is None:
         return state, None
-    return state, checkpoint.restore_last_finite(checkpoints, chosen, state, or_before=or_before)
+    return state, checkpoint.restore_last_finite(checkpoints, chosen, state)
 
 
 def init_from(run: Run, start: Start) -> tuple[nn.Module, Deferred]:
@@ -497,5 +495,5 @@ def _require_net(source: Run, start: Start, net: Net, path: FlowPath, free_field
 def _part_differences(part_name: str, was: Spec, now: Spec) -> list[Difference]:
     """The fields in which two parts of a run of this name differ."""
     if type(was) is type(now):
-        return [*differences(was, now, f"{part_name}.")]
-    return [Difference(part_name, was.model_dump(mode="json"), now.model_dump(mode="json"), may_change=False)]
+        return [difference for difference in differences(was, now, f"{part_name}.") if not difference.is_free]
+    return [Difference(part_name, was.model_dump(mode="json"), now.model_dump(mode="json"))]

@@ -1,7 +1,7 @@
 """A run's log, metrics.jsonl and speed.jsonl: one JSON object per line, so a torn write costs at most the last line.
 
 Training calls `append` at each logged step, and `flush` before a checkpoint, which notes the size and hash of the log
-(`entry_of`). A resumed run takes back the rows after its step (`rewind`).
+(`entry_of`). A resumed run removes the rows after its step (`rewind`).
 Everyone else reads by `read_log`. Who shows a row asks `is_weighted` whether its loss says more than its parts.
 
 JSON has no NaN and no infinity: they are written as null, such as the mean loss of an empty time bin.
@@ -9,7 +9,7 @@ JSON has no NaN and no infinity: they are written as null, such as the mean loss
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -85,30 +85,11 @@ def is_weighted(loss: float | None, parts: Mapping[str, float | None]) -> bool:
 
 
 def rewind(path: Path, step: int) -> None:
-    """Move the rows after `step` to the end of another file (`undone_rows_path`), and drop a torn last line.
-
-    A resumed run logs those steps again. A crash in between loses no row: it leaves some in both files, and the next
-    call appends them again.
-    """
-    if not path.exists():
-        return
-    rows = read_log(path)
-    undone = [row for row in rows if row["step"] > step]
-    if undone:
-        undone_before = read_log(undone_rows_path(path))
-        _write_log(undone_rows_path(path), [*undone_before, *undone])
-    _write_log(path, [row for row in rows if row["step"] <= step])
-
-
-def _write_log(path: Path, rows: Sequence[Row]) -> None:
-    """Replace a log by these rows, whole or not at all. Only one process writes it, so its draft needs no own name."""
-    text = "".join(map(to_line, rows))
-    file.write(path, text.encode(), writer="", durable=True)
-
-
-def undone_rows_path(path: Path) -> Path:
-    """The file, next to a log, of the rows that were logged and undone: metrics.cut.jsonl."""
-    return path.with_suffix(f".cut{path.suffix}")
+    """Remove the rows after `step`, which a resumed run logs again, and a torn last line."""
+    if path.exists():
+        text = "".join(to_line(row) for row in read_log(path) if row["step"] <= step)
+        # Only one process writes it, so its draft needs no own name.
+        file.write(path, text.encode(), writer="", durable=True)
 
 
 def to_line(row: Row) -> str:

@@ -81,7 +81,8 @@ def test_python_m_dumo_is_dumo() -> None:
 def test_a_recipe_is_changed_by_values(digits: TrainedRun) -> None:
     fields = ["train.steps=2", "train.batch=16", "train.ema=[{decay: 0.5}]", "evaluate.protocol.samples=500"]
     net = "net={kind: dit, width: 32, depth: 1, patch: 2, attention: 4, time_scale: 10}"
-    assert digits.spec == dumo.recipe("digits", CHANGES) == load("digits", [net, *fields, "objective.drop=0.00001"])
+    settings = digits.spec.model_copy(update={"resolved": {}})
+    assert settings == dumo.recipe("digits", CHANGES) == load("digits", [net, *fields, "objective.drop=0.00001"])
     odd = {"about": "a: b\n# c = 'd'", "train.clip": None, "train.ema": (), "data.kind": "digits"}
     assert dumo.recipe("digits", odd).model_dump() == load("digits").model_dump() | {
         "about": odd["about"],

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dumo.config.conditions import Conditions
-from dumo.config.difference import differences, identity
+from dumo.config.difference import config_hash, differences
 from dumo.config.load import dump, load
 from dumo.config.source import parse_text
 from dumo.data import Images
@@ -420,8 +420,8 @@ def test_where_the_number_of_classes_is_given_tables_say_what_they_are_called(tm
     resolved = resolve(run)
     assert resolved.resolved["data.images.titles"] == [*CLASSES]
     assert parse_text(dump(resolved), Path("run.yaml")).tree["resolved"]["data.images.titles"] == [*CLASSES]
-    assert not [*differences(run, resolved)]
-    assert identity(run) == identity(resolved)
+    assert not [one for one in differences(run, resolved) if one.decides]
+    assert config_hash(run) == config_hash(resolved)
     text = parse_text(dump(resolved), Path("run.yaml"))
     mine = load(text, ["data.images.titles=[ape, bat, cat]"])
     assert load(parse_text(dump(mine), Path("run.yaml"))) == mine.model_copy(update={"resolved": {}})

@@ -15,7 +15,7 @@ from dumo.data import Latents
 from dumo.export.write import export
 from dumo.io import trained
 from dumo.run import resolve
-from dumo.run.index import EXPORTED_WEIGHTS, Index
+from dumo.run.folder import EXPORTED_WEIGHTS, RunFolder
 from dumo.run.weights import OpenedRun, build, open_run
 from dumo.runtime.progress import no_bar
 from dumo.types import UserError
@@ -36,13 +36,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def initialized(recipe: str, folder: Path) -> OpenedRun:
     """The run of a recipe with its initial weights, as if it had been trained."""
     run = load(recipe)
-    return OpenedRun(run, Index.read(folder), build(run), step=1, weights="net.safetensors", listed_sha256="0" * 64)
+    return OpenedRun(run, RunFolder(folder), build(run), step=1, weights="net.safetensors", listed_sha256="0" * 64)
 
 
 def test_a_folder_holds_what_a_repository_of_the_hub_would(here: Path) -> None:
     out = export(open_run(NAME, device="cpu"), here / "out")
     assert {path.name for path in out.iterdir()} == {
-        *("README.md", "run.yaml", "model.safetensors", "data.json", "pipeline.py", "model_index.json")
+        *("README.md", "run.yaml", "model.safetensors", "pipeline.py", "model_index.json")
     }
     loaded = dumo.load(out, device="cpu")
     assert loaded.step == dumo.load(NAME, device="cpu").step

@@ -276,7 +276,7 @@ def test_a_cell_that_was_trained_on_with_other_settings_is_refused(tmp_path: Pat
     """It is no longer the run of its arm."""
     first = finished(tmp_path)
     changed = first.trained.run.train.model_copy(update={"steps": 6, "clip": 0.5})
-    train(first.trained.run.model_copy(update={"train": changed}), first.folder, device="cpu", accept=True)
+    train(first.trained.run.model_copy(update={"train": changed}), first.folder, device="cpu")
     with pytest.raises(UserError):
         finished(tmp_path)
 

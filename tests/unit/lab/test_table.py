@@ -13,7 +13,7 @@ from dumo.flow.sampling import Samples
 from dumo.lab import arm_picture, fig4b, paper, table
 from dumo.lab.cell import Result
 from dumo.lab.plan import Cell, read_plan
-from dumo.run.index import Index
+from dumo.run.folder import RunFolder
 from dumo.run.sampler import Sampler
 from dumo.run.weights import OpenedRun
 from dumo.types import Cond
@@ -29,7 +29,7 @@ def result(
     name = "-".join(map(str, labels.values()))
     found = {"step": 1, "results": rows, "contrast": [], **report}
     made = Result(Cell(f"{name}-{seed}", spec, labels), Path("x"), found)
-    made.__dict__["trained"] = OpenedRun(spec, Index.read(Path("x")), NET, 1, "w")
+    made.__dict__["trained"] = OpenedRun(spec, RunFolder(Path("x")), NET, 1, "w")
     return made
 
 

@@ -20,7 +20,7 @@ from dumo.objectives import Objective
 from dumo.report import judgement, page, score
 from dumo.report.card import judging_settings, make_card
 from dumo.report.figure import moving_average
-from dumo.run.index import Index
+from dumo.run.folder import RunFolder
 from dumo.run.sampler import sampler_of
 from dumo.run.weights import OpenedRun
 from dumo.types import Sample
@@ -92,7 +92,7 @@ def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
     }
     told = {"step": 1, "weights": "w", "protocol": "digits", "results": [row], "contrast": [], "baselines": PERFECT}
     pages: list[judgement.Judgement] = []
-    opened = OpenedRun(load("digits"), Index.read(tmp_path), nn.Linear(1, 1), 1, "w", listed_sha256="0" * 64)
+    opened = OpenedRun(load("digits"), RunFolder(tmp_path), nn.Linear(1, 1), 1, "w", listed_sha256="0" * 64)
     card |= make_card(opened, {}, 2000)
     for one in (card, {key: value for key, value in card.items() if key != "trained_on"}):
         (tmp_path / "evaluation.json").write_text(json.dumps(told | {"card": one}))

@@ -13,10 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dumo.config.load import load
-from dumo.config.source import RecordedChange, read
 from dumo.config.spec import Run
-from dumo.run.folder import require_free, require_resumable
-from dumo.run.index import Index
+from dumo.run.folder import CHANGES_FILE, RunFolder
 from dumo.run.memory import StepBytes
 from dumo.run.storages import LiveStorages
 from dumo.runtime.progress import Tick
@@ -46,15 +44,19 @@ def tiny(name: str = "moons", *more: str) -> Run:
     return load(name, [*TINY, f"evaluate.protocol.samples={40 if name.startswith('moons') else 500}", *more])
 
 
-def noted(place: Path) -> list[RecordedChange]:
-    """The changes that a run.yaml notes, of a run's folder or file."""
-    return [*read(place).changed]
+def noted(folder: Path) -> list[tuple[int, str, object, object]]:
+    """The changes that a run's folder lists: the step, the field, what it was and is."""
+    file = folder / CHANGES_FILE
+    rows = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    return [(row["step"], row["field"], row["was"], row["now"]) for row in rows]
 
 
 def claim(run: Run, folder: Path) -> None:
     """Raise UserError where training would refuse this run in a folder."""
-    require_free(folder)
-    require_resumable(run, Index.read(folder))
+    place = RunFolder(folder)
+    place.require_free()
+    place.require_resumable()
+    place.require_same_config(run, place.checkpoints.latest(()))
 
 
 def same(one: nn.Module, two: nn.Module) -> bool:

@@ -22,12 +22,13 @@ from dumo.flow.path import Linear
 from dumo.flow.reading import available_readings
 from dumo.flow.slope import DualSlope
 from dumo.run import memory
-from dumo.run.folder import write_run_file
+from dumo.run.folder import RunFolder
 from dumo.run.net import outline
 from dumo.run.resolve import resolve
 from dumo.run.teacher import base_flow, open_teacher
 from dumo.run.train import train
 from dumo.run.weights import build, init_from, open_run
+from dumo.training.duration import Duration
 from dumo.training.state import State
 from dumo.types import Cond, FromTeacher, Frozen, Heads, Sample, Time, UserError
 from theory.exact import APART, PRODUCT, Exact, Flow
@@ -176,14 +177,13 @@ def test_prior_rows_learn_the_velocity_of_the_few_step_runs_flow(
 ) -> None:
     """By its own objective's reading, whatever the net's first output is: FACM's is a jump, its velocity lies at -t."""
     objective = f"objective={{kind: '{kind}'}}"
-    write_run_file(
-        load("moons", [objective, "data.labelled=true", "sample.solver={kind: euler}", "train.batch=64"]), tmp_path
-    )
+    words = [objective, "data.labelled=true", "sample.solver={kind: euler}", "train.batch=64"]
+    RunFolder(tmp_path).write_run(load("moons", words))
     few_step = load(str(tmp_path))
     monkeypatch.setattr(Run, "has_subject", True)
     subject = few_step.model_copy(update={"start": Start(source=str(tmp_path))})
     net = OnFewStepRun(Exact(flow, few_step.objective.needs))
-    known = open_teacher(Teacher(kind="base"), subject, State(net, SGD(net.parameters())), CPU)
+    known = open_teacher(Teacher(kind="base"), subject, State(net, SGD(net.parameters()), Duration(1)), CPU)
 
     c = torch.arange(64) % flow.classes
     x = flow.data(c, torch.Generator().manual_seed(0))
@@ -198,8 +198,10 @@ def test_prior_rows_learn_the_velocity_of_the_few_step_runs_flow(
 def test_a_few_step_run_that_is_guided_is_not_guided_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Run, "has_subject", True)
     run = tiny("moons", "data.labelled=true", "objective={kind: rcgm}", "sample.solver={kind: hop}")
-    write_run_file(run, tmp_path)
+    RunFolder(tmp_path).write_run(run)
     subject = run.model_copy(update={"start": Start(source=str(tmp_path))})
     net = OnFewStepRun(Exact(APART, run.objective.needs))
     with pytest.raises(UserError):
-        open_teacher(Teacher(kind="base", guide=CFG(scale=2.0)), subject, State(net, SGD(net.parameters())), CPU)
+        open_teacher(
+            Teacher(kind="base", guide=CFG(scale=2.0)), subject, State(net, SGD(net.parameters()), Duration(1)), CPU
+        )

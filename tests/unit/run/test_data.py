@@ -1,6 +1,5 @@
 """The deviation of the data: of all numbers together, measured once, on the card, and in units of it no more."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 from dumo.config.load import load
 from dumo.io.source import TensorData
-from dumo.run.data import measure, read_note, update_note
+from dumo.run.data import measure, recorded_facts, with_data_facts
 from dumo.run.train import train
 from dumo.run.weights import open_run
 from unit.run.known import tiny
@@ -21,34 +20,24 @@ def test_that_of_all_numbers_together() -> None:
     assert abs(measure(load("digits").data.open()) - 0.752) < 0.01
 
 
-def test_it_is_measured_once(tmp_path: Path) -> None:
+def test_it_is_measured_when_a_run_begins_and_then_kept() -> None:
     x = torch.tensor([[-2.0], [2.0]])
     c = torch.zeros(2, dtype=torch.long)
-    first = update_note(tmp_path, None, TensorData(x, c), "one", anew=False)
-    assert read_note(tmp_path) == first
-    assert update_note(tmp_path, first, TensorData(9 * x, c), "one", anew=False) == first == read_note(tmp_path)
-    assert update_note(tmp_path, first, TensorData(9 * x, c), "two", anew=False).sd == 9 * first.sd
-
-
-def test_a_run_that_begins_again_measures_anew(tmp_path: Path) -> None:
-    """Its images may have changed, and have the same names and sizes."""
-    train(tiny(), tmp_path)
-    note = read_note(tmp_path)
-    shutil.rmtree(tmp_path / "checkpoints")
-    other = TensorData(torch.tensor([[-9.0], [9.0]]), torch.zeros(2, dtype=torch.long))
-    update_note(tmp_path, note, other, None, anew=True)
-    assert read_note(tmp_path) != note
-    train(tiny(), tmp_path)
-    assert read_note(tmp_path) == note
+    first = with_data_facts(tiny(), None, TensorData(x, c))
+    kept = with_data_facts(tiny(), first, TensorData(9 * x, c))
+    assert recorded_facts(kept) == recorded_facts(first)
+    anew = recorded_facts(with_data_facts(tiny(), None, TensorData(9 * x, c)))
+    assert anew is not None
+    assert anew.sd == 9 * measure(TensorData(x, c))
 
 
 @pytest.mark.nightly
 def test_a_run_notes_it_and_tells_what_it_means(tmp_path: Path) -> None:
     told, edm = list[str](), ["net.precondition=edm"]
     train(tiny("digits", *edm, "path.sd=0.75"), tmp_path / "digits", tell=told.append)
-    assert read_note(tmp_path / "digits").sd == measure(load("digits").data.open())
+    assert open_run(tmp_path / "digits").data_sd == measure(load("digits").data.open())
     assert not any("path.sd" in line for line in told)
     train(tiny("digits", *edm, "path.sd=0.3"), tmp_path / "narrow", tell=told.append)
     (line,) = [line for line in told if "path.sd" in line]
-    assert f"path.sd={read_note(tmp_path / 'narrow').sd:.2g}" in line
+    assert f"path.sd={open_run(tmp_path / 'narrow').data_sd:.2g}" in line
     assert open_run(str(tmp_path / "narrow")).run.path.sd == 0.3

@@ -1,39 +1,40 @@
 """A folder is one run's: what it holds is compared with what is asked, field by field."""
 
+import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from dumo.config.load import dump, load
-from dumo.config.place import LOG_FILE
+from dumo.config.difference import config_hash
+from dumo.config.load import dump, load, run_of
+from dumo.config.place import LOG_FILE, RUN_FILE
+from dumo.config.source import parse_text
 from dumo.config.spec import Run
-from dumo.run.folder import (
-    LOCK_FILE,
-    RUN_FILE,
-    locked_run_folder,
-    mark_checkpoint_written,
-    mark_no_checkpoint_yet,
-    write_run_file,
-)
+from dumo.plan.prepare import prepare
+from dumo.run.folder import CHECKPOINT_MARK, LOCK_FILE, RunFolder
+from dumo.run.job import open_job
 from dumo.run.sampler import sampler_of
-from dumo.run.weights import build
+from dumo.run.train import train, train_job
+from dumo.run.weights import build, open_run
+from dumo.training.state import State
 from dumo.types import UserError
-from unit.run.known import claim, tiny
+from unit.run.known import claim, noted, tiny
 
 
 def settle(spec: Run, folder: Path) -> None:
     """As training does: claim the folder, then write into it."""
     claim(spec, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_run_file(spec, folder)
+    RunFolder(folder).write_run(spec)
 
 
 def test_a_place_is_settled_once(tmp_path: Path) -> None:
     run = tiny()
     settle(run, tmp_path / "a/b")
     file = tmp_path / "a/b" / RUN_FILE
-    assert file.read_text(encoding="utf-8") == dump(run)
+    assert load(str(file)) == run
     settle(tiny("moons", "train.steps=9", "sample.seed=3"), tmp_path / "a/b")
     assert load(str(file)).train.steps == 9
     before = file.read_bytes()
@@ -47,10 +48,10 @@ def test_a_place_is_settled_once(tmp_path: Path) -> None:
 
 def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
     folder = tmp_path / "a/b"
-    with locked_run_folder(folder):
+    with RunFolder(folder).lock():
         with pytest.raises(UserError):
             settle_held(tiny(), folder)
-        write_run_file(tiny(), folder)
+        RunFolder(folder).write_run(tiny())
     assert [path.name for path in folder.iterdir()] == [RUN_FILE]
     settle_held(tiny(), folder)
     with pytest.raises(UserError):
@@ -58,13 +59,13 @@ def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
 
 
 def settle_held(spec: Run, folder: Path) -> None:
-    with locked_run_folder(folder):
+    with RunFolder(folder).lock():
         claim(spec, folder)
-        write_run_file(spec, folder)
+        RunFolder(folder).write_run(spec)
 
 
 def test_a_folder_held_for_nothing_is_not_left(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), locked_run_folder(tmp_path / "a/b"):
+    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path / "a/b").lock():
         _ = 1 / 0
     assert list(tmp_path.iterdir()) == []
 
@@ -77,16 +78,16 @@ def test_what_a_killed_training_leaves_is_no_hindrance(tmp_path: Path) -> None:
 
 def test_a_run_that_is_cleared_and_killed_before_its_first_checkpoint_may_begin_again(tmp_path: Path) -> None:
     """Its checkpoints and its log were removed, and the mark of a checkpoint was not."""
-    write_run_file(tiny(), tmp_path)
-    mark_no_checkpoint_yet(tmp_path)
-    mark_checkpoint_written(tmp_path)
+    folder = RunFolder(tmp_path)
+    folder.write_run(tiny())
+    folder.mark_checkpoint_written()
     log_file = tmp_path / LOG_FILE
     log_file.touch()
     with pytest.raises(UserError):
         claim(tiny(), tmp_path)
     log_file.unlink()
     claim(tiny(), tmp_path)
-    mark_no_checkpoint_yet(tmp_path)
+    (tmp_path / CHECKPOINT_MARK).unlink()
     log_file.touch()
     claim(tiny(), tmp_path)
 
@@ -99,3 +100,57 @@ def test_samples_are_made_with_no_more_rows_at_a_time_than_were_trained(more: li
     made = sampler_of(run, net).sample(torch.zeros(259, dtype=torch.long), nfe=1)
     assert len(made.x) == 259
     assert max(seen) == most
+
+
+@pytest.mark.slow
+def test_a_new_run_begins_from_a_checkpoint_and_is_resumed_when_it_is_typed_again(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    train(tiny(), old)
+    words = ["train.batch=3", "train.steps=6"]
+
+    def begin() -> State:
+        prepared = prepare(old, words, new, step=2)
+        with open_job(new, prepared.run, changes=prepared.changes, origin=prepared.origin, device="cpu") as job:
+            return train_job(job)
+
+    # It is killed after the origin was recorded, and before the checkpoint is copied.
+    with patch.object(shutil, "copytree", side_effect=RuntimeError("killed")), pytest.raises(RuntimeError):
+        begin()
+    assert not (new / "checkpoints").exists() or not list((new / "checkpoints").glob("step-*"))
+    state = begin()
+    assert (state.step, state.images) == (6, 2 * 4 + 4 * 3)
+    origin = RunFolder(new).origin
+    assert origin is not None
+    assert (origin.run, origin.step) == (str(old), 2)
+    assert open_run(new).run.train.batch == 3
+
+    # The checkpoint that it began from may be gone by the time it is typed again.
+    shutil.rmtree(old / "checkpoints/step-00000002")
+    assert begin().step == 6
+    with pytest.raises(UserError, match="another run"):
+        train(tiny(), new)
+
+
+@pytest.mark.slow
+def test_a_permitted_change_is_listed_and_a_deciding_one_is_refused(tmp_path: Path) -> None:
+    train(tiny(), tmp_path)
+    told: list[str] = []
+    train(tiny("moons", "train.clip=1", "train.steps=6", "train.micro_batch=2"), tmp_path, tell=told.append)
+    changes = [(4, "train.steps", 4, 6), (4, "train.micro_batch", None, 2), (4, "train.clip", None, 1.0)]
+    assert noted(tmp_path) == changes
+    assert "from step 4 on train.clip is 1.0, and was null" in told
+    assert open_run(tmp_path).run.train.clip == 1
+    before = (tmp_path / RUN_FILE).read_bytes()
+    words = r"(?s)step-00000006 is of another run:\n  train\.batch: 4 there, 5 asked\nPut.* --from 6 --out NEW"
+    with pytest.raises(UserError, match=words):
+        train(tiny("moons", "train.batch=5"), tmp_path)
+    assert (tmp_path / RUN_FILE).read_bytes() == before
+    assert noted(tmp_path) == changes
+
+
+def test_a_hash_is_of_all_fields_that_decide_training() -> None:
+    free = ("train.clip=1", "train.steps=9", "about=mine", "sample.seed=3", "train.micro_batch=2")
+    assert config_hash(tiny("moons", *free)) == config_hash(tiny())
+    hashes = {config_hash(tiny("moons", word)) for word in ("train.seed=3", "net.time_scale=3", "train.ref=self")}
+    assert len(hashes) == 3
+    assert config_hash(run_of(parse_text(dump(tiny()), Path(RUN_FILE)))) == config_hash(tiny())

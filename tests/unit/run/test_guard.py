@@ -1,12 +1,10 @@
 """A training that is left alone: what it skips, when it stops, what it keeps, and how it goes on."""
 
-import json
 import shlex
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from unittest.mock import patch
@@ -15,18 +13,16 @@ import pytest
 import safetensors.torch
 import torch
 
-from dumo.config.load import RUN_FILE
-from dumo.config.source import RecordedChange
+from dumo.config.load import load
+from dumo.config.place import RUN_FILE
 from dumo.config.spec import Run
 from dumo.flow.module import Flow
 from dumo.io import digest
 from dumo.run import folder as folders
-from dumo.run.data import NOTE_FILE, read_note
-from dumo.run.folder import CHECKPOINT_MARK, LOCK_FILE, OBEYED_FILE
-from dumo.run.job import open_job
+from dumo.run.folder import CHECKPOINT_MARK, LOCK_FILE, RunFolder
+from dumo.run.job import require_same_on_all_ranks
 from dumo.run.journal import Journal
-from dumo.run.request import Request, require_same_request
-from dumo.run.train import train, train_job
+from dumo.run.train import train
 from dumo.run.weights import open_run
 from dumo.runtime import signals
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
@@ -36,7 +32,6 @@ from dumo.training.step import Batch, Record, train_step
 from dumo.types import UserError
 from e2e.shell import call
 from unit.run import known
-from unit.run.known import noted
 from unit.training.sharded import sign
 
 TINY = ("train.batch=8", "train.steps=8", "train.log_every=2", "train.keep=9", "train.schedule.warmup=0")
@@ -157,83 +152,12 @@ def test_the_command_of_a_run_that_diverged_goes_on(fate: Fate, run: Path, monke
     assert done.code == 1
     assert "Traceback" not in done.err
     command = done.err.splitlines()[-1].partition("learning rate:  ")[2]
-    assert command == "dumo train run --from 8 --set train.optimizer.lr=0.0005"
+    assert command == "dumo train run --from 8 --out NEW --set train.optimizer.lr=0.0005"
     fate.comes()
-    done = call(*shlex.split(command)[1:])
+    done = call(*shlex.split(command)[1:], "--set", "train.steps=12")
     assert done.code == 0
-    assert "removed, the weights of steps 10\n3 rows of the log after it are kept in" in done.err
-    assert "from step 8 on train.optimizer.lr is 0.0005, and was 0.001" in done.err
-    assert [row["step"] for row in log.read_log(run / "metrics.jsonl")] == [2, 4, 6, 8, 10, 12]
-    assert call("train", "run").code == 0  # as it is now
-
-
-def test_from_an_earlier_step(run: Path) -> None:
-    told = list[str]()
-    train(tiny("train.clip=1"), run, step=4, tell=told.append)
-    assert "what came after it is removed, the weights of steps 6, 8" in " ".join(told)
-    assert steps(run) == [2, 4, 6, 8]
-    assert noted(run) == [RecordedChange(step=4, field="train.clip", was=None, now=1.0)]
-    assert open_run(str(run)).run.train.clip == 1.0
-
-    train(tiny("train.clip=2"), run, step=6)  # noted again, after it
-    train(tiny("train.steps=10", "train.clip=2"), run)
-    clips = [(one.step, one.was, one.now) for one in noted(run)]
-    assert clips == [(4, None, 1.0), (6, 1.0, 2.0)]
-    train(tiny("train.clip=3"), run, step=4)  # in the place of both
-    assert [(one.step, one.was, one.now) for one in noted(run)] == [(4, None, 3.0)]
-    train(tiny(), run, step=2)  # as it always was
-    assert noted(run) == []
-
-
-def test_a_restart_does_not_go_back_again(run: Path, fate: Fate, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same words come again after a crash: from a person, or from torchrun, which may not count it."""
-
-    def go_back() -> list[str]:
-        told = list[str]()
-        train(tiny(), run, step=4, tell=told.append)
-        return [line for line in told if "is removed" in line or "has obeyed" in line]
-
-    fate.comes(last=7)
-    with pytest.raises(signals.Stopped):
-        go_back()
-    fate.comes()
-    obeyed = f"{run} has obeyed --from 4 already, and goes on from its last checkpoint: to obey it again, remove "
-    assert go_back() == [f"{obeyed}{run / OBEYED_FILE}"]
-    assert steps(run) == [2, 4, 6, 7, 8]
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # a rank died after the end
-    assert go_back()[0].startswith(obeyed)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")  # the same words once more, after it
-    assert "steps 6, 7, 8" in go_back()[0]
-
-
-def test_a_restart_obeys_what_the_first_start_did_not_come_to(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(tiny(), run, step=4)  # of the same words, which have their end
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    killed = patch.object(manifest, "rewind", side_effect=RuntimeError("killed"))
-    with killed, pytest.raises(RuntimeError, match="killed"):
-        train(tiny(), run, step=4)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    told = list[str]()
-    train(tiny(), run, step=4, tell=told.append)
-    assert any("steps 6, 8" in line for line in told)
-
-
-def test_a_refused_command_leaves_the_note_of_what_was_obeyed(run: Path, fate: Fate) -> None:
-    def go_back(*changes: str) -> list[str]:
-        told = list[str]()
-        with open_job(run, changes=changes, step=4, tell=told.append) as job:
-            train_job(job)
-        return told
-
-    fate.comes(last=7)
-    with pytest.raises(signals.Stopped):
-        go_back()
-    fate.comes()
-    with pytest.raises(UserError):
-        go_back("train.batch=16")
-    assert go_back()[0].startswith(f"{run} has obeyed --from 4 already")
-    assert steps(run) == [2, 4, 6, 7, 8]
+    assert [row["step"] for row in log.read_log(run.parent / "NEW/metrics.jsonl")] == [10, 12]
+    assert open_run(run.parent / "NEW").run.train.optimizer.lr == 0.0005
 
 
 def test_ranks_are_asked_for_the_same(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,22 +168,9 @@ def test_ranks_are_asked_for_the_same(run: Path, monkeypatch: pytest.MonkeyPatch
         return gathered
 
     monkeypatch.setattr(agreement, "gather_results", gather)
-    request = Request(run, None, None, ())
-    require_same_request(request, tiny())
+    require_same_on_all_ranks(tiny())
     with pytest.raises(UserError):
-        require_same_request(replace(request, accept=True), tiny())
-
-
-def test_after_a_training_that_diverged_the_same_words_go_back_again(run: Path, fate: Fate) -> None:
-    longer = tiny("train.steps=12")
-    fate.comes(spoilt=range(7, 11))
-    with pytest.raises(Diverged):
-        train(longer, run, step=4)
-    fate.comes()
-    told = list[str]()
-    train(longer, run, step=4, tell=told.append)
-    assert any("is removed" in line for line in told)
-    assert not any("has obeyed" in line for line in told)
+        require_same_on_all_ranks(tiny("train.batch=16"))
 
 
 def test_weights_are_not_gathered_where_there_is_no_slope_to_examine(tmp_path: Path) -> None:
@@ -268,23 +179,15 @@ def test_weights_are_not_gathered_where_there_is_no_slope_to_examine(tmp_path: P
     assert steps(tmp_path / "run") == [2, 4, 6, 8]
 
 
-@pytest.mark.nightly
-def test_other_data_are_refused_unless_they_are_meant(tmp_path: Path) -> None:
-    run, folder, told = tiny("train.steps=2", name="digits"), tmp_path / "run", list[str]()
+@pytest.mark.slow
+def test_other_data_are_refused(tmp_path: Path) -> None:
+    run, folder = tiny("train.steps=2", name="digits"), tmp_path / "run"
     train(run, folder)
-    file = folder / NOTE_FILE
-    now = json.loads(file.read_text())["fingerprint"]
-    file.write_text(json.dumps({"sd": 9.0, "rows": 256, "fingerprint": "0123"}))
-    with pytest.raises(UserError):
+    file = folder / RUN_FILE
+    now = load("digits").data.open().fingerprint()
+    file.write_text(file.read_text().replace(str(now), "x0123"))
+    with pytest.raises(UserError, match="fingerprint x0123"):
         train(run, folder)
-    train(run, folder, accept=True, tell=told.append)
-    assert f"from step 2 on data is {now}, and was '0123'" in told
-    assert noted(folder) == [RecordedChange(step=2, field="data", was="0123", now=now, accepted=True)]
-    assert read_note(folder).sd == pytest.approx(0.752, abs=0.01)
-    train(run, folder, tell=told.append)
-    file.write_text(json.dumps({"sd": 0.75, "rows": 256}))  # of a run from before there were any
-    train(run, folder)
-    assert read_note(folder).fingerprint == now
 
 
 @pytest.mark.slow
@@ -294,8 +197,6 @@ def test_a_checkpoint_with_a_number_that_is_none_is_not_gone_on_from(moons: Path
     found[name := sorted(found)[0]].view(-1)[0] = torch.nan
     safetensors.torch.save_file(found, last / "optimizer.safetensors", metadata={"format": "pt"})
     sign(last)
-    with pytest.raises(UserError):
-        train(tiny(), run, step=8)
     wrong = rf"step-00000008: optimizer: {name} is not finite: step-00000006, before it, is taken"
     with pytest.warns(UserWarning, match=wrong):
         train(tiny(), run)
@@ -315,7 +216,7 @@ def test_by_the_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_what_is_due(minutes: str, passed: int, due: bool, tmp_path: Path) -> None:
     run = tiny(f"train.save_minutes={minutes}")
     device, saved = torch.device("cpu"), time.monotonic() - passed
-    journal = Journal(run, tmp_path, device, Checkpoints(tmp_path), run.data.open(), print, last_saved=saved)
+    journal = Journal(run, RunFolder(tmp_path), device, run.data.open(), print, last_saved=saved)
     assert journal.is_save_due() == due
 
 
@@ -387,8 +288,7 @@ def test_without_a_first_checkpoint_a_run_starts_again_and_with_a_lost_one_it_do
     with patch.object(checkpoint, "save_copy", put), pytest.raises(UserError):
         train(tiny(*late), folder, hooks=[loop.Every(1, stop)])
     train(tiny(*late), folder, tell=told.append)
-    again = f"{folder} has no checkpoint, so it starts again from step 0; "
-    assert [line for line in told if line.startswith(again)]
+    assert f"{folder} has no checkpoint, so it starts again from step 0" in told
     train(tiny(*late), tmp_path / "whole")
     assert known.bits(folder) == known.bits(tmp_path / "whole")
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == [CHECKPOINT_MARK]
@@ -508,12 +408,12 @@ def test_a_checkpoint_that_goes_while_it_is_read(run: Path, monkeypatch: pytest.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("left", [".run.yaml.1", ".data.json.7.tmp"])
+@pytest.mark.parametrize("left", [".run.yaml.1", ".metrics.jsonl.7.tmp"])
 def test_what_a_kill_left_of_the_first_write_is_no_run(left: str, tmp_path: Path) -> None:
     (folder := tmp_path / "run").mkdir()
     (folder / left).touch()
     train(tiny("train.steps=2"), folder)
-    made = [CHECKPOINT_MARK, "checkpoints", "data.json", "metrics.jsonl", RUN_FILE, "speed.jsonl"]
+    made = [CHECKPOINT_MARK, "checkpoints", "metrics.jsonl", RUN_FILE, "speed.jsonl"]
     assert sorted(path.name for path in folder.iterdir()) == made
     (folder / "checkpoints/.step-00000009.tmp").mkdir()
     (folder / ".evaluation.json.1.tmp").touch()  # another command may be writing it

@@ -15,7 +15,7 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.data import Latents, cache
 from dumo.run import encode, examination
-from dumo.run.folder import write_run_file
+from dumo.run.folder import RunFolder
 from dumo.run.job import open_job
 from dumo.run.resolve import resolve, with_absolute_paths
 from dumo.runtime import signals, stopwatch
@@ -175,8 +175,8 @@ def test_encoding_takes_no_time_of_the_training(run: Run, monkeypatch: pytest.Mo
 def test_a_moved_run_finds_its_latents_beside_it(run: Run, tmp_path: Path) -> None:
     """Those that the user put elsewhere stay there."""
     mine = run.model_copy(update={"data": latents(run).model_copy(update={"root": "mine/photos"})})
-    write_run_file(with_absolute_paths(run), FOLDER)
-    write_run_file(with_absolute_paths(mine), Path("runs/mine"))
+    RunFolder(FOLDER).write_run(with_absolute_paths(run))
+    RunFolder(Path("runs/mine")).write_run(with_absolute_paths(mine))
     fill(run)
     Path("runs").rename("big")
     assert latents(load("big/photos")).folder == tmp_path / "big/latents/photos"

@@ -15,7 +15,7 @@ from dumo.io import digest, trained
 from dumo.io.read import user_path
 from dumo.report import card
 from dumo.run import resolve, shipped
-from dumo.run.index import EXPORTED_WEIGHTS
+from dumo.run.folder import EXPORTED_WEIGHTS
 from dumo.run.weights import open_run
 from dumo.runtime import shell_path
 from dumo.runtime.progress import no_bar

@@ -13,7 +13,7 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.report import evaluate
 from dumo.run import judge, speed
-from dumo.run.best import BestFolder
+from dumo.run.folder import RunFolder
 from dumo.run.train import train
 from dumo.run.validation import Validation
 from dumo.run.weights import open_run
@@ -167,26 +167,6 @@ def test_a_best_that_a_stop_undid_is_forgotten(tmp_path: Path, scored: Callable[
 
 
 @pytest.mark.nightly
-def test_a_run_that_starts_again_keeps_the_best_of_before_apart(tmp_path: Path, scored: Callable[..., None]) -> None:
-    def die(state: object, record: Record) -> None:
-        if record.step == 5:
-            raise KeyboardInterrupt
-
-    run, best, told = tiny("train.save_every=6"), tmp_path / "run/best", list[str]()
-    lost: list[bytes] = []
-    for _ in range(2):
-        scored(3.0, 2.0)
-        with suppress(KeyboardInterrupt):
-            train(run, tmp_path / "run", hooks=[loop.Every(1, die)])
-        lost.append((best / "step-00000004.safetensors").read_bytes())
-    scored(4.0, 5.0, 6.0)
-    train(run, tmp_path / "run", tell=told.append)
-    assert f"the best weights of before it starts again are kept in {best / 'cut-2'}" in told
-    assert [(best / f"cut-{n}/step-00000004.safetensors").read_bytes() for n in (1, 2)] == lost
-    assert sorted(path.name for path in best.iterdir()) == ["cut-1", "cut-2", "step-00000002.safetensors"]
-
-
-@pytest.mark.nightly
 def test_best_weights_of_another_run_or_score_are_refused(tmp_path: Path, scored: Callable[..., None]) -> None:
     """By the name of the file, before the first step and at the end."""
     run, more = tmp_path / "run", "train.steps=8"
@@ -213,28 +193,29 @@ def test_best_weights_of_another_run_or_score_are_refused(tmp_path: Path, scored
 
 def test_the_best_before_a_checkpoint_stays_until_a_later_one_stands(tmp_path: Path) -> None:
     """What became the best since goes with a stop."""
-    best_folder = BestFolder(tiny(), tmp_path)
+    folder = RunFolder(tmp_path)
     best = tmp_path / "best"
     best.mkdir()
     for step in (2, 3, 4, 6):
         (best / f"step-{step:08d}.safetensors").touch()
-    best_folder.remove_older([3])
+    folder.remove_older_best([3])
     assert [path.name[11:13] for path in sorted(best.iterdir())] == ["03", "04", "06"]
-    best_folder.remove_older([3, 6])
+    folder.remove_older_best([3, 6])
     assert [path.name[11:13] for path in sorted(best.iterdir())] == ["03", "06"]
-    best_folder.remove_older([6])
+    folder.remove_older_best([6])
     assert [path.name[11:13] for path in sorted(best.iterdir())] == ["06"]
 
 
 @pytest.mark.slow
-def test_the_best_of_each_checkpoint_is_there_when_a_run_goes_back_to_it(
+def test_the_best_of_each_checkpoint_is_there_when_a_run_resumes_from_it(
     tmp_path: Path, scored: Callable[..., None]
 ) -> None:
     run = tiny("train.keep=2", "train.save_every=3")
     scored(1.0, 2.0, 0.5)
     train(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000006")
     scored(3.0, 4.0)  # steps 4 and 6, again
-    train(run, tmp_path / "run", step=3)
+    train(run, tmp_path / "run")
     assert [*kept(tmp_path / "run")] == ["step-00000002.safetensors"]
 
 

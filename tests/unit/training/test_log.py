@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dumo.training.log import append, read_log, rewind, undone_rows_path
+from dumo.training.log import append, read_log, rewind
 from dumo.types import UserError
 
 
@@ -40,10 +40,9 @@ def test_rewind(tmp_path: Path, torn: str) -> None:
     assert read_log(path) == rows[:2]
     append(path, {"step": 3})
     assert [row["step"] for row in read_log(path)] == [1, 2, 3]
-    assert read_log(undone_rows_path(path)) == rows[2:], "what is undone is kept"
     rewind(path, 2)
-    assert [row["step"] for row in read_log(undone_rows_path(path))] == [3, 4, 3]
-    assert sorted(tmp_path.iterdir()) == [undone_rows_path(path), path]
+    assert read_log(path) == rows[:2]
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_a_whole_last_line_is_kept_without_its_newline(tmp_path: Path) -> None:
@@ -77,14 +76,3 @@ def test_a_broken_line_inside_is_named(tmp_path: Path, second: bytes) -> None:
         with pytest.raises(UserError):
             read(path)
     assert path.read_bytes().count(b"\n") == 3
-
-
-def test_a_torn_line_among_the_undone_rows_costs_that_line_alone(tmp_path: Path) -> None:
-    """A crash while rows are moved leaves a line without its end: the rows that follow stand on lines of their own."""
-    path = tmp_path / "metrics.jsonl"
-    undone_rows_path(path).write_text('{"step": 7}\n{"step": 8, "lo')
-    for step in (1, 2, 3):
-        append(path, {"step": step})
-    rewind(path, 2)
-    assert read_log(path) == [{"step": 1}, {"step": 2}]
-    assert read_log(undone_rows_path(path)) == [{"step": 7}, {"step": 3}]

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 import dumo
 from dumo.cli.api import TrainedRun
-from dumo.cli.compose import Composed, compose
 from dumo.data import Digits, Moons
 from dumo.data import memory as of_data
 from dumo.flow.guide import Guide
 from dumo.nets import module as of_nets
 from dumo.objectives import FlowMatching, MeanFlow
+from dumo.plan.prepare import prepare
 from dumo.runtime import signals
 from dumo.runtime.progress import no_bar
 from dumo.training.loop import Every
@@ -67,7 +67,7 @@ def test_an_array_and_a_module_make_a_run_that_goes_on(tmp_path: Path, monkeypat
 
     for memory in ((of_nets, "MODULES"), (of_data, "SOURCES")):  # as in another process
         monkeypatch.setattr(*memory, {})
-    with pytest.raises(dumo.UserError, match=r"a module of Python, unit.cli.test_compose:Net|test_compose:Net"):
+    with pytest.raises(dumo.UserError, match=r"a module of Python, unit.plan.test_prepare:Net|test_prepare:Net"):
         dumo.load(tmp_path / "run")
     opened = dumo.load(tmp_path / "run", net=Net(3 * 16 * 16, 3))
     assert torch.equal(opened.sample(count=2), run.sample(count=2)), "of the run's weights, not of the module's"
@@ -137,8 +137,8 @@ def test_parts_find_what_they_are_trained_with(
 def test_the_folder_of_a_run_is_read_where_it_is_opened(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("{")  # no YAML
     settings: dict[str, Any] = {"net": None, "device": "cpu", "bar": no_bar}
-    composed = compose(tmp_path, ["train.steps=3"], None, objective=None, data=None, **settings)
-    assert composed == Composed(None, ["train.steps=3"], tmp_path)
+    prepared = prepare(tmp_path, ["train.steps=3"], None, objective=None, data=None, **settings)
+    assert (prepared.path, prepared.run, prepared.changes) == (tmp_path, None, ["train.steps=3"])
 
 
 def test_a_recipe_is_compared_with_the_run_in_its_folder_as_on_the_command_line(tmp_path: Path) -> None:
@@ -151,14 +151,14 @@ def test_a_recipe_is_compared_with_the_run_in_its_folder_as_on_the_command_line(
     ]
     other = small | {"train.batch": 16, "train.steps": 4}
     refused = call("train", "moons", "--out", run.folder, "--device", "cpu", *sets)
-    with pytest.raises(dumo.UserError, match=r"holds another run:\n  train\.batch: 8 there, 16 asked") as error:
+    with pytest.raises(dumo.UserError, match=r"is of another run:\n  train\.batch: 8 there, 16 asked") as error:
         train(tmp_path, source="moons", changes=other)
     assert refused.code == 2
     assert refused.err.splitlines()[:2] == f"error: {error.value}".splitlines()[:2]
     longer = train(tmp_path, source="moons", changes=small | {"train.steps": 4})
     assert longer.step == 4
-    accepted = train(tmp_path, source="moons", changes=other | {"train.steps": 5}, accept=True)
-    assert (accepted.step, accepted.spec.train.batch) == (5, 16)
+    new = dumo.train(run.folder, other | {"train.steps": 5}, step=4, out=tmp_path / "new", bar=no_bar, device="cpu")
+    assert (new.step, new.spec.train.batch) == (5, 16)
 
 
 @pytest.mark.slow
@@ -232,7 +232,7 @@ def test_a_callback_stops_the_training_politely(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_training_that_a_callback_ended_goes_back_again(tmp_path: Path) -> None:
+def test_a_training_that_a_callback_ended_is_resumed(tmp_path: Path) -> None:
     def stop(state: State, record: Record) -> None:
         if state.step == 5:
             raise dumo.Stop
@@ -245,12 +245,12 @@ def test_a_training_that_a_callback_ended_goes_back_again(tmp_path: Path) -> Non
         "train.save_every": 2,
         "train.keep": 9,
     }
-    train(tmp_path, source="moons", changes=small)
     steps: list[int] = []
     note = Every(1, lambda state, record: steps.append(state.step))
-    for _ in range(2):
-        train(tmp_path, source="moons", changes=small, step=2, callbacks=[note, stop])
-    assert steps == [3, 4, 5, 6] * 2
+    train(tmp_path, source="moons", changes=small, callbacks=[note, stop])
+    assert steps == [1, 2, 3, 4, 5, 6]
+    train(tmp_path, source="moons", changes=small, callbacks=[note])
+    assert steps[6:] == [7, 8, 9]
 
 
 @pytest.mark.slow
@@ -289,19 +289,6 @@ def test_what_is_no_part_is_refused(parts: dict[str, Any], said: str, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_is_opened_with_the_arguments_of_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments: dict[str, object] = {}
-
-    def open_job(*given: object, **options: object) -> None:
-        arguments.update(options)
-        raise dumo.UserError("opened")
-
-    monkeypatch.setattr("dumo.cli.api.open_job", open_job)
-    with pytest.raises(dumo.UserError, match="opened"):
-        train(tmp_path, source="moons", step=3, accept=True)
-    assert (arguments["step"], arguments["accept"]) == (3, True)
-
-
 def test_parts_of_your_own_need_a_folder() -> None:
     with pytest.raises(dumo.UserError, match='say out="runs/NAME"'):
         dumo.train(data=COLOURS)
@@ -312,10 +299,10 @@ def test_an_array_of_images_is_learned_in_pixels_at_full_size(side: int, tmp_pat
     """On a CPU by a small network, and by the clock."""
     array = np.random.default_rng(0).integers(0, 256, (24, side, side, 3), dtype=np.uint8)
     settings: dict[str, Any] = {"objective": None, "net": None, "device": "cpu", "bar": no_bar}
-    run = compose(None, [], tmp_path / "run", data=(array, CLASSES), **settings).run
+    run = prepare(None, [], tmp_path / "run", data=(array, CLASSES), **settings).run
     assert run is not None
     assert (run.data.kind, run.data.shape, run.data.classes) == ("memory", (3, side, side), 3)
     assert (run.net.kind, run.net.attend, run.train.minutes) == ("unet", (side // 4,), 2.8)
-    longer = compose(None, ["net.width=8", "train.minutes=30"], tmp_path / "run", data=array, **settings).run
+    longer = prepare(None, ["net.width=8", "train.minutes=30"], tmp_path / "run", data=array, **settings).run
     assert longer is not None
     assert (longer.net.width, longer.train.minutes) == (8, 30)

@@ -1,8 +1,9 @@
-"""Make the run of `dumo.train` from what a notebook has: data, a network, an objective, by name or as objects.
+"""Decide what to train, and where: for the command line, `dumo.train` and the lab.
 
-`compose` is the entry point. It decides what the source names, turns the parts into plain values, decides the folder,
-and puts the parts into the run of the source, or into the recipe that suits them. `plain_net` and `plain_data` also
-remember a module or an array, for the code that opens the run later in this process.
+`prepare` is the entry point. It finds out what the source is (a recipe, a file, a run's folder, images, a run that
+Python gives), puts other parts and fields into it, and decides the folder. A network or an array that a notebook gives
+becomes plain values by `plain_net` and `plain_data`, which remember it under its hash for the code that opens the run
+later in this process.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,14 +15,17 @@ from torch import nn
 
 from dumo.config import recipes
 from dumo.config.change import yaml_text
-from dumo.config.load import RUN_FILE, load, load_recipe, parse
+from dumo.config.load import dump, load, load_recipe, parse
+from dumo.config.place import RUN_FILE
 from dumo.config.source import (
     IMAGES_RECIPE,
     SHIPPED_PREFIX,
     ChosenSource,
+    Origin,
     RunText,
     choose,
     folder_of_images,
+    parse_text,
     read,
     settings_of_images,
     without_resolved,
@@ -32,9 +36,12 @@ from dumo.flow.reading import available_readings
 from dumo.flow.solver import best_solver
 from dumo.nets import ModuleSpec
 from dumo.plan import photos
-from dumo.run.folder import require_free
+from dumo.plan.photos import Proposal
+from dumo.run.folder import RunFolder
+from dumo.runtime import shell_path
 from dumo.runtime.device import choose_device
-from dumo.runtime.progress import Bar
+from dumo.runtime.progress import Bar, no_bar
+from dumo.training import manifest
 from dumo.types import Spec, UserError
 
 Fields = dict[str, Any]  # by dotted path, as plain values
@@ -48,41 +55,62 @@ _MODULE_FIELDS: Fields = {
 
 
 @dataclass(frozen=True)
-class Composed:
+class Prepared:
     """What to train, and where: `dumo.run.job.open_job` takes all of it."""
 
-    run: Run | None  # None: the run that the folder holds, with `changes`
-    changes: Sequence[str]  # each a.b=c
-    folder: Path
+    # The run's folder.
+    path: Path
+    # None: the run that the folder holds, with `changes`.
+    run: Run | None
+    # Fields of the user's, each a.b=c.
+    changes: Sequence[str] = ()
+    # The checkpoint of another run that this one begins from.
+    origin: Origin | None = None
+    # What the source was taken for, in words; "" if that is plain.
+    meaning: str = ""
+    # The run as it is proposed for images.
+    proposal: Proposal | None = None
 
 
-def compose(
-    source: str | Path | None,
-    changes: Sequence[str],
-    folder: Path | None,
+def prepare(
+    source: str | Path | Run | None,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
     *,
-    objective: str | Mapping[str, Any] | Spec | None,
-    data: Any,  # noqa: ANN401, what a notebook has
-    net: str | Mapping[str, Any] | Spec | nn.Module | None,
-    device: str,
-    bar: Bar,
-) -> Composed:
-    """The run to train and its folder: the run that `source` names, with the given parts instead of its own.
+    step: int | None = None,
+    objective: str | Mapping[str, Any] | Spec | None = None,
+    data: Any = None,  # noqa: ANN401, what a notebook has
+    net: str | Mapping[str, Any] | Spec | nn.Module | None = None,
+    device: str = "auto",
+    bar: Bar = no_bar,
+) -> Prepared:
+    """The run to train and its folder: the run that `source` names, with the given parts and fields.
 
-    Without a source the parts choose one: for images it is the recipe that `dumo.plan.photos` chooses, for points
-    moons, for anything else digits. `folder` None: that of the run that `source` names, else runs/NAME.
+    - `source`: a recipe, a YAML file, a run's folder, images, or a run. Without one the parts choose a recipe: for
+      images the one that `dumo.plan.photos` chooses, for points moons, for anything else digits.
+    - `overrides`: fields, each a.b=c.
+    - `out`: the run's folder; None: that of the run that `source` names, else runs/NAME.
+    - `step`: begin a new run in `out` from the checkpoint of this step of the run that `source` names.
+    - `objective`, `data`, `net`: parts instead of the run's own.
 
-    If `source` names the folder's own run, that run is continued, with the parts and changes; and so is the run that
-    was begun on a folder of images. Any other run is compared with the one in `folder` when it is opened, as on the
-    command line.
+    If the folder holds the run that `source` names, or a run on the same images, that run is resumed, with the parts
+    and fields. Any other run is compared with the one in the folder when it is opened.
 
-    Raises UserError if the parts do not fit, or nothing gives a name.
+    Raises UserError if the parts do not fit, or nothing names a folder.
     """
+    if isinstance(source, Run):
+        if out is None or any(part is not None for part in (objective, data, net)):
+            raise UserError('a run that has its parts needs a folder: say out="runs/NAME", and no other parts')
+        text = parse_text(dump(source), out / RUN_FILE)
+        return Prepared(out, load(without_resolved(text), overrides), overrides)
+
     # Find out what was named: a recipe, a file or a run (`chosen`), or a place of images.
     chosen: ChosenSource | None = None
     images_place: str | None = None
+    meaning = ""
     if source is not None:
-        chosen = choose(source, folder)
+        chosen = choose(source, out)
+        meaning = "" if chosen.kind == "recipe" else chosen.meaning
         if data is None and chosen.kind == "images":
             images_place = str(chosen.word)
             chosen = None
@@ -96,39 +124,58 @@ def compose(
         "data": None if images_place else plain_data(data, bar),
     }
     parts = {name: part for name, part in plain_parts.items() if part is not None}
-    if folder is None:
-        folder = _default_folder(chosen, parts, images_place)
+    path = out or _default_folder(chosen, parts, images_place)
 
-    # Continue the folder's own run.
-    if chosen is not None and chosen.kind == "run" and chosen.folder == folder:
-        if not parts:
-            return Composed(None, changes, folder)
-        own_run = read(chosen.word)
-        own_changes = [*_as_changes(_part_fields(parts, own_run.tree)), *changes]
-        return Composed(None, own_changes, folder)
-    if images_place is not None and (folder / RUN_FILE).is_file():
-        own_run = read(folder / RUN_FILE)
-        own_changes = [*_as_changes(_part_fields(parts, own_run.tree)), *changes]
-        return Composed(None, settings_of_images(own_run.tree, own_changes, images_place), folder)
+    # Begin a new run from a checkpoint, or resume the one that began so.
+    if step is not None:
+        if chosen is None or chosen.kind != "run":
+            raise UserError(f"--from {step} begins a new run from a checkpoint: give the folder of a run")
+        source_folder = chosen.folder
+        meaning = f"the checkpoint of step {step} in {source_folder}, for a new run in {path}"
+        if out is None or out.absolute() == source_folder.absolute():
+            raise UserError(
+                f"--from {step} begins a new run: say where, dumo train {shell_path(source_folder)} --from {step} "
+                "--out NEW"
+            )
+        origin = Origin(run=str(source_folder.absolute()), step=step)
+        if RunFolder(path).origin == origin:
+            own_run = read(path / RUN_FILE)
+            own_changes = [*_as_changes(_part_fields(parts, own_run.tree)), *overrides]
+            return Prepared(path, None, own_changes, origin, meaning)
+        checkpoint = RunFolder(source_folder).checkpoint_at(step)
+        base = without_resolved(parse_text(checkpoint.run_text, checkpoint.path / manifest.RUN))
+        new_changes = _changes_of_new_run(parts, base, net, overrides)
+        return Prepared(path, load(base, new_changes), new_changes, origin, meaning)
 
-    # Propose a run on a folder of images.
+    # Resume the folder's own run.
+    is_own_run = chosen is not None and chosen.kind == "run" and chosen.folder == path
+    if is_own_run and not parts:
+        return Prepared(path, None, overrides, meaning=meaning)
+    if is_own_run or (images_place is not None and (path / RUN_FILE).is_file()):
+        own_run = read(path / RUN_FILE)
+        own_changes = [*_as_changes(_part_fields(parts, own_run.tree)), *overrides]
+        if images_place is not None:
+            own_changes = settings_of_images(own_run.tree, own_changes, images_place)
+        return Prepared(path, None, own_changes, meaning=meaning)
+
+    # Propose a run on images.
     if images_place is not None:
-        require_free(folder)
+        RunFolder(path).require_free()
         base = read(f"{SHIPPED_PREFIX}{IMAGES_RECIPE}")
-        new_changes = _changes_of_new_run(parts, base, net, changes)
-        run = photos.propose(images_place, new_changes, device=device).run
-        return Composed(run, new_changes, folder)
+        new_changes = _changes_of_new_run(parts, base, net, overrides)
+        proposal = photos.propose(images_place, new_changes, device=device)
+        return Prepared(path, proposal.run, new_changes, meaning=meaning, proposal=proposal)
 
     # Put the parts into what was named, or into the recipe that suits them.
     recipe = "" if chosen else _base_recipe(parts)
     base = read(chosen.word if chosen else f"{SHIPPED_PREFIX}{recipe}")
-    new_changes = _changes_of_new_run(parts, base, net, changes)
+    new_changes = _changes_of_new_run(parts, base, net, overrides)
     if recipe == IMAGES_RECIPE:
         on_a_cpu = choose_device(device).type == "cpu"
-        new_changes = [*_changes_of_array(parts["data"], changes, on_a_cpu=on_a_cpu), *new_changes]
+        new_changes = [*_changes_of_array(parts["data"], overrides, on_a_cpu=on_a_cpu), *new_changes]
     if chosen and not parts:
         new_changes = [*chosen.settings, *new_changes]
-    return Composed(load(without_resolved(base), new_changes), new_changes, folder)
+    return Prepared(path, load(without_resolved(base), new_changes), new_changes, meaning=meaning)
 
 
 def _changes_of_new_run(parts: Fields, base: RunText, net: object, changes: Sequence[str]) -> list[str]:
