@@ -37,6 +37,6 @@ def test_a_kill_leaves_the_same_end(
         return call(*words).code
 
     write_inputs(tmp_path / INPUTS, trained["digits"])
-    result = kill_repeatedly(workloads()[name], 1, 1, 0, tmp_path, run=run, start=logged)
+    result = kill_repeatedly(workloads()[name], 1, 1, 0, tmp_path, run=run, start_command=logged)
     assert result.has_passed, result
     assert result.num_hits == 1

@@ -14,9 +14,15 @@ teacher's pairs; the report of an evaluation. A kill that comes too late, or fal
 for, does not count and is drawn again. The exit code is 1 if anything differs, or if files or processes stay.
 
 In the options, the table and kill.json, a workload is called a place.
+
+A run by the clock (`train.minutes`) depends on time, so `--clock N` tests it differently (`kill_last_checkpoints`). It
+is killed N times while it writes its last checkpoint, by a clock that goes on by a second with each step. What it left
+is copied, and taken back to the last whole checkpoint: to the run.yaml and the log of its step. Both folders are
+resumed to their ends, which must be equal to the bit, schedules included.
 """
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,14 +36,19 @@ import typer
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where this is started as a script
 
+from dumo.io import file as files
+from dumo.training import manifest
+from e2e.shell import TINY, finish, sets, start
 from reliability import process
 from reliability.workload import (
     INPUTS,
+    TRAINING_FIELDS,
     Fingerprint,
     Workload,
     new_work_folder,
     prepared_folder,
     temporary_files,
+    training_fingerprint,
     workloads,
 )
 
@@ -46,6 +57,14 @@ StartCommand = Callable[[Sequence[str], Path, int], process.RunningCommand]  # o
 
 MAX_KILLS_PER_RUN = 5  # then the run may come to its end: ours
 MAX_MISSES_PER_KILL = 5  # kills that do not count, for each that must: ours
+
+# A run by the clock of some 60 steps, by a clock of a second a step, whose checkpoints take a while to write.
+CLOCK_WORDS = (
+    *("train", "digits", "--out", "run", *TINY, *TRAINING_FIELDS),
+    *sets("train.minutes=1", "train.save_every=1000", "net.width=128", "net.depth=2", "train.batch=4"),
+)
+CLOCKED = "import reliability.clocked"
+CLOCK_SAVE_SECONDS = 0.15
 
 
 @dataclass(frozen=True)
@@ -119,12 +138,12 @@ def kill_repeatedly(
     scratch: Path,
     *,
     run: RunCommand | None = None,
-    start: StartCommand = process.start,
+    start_command: StartCommand = process.start,
 ) -> KillResult:
     """Kill a workload until `num_kills` kills count, or too many do not. `scratch` has INPUTS.
 
     run: what runs a command that is not killed, to its end; by default, a process on `ranks` ranks.
-    start: what starts a command that is killed.
+    start_command: what starts a command that is killed.
     Raises SystemExit where the workload fails without a kill.
     """
 
@@ -155,7 +174,7 @@ def kill_repeatedly(
             and workload.count_units(folder) < workload.num_units
         ):
             result.num_starts += 1
-            kill = _start_and_kill(workload, ranks, random, folder, start)
+            kill = _start_and_kill(workload, ranks, random, folder, start_command)
             if kill is None:
                 result.num_missed += 1
                 break
@@ -179,14 +198,16 @@ def _run_to_end(workload: Workload, folder: Path, run: RunCommand, result: KillR
     return workload.fingerprint(folder)
 
 
-def _start_and_kill(workload: Workload, ranks: int, random: Random, folder: Path, start: StartCommand) -> Kill | None:
+def _start_and_kill(
+    workload: Workload, ranks: int, random: Random, folder: Path, start_command: StartCommand
+) -> Kill | None:
     """Start the command and kill it at a random moment of its work; None if it ended before that."""
     num_units = random.randint(workload.count_units(folder) + 1, workload.num_units)
     pause_seconds = random.uniform(0, workload.unit_seconds)
     victim = random.choice([*range(ranks), "all"])
 
     # wait for the moment
-    command = start(workload.words, folder, ranks)
+    command = start_command(workload.words, folder, ranks)
     while workload.count_units(folder) < num_units and command.poll() is None:
         time.sleep(0.001)
     time.sleep(pause_seconds)
@@ -209,6 +230,67 @@ def _start_and_kill(workload: Workload, ranks: int, random: Random, folder: Path
         num_orphans=num_orphans,
         has_left_files=bool(temporary_files(folder)),
     )
+
+
+def kill_last_checkpoints(num_kills: int, seed: int, scratch: Path) -> KillResult:
+    """Kill a run by the clock `num_kills` times in its last checkpoint, and compare two ways to resume it."""
+    random = Random(seed)
+    result = KillResult("clock", 1)
+    began = time.monotonic()
+    max_missed = MAX_MISSES_PER_KILL * num_kills
+    while result.num_hits < num_kills and result.num_missed < max_missed:
+        folder = scratch / f"clock-{result.num_hits + result.num_missed}"
+        folder.mkdir()
+        result.num_starts += 1
+        command = start(*CLOCK_WORDS, cwd=folder, first=CLOCKED)
+
+        # Kill it at a random moment after its last checkpoint has begun.
+        while not _is_saving_last(folder) and command.poll() is None:
+            time.sleep(0.0005)
+        time.sleep(random.uniform(0, CLOCK_SAVE_SECONDS))
+        command.kill()
+        command.wait(process.MAX_SECONDS)
+        checkpoints = sorted((folder / "run/checkpoints").glob("step-*"))
+        log_file = folder / "run/metrics.jsonl"
+        rows = log_file.read_text().splitlines(keepends=True) if log_file.exists() else []
+        if not checkpoints or len(rows) == int(checkpoints[-1].name.removeprefix("step-")):
+            result.num_missed += 1
+            shutil.rmtree(folder)
+            continue
+        result.num_hits += 1
+
+        # Take a copy back to the last whole checkpoint.
+        clean = folder.with_name(f"{folder.name}-clean")
+        shutil.copytree(folder, clean)
+        last = clean / "run/checkpoints" / checkpoints[-1].name
+        shutil.copy(last / manifest.RUN, clean / "run/run.yaml")
+        (clean / "run/metrics.jsonl").write_text("".join(rows[: int(last.name.removeprefix("step-"))]))
+        result.num_kills_with_files += bool(temporary_files(folder))
+        for path in temporary_files(clean):
+            files.remove(path)
+
+        # Resume both.
+        fingerprints: list[Fingerprint] = []
+        for resumed in (clean, folder):
+            result.num_starts += 1
+            done = finish(start(*CLOCK_WORDS, cwd=resumed, first=CLOCKED))
+            if done.code:
+                result.differences.append(f"ended with {done.code}: {done.err[-300:]}")
+                continue
+            result.files_at_end += [str(path.relative_to(resumed)) for path in temporary_files(resumed)]
+            fingerprints.append(training_fingerprint(resumed))
+        if len(fingerprints) == 2:
+            result.compare(*fingerprints)
+        shutil.rmtree(clean)
+        shutil.rmtree(folder)
+    result.seconds = round(time.monotonic() - began, 1)
+    return result
+
+
+def _is_saving_last(folder: Path) -> bool:
+    """Whether a run by the clock has begun to write its last checkpoint."""
+    first_and_last = [path for path in (folder / "run/checkpoints").glob("*step-*") if path.is_dir()]
+    return len(first_and_last) > 1
 
 
 def markdown_table(results: Sequence[KillResult]) -> str:
@@ -247,6 +329,9 @@ def main(
     ] = 10,
     names: Annotated[str, typer.Option("--places")] = "training,saving,encoding,pairs,evaluating",
     rank_counts: Annotated[str, typer.Option("--ranks", help="Numbers of ranks.")] = "1,2",
+    clock_kills: Annotated[
+        int, typer.Option("--clock", min=0, help="Kills of runs by the clock in their last checkpoint.")
+    ] = 0,
     seed: int = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write what came out here, too.")] = None,
 ) -> None:
@@ -257,6 +342,10 @@ def main(
             for name in names.split(","):
                 results.append(kill_repeatedly(workloads()[name], ranks, num_kills, seed, scratch))
                 print(markdown_table(results).splitlines()[-1], flush=True)
+
+        if clock_kills:
+            results.append(kill_last_checkpoints(clock_kills, seed, scratch))
+            print(markdown_table(results).splitlines()[-1], flush=True)
 
     total_kills = sum(result.num_hits for result in results)
     total_compared = sum(result.num_compared for result in results)

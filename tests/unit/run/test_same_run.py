@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from dumo.config.difference import config_hash
 from dumo.config.load import RUN_FILE, dump, load
 from dumo.config.source import HASH_KEY, RESOLVED_KEY
 from dumo.config.spec import Run
+from dumo.run.sampler import sampler_of
 from dumo.run.train import train
 from dumo.run.weights import open_run
 from dumo.training import checkpoint, manifest
@@ -121,9 +121,8 @@ def marked(run: Run, field: str, mark: str) -> bool:
 
 def samples(folder: Path, base: Run) -> Tensor:
     """Of its weights as they are read now, drawn in one way."""
-    found = open_run(str(folder), device="cpu").sampler
-    found.flow.precision = base.precision
-    return replace(found, spec=base.sample).sample(torch.tensor([3, 7]), nfe=1).x
+    net = open_run(str(folder), device="cpu").net
+    return sampler_of(base, net).sample(torch.tensor([3, 7]), nfe=1).x
 
 
 def other(folder: Path, field: str, value: object) -> Run:

@@ -1,0 +1,40 @@
+"""`dumo` by a clock that goes on by a second with each step, which writes checkpoints in the main thread.
+
+So a run by the clock (`train.minutes`) is a function of where it begins, and two of them are equal to the bit.
+"""
+
+import time
+from typing import Any
+
+SECONDS_PER_STEP = 1.0
+
+
+class StepClock:
+    """Reads the seconds of the steps that this process has made."""
+
+    seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+clock = StepClock()
+# `dumo` takes the clock from here when it is imported.
+time.perf_counter = clock
+
+from dumo.runtime import stopwatch  # noqa: E402, after the clock is replaced
+from dumo.training import loop  # noqa: E402, the same
+from dumo.training.saver import Saver  # noqa: E402, the same
+
+stopwatch.wall_clock = clock
+_train_step: Any = loop.train_step
+
+
+def _train_step_of_a_second(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401, those of a step
+    record = _train_step(*arguments, **options)
+    clock.seconds += SECONDS_PER_STEP
+    return record
+
+
+loop.train_step = _train_step_of_a_second
+Saver.start = lambda _, work: work()
