@@ -8,6 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dumo.config.load import load
 from dumo.objectives import DuMo, Objective
+from dumo.types.outside import make_objective, members
 
 HEAVY = ("bitsandbytes", "diffusers", "peft", "pyarrow", "scipy", "sklearn", "torch._dynamo", "transformers")
 
@@ -29,6 +30,28 @@ def test_a_spec_is_written_by_its_own_class() -> None:
     assert run.model_dump()["objective"] == run.objective.model_dump()
     assert run.objective.model_dump_json() in run.model_dump_json()
     assert isinstance(run.objective, DuMo)
+
+
+def test_a_flow_knows_all_kinds_that_ship_with_dumo_and_no_class_from_outside() -> None:
+    for cls in members(Objective):
+        kind = cls.model_fields["kind"].default
+        fields = {"kind": kind, "size": 4} if kind == "drift" else kind
+        assert type(make_objective(fields)) is cls
+    for unknown in ("flow", "contract.outside:Outside"):
+        with pytest.raises(ValidationError, match="dumo_any"):
+            make_objective(unknown)
+
+
+@pytest.mark.slow
+def test_a_flow_imports_no_library_that_it_does_not_use() -> None:
+    """`torch.distributed.fsdp` takes a second, also in the training of a run on one process."""
+    program = "import sys, torch, dumo; dumo.Flow(torch.nn.Linear(2, 2), 'meanflow'); print(*sys.modules)"
+    modules = run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
+    assert not {*HEAVY, "torch.distributed.fsdp"} & {*modules}
+
+    program = "import sys, dumo.run.train; print(*sys.modules)"
+    modules = run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
+    assert "torch.distributed.fsdp" not in modules
 
 
 @pytest.mark.slow

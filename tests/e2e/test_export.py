@@ -229,7 +229,7 @@ def test_the_velocity_is_an_ordinary_flow_model(sd3: Case) -> None:
     image = pipe(**arguments, sigmas=[1, 0.75, 0.5, 0.25], latents=z, output_type="latent").images
     sampler = sd3.opened.sampler
     c = conditions_of_prompts(sampler, [PROMPT])
-    ours = integrate(sampler.readings, sampler.flow.path, Euler(), c, 4, lambda _: z)[1]
+    ours = integrate(sampler.flow.readings(), sampler.flow.path, Euler(), c, 4, lambda _: z)[1]
     torch.testing.assert_close(image, ours, rtol=0, atol=1e-5)
 
 

@@ -1,6 +1,7 @@
 """Knobs, and inputs of a head's own: samples follow, and what is built around a net serves one that has them."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ import torch
 from contract.case import randomise
 from dumo.config.load import load
 from dumo.config.spec import Run
+from dumo.config.teacher import Teacher
 from dumo.flow.noise import draw
 from dumo.flow.path import Linear
 from dumo.lab.bench import PlainStep, slope_error
+from dumo.run import teacher
 from dumo.run.examination import examine
 from dumo.run.sampler import sampler_of
 from dumo.run.weights import build
@@ -32,6 +35,15 @@ def test_samples_follow_the_knobs(tmp_path: Path) -> None:
     one, same, other = (torch.cat([part.x for part in sampler_of(run, net.eval()).batches(c, nfe=1)]) for run in runs)
     assert torch.equal(one, same)
     assert not torch.allclose(one, other)
+
+
+def test_a_teacher_has_the_knobs_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = guided("sample.knobs.w=2")
+    opened = SimpleNamespace(run=run, net=build(run), file=Path("x"))
+    monkeypatch.setattr(teacher, "open_run", lambda *_, **__: opened)
+    monkeypatch.setattr(teacher.weights, "sha256", lambda _: "0")
+    flow, _ = teacher._run_flow(Teacher(kind="run", source="x"), run.data, run.path, torch.device("cpu"))
+    assert flow.knobs == run.sample.knobs
 
 
 @pytest.mark.parametrize("slope", ["dual", "jvp"])

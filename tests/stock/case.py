@@ -279,7 +279,7 @@ class Case:
         c: conditions (1,); None: of the card's prompt. passes: None: as many as noises.
         """
         sampler = self.opened.sampler
-        readings = sampler.guided(sampler.spec.guide.model_copy(update={"scale": scale}))
+        readings = sampler.flow.readings(guide=sampler.spec.guide.model_copy(update={"scale": scale}))
         if c is None:
             c = conditions_of_prompts(sampler, [PROMPT], self.image)
         z = [self._unpack_noise(noise) for noise in noises]

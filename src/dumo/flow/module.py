@@ -69,7 +69,7 @@ from dumo.types import (
     lift,
     unwrap,
 )
-from dumo.types.objectives import make_objective
+from dumo.types.outside import make_objective
 from dumo.types.rows import to_device
 
 Moment = Tensor | float | int  # a time for all rows, or one for each

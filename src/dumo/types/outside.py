@@ -8,6 +8,7 @@ its `kind` is its name. A field that takes such classes is a union of two branch
     Net = Annotated[BundledNet | OutsideNet, Discriminator(branch)]
 
 `members` lists the specs of a union, `import_class` imports a class from outside, and `code_hash` hashes its code.
+`make_objective` makes an objective of dumo's own by its kind.
 
 A module is sought on Python's path alone, which holds the current folder for `python -m dumo`, not for `dumo`: a run's
 folder that came from somebody else brings no code.
@@ -18,13 +19,14 @@ import inspect
 import sys
 import textwrap
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from importlib import import_module
 from typing import Any, ClassVar, Literal, get_args
 
-from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema, to_json
 from torch import nn
@@ -118,6 +120,24 @@ def code_hash(spec: Spec | Objective) -> str | None:
     except (OSError, TypeError, SyntaxError):
         return None
     return sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
+
+def make_objective(objective: str | Mapping[str, Any] | Objective) -> Objective:
+    """Make the objective of a kind, or of a dict of fields with its `kind`; an instance is returned as it is.
+
+    Only kinds that ship with dumo are known: a class from outside is given as an instance. Raises pydantic's
+    ValidationError for an unknown kind, and for fields that do not fit.
+    """
+    if not isinstance(objective, str | Mapping):
+        return objective
+    fields = {"kind": objective} if isinstance(objective, str) else dict(objective)
+    return _objective_adapter().validate_json(to_json(fields, inf_nan_mode="constants"), strict=True)
+
+
+@cache
+def _objective_adapter() -> TypeAdapter[Objective]:
+    """The union of all objectives that ship with dumo. They are imported by name, because they build on this module."""
+    return TypeAdapter(import_module("dumo.objectives").BundledObjective)
 
 
 class ObjectiveSpec(Spec, ABC):

@@ -163,3 +163,18 @@ def test_labels_go_round() -> None:
 def test_what_has_no_labels_is_refused(n: int, classes: int, only: list[int] | None, named: str) -> None:
     with pytest.raises(UserError, match=named):
         labels_in_turn(n, classes, only)
+
+
+def test_a_network_in_bf16_gives_float32_to_guidance_and_solvers() -> None:
+    net = Small()
+    types: list[torch.dtype] = []
+
+    def endpoint(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        (u,) = net(x, c, t=t, r=0 * t)
+        types.append(u.dtype)
+        return x - u
+
+    c = labels_in_turn(4, 10)
+    asked = {"nfe": 2, "seed": 0, "shape": SHAPE, "precision": "bf16"}
+    generate(net, Readings(endpoint=endpoint), Linear(), Restart(), c, **asked)
+    assert {*types} == {torch.float32}

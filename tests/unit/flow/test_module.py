@@ -1,0 +1,145 @@
+"""What `dumo.Flow` must hold to, although nothing would look wrong if it did not: see the comment at each line."""
+
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed import HashStore
+from torch.optim.swa_utils import AveragedModel
+
+import dumo
+from contract.own import Perceptron, UNet
+from dumo.flow.guide import CFG
+from dumo.flow.module import Flow
+from dumo.types import Frozen, Net, NoisyBatch, Terms
+from unit.flow.test_flow import CASES, CLASSES, LABELS, TWO, flow_of, points
+from unit.flow.test_refusals import Around, X
+
+
+def test_weights_of_theta_and_of_a_teacher_are_not_the_flows() -> None:
+    """As submodules they would be trained, synchronized by DDP and saved."""
+    case = CASES["points"]
+    flow = case.flow(ref=AveragedModel(case.flow().net), teacher=case.flow("flow_matching"))
+    names = [f"net.{name}" for name, _ in flow.net.named_parameters()]
+    assert [name for name, _ in flow.named_parameters()] == names
+    assert {*flow.state_dict()} == {*names, "_extra_state"}
+
+
+def test_ranks_drop_other_units() -> None:
+    case = CASES["dropout"]
+    masks: list[Tensor] = []
+    for rank in range(2):
+        flow = case.flow(shard=(rank, 2))
+        assert isinstance(flow.net, UNet)
+        flow.check(case.x, case.c)
+        flow.net.dropout.register_forward_hook(lambda _, __, h: masks.append(h.detach() == 0))
+        adapter = flow._adapter(case.c, flow._generator_key(0))
+        adapter(case.x, LABELS, t=torch.ones(len(case.x)))
+    assert masks[0].any()
+    assert not torch.equal(*masks)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_network_that_draws_takes_the_derivative_of_all_rows(dropout: float) -> None:
+    """A pass of the moving rows alone would draw other masks for them."""
+
+    class Drops(Around):
+        def forward(self, x: Tensor, t: Tensor, r: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+            x = nn.functional.dropout(x, dropout, self.training)
+            return self.net(x, t + r)[:1]
+
+    flow = dumo.Flow(Drops(), {"kind": "meanflow", "times": {"kind": "pair", "velocity_ratio": 0.5}})
+    flow(X)
+    moving = flow._noisy_batch(X, None, 1)[0].moving
+    assert (moving is None) == bool(dropout)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_casts_of_weights_are_kept_only_if_asked(keeps: bool) -> None:
+    """Casts of gathered weights would stay in memory to the end of the loss."""
+    flow = flow_of("flow_matching", CLASSES, precision="bf16")
+    kept: list[bool] = []
+
+    def loss(net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
+        kept.append(torch.is_autocast_cache_enabled())
+        return flow.objective.loss(net, ref, b)
+
+    batch = flow._noisy_batch(points(), LABELS, 0)[0]
+    flow.compute_loss(batch, loss=loss, cache_casts=keeps)
+    assert kept == [keeps]
+
+
+def test_the_loss_is_in_the_precision_of_the_caller_or_of_the_flow() -> None:
+    case = CASES["points"]
+
+    def loss(precision: Any, is_called_in_bf16: bool) -> float:  # noqa: ANN401
+        flow = case.flow(precision=precision)
+        flow.check(case.x, case.c)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_called_in_bf16):
+            return flow(case.x, case.c).item()
+
+    plain, low = loss(None, False), loss("bf16", False)
+    assert plain != low
+    assert loss(None, True) == low
+    assert loss("fp32", True) == plain
+
+
+def test_layers_that_a_validation_in_inference_mode_makes_can_be_trained() -> None:
+    class Lazy(Around):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lazy = nn.LazyLinear(2)
+
+        def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+            return self.net(self.lazy(x), t)
+
+    flow = dumo.Flow(Lazy()).eval()
+    with torch.inference_mode():
+        flow(X.clone(), step=0)
+    flow.train()(X).backward()
+    assert all(p.grad is not None for p in flow.parameters())
+
+
+def test_no_guide_means_the_flows_own_and_a_plain_one_means_none() -> None:
+    flow = flow_of("flow_matching", CLASSES, guide=CFG(scale=3.0))
+    plain = flow_of("flow_matching", CLASSES)
+    x, t = points(), torch.full((len(LABELS),), 0.5)
+
+    def velocity(flow: Flow, guide: CFG | None) -> Tensor:
+        read = flow.readings(guide=guide).velocity
+        assert read is not None
+        return read(x, t, LABELS)
+
+    assert torch.equal(velocity(flow, CFG()), velocity(plain, None))
+    assert not torch.allclose(velocity(flow, None), velocity(plain, None))
+
+
+def test_a_network_that_is_called_directly_gets_no_adapter() -> None:
+    """An adapter would hide `compile_tangents`, which a slope reads off theta^-."""
+    net = Perceptron(TWO)
+    flow = dumo.Flow(net, direct=True)
+    assert flow._as_called(None, None) is net
+    assert flow._reference(net).module is net
+    assert dumo.Flow(net)._reference(adapter := dumo.Flow(net)._adapter(None, None)).module is adapter
+
+
+@pytest.fixture
+def one_rank() -> Generator[None]:
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_sharded_network_is_in_shards_again_after_samples() -> None:
+    """The next optimizer step would not update weights that are whole."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    net = fully_shard(nn.Linear(3, 2))
+    flow = dumo.Flow(net, "flow_matching", call=lambda net, x, t, c: net(torch.cat([x, t[:, None]], 1)))
+    flow(points()).backward()
+    flow.sample(2)
+    assert all(isinstance(p, DTensor) for p in net.parameters())
