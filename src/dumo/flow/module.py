@@ -44,7 +44,7 @@ from dumo.flow.derivative import choose_slope, copy_without_zero_layers
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.noise import Coupling, Draws, add_noise, make_draws
 from dumo.flow.path import FlowPath, Linear
-from dumo.flow.precision import Precision, autocast, product_precision, using
+from dumo.flow.precision import Precision, autocast, using
 from dumo.flow.reading import available_readings, readings_of, teacher_velocity
 from dumo.flow.sampling import eval_mode, join_batches, labels_in_turn, sample_batches
 from dumo.flow.slope import DualSlope, JvpSlope, Slope, slope_of
@@ -249,7 +249,7 @@ class Flow(nn.Module):
 
         # Compute the loss. A user's objective may draw random numbers: the caller's generators stay as they are.
         key = self._generator_key(at_step) if self.training else None
-        with seeded_generators(key, x.device), self._product_precision(x.device):
+        with seeded_generators(key, x.device), self._in_precision(x):
             terms = self.compute_loss(batch, dropout_keys if self.training else None, conditions=c, generator_key=key)
         if is_counted:
             self.step += 1
@@ -664,10 +664,6 @@ class Flow(nn.Module):
         """The key of the random numbers that the network draws itself, at a step on this rank."""
         rank = self.shard[0] if self.shard else dist.rank()
         return stream(self.seed, at_step, "net", rank).initial_seed()
-
-    def _product_precision(self, device: torch.device) -> AbstractContextManager[None]:
-        """Products of matrices in the precision of this flow, if it has one."""
-        return product_precision(self.precision, device) if self.precision else nullcontext()
 
     def _in_precision(self, x: Sample) -> AbstractContextManager[None]:
         """Passes on x in the precision of this flow, if it has one."""

@@ -1,20 +1,19 @@
-"""What a loss reads that is random: times, noise, dropped labels and further laws, all drawn here.
+"""The random numbers of a training step, and the noisy batch (`NoisyBatch`) that a loss gets.
 
-The order of events:
+1. `make_draws` draws the times, noise, dropped labels and further numbers of a step's rows on the CPU, at any time
+   before the step and in any thread.
+2. `add_noise` makes the noisy batch on the data's device: it divides the data by the path's sd, couples noise to data
+   (`Coupling`), puts both on the path, drops conditions and asks the teacher. It waits for the device only if there is
+   a coupling.
 
-1. `make_draws` draws the numbers of a step's rows on the CPU: at any time before the step, in any thread.
-2. `add_noise` makes the record of a batch by them, on the data's device: it divides the data by the path's sd, couples
-   noise to data (`Coupling`), puts both on the path, drops conditions and asks a teacher. It waits for no device, but
-   for a coupling.
+`draw` does both at once, for steps that are only counted, timed or tried; `path_velocity` stands in for their teacher.
+`Noise` and `Signs` are laws of further numbers that an objective may ask for.
 
-`draw` does both at once, with `path_velocity` for a teacher where a step is only tried. `Noise` and `Signs` are laws of
-what more an objective may have drawn.
-
-Every draw has a stream of its own, whose key is a hash of (seed, step, name of what is drawn). A number per row is
-drawn for the whole batch, of which each caller takes its rows. What is shaped like the data is drawn for the caller's
-rows alone, each by its number in the batch, because drawing the noise of all ranks takes longer than a step where ranks
-are many. Either way a row is the same on every rank. So two ranks equal one, a resumed run needs no generator state,
-and two objectives see the same t, z and dropped labels, whatever else either of them draws.
+Each quantity has a random stream of its own, keyed by a hash of (seed, step, its name). A number per row is drawn for
+the global batch, and each rank takes its rows. Samples shaped like the data are drawn for a rank's rows only, each
+keyed by its number in the batch, because drawing the noise of many ranks takes longer than a step. Either way a row is
+the same on every rank. So two ranks equal one, a resumed run needs no generator state, and two objectives get the same
+t, z and dropped labels, whatever else they draw.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +33,8 @@ from dumo.runtime.random import keyed_normal, random_row_mask, stream
 from dumo.types import Cond, Law, NoisyBatch, Objective, Rows, Sample, Spec, TeacherVelocity, Time, Trail
 from dumo.types.rows import pin, to_device
 
-PRIOR = "prior"  # the name in the stream that picks the rows that a teacher answers
+# The name in the key of the stream that picks the rows that the teacher answers.
+PRIOR = "prior"
 
 
 class Noise(Law):
@@ -58,7 +58,7 @@ class Signs(Law):
 
 
 class Coupling(Spec):
-    """Which noise goes with which data, chosen so that paths cross less, and one velocity can follow them.
+    """A pairing of noise with data that makes paths cross less, so that one velocity can follow them.
 
     It is optimal transport within a minibatch (Pooladian et al. 2023; Tong et al. 2024): among rows of one class, in
     groups of `group` neighbouring rows, noises change places so that the sum of squared distances between data and
@@ -144,7 +144,7 @@ def make_draws(
     z: bool = True,
     prior: float | None = None,
 ) -> Draws:
-    """The random numbers of some rows of a step's batch of samples, on the CPU.
+    """Draw the random numbers of some rows of a step's batch of samples, on the CPU.
 
     shape: of a sample.
     batch: the number of rows of the whole batch, on all ranks.
@@ -189,7 +189,7 @@ def add_noise(
     between: Trail | None = None,
     ask_at_x_t: bool = True,
 ) -> NoisyBatch:
-    """The record of data x (b, ...) of conditions c (b, ...), by draws of as many rows; on the device of x.
+    """Make the noisy batch of data x (b, ...) and conditions c (b, ...) by draws of as many rows, on the device of x.
 
     null: what a dropped condition becomes, a row each, or one class number for all.
     progress: the share of the training that is done, from 0 to 1.
@@ -199,7 +199,7 @@ def add_noise(
     between: the places from x to z that a trajectory goes through, at equal steps, of which t is to be an end.
     ask_at_x_t: whether the teacher is asked for v_t; else it is asked by the loss alone (`FromTeacher.at_x_t`).
     """
-    # draws to the device; times stay exact where the data are bf16
+    # Send the draws to the device. Times stay in float32 if the data are in 16 bits.
     device = x.device
     exact = torch.promote_types(x.dtype, torch.float32)
     t = to_device(draws.t, device).to(exact)
@@ -211,18 +211,18 @@ def add_noise(
         assert draws.z is not None, "noise was neither drawn nor given"
         z = to_device(draws.z, device).to(x)
 
-    # data and noise on the path
+    # Put data and noise on the path.
     x = x / path.sd
     if coupling:
         z = coupling(x, z, c)
     x_t, v_t = path.at(x, z, t)
 
-    # conditions
+    # Drop conditions. Rows that the teacher answers are not guided, because it is guided itself.
     if isinstance(null, int):
         null = torch.full_like(c, null)
     c = torch.where(kept.view(-1, *(1,) * (c.ndim - 1)), c, null)
     guided_on_host = draws.kept
-    if teacher_rows is not None and draws.teacher_rows is not None:  # what the teacher answers is guided already
+    if teacher_rows is not None and draws.teacher_rows is not None:
         kept = kept & ~teacher_rows
         guided_on_host = guided_on_host & ~draws.teacher_rows
 
@@ -256,7 +256,7 @@ def add_noise(
 
 
 def path_velocity(x_t: Sample, t: Time, c: Cond, v_t: Sample) -> Sample:
-    """Return v_t, the path's own velocity: the stand-in for a teacher where a step is only counted, timed or tried."""
+    """Return v_t, the path's own velocity: it stands in for a teacher if a step is only counted, timed or tried."""
     return v_t
 
 
@@ -275,12 +275,10 @@ def draw(
     z: Sample | None = None,
     teacher: TeacherVelocity | None = None,
 ) -> NoisyBatch:
-    """The record of x (b, ...), which is rows `first : first + b` of a step's batch of `batch` rows (None: all of it).
+    """Make the noisy batch of x (b, ...), rows `first : first + b` of a step's batch of `batch` rows (None: all of it).
 
-    `null` is what a dropped label becomes, a row each, or one class index for all (`data.classes` of our data).
-    `z` is noise that belongs to x, as a teacher paired them; None: drawn. What a `teacher` makes of (x_t, t, c, v_t)
-    takes the place of v_t, where the objective needs it (`FromTeacher.at_x_t`). Raises ValueError where the batch ends
-    before these rows do.
+    null, z, teacher: as in `add_noise`; the teacher is asked only if the objective reads v_t (`FromTeacher.at_x_t`).
+    Raises ValueError if the batch ends before these rows do.
     """
     if batch is None:
         batch = len(x)

@@ -1,14 +1,11 @@
-"""Sampling: from noise to images, in batches. Image i of a seed is the same in any batch.
+"""Samples in batches: from noise to images, by a solver. Image i of a seed is the same in any batch.
 
-`labels_in_turn` gives each image a class. Then there are three ways:
+`sample_batches` makes them for `dumo.Flow`, for runs and for their sheets and validation; `join_batches` joins the
+batches. For each batch it puts the network into evaluation mode (`eval_mode`) and a precision (`in_precision`), and
+`integrate` runs the solver. A hook counts the passes of the network (`counting_passes`).
 
-- `sample_batches` yields batches, and `join_batches` makes them one.
-- `sample_with_noise` returns the noise, too.
-- `sample_trajectory` returns the points between.
-
-In a batch of `sample_batches` the network is put into evaluation mode (`eval_mode`) and a precision (`in_precision`),
-and `integrate` runs the solver. The passes of the network are counted by a hook (`counting_passes`), not taken from the
-solver's own claim.
+For a teacher's pairs, `sample_with_noise` returns the noise, too, and `sample_trajectory` the points between.
+`labels_in_turn` gives each image a class.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -27,12 +24,13 @@ from dumo.runtime.limits import SAMPLES
 from dumo.runtime.random import noise
 from dumo.types import Array, Cond, Heads, Readings, Sample, Trail, UserError
 
-BATCH = 256  # images made at a time, at most, if the caller does not say: ours
+# The largest batch if the caller does not say.
+BATCH = 256
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Images, or points: x (n, *shape) in float32 on the CPU, and the passes that each made through the net."""
+    """Images or points x (n, *shape) in float32 on the CPU, and the passes that each made through the network."""
 
     x: Sample
     nfe: int
@@ -63,10 +61,10 @@ def sample_batches(
     precision: Precision | None = "fp32",
     z: Sample | None = None,
 ) -> Iterator[Batch]:
-    """Images, one per row of c, a batch at a time.
+    """Yield images, one per row of c, a batch at a time.
 
-    net: counts the passes; in evaluation mode while a batch is made, then as it was.
-    reads: the reading of `net` that the solver calls.
+    net: the network, whose passes are counted. It is in evaluation mode while a batch is made, then as before.
+    readings: what `net` tells the solver (`Flow.readings`).
     path: the solver starts from `path.initial_std` times noise, and works in units of `path.sd`.
     c: the conditions, (n, ...).
     nfe: passes of each image through the net.
@@ -75,8 +73,8 @@ def sample_batches(
     indices: the numbers of the images, one per row of c; None: 0, 1, ...
     batch: images made at a time, at most.
     device: of the net.
-    precision: of the passes; None: as the caller's autocast has it. What a solver makes of them is in float32.
-    z: noise to begin with, (n, *shape); None: that of the images' numbers, as is all noise that a solver adds later.
+    precision: of the passes; None: the caller's autocast. The solver computes in float32.
+    z: noise to start from, (n, *shape); None: keyed by the numbers of the images, as is noise that a solver adds.
 
     Raises UserError if the solver cannot serve the reading or nfe, ValueError if there are more or fewer indices than
     rows of c, and Stopped after a signal, between two passes.

@@ -84,9 +84,9 @@ class FreeFlow(Spec):
         )
 
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """Two passes from noise and one at samples; the teacher is asked twice. Of the record's data nothing is read.
+        """Two passes from noise and one at samples; the teacher is asked twice. Of the batch's data nothing is read.
 
-        Without a teacher, which no run lacks, slopes of the record stand for its velocity.
+        Without a teacher, which no run lacks, slopes of the batch stand for its velocity.
         """
         ones = torch.ones_like(b.t)
 

@@ -18,7 +18,7 @@ The policy, held still, is rolled out to two times of the segment, and where it 
     || pi(x_s, s) - sg V(x_s, s) ||^2        x_s on the policy's own way      (4)
 
 Unlike DuMo: no derivative is taken, and at the exact flow the guesses are the means of the data along the way. x_s lies
-on no path between data and noise that are known, so only a teacher can be asked there: a record without one is refused.
+on no path between data and noise that are known, so only a teacher can be asked there: a batch without one is refused.
 """
 
 from collections.abc import Sequence
@@ -107,13 +107,13 @@ class PiFlow(Spec):
         return Needs(heads=heads, laws={"early": self.early, "late": self.late}, teacher=FromTeacher("must"))
 
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """One pass. Two states as theirs, and the source itself, at which the record has V already (ours).
+        """One pass. Two states as theirs, and the source itself, at which the batch has V already (ours).
 
-        Raises UserError for a record without a teacher.
+        Raises UserError for a batch without a teacher.
         """
         if b.teacher is None:
             raise UserError(
-                f"objective '{self.kind}' learns from a teacher's velocity, and this record has no teacher: give it "
+                f"objective '{self.kind}' learns from a teacher's velocity, and this batch has no teacher: give it "
                 "one, add_noise(..., teacher=...), in a run teacher.source"
             )
         policy = self._policy(net(b.x_t, b.c, t=b.t), b.x_t, b.t)

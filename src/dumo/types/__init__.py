@@ -225,7 +225,7 @@ class Needs:
 
 @runtime_checkable
 class Path(Protocol):
-    """x_t = alpha(t) z + gamma(t) x (paper, Eq. 1): what a record asks of one of `dumo.flow.path`."""
+    """x_t = alpha(t) z + gamma(t) x (paper, Eq. 1): what a batch asks of one of `dumo.flow.path`."""
 
     def at(self, x: Sample, z: Sample, t: Time) -> tuple[Sample, Sample]:
         """Return x_t and its conditional slope v_t = dx_t/dt, given data and noise."""
@@ -256,7 +256,7 @@ class NoisyBatch:
     progress: float = 0.0  # the share of the training that is done, in [0, 1]
     teacher: TeacherVelocity | None = None  # gives another velocity instead of v_t
     trail: Trail | None = None  # the row's trajectory at equal steps from t = 0 to 1; None: the path alone is known
-    host: tuple[Time, Rows] | None = None  # copies of t and kept on the CPU, where the record is on another device
+    host: tuple[Time, Rows] | None = None  # copies of t and kept on the CPU, where the batch is on another device
     teacher_rows: Rows | None = None  # the rows that the teacher answers; None: all, if there is one
 
     @property
@@ -308,7 +308,7 @@ class NoisyBatch:
         return split_by_step(self.moving)
 
     def __getitem__(self, rows: slice | list[int] | Int[Tensor, " k"]) -> "NoisyBatch":
-        """A record of some of the rows.
+        """A batch of some of the rows.
 
         Which rows may move stays known, but not of rows that a tensor names: only its device knows which they are.
         """
@@ -399,9 +399,9 @@ class Objective(Protocol):
         ...
 
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """The loss of each row of a record. Pure: it draws and changes nothing.
+        """The loss of each row of a batch. Pure: it draws and changes nothing.
 
-        The passes that it makes, and their order, do not depend on the record's values.
+        The passes that it makes, and their order, do not depend on the batch's values.
         """
         ...
 

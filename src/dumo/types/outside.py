@@ -154,7 +154,7 @@ class ObjectiveSpec(Spec, ABC):
 
     @abstractmethod
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """The loss of each row of a record (`dumo.types.Objective.loss`). Pure: draws and changes nothing."""
+        """The loss of each row of a batch (`dumo.types.Objective.loss`). Pure: draws and changes nothing."""
 
     @abstractmethod
     def readings(self, net: Net) -> Readings:
