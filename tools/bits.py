@@ -48,9 +48,6 @@ if TYPE_CHECKING:
 MAX_PROCESSES = 2  # at a time: ours
 NUM_SAMPLES = 4  # of a recipe: ours
 NOT_FIELDS = ("after", "resume_from", "ranks")  # keys of the table that are no fields of a recipe
-WEIGHTS_PATTERN = "net*.safetensors"  # of a checkpoint's files; those of averages have other names
-OPTIMIZER_PATTERN = "optimizer*.safetensors"
-DATA_FILE = "data.safetensors"  # of a checkpoint: what identifies the images
 # Imported once, before processes are forked; the second where recipes need models of other libraries.
 MODULES = ("dumo.cli.api", "dumo.cli", "torch._dynamo", "scipy.stats")
 MODEL_MODULES = (
@@ -183,12 +180,11 @@ def record_recipe(name: str, fields: Fields) -> Record:
     averages: list[str] = []
     moments: list[str] = []
     for file in (run / "checkpoints").rglob("*.safetensors"):
-        if file.name == DATA_FILE:
-            continue
+        # A checkpoint has a folder for each part, and those of averages have other names.
         hashes = averages
-        if file.match(WEIGHTS_PATTERN):
+        if file.parent.name == "net":
             hashes = weights
-        elif file.match(OPTIMIZER_PATTERN):
+        elif file.parent.name == "optimizer":
             hashes = moments
         hashes.append(_tensors_hash(*load_file(file).values()))
     trained = dumo.load(run, device="cpu")

@@ -437,9 +437,9 @@ def of_checkpoints() -> Iterator[Harm]:
     last = "runs/digits/checkpoints/step-00000004"
     for part in ("net", "ema-0.999", "optimizer"):
         for how in (rolled, scaled, zeroed):
-            harm = tensors(f"{last}/{part}.safetensors", how)
+            harm = tensors(f"{last}/{part}/00000.safetensors", how)
             yield Harm(f"checkpoint: {part}", how.__name__, harm, train("digits"), (part,), harmless=True)
-    shown = tensors(f"{last}/ema-0.999.safetensors", scaled)
+    shown = tensors(f"{last}/ema-0.999/00000.safetensors", scaled)
     yield Harm(
         "checkpoint: ema-0.999",
         "scaled",
@@ -448,16 +448,16 @@ def of_checkpoints() -> Iterator[Harm]:
         ("ema-0.999", "before it"),
         older=True,
     )
-    swap = swapped(f"{last}/net.safetensors", f"{last}/ema-0.999.safetensors")
+    swap = swapped(f"{last}/net/00000.safetensors", f"{last}/ema-0.999/00000.safetensors")
     yield Harm("checkpoint", "net and average swapped", swap, train("digits"), ("safetensors",), harmless=True)
     alien = taken(last, "runs/teacher/checkpoints/step-00000004")
     for words in (train("digits"), sample("digits"), evaluate("digits"), ("export", "runs/digits", "out")):
         yield Harm("checkpoint", "another run's", alien, words, ("train.seed",))
     steps = swapped(last, "runs/digits/checkpoints/step-00000002")
     yield Harm("checkpoint", "two steps swapped", steps, train("digits"), ("step-0000000",))
-    later = edited(f"{last}/state.json", lambda state: state.update(step=3))
+    later = edited(f"{last}/state.json", lambda state: state["facts"].update(step=3))
     yield Harm("checkpoint: state.json", "another step", later, train("digits"), ("state.json",), harmless=True)
-    seen = edited(f"{last}/state.json", lambda state: state.update(images=1))
+    seen = edited(f"{last}/state.json", lambda state: state["facts"].update(images=1))
     yield Harm("checkpoint: state.json", "other counts", seen, train("digits"), ("state.json",), harmless=True)
 
     milestone = "runs/digits/milestones/step-00000002.safetensors"

@@ -38,7 +38,7 @@ def words(case: Case, *more: str) -> list[str]:
 
 def weights(run: Path) -> dict[str, Tensor]:
     """Those after the last step."""
-    return read(run / "checkpoints/step-00000004/net.safetensors")[0]
+    return read(run / "checkpoints/step-00000004/net/00000.safetensors")[0]
 
 
 def assert_same(run: Path, case: Case) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -26,7 +27,8 @@ from dumo.data.cache import CacheIndex, read_index
 from dumo.evaluation import reference
 from dumo.io import weights
 from dumo.report.compare import compare
-from dumo.training import log, manifest
+from dumo.training import log
+from dumo.training.checkpoint import Checkpoint, Facts, FileEntry, Listing, folder_of
 from dumo.types import UserError
 
 # What readers raise: dumo's errors and those of the libraries. A MemoryError or a RecursionError is none of them.
@@ -104,15 +106,20 @@ def read_reference(file: Path) -> None:
         reference.read_adm(file, count=20)
 
 
+def read_state(file: Path) -> None:
+    """Read a state.json in the folder of its step."""
+    place = file.parent / folder_of(20)
+    place.mkdir(exist_ok=True)
+    shutil.copy(file, place)
+    Checkpoint.read(place)
+
+
 def files() -> dict[str, tuple[bytes, Callable[[Path], object]]]:
     """The content of a whole file of each kind that dumo reads, and what reads it, by the file's name."""
     index = CacheIndex.model_validate(CACHE_INDEX)
-    checkpoint = manifest.Manifest(
-        step=20,
-        images=320,
-        versions={"torch": "2.13"},
-        files={"net.safetensors": manifest.FileEntry(bytes=3, sha256="0" * 64)},
-    )
+    facts = Facts(step=20, images=320, versions={"torch": "2.13"})
+    listing = Listing(facts=facts, files={"net/00000.safetensors": FileEntry(bytes=3, sha256="0" * 64)})
+    listing.sum = listing.checksum()
     log_rows = [json.dumps({"step": step, "loss": 0.5, "bins": {"loss": [1, None]}}) + "\n" for step in range(5)]
     tensors = safetensors.torch.save({"a.weight": torch.ones(4, 3)}, {"step": "20", "format": "pt"})
     return {
@@ -123,7 +130,7 @@ def files() -> dict[str, tuple[bytes, Callable[[Path], object]]]:
         ),
         "evaluation.json": (json.dumps(EVALUATION).encode(), lambda file: compare([str(file)])),
         "metrics.jsonl": ("".join(log_rows).encode(), log.read_log),
-        "state.json": (checkpoint.model_dump_json().encode(), lambda file: manifest.Checkpoint(file.parent).manifest),
+        "state.json": (listing.model_dump_json().encode(), read_state),
         "w.safetensors": (tensors, weights.load),
         "reference.npz": (reference_file(), read_reference),
     }

@@ -16,9 +16,9 @@ from dumo.flow.guide import Guide
 from dumo.flow.module import Flow
 from dumo.flow.noise import PRIOR, add_noise, make_draws
 from dumo.flow.reading import readings_of, teacher_velocity
+from dumo.io.weights import load
 from dumo.run.weights import open_run
 from dumo.runtime.random import random_row_mask
-from dumo.training import checkpoint
 from dumo.types import frozen
 from e2e.shell import call, refused, sets, together
 from forked import ENVIRONMENT
@@ -76,7 +76,7 @@ def sd3(tmp_path_factory: pytest.TempPathFactory) -> Personal:
 def test_it_begins_as_the_few_step_run_and_trains_its_own_adapters_alone(sd3: Personal) -> None:
     """Which are all that its checkpoints hold; without them it is the few-step run's net, head by head, to the bit."""
     before, after = open_run(str(sd3.few), device="cpu"), open_run(str(sd3.run), device="cpu")
-    held = load_file(after.file)
+    held = load(after.file)
     assert held.keys() == {n for n in after.net.state_dict() if ".subject." in n}
     assert all(x.any() for name, x in held.items() if "lora_B" in name and "attn.to_q" in name)
     x, t = torch.randn(2, *after.run.data.shape), torch.tensor([0.3, 0.9])
@@ -140,7 +140,7 @@ def test_it_goes_on_and_is_trained_by_two_ranks_to_the_bit(
     with patch.dict(ENVIRONMENT, env):
         together(2, *words, *sets("train.share=1"), "--out", tmp_path / "ranks", cwd=tmp_path)
     places = (tmp_path / name / "checkpoints/step-00000004" for name in ("whole", "parts", "ranks"))
-    whole, parts, ranks = (checkpoint.load(checkpoint.part_path(place, "net")) for place in places)
+    whole, parts, ranks = (load(place / "net") for place in places)
     assert whole.keys() == parts.keys() == ranks.keys()
     for key, x in whole.items():
         assert torch.equal(x, parts[key]), key

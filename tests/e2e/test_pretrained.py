@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dumo.encoders.part import DIFFUSERS_FILE as WEIGHTS
-from dumo.io.weights import read
+from dumo.io.weights import load
 from dumo.nets import lowpass
 from e2e.shell import call, files, refused, sets
 
@@ -67,7 +67,7 @@ def trained_in_parts(here: Path, words: list[str]) -> dict[str, torch.Tensor]:
     assert call(*words, "--out", "whole").code == 0
     assert call(*words, *sets("train.steps=2"), "--out", "parts").code == 0
     assert call(*words, "--out", "parts").code == 0
-    whole, parts = (read(here / name / "checkpoints/step-00000004/net.safetensors")[0] for name in ("whole", "parts"))
+    whole, parts = (load(here / name / "checkpoints/step-00000004/net") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     return whole
@@ -113,7 +113,7 @@ def test_a_coded_base_is_trained_on_sampled_and_merged_as_it_is_stored(here: Pat
         call("export", "whole", "adapters", "--to", "lora"),
     ):
         assert done.code == 0, done
-    one, two = (read(here / name / "checkpoints/step-00000004/net.safetensors")[0] for name in ("whole", "parts"))
+    one, two = (load(here / name / "checkpoints/step-00000004/net") for name in ("whole", "parts"))
     assert all(torch.equal(x, two[name]) for name, x in one.items())
     assert not any("scales" in name for name in one)
     assert f"on a base in {coding}" in (here / "merged/README.md").read_text()

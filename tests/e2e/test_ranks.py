@@ -18,7 +18,7 @@ from PIL import Image, ImageChops
 
 from autoencoder import taef2
 from dumo.data import Latents
-from dumo.io.weights import load, title
+from dumo.io.weights import load
 from dumo.run import encode
 from e2e.shell import TINY, Done, apart, call, sets, together, tree
 from forked import ENVIRONMENT
@@ -76,9 +76,9 @@ def begun(words: tuple[str, ...], out: Path, *before: str) -> tuple["subprocess.
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, files or shards."""
-    parts = {title(path): path for path in checkpoint.iterdir() if path.suffix not in (".json", ".yaml")}
-    return {f"{part}.{name}": x for part, path in parts.items() for name, x in load(path).items()}
+    """All tensors of a checkpoint."""
+    parts = filter(Path.is_dir, checkpoint.iterdir())
+    return {f"{part.name}.{name}": x for part in parts for name, x in load(part).items()}
 
 
 def same(one: Path, two: Path) -> None:

@@ -17,8 +17,8 @@ from dumo.io import trained as shipped
 from dumo.types import UserError
 from e2e.shell import call
 
-WATCHED = ("run.yaml", "state.json", "spec.yaml")
-WEIGHTS = {"run.yaml", "state.json", "spec.yaml"}  # of a command that opens a checkpoint
+WATCHED = ("run.yaml", "state.json")
+WEIGHTS = {"run.yaml", "state.json"}  # of a command that opens a checkpoint
 SETTINGS = {"run.yaml"}  # of one that reads the run's settings alone
 COMMANDS = {  # typed in a folder that holds `run`, and which of WATCHED are read there
     "sample run --nfe 1 --count 2": WEIGHTS,

@@ -273,16 +273,13 @@ def training_fingerprint(folder: Path) -> Fingerprint:
     # Counters.
     state = json.loads((checkpoint / "state.json").read_text())
     for key in ("step", "images"):
-        fingerprint[f"state.json {key}"] = str(state[key])
+        fingerprint[f"state.json {key}"] = str(state["facts"][key])
     fingerprint["checkpoints"] = str(sorted(path.name for path in (run / "checkpoints").glob("step-*")))
 
     # tensors
-    for path in checkpoint.iterdir():
-        if path.suffix in (".json", ".yaml"):
-            continue
-        part = weights.title(path)
-        for name, tensor in weights.load(path).items():
-            fingerprint[f"{part} {name}"] = digest.of_tensor(tensor)
+    for part in filter(Path.is_dir, checkpoint.iterdir()):
+        for name, tensor in weights.load(part).items():
+            fingerprint[f"{part.name} {name}"] = digest.of_tensor(tensor)
 
     # log
     log_rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

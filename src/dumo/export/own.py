@@ -18,11 +18,10 @@ from dumo.config.load import RUN_FILE, dump
 from dumo.config.source import HASH_KEY
 from dumo.export import card
 from dumo.io.read import write_json
-from dumo.io.weights import unshared
+from dumo.io.weights import unshared, write_weights
 from dumo.run.folder import EXPORTED_WEIGHTS
 from dumo.run.resolve import without_paths
 from dumo.run.weights import OpenedRun
-from dumo.training import checkpoint
 from dumo.training.frozen import trained_state_dict
 
 _PIPELINE = Path(__file__).parent / "shipped" / "pipeline.py"
@@ -37,7 +36,7 @@ def write(opened: OpenedRun, provenance: card.Provenance, out: Path, name: str, 
     for weight_name, weight in weights.items():
         if weight.is_floating_point():
             weights[weight_name] = weight.to(getattr(torch, dtype))
-    checkpoint.write_weights(out / EXPORTED_WEIGHTS, weights, kind="export", step=opened.step, run=config_hash(run))
+    write_weights(out / EXPORTED_WEIGHTS, weights, kind="export", step=opened.step, run=config_hash(run))
 
     # Write what diffusers and a reader need to open it. A pipeline makes images, and runs no code of a user's.
     has_pipeline = opened.sampler.is_image and not names_code(run)

@@ -1,26 +1,47 @@
-"""Weights in a safetensors file, or in a folder of shards that ranks wrote (`dumo.io.shards`).
+"""Weights in a safetensors file, or in a folder of files: of a published model, or a part of a checkpoint.
 
-- Reading: `load` gives tensors, those of one file mapped into memory, `read` metadata, too; `outline` gives names,
+In a part of a checkpoint a file has what one rank held of each tensor. Its header says where that begins, as torch's
+`HuggingFaceStorageReader` reads it.
+
+- Reading: `load` gives tensors, those of a single file mapped into memory, `read` metadata, too; `outline` gives names,
   shapes and dtypes, and `read_metadata` no tensors at all. `open_safetensors` is below them.
-- Loading into a net: `compare` refuses the weights of another net, then `fill` copies them into tensors.
-- Writing: `unshared` prepares tensors for safetensors.
+- Loading into a net: `compare` refuses the weights of another net, then `fill` copies them into tensors, each rank its
+  part of a DTensor.
+- Writing: `write_part` writes what a rank holds; `unshared` prepares tensors for safetensors. `write_weights` writes
+  weights outside of a checkpoint, with facts about them that `facts_of` reads, and `load_checked` compares their
+  checksum.
 - `sha256` is the checksum of either, `title` its name.
 
 No pickle is read, because opening one can run any code.
 """
 
-from collections.abc import Callable, Generator, Mapping
+import errno
+import json
+import os
+import warnings
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dumo.io import digest
+from dumo.io import file as files
 from dumo.io.read import brief
-from dumo.runtime import dist
 from dumo.types import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+ABOUT = "dumo"  # key of the one metadata entry of weights outside of a checkpoint: facts about them, as JSON
+SUM = "sum"  # key of the checksum among these facts
+# Where what a rank holds of a tensor begins in the whole tensor, by dimension, by name.
+Offsets = dict[str, Sequence[int]]
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")  # endings of pickled weights
 NO_PICKLE = "dumo reads no pickle, which can run code: save these weights as safetensors"
@@ -49,66 +70,147 @@ def read(file: Path, hint: str = "") -> tuple[dict[str, Tensor], dict[str, str]]
 
 
 def load(place: Path) -> dict[str, Tensor]:
-    """The tensors of a file, mapped into memory, or of a folder of shards, by name.
+    """The tensors of a file, or of a folder of files, by name; those of a single file are mapped into memory.
 
-    Raises UserError where it is damaged.
+    Raises UserError if it is damaged.
     """
-    if place.is_dir():
-        from dumo.io import shards  # slow to import
-
-        return shards.load(place)
-    return read(place)[0]
+    file = place if place.is_file() else _single_file(place)
+    if file:
+        return read(file)[0]
+    tensors = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in outline(place).items()}
+    fill(place, tensors)
+    return tensors
 
 
 def outline(place: Path) -> dict[str, Tensor]:
-    """Tensors of the names, shapes and dtypes in a file or a folder of shards, values unread. Raises UserError."""
-    if place.is_dir():
-        from dumo.io import shards  # slow to import
+    """Tensors of the names, shapes and dtypes in a file or a folder, their values unread. Raises UserError."""
+    file = place if place.is_file() else _single_file(place)
+    if file:
+        return read(file)[0]
+    return {name: torch.empty(x.size, dtype=x.properties.dtype, device="meta") for name, x in _headers(place).items()}
 
-        return shards.outline(place)
-    return load(place)  # mapped
+
+def _single_file(folder: Path) -> Path | None:
+    """The file of a folder that holds only one, which needs no torch.distributed, slow to import; else None."""
+    found = list(folder.glob("*.safetensors"))
+    return found[0] if len(found) == 1 else None
+
+
+def _headers(folder: Path) -> "Mapping[str, TensorStorageMetadata]":
+    """What the files of a folder say of their tensors.
+
+    torch's reader takes the files that exist, so a tensor that lacks a part, or has one twice, is refused here.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    try:
+        headers = cast(
+            "Mapping[str, TensorStorageMetadata]",
+            HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata,
+        )
+    # what torch's reader raises for a damaged header
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{folder} has a damaged file ({brief(repr(error))}): take another copy of it") from error
+    for name, x in headers.items():
+        num_values = sum(prod(chunk.sizes) for chunk in x.chunks)
+        if num_values != prod(x.size) or len({chunk.offsets for chunk in x.chunks}) < len(x.chunks):
+            raise UserError(f"{folder} lacks a part of {name}, or has it twice: take another copy, with all its files")
+    return headers
 
 
 @torch.no_grad()
 def fill(place: Path, into: Mapping[str, Tensor]) -> None:
-    """Copy the tensors of a file or folder into those of `into`, by name, each whole or a rank's part.
+    """Copy the tensors of a file or folder into those of `into`, by name: whole, or of a DTensor this rank's part.
 
-    Names and shapes must agree: call `compare` before. Raises UserError where the file or folder is damaged.
+    Names and shapes must agree: call `compare` before. Other dtypes are converted. Each rank reads for itself. Raises
+    UserError if the file or folder is damaged.
     """
-    if not place.is_dir() and dist.world() == 1:
-        for name, tensor in load(place).items():
-            into[name].copy_(tensor)
-        return
-    from dumo.io import shards  # slow to import
+    is_sharded = any(hasattr(x, "to_local") for x in into.values())
+    file = place if place.is_file() else _single_file(place)
+    if file and not is_sharded:
+        tensors = read(file)[0]
+        for name, x in into.items():
+            x.copy_(tensors[name])
+    elif into:
+        from torch.distributed.checkpoint import state_dict_loader
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-    if place.is_dir():
-        shards.fill(place, into)
-    else:
-        shards.copy_local_parts(load(place), into)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is meant
+                reader = HuggingFaceStorageReader(str(place))
+                state_dict_loader.load(dict(into), storage_reader=reader, no_dist=True)
+        # It is no Exception.
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from None
 
 
-def unshared(tensors: Mapping[str, Tensor], local: Callable[[Tensor], Tensor] = torch.detach) -> dict[str, Tensor]:
-    """Tensors as safetensors writes them: contiguous, and no two in one memory (tied weights are cloned).
+def write_part(file: Path, tensors: Mapping[str, Tensor], offsets: Offsets) -> None:
+    """Write what a rank holds of tensors, with where each begins in the whole tensor, and flush it to the disk.
 
-    `local` returns the part of a tensor that this process has.
+    The tensors must be contiguous, each in memory of its own. Raises OSError if the disk is full.
     """
+    sharding = json.dumps({name: {"saved_offsets": [*offsets[name]]} for name in sorted(tensors)})
+    # Only one entry, because the order of several is not fixed, and the bytes would differ.
+    metadata = {"DCP_SHARDING_INFO": sharding}
+    try:
+        safetensors.torch.save_file(dict(tensors), file, metadata)
+    except SafetensorError as error:
+        if not files.is_disk_full(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from error
+    files.flush(file)
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors writes them: contiguous, and no two in one memory (tied weights are cloned)."""
     separate: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
         contiguous = tensor.detach().contiguous()
-        storage = local(contiguous).untyped_storage().data_ptr()
+        storage = contiguous.untyped_storage().data_ptr()
         separate[name] = contiguous.clone() if storage in storages else contiguous
         storages.add(storage)
     return separate
 
 
+def write_weights(file: Path, tensors: Mapping[str, Tensor], **facts: object) -> None:
+    """Write weights outside of a checkpoint, with facts about them and one checksum of both in the metadata."""
+    facts = facts | {SUM: _sum_of(tensors, facts)}
+    safetensors.torch.save_file(dict(tensors), file, metadata={ABOUT: json.dumps(facts, sort_keys=True)})
+
+
+def _sum_of(tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> str:
+    """The checksum of weights and of the facts about them."""
+    others = {name: value for name, value in facts.items() if name != SUM}
+    return digest.short(json.dumps(others, sort_keys=True), digest.of_tensors(tensors))
+
+
+def load_checked(place: Path) -> dict[str, Tensor]:
+    """The tensors of weights as `load`. Raises UserError if the checksum in their metadata is another."""
+    tensors = load(place)
+    facts = facts_of(place)
+    # state.json has the digests of a checkpoint's files, and other programs write none.
+    if SUM in facts and facts[SUM] != _sum_of(tensors, facts):
+        raise UserError(f"{place} has changed: its checksum is another. Take another copy, or other weights")
+    return tensors
+
+
+def facts_of(place: Path) -> dict[str, Any]:
+    """The facts in a file of weights that `write_weights` wrote: its step, and maybe its run; else {}."""
+    facts = json.loads(read_metadata(place).get(ABOUT, "{}"))
+    assert isinstance(facts, dict), "`write_weights` wrote them"
+    return facts
+
+
 def title(place: Path) -> str:
-    """The name of a file, without its ending, or of a folder of shards: ema-0.999."""
+    """The name of a file without its ending, or of a folder: ema-0.999."""
     return place.name.removesuffix(".safetensors")
 
 
 def read_metadata(place: Path) -> dict[str, str]:
-    """The metadata of a safetensors file, its tensors left unread; {} for a folder of shards. Raises UserError."""
+    """The metadata of a safetensors file, its tensors left unread; {} for a folder. Raises UserError."""
     if place.is_dir():
         return {}
     with open_safetensors(place) as opened:
@@ -116,12 +218,17 @@ def read_metadata(place: Path) -> dict[str, str]:
 
 
 def sha256(place: Path) -> str:
-    """The SHA-256 of a file; for a folder of shards, that of the file that one process would have written."""
+    """The SHA-256 of a file, or of the files of a folder (`combine_digests`)."""
     if place.is_dir():
-        from dumo.io import shards  # slow to import
-
-        return digest.of_stream(shards.as_file(place))
+        return combine_digests({file.name: digest.of_file(file) for file in place.glob("*.safetensors")})
     return digest.of_file(place)
+
+
+def combine_digests(digests: Mapping[str, str]) -> str:
+    """One SHA-256 of files by their own: that of the only file, else of all in the order of their names."""
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    return digest.of_bytes(*(digests[name].encode() for name in sorted(digests)))
 
 
 def whole_digest(file: Path, hint: str) -> str:

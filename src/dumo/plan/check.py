@@ -156,7 +156,7 @@ def data_findings(data: Data, folder: Path | None) -> list[Finding]:
             return []
         last = RunFolder(folder).checkpoints.latest(())
         ledger = data.ledger()
-        if last is None or last.manifest.ledger is None or ledger is None:
+        if last is None or last.facts.ledger is None or ledger is None:
             return []
         require_images(folder, ledger, last)
     except (UserError, OSError) as error:

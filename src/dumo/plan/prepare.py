@@ -41,7 +41,6 @@ from dumo.run.folder import RunFolder
 from dumo.runtime import shell_path
 from dumo.runtime.device import choose_device
 from dumo.runtime.progress import Bar, no_bar
-from dumo.training import manifest
 from dumo.types import Spec, UserError
 
 Fields = dict[str, Any]  # by dotted path, as plain values
@@ -143,7 +142,7 @@ def prepare(
             own_changes = [*_as_changes(_part_fields(parts, own_run.tree)), *overrides]
             return Prepared(path, None, own_changes, origin, meaning)
         checkpoint = RunFolder(source_folder).checkpoint_at(step)
-        base = without_resolved(parse_text(checkpoint.run_text, checkpoint.path / manifest.RUN))
+        base = without_resolved(parse_text(checkpoint.run_text, checkpoint.path / RUN_FILE))
         new_changes = _changes_of_new_run(parts, base, net, overrides)
         return Prepared(path, load(base, new_changes), new_changes, origin, meaning)
 

@@ -24,7 +24,7 @@ from dumo.run.sample_files import data_points
 from dumo.run.sampler import Sampler
 from dumo.run.weights import OpenedRun, load_net
 from dumo.runtime.progress import Bar, no_bar
-from dumo.training import checkpoint
+from dumo.training.milestone import milestones
 from dumo.types import UserError
 
 # Numbers of passes of a trajectory.
@@ -198,9 +198,9 @@ def milestone_files(folder: Path, last: int, steps: Sequence[int] | None = None)
 
     `steps` chooses some; None: all, in order. Raises UserError for a step that was not kept.
     """
-    milestones: dict[int, Path | None] = {**checkpoint.milestones(folder / "milestones")}
-    milestones[last] = None
-    files = dict(sorted(milestones.items()))
+    kept: dict[int, Path | None] = {**milestones(folder / "milestones")}
+    kept[last] = None
+    files = dict(sorted(kept.items()))
     if steps is None:
         return files
     for step in steps:

@@ -10,7 +10,6 @@ from dumo.config.spec import Sampling
 from dumo.io import digest
 from dumo.io.weights import sha256, title
 from dumo.run.weights import OpenedRun, sampled_part
-from dumo.training.checkpoint import part_path
 
 MAX_VALUE_LENGTH = 40
 
@@ -35,7 +34,7 @@ def changed_parts(opened: OpenedRun, before: Fields, after: Fields) -> list[str]
     parts = [name_part(field, value) for field, value in after.items() if before.get(field) != value]
     default_weights = opened.run_folder.exported_weights
     if opened.checkpoint:
-        default_weights = part_path(opened.checkpoint.path, sampled_part(opened.run.train))
+        default_weights = opened.checkpoint.path / sampled_part(opened.run.train)
     if default_weights is None or not opened.file.samefile(default_weights):
         parts.append(f"{title(opened.file)}-{sha256(opened.file)[:6]}")
     return parts

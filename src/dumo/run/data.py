@@ -24,7 +24,7 @@ from dumo.io import digest
 from dumo.io import file as files
 from dumo.io.source import DataSource
 from dumo.training import agreement
-from dumo.training.manifest import Checkpoint, FileEntry
+from dumo.training.checkpoint import Checkpoint, FileEntry
 from dumo.types import UserError
 
 # The rows that are measured: the first of the first epoch in the order of seed 0.
@@ -85,7 +85,7 @@ def compare_data(data: Data, source: object, folder: Path, last: Checkpoint | No
     if isinstance(data, Latents):
         agreement.gather_results(lambda: None if local_rank else data.compare_images(), is_long=True)
     ledger = ledger_of(source)
-    if ledger is None or last is None or last.manifest.ledger is None:
+    if ledger is None or last is None or last.facts.ledger is None:
         return
     recorded = agreement.on_each_rank(lambda: read_ledger(folder, last))
     problem = ledger.difference(recorded)
@@ -123,7 +123,7 @@ def require_images(folder: Path, ledger: Ledger, last: Checkpoint) -> None:
 
 def read_ledger(folder: Path, last: Checkpoint) -> Recorded:
     """What the images were up to a checkpoint. Raises UserError if the run's file is not as the checkpoint lists it."""
-    entry = last.manifest.ledger
+    entry = last.facts.ledger
     assert entry is not None, "the run is of images"
     file = folder / ledgers.FILE
     recorded = ledgers.read(file, entry.bytes)
@@ -140,7 +140,7 @@ def begin_ledger(folder: Path, source: object, last: Checkpoint | None) -> None:
     if ledger is None:
         return
     file = folder / ledgers.FILE
-    entry = last.manifest.ledger if last else None
+    entry = last.facts.ledger if last else None
     ledgers.truncate(file, entry.bytes if entry else 0)
     if entry is None:
         ledgers.begin(file, ledger)

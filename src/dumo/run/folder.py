@@ -37,10 +37,21 @@ from dumo.config.spec import Run
 from dumo.evaluation.metric import higher_is_better
 from dumo.io import file as files
 from dumo.io.guard import guard_path, locked, require_in_place
+from dumo.io.weights import facts_of
 from dumo.runtime import shell_path
 from dumo.runtime.device import software_versions
-from dumo.training import agreement, checkpoint, log, manifest
-from dumo.training.manifest import Checkpoint, Checkpoints
+from dumo.training import agreement, log
+from dumo.training.checkpoint import (
+    STATE_FILE,
+    Checkpoint,
+    Checkpoints,
+    FileEntry,
+    paths_by_step,
+    rewind,
+    step_of,
+    write_state_file,
+)
+from dumo.training.milestone import save_weights
 from dumo.training.state import State
 from dumo.types import UserError
 
@@ -105,6 +116,11 @@ class RunFolder:
         return file if file.is_file() else None
 
     @property
+    def _weight_folders(self) -> list[Path]:
+        """The folders that hold weights by step: checkpoints, milestones and the best weights."""
+        return [self.checkpoints.folder, self.path / "milestones", self.path / BEST_FOLDER]
+
+    @property
     def log_file(self) -> Path:
         """The log of training."""
         return self.path / LOG_FILE
@@ -154,7 +170,7 @@ class RunFolder:
     def _remove_half_written(self) -> None:
         """Remove what a killed training left half-written."""
         half_written = [path for path in self.path.iterdir() if _is_half_written(path)]
-        for place in manifest.weight_folders(self.path):
+        for place in self._weight_folders:
             half_written += place.glob(".step-*.tmp")
         for path in half_written:
             files.remove(path)
@@ -163,7 +179,7 @@ class RunFolder:
     def _guarded(self) -> Generator[None, None, None]:
         """Refuse writes into the folder, and its folders on other disks, once it was moved or unmounted."""
         guarded = [self.path]
-        for place in manifest.weight_folders(self.path):
+        for place in self._weight_folders:
             if is_on_other_disk(place, self.path):
                 guarded.append(place)
         with ExitStack() as stack:
@@ -193,10 +209,10 @@ class RunFolder:
 
     def copy_origin(self) -> None:
         """Copy the checkpoint that the run begins from, if the folder has none yet. The copy is of this run."""
-        if self.origin is None or self.checkpoints.by_step() or self._has_saved:
+        if self.origin is None or self.checkpoints.steps() or self._has_saved:
             return
         source = RunFolder(Path(self.origin.run)).checkpoint_at(self.origin.step)
-        problem = source.fault()
+        problem = source.find_fault()
         if problem:
             raise UserError(f"{problem}: begin from another step")
         self.checkpoints.folder.mkdir(exist_ok=True)
@@ -204,27 +220,27 @@ class RunFolder:
         temp_path = files.temp_path_for(target)
         files.remove(temp_path)
         shutil.copytree(source.path, temp_path)
-        run_file = temp_path / manifest.RUN
+        run_file = temp_path / RUN_FILE
         shutil.copy(self.path / RUN_FILE, run_file)
         # The log and the record of images are those of the run before.
-        listed = {**source.manifest.files, manifest.RUN: manifest.FileEntry.of(run_file)}
-        manifest.write(temp_path, source.manifest.model_copy(update={"files": listed, "log": None, "ledger": None}))
+        facts = source.facts.model_copy(update={"log": None, "ledger": None})
+        write_state_file(temp_path, facts, {**source.files, RUN_FILE: FileEntry.of(run_file)})
         files.commit(temp_path, target, durable=True)
 
     def checkpoint_at(self, step: int) -> Checkpoint:
         """The checkpoint of a step. Raises UserError if there is none."""
-        checkpoints = self.checkpoints.by_step()
-        if step not in checkpoints:
-            existing = ", ".join(map(str, checkpoints)) or "none"
+        steps = self.checkpoints.steps()
+        if step not in steps:
+            existing = ", ".join(map(str, steps)) or "none"
             raise UserError(f"--from {step}: {self.path} has no checkpoint of that step; its checkpoints: {existing}")
-        return checkpoints[step]
+        return self.checkpoints.read(step)
 
     def newest_checkpoint(self) -> Checkpoint | None:
         """The newest whole checkpoint; None if there is none. Every rank must call it, and they share the hashing.
 
         Raises UserError, on all ranks, if they see different checkpoints, or none of them is whole.
         """
-        steps_by_rank = agreement.gather_results(lambda: [*self.checkpoints.by_step()])
+        steps_by_rank = agreement.gather_results(self.checkpoints.steps)
         texts = [", ".join(map(str, steps)) or "none" for steps in steps_by_rank]
         for rank, text in enumerate(texts):
             if text != texts[0]:
@@ -236,7 +252,7 @@ class RunFolder:
 
     def require_resumable(self) -> None:
         """Raise UserError if the folder has lost its checkpoints, or is an export, which never had any."""
-        if self.checkpoints.by_step():
+        if self.checkpoints.steps():
             return
         if self.exported_weights:
             raise UserError(
@@ -261,7 +277,7 @@ class RunFolder:
         """
         text = self.text
         if checkpoint:
-            text = parse_text(checkpoint.run_text, checkpoint.path / manifest.RUN)
+            text = parse_text(checkpoint.run_text, checkpoint.path / RUN_FILE)
         if text is None or text.hash is None:
             return
         trained_run = run_of(text)
@@ -271,7 +287,7 @@ class RunFolder:
         lines = [str(difference) for difference in differences(trained_run, run) if difference.decides]
         way_out = f"give another folder with --out, or remove {self.path}"
         if checkpoint:
-            step = checkpoint.manifest.step
+            step = checkpoint.facts.step
             way_out = f"begin a new run from it:  dumo train {shell_path(self.path)} --from {step} --out NEW"
         lines_text = "\n  ".join(lines or [f"{RUN_FILE} was edited, or written by a dumo with other fields"])
         raise UserError(
@@ -290,7 +306,7 @@ class RunFolder:
         if step == 0 and self.log_file.exists() and any(row["step"] for row in log.read_log(self.log_file)):
             yield f"{self.path} has no checkpoint, so it starts again from step 0"
         log.rewind(self.log_file, step)
-        listed_log = checkpoint.manifest.log if checkpoint else None
+        listed_log = checkpoint.facts.log if checkpoint else None
         if listed_log is not None and listed_log != log.entry_of(self.log_file):
             yield (
                 f"{self.log_file} is not what was logged up to step {step:,}: weights do not depend on it, curves do"
@@ -299,7 +315,7 @@ class RunFolder:
         # Remove the weights after the step: other steps may lead elsewhere. Checkpoints after it are damaged: each
         # stays, since it may be repaired, until a new one of its step replaces it.
         for name in ("milestones", BEST_FOLDER):
-            manifest.rewind(self.path / name, step)
+            rewind(self.path / name, step)
 
         # Write the run.
         yield from self._record_changes(run, step)
@@ -310,7 +326,7 @@ class RunFolder:
             self.mark_checkpoint_written()
 
         # Name packages that round differently.
-        versions_before = checkpoint.manifest.versions if checkpoint else {}
+        versions_before = checkpoint.facts.versions if checkpoint else {}
         for name in _PACKAGES:
             version = software_versions()[name]
             version_before = versions_before.get(name, version)
@@ -363,14 +379,14 @@ class RunFolder:
 
         Raises UserError if `run` did not write them.
         """
-        files_by_step = manifest.paths_by_step(self.path / BEST_FOLDER, ".safetensors")
+        files_by_step = paths_by_step(self.path / BEST_FOLDER, ".safetensors")
         steps = [step for step in files_by_step if max_step is None or step <= max_step]
         if not steps:
             return None
         step = steps[-1]
         file = files_by_step[step]
         require_own_file(file, run, _BEST_KIND, step)
-        score = checkpoint.facts_of(file)[_SCORE]
+        score = facts_of(file)[_SCORE]
         return BestWeights(file, step, score["name"], score["value"], score["protocol"], score["nfe"])
 
     def save_if_best(self, run: Run, state: State, *, metric: str, value: float, protocol: str, nfe: int) -> None:
@@ -388,7 +404,7 @@ class RunFolder:
                 return
         score = {"protocol": protocol, "nfe": nfe, "name": metric, "value": value}
         folder = self.path / BEST_FOLDER
-        checkpoint.save_weights(folder, state, state.sampled_net, _BEST_KIND, config_hash(run), **{_SCORE: score})
+        save_weights(folder, state, state.sampled_net, _BEST_KIND, config_hash(run), **{_SCORE: score})
 
     def remove_older_best(self, checkpoint_steps: Collection[int]) -> None:
         """Remove the best weights that no resumed run needs, once a checkpoint is written.
@@ -396,7 +412,7 @@ class RunFolder:
         A run that resumes from one of the checkpoints needs the last weights up to its step. Weights newer than the
         last checkpoint are kept; a resumed run removes them.
         """
-        files_by_step = manifest.paths_by_step(self.path / BEST_FOLDER, ".safetensors")
+        files_by_step = paths_by_step(self.path / BEST_FOLDER, ".safetensors")
         kept_steps = {step for step in files_by_step if step > max(checkpoint_steps)}
         for checkpoint_step in checkpoint_steps:
             steps_up_to_checkpoint = [step for step in files_by_step if step <= checkpoint_step]
@@ -409,14 +425,14 @@ class RunFolder:
 
     def require_own_weights(self, run: Run, place: Path) -> None:
         """Raise UserError if weights, such as a milestone or a part of another checkpoint, are another run's."""
-        owner = checkpoint.facts_of(place).get("run")
+        owner = facts_of(place).get("run")
         for folder in (place, place.parent):
-            if not (folder / manifest.NAME).is_file():
+            if not (folder / STATE_FILE).is_file():
                 continue
             if folder.resolve().parent == self.checkpoints.folder.resolve():
-                self.require_same_config(run, Checkpoint(folder), place)
+                self.require_same_config(run, Checkpoint.read(folder), place)
                 return
-            owner = parse_text(Checkpoint(folder).run_text, folder / manifest.RUN).hash
+            owner = parse_text(Checkpoint.read(folder).run_text, folder / RUN_FILE).hash
             break
         if owner not in (None, config_hash(run)):
             raise UserError(f"{place} has weights of another run than {self.path}: take others")
@@ -424,13 +440,13 @@ class RunFolder:
 
 def require_own_file(file: Path, run: Run, kind: str, step: int) -> None:
     """Raise UserError if a file of weights is of another run, or is not what its place in the folder says."""
-    facts: Mapping[str, object] = checkpoint.facts_of(file)
+    facts: Mapping[str, object] = facts_of(file)
     if facts.get("run") != config_hash(run):
         raise UserError(
             f"{file} has weights of another run than {RUN_FILE} says: put back those that this run kept, or remove them"
         )
     for name, value in {"kind": kind, "step": step}.items():
-        stated = checkpoint.step_of(file, step) if name == "step" else facts.get(name)
+        stated = step_of(file, step) if name == "step" else facts.get(name)
         if stated != value:
             raise UserError(f"{file} says that its {name} is {stated}, not {value}: put each file back in its place")
 

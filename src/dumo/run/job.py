@@ -40,9 +40,9 @@ from dumo.runtime.progress import Bar, ignore_line, no_bar
 from dumo.runtime.text import minutes_text
 from dumo.runtime.threads import threads_for
 from dumo.training import agreement
+from dumo.training.checkpoint import Checkpoint
 from dumo.training.duration import Duration
 from dumo.training.layout import share_of
-from dumo.training.manifest import Checkpoint
 from dumo.training.spec import Train
 from dumo.training.state import State
 from dumo.training.step import Record
@@ -145,7 +145,7 @@ def open_job(
         # Refuse another run, and a length that is over, before anything expensive is done.
         agreement.on_each_rank(lambda: folder.require_same_config(complete_run, chosen))
         recorded_train = recorded_run.train if recorded_run else None
-        Duration.resolve(complete_run.train, recorded_train, chosen.manifest if chosen else None)
+        Duration.resolve(complete_run.train, recorded_train, chosen.facts if chosen else None)
 
         # Encode missing latents and captions, open the data, and examine the derivative.
         time_began += _encode_what_is_missing(complete_run, device, bar, tell_on_main)
@@ -158,10 +158,10 @@ def open_job(
         # Load the checkpoint, or the one before if a value of it is not finite. How long the run trains is a function
         # of the one that was loaded.
         state, loaded = begin_or_resume(complete_run, folder.checkpoints, torch_device, chosen)
-        state.duration = Duration.resolve(complete_run.train, recorded_train, loaded.manifest if loaded else None)
+        state.duration = Duration.resolve(complete_run.train, recorded_train, loaded.facts if loaded else None)
 
         # From here on the net computes, with the number of threads that its checkpoint was trained with.
-        recorded_threads = loaded.manifest.threads if loaded else None
+        recorded_threads = loaded.facts.threads if loaded else None
         with threads_for(state.net, torch_device, recorded_threads) as threads:
             validation = _open_validation(complete_run, folder, state, tell_on_main, meter)
             teacher = _load_teacher(complete_run, state, torch_device)

@@ -29,11 +29,11 @@ from dumo.run.weights import build
 from dumo.runtime import dist, shell_path, signals
 from dumo.runtime.device import total_memory
 from dumo.runtime.text import bytes_text
-from dumo.training import agreement, checkpoint, layout, log, loop
+from dumo.training import agreement, layout, log, loop, milestone
+from dumo.training.checkpoint import save_state
 from dumo.training.duration import FIRST_SAVE_SHARE, SECONDS_PER_MINUTE, Clock
 from dumo.training.optim import half_rates
 from dumo.training.record import Record, Skipped
-from dumo.training.saver import Saver
 from dumo.training.spec import Train
 from dumo.training.state import State
 
@@ -64,7 +64,6 @@ class Journal:
     threads: int | None = None  # of torch on a CPU; None on a GPU
     # When the last checkpoint was taken, in seconds of the monotonic clock.
     last_saved: float = field(default_factory=time.monotonic)
-    saver: Saver = field(default_factory=Saver)
 
     @property
     def hooks(self) -> tuple[loop.Every, ...]:
@@ -77,7 +76,7 @@ class Journal:
         All ranks share a failure, so reporting it on rank 0 brings all of them to the save that raises it. A run that
         ends by the clock saves its first checkpoint early, to measure how long that takes.
         """
-        if self.saver.has_failed:
+        if self.folder.checkpoints.has_failed:
             return True
         if self.clock and not self.has_saved and self.clock.timing.share >= FIRST_SAVE_SHARE:
             return True
@@ -95,12 +94,12 @@ class Journal:
                 raise signals.Stopped(signal_number)
         if 0 < state.step <= self.run.train.first_saved_step:
             self.examine(state)
-        if state.step not in checkpoint.milestones(self.folder.path / "milestones"):
+        if state.step not in milestone.milestones(self.folder.path / "milestones"):
             self.write_milestone(state)
         # Saving also removes checkpoints beyond the last `train.keep`.
         if state.is_over:
             self.save(state)
-            self.saver.wait()
+            self.folder.checkpoints.wait()
 
     def log_step(self, state: State, record: Record) -> None:
         """Evaluate the run if that is due, and add a row to the log if one is due.
@@ -152,7 +151,7 @@ class Journal:
     def write_milestone(self, state: State, record: Record | None = None) -> None:
         """Write the sampled weights at a milestone."""
         if state.step in self.run.train.milestones:
-            checkpoint.save_milestone(self.folder.path / "milestones", state, config_hash(self.run))
+            milestone.save_milestone(self.folder.path / "milestones", state, config_hash(self.run))
 
     def save_if_due(self, state: State, record: Record) -> None:
         """Save a checkpoint if one is due by step or clock, after a signal, and at the end.
@@ -166,35 +165,41 @@ class Journal:
         is_asked_to_stop = record.received_signal is not None
         if not (is_due or is_last or is_asked_to_stop):
             return
-        self.saver.wait()
+        self.folder.checkpoints.wait()
         # A run that ends by the clock examines du/dt only once.
         skips_examination = self.clock is not None and self.is_examined
         if state.step <= train.first_saved_step and not is_asked_to_stop and not skips_examination:
             self.examine(state)
         self.save(state)
         if is_asked_to_stop or is_last:
-            self.saver.wait()
+            self.folder.checkpoints.wait()
 
     def save(self, state: State) -> None:
         """Save a checkpoint of this step in a thread, after the log up to it, while training continues."""
         # The thread's copy of the last checkpoint is overwritten.
-        self.saver.wait()
+        self.folder.checkpoints.wait()
         began = self.clock.seconds() if self.clock else 0.0
         log_file = self.folder.log_file
         logged = agreement.on_each_rank(lambda: log.entry_of(log_file) if dist.is_main() else None)
         listed_ledger = save_ledger(self.folder.path, self.ledger)
-        notes = checkpoint.CheckpointNotes(self.folder.written_text, listed_ledger, logged, self.threads)
-        copy = checkpoint.copy(state, notes, self.saver.memory)
 
-        def write() -> None:
-            agreement.on_main_rank(lambda: log.flush(log_file))
-            checkpoint.save_copy(self.folder.checkpoints, copy, self.run.train.keep)
+        def finish() -> None:
             agreement.on_main_rank(self.folder.mark_checkpoint_written)
-            agreement.on_main_rank(lambda: self.folder.remove_older_best(self.folder.checkpoints.by_step()))
+            agreement.on_main_rank(lambda: self.folder.remove_older_best(self.folder.checkpoints.steps()))
             if self.clock:
                 self.clock.note_save(began)
 
-        self.saver.start(write)
+        save_state(
+            self.folder.checkpoints,
+            state,
+            self.folder.written_text,
+            keep=self.run.train.keep,
+            threads=self.threads,
+            log=logged,
+            ledger=listed_ledger,
+            before=lambda: agreement.on_main_rank(lambda: log.flush(log_file)),
+            after=finish,
+        )
         self.has_saved = True
         self.last_saved = time.monotonic()
 

@@ -126,7 +126,7 @@ def train_job(
 
     try:
         with (
-            journal.saver,
+            journal.folder.checkpoints,
             _prefetched(run, source, flow, job.device) as (batch_at, draws_at),
             _progress(job, main_bar) as show_progress,
         ):

@@ -29,7 +29,7 @@ from dumo.data import Images
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import to_float32
 from dumo.io.deferred import Deferred
-from dumo.io.weights import compare, outline, sha256
+from dumo.io.weights import compare, load_checked, outline, sha256
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.run.data import recorded_facts
@@ -37,8 +37,15 @@ from dumo.run.folder import RunFolder
 from dumo.run.net import deferred_net, draw_net, require_room
 from dumo.runtime import dist, shell_path
 from dumo.runtime.device import choose_device
-from dumo.training import checkpoint, frozen, manifest
-from dumo.training.manifest import Checkpoint, Checkpoints, FileEntry
+from dumo.training import frozen
+from dumo.training.checkpoint import (
+    FIX,
+    STATE_FILE,
+    Checkpoint,
+    Checkpoints,
+    restore_last_finite,
+    step_of,
+)
 from dumo.training.spec import Train
 from dumo.training.state import State
 from dumo.training.state import begin as begin_training
@@ -65,10 +72,10 @@ class OpenedRun:
     run_folder: RunFolder
     net: nn.Module
     step: int
-    weights: str  # the file or folder of shards they came from, relative to the run's folder where it lies inside
+    weights: str  # the file, or part of a checkpoint, they came from, relative to the run's folder if it lies inside
     file: Path = Path()  # that file or folder
     checkpoint: Checkpoint | None = None  # the last one that is whole; None: there is none, and other weights are taken
-    listed_sha256: str | None = None  # what the checkpoint lists for the file; None: it lists none
+    listed_sha256: str | None = None  # what the checkpoint lists for these weights; None: it lists none
     deferred_weights: Deferred = field(default_factory=Deferred)  # reads the weights of a net opened without `fill`
     overrides: tuple[str, ...] = ()  # what was set to look at it, each a.b=c
     given_weights: str | None = None  # what `open_run` was given in place of the last checkpoint's; None: nothing
@@ -138,7 +145,7 @@ def open_run(
 ) -> OpenedRun:
     """Open a run's folder, or by name a run that comes with dumo, to sample or judge it.
 
-    `weights` is a file, or a folder of shards, to take in place of
+    `weights` is a file, or a part of a checkpoint, to take in place of
     the last checkpoint's sampled weights. Where reading fails, and a training has written or removed checkpoints
     meanwhile, the last one of now is taken. Without `fill`, `OpenedRun.deferred_weights` reads weights later, but
     those of a user's own net are read at once. Raises UserError where `source` is no run's folder, or has no checkpoint
@@ -157,14 +164,13 @@ def open_run(
     if overrides:
         _require_trained(run_folder, run)
     while True:
-        steps_before = list(run_folder.checkpoints.by_step())
+        steps_before = run_folder.checkpoints.steps()
         try:
             opened = _open_weights(run, run_folder, weights, choose_device(device), fill=fill)
             own_output = None if output == folder else output
             return replace(opened, overrides=tuple(overrides), own_output=own_output)
         except (UserError, OSError):
-            steps_now = list(run_folder.checkpoints.by_step())
-            if steps_now == steps_before:  # else a training has removed what was read
+            if run_folder.checkpoints.steps() == steps_before:  # else a training has removed what was read
                 raise
 
 
@@ -213,9 +219,9 @@ def _open_weights(
     """The run with the weights of its last checkpoint or export, or of the file `weights`. Raises as `open_run`."""
     # find the file
     folder = run_folder.path
-    hashed_parts = {sampled_part(run.train)} if weights is None else ()
-    last = run_folder.checkpoints.latest(hashed_parts)
-    listed: FileEntry | None = None
+    sampled = sampled_part(run.train)
+    last = run_folder.checkpoints.latest({sampled} if weights is None else ())
+    listed_sha256: str | None = None
     if weights is None and last is None:
         if run_folder.exported_weights is None:
             raise UserError(
@@ -227,14 +233,18 @@ def _open_weights(
         run_folder.require_own_weights(run, file)
     elif weights is None:
         assert last
-        file = checkpoint.part_path(last.path, sampled_part(run.train))
+        file = last.path / sampled
         file_name = str(file.relative_to(folder))
-        listed = last.manifest.files.get(file.name)
+        listed_sha256 = last.sha256(sampled)
         run_folder.require_same_config(run, last)
     else:
         file = Path(weights)
-        file_name = weights
-        fault = manifest.fault_of_part(file)
+        # A file in a part of a checkpoint may hold one rank's rows, so the whole part is taken.
+        if (file.parent.parent / STATE_FILE).is_file():
+            file = file.parent
+        file_name = str(file)
+        is_part = (file.parent / STATE_FILE).is_file()
+        fault = Checkpoint.read(file.parent).find_fault({file.name}) if is_part else None
         if fault:
             raise UserError(f"{fault}: take other weights")
         run_folder.require_own_weights(run, file)
@@ -244,14 +254,14 @@ def _open_weights(
     frozen_digest = frozen.digest(net, deferred_weights.materialize)
     last_step = 0
     if last:
-        frozen.require(frozen_digest, last.manifest.frozen, folder)
-        last_step = last.manifest.step
+        frozen.require(frozen_digest, last.facts.frozen, folder)
+        last_step = last.facts.step
     elif frozen_digest is not None:
         raise UserError(
             f"{folder} has no checkpoint, which would say on which frozen weights {file} was trained: restore "
             f"{run_folder.checkpoints.folder}"
         )
-    step = last_step if weights is None and last else checkpoint.step_of(file, last_step)
+    step = last_step if weights is None and last else step_of(file, last_step)
     return OpenedRun(
         run=run,
         run_folder=run_folder,
@@ -260,7 +270,7 @@ def _open_weights(
         weights=file_name,
         file=file,
         checkpoint=last,
-        listed_sha256=listed.sha256 if listed else None,
+        listed_sha256=listed_sha256,
         deferred_weights=deferred_weights,
         given_weights=weights,
     )
@@ -272,7 +282,7 @@ def sampled_part(train: Train) -> str:
 
 
 def load_net(run: Run, file: Path, device: torch.device | None) -> tuple[nn.Module, Deferred]:
-    """A run's net with what was trained, from a file or a folder of shards, and what reads its weights one by one.
+    """A run's net with what was trained, from a file or a part of a checkpoint, and what makes its weights one by one.
 
     On a device they are read; None: not yet. Raises UserError where they do not fit.
     """
@@ -282,20 +292,15 @@ def load_net(run: Run, file: Path, device: torch.device | None) -> tuple[nn.Modu
     trained_weights = frozen.trained_state_dict(net)
     # what is trained in 16 bits is sampled in float32
     file_weights = {name: to_float32(x) for name, x in outline(file).items()}
-    compare(file, file_weights, trained_weights, "the run", checkpoint.FIX)
+    compare(file, file_weights, trained_weights, "the run", FIX)
     loaders: dict[str, Callable[[], Tensor]] = {}
-    for name, read in checkpoint.tensor_readers(file).items():
+    for name, x in load_checked(file).items():
         if name in trained_weights:
-            loaders[name] = partial(_read_single, read)
+            loaders[name] = partial(to_float32, x)
     _load_state(net, deferred_weights, loaders)
     if device is not None:
         deferred_weights.fill(net, device)
     return net.eval(), deferred_weights
-
-
-def _read_single(read: Callable[[], Tensor]) -> Tensor:
-    """The tensor that `read` returns, in float32 if it has 16 bits."""
-    return to_float32(read())
 
 
 @torch.no_grad()
@@ -379,7 +384,7 @@ def _load_few_step_run(run: Run, net: nn.Module, deferred_weights: Deferred) -> 
     if source_spec.lora and spec.lora and source_spec.lora.frozen == spec.lora.frozen:
         assert source.checkpoint, "it was opened with the weights of its checkpoint"
         frozen_digest = frozen.digest(net, deferred_weights.materialize, without=source_weights)
-        frozen.require(frozen_digest, source.checkpoint.manifest.frozen, source.folder)
+        frozen.require(frozen_digest, source.checkpoint.facts.frozen, source.folder)
 
 
 def begin_or_resume(
@@ -403,7 +408,7 @@ def begin_or_resume(
     state = begin_training(net, run.train, device, deferred_weights, restored=chosen is not None)
     if chosen is None:
         return state, None
-    return state, checkpoint.restore_last_finite(checkpoints, chosen, state)
+    return state, restore_last_finite(checkpoints, chosen, state)
 
 
 def init_from(run: Run, start: Start) -> tuple[nn.Module, Deferred]:

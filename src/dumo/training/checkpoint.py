@@ -1,92 +1,495 @@
-"""Checkpoints: what a run needs to resume, to the bit, in safetensors and JSON only, on any number of ranks.
+"""Checkpoints: all that a run needs to resume to the bit, in one layout for any number of ranks.
 
-    checkpoints/step-00001000/   net.safetensors  ema-<decay>.safetensors ...  optimizer.safetensors  spec.yaml
-                                 state.json
-    milestones/step-00000200.safetensors
+    checkpoints/step-00000200/
+        net/00000.safetensors 00001.safetensors ...   a file of each rank, also if there is only one
+        ema-0.999/...                                 each average of the weights
+        optimizer/...                                 its state, named <key>.<parameter>
+        run.yaml                                      the run when it was saved
+        state.json                                    the facts, and the size and SHA-256 of every other file
 
-- Save: `copy` copies the state to host memory, and `save_copy` writes that copy, maybe in a thread
-  (`dumo.training.saver`), and drops old checkpoints.
-- Resume: `restore_last_finite` restores a checkpoint, or the last one before it whose values are finite.
-- Weights alone: `save_milestone` and `save_weights` write one file, with facts and checksums in its metadata. `load`,
-  `tensor_readers`, `facts_of` and `step_of` read such a file, or a part of a checkpoint (`part_path`).
+- Save: `save_state` passes the state to `Checkpoints.save`. It copies what this rank holds to host memory and returns.
+  A thread writes the copy to a hidden folder, lists the files in state.json, renames the folder and removes old
+  checkpoints. So a folder that is named step-... was written completely.
+- Load: `Checkpoints.latest` finds the last checkpoint whose files are as listed, and `restore` fills a state from it,
+  on any number of ranks. `restore_last_finite` passes over a checkpoint with a NaN.
 
-One process writes a file for each part. Several ranks write folders of shards instead: net/, ema-<decay>/ ...,
-optimizer/ (`dumo.io.shards`). Milestones, the weights that are sampled after a step, all stay, unless the run goes on
-from a step before them. No file has frozen weights: `state.json` has their digest (`dumo.training.frozen`). `spec.yaml`
-is the run that was trained up to here, as text; a milestone's metadata have a hash of those of its fields that may not
-change (`dumo.config.difference.identity`).
+torch.distributed.checkpoint reads the parts that overlap (`dumo.io.weights.fill`). It does not write them: its writer
+makes another copy of a rank's tensors while no other thread of Python runs. A file says only where its own tensors
+begin, so a missing file shows in state.json alone.
 
-Each is written to a hidden path, flushed to the disk, then renamed: so whatever is named `step-...` was once whole,
-and `state.json` lists its files and their hashes (`dumo.training.manifest`).
+Frozen weights are not saved: state.json has their digest (`dumo.training.frozen`).
 """
 
-import json
-from collections.abc import Callable, Collection, Generator, Mapping, MutableMapping
-from contextlib import contextmanager
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
+from itertools import product
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from types import TracebackType
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from dumo.io import digest, weights
 from dumo.io import file as files
 from dumo.io.guard import require_in_place
-from dumo.runtime import dist
+from dumo.runtime import dist, shell_path
 from dumo.runtime.device import software_versions
-from dumo.training import agreement, frozen, layout, manifest
-from dumo.training.manifest import Checkpoint, Checkpoints, Manifest, paths_by_step
-from dumo.training.state import Diverged, State, by_parameter_index, empty_optimizer_state, flat_optimizer_state
+from dumo.training import agreement, frozen, layout
+from dumo.training.duration import Timing
+from dumo.training.eightbit import AdamW8bitOptimizer
+from dumo.training.muon import MOMENTUM_KEY, STACK_KEY
+from dumo.training.state import FAR, Diverged, State, Trend
 from dumo.types import UserError
 
-FIX = "resume with the spec that wrote it"  # ends messages about weights of another net
-_ONE_FILE = {"format": "pt"}  # metadata of a part: one entry, because two are written in any order
-ABOUT = "dumo"  # key of the one metadata entry of weights outside a checkpoint: facts about them, as JSON
-SUM = "sum"  # key, among these facts, of the checksum of the tensors
-FACTS_SUM = "facts_sum"  # key of the checksum of all other facts; older files have none
+STATE_FILE = "state.json"
+RUN_FILE = "run.yaml"
+# Ends the message about weights of another network.
+FIX = "resume with the run.yaml that wrote it"
 
-HostMemory = MutableMapping[tuple[str, str], Tensor]  # buffers in the host, by part and name
+# The tensors of a checkpoint, by part, such as net, and by name.
+Parts = Mapping[str, Mapping[str, Tensor]]
+
+
+class Damaged(UserError):  # noqa: N818, a state of a file
+    """A file of a checkpoint is missing, unknown, or not as it was written."""
+
+
+class FileEntry(BaseModel):
+    """The size and SHA-256 of a file."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, file: Path) -> "FileEntry":
+        """Make the entry of a file as it is now."""
+        return cls(bytes=file.stat().st_size, sha256=digest.of_file(file))
+
+
+class Facts(BaseModel):
+    """What a checkpoint says of its step."""
+
+    step: int
+    # Images seen up to this step, repeats counted.
+    images: int
+    # Skipped steps in a row, up to this one.
+    skips: int = 0
+    trend: Trend = Trend()
+    # How many ranks wrote it.
+    ranks: int = 1
+    versions: dict[str, str] = {}
+    # The digest of the frozen weights, which no file holds; None if nothing is frozen.
+    frozen: str | None = None
+    # The number of threads of torch on a CPU, on which the order of sums depends; None on a GPU.
+    threads: int | None = None
+    # How far a run is that ends by the clock; None if it ends by its steps.
+    timing: Timing | None = Field(default=None, exclude_if=lambda timing: timing is None)
+    # The log of the run up to this step.
+    log: FileEntry | None = None
+    # What the images were that were read up to this step (`dumo.data.ledger`).
+    ledger: FileEntry | None = None
+
+
+class Listing(BaseModel):
+    """The content of state.json."""
+
+    facts: Facts
+    # All other files, by their path inside the checkpoint.
+    files: dict[str, FileEntry]
+    # A digest of the other fields.
+    sum: str = ""
+
+    def checksum(self) -> str:
+        """The value that `sum` must have."""
+        return digest.short(self.model_dump_json(exclude={"sum"}))
 
 
 @dataclass(frozen=True)
-class CheckpointNotes:
-    """What a checkpoint holds besides its state: the run as text (of the main rank), and how long its files were."""
+class Checkpoint:
+    """A checkpoint on disk, as its state.json describes it."""
 
-    run: str = ""
-    ledger: manifest.FileEntry | None = None  # what the images were (`dumo.data.ledger`)
-    log: manifest.FileEntry | None = None  # of the main rank
-    threads: int | None = None  # of torch on a CPU
+    path: Path
+    facts: Facts
+    files: Mapping[str, FileEntry]
+
+    @classmethod
+    def read(cls, path: Path) -> "Checkpoint":
+        """Read the state.json of a checkpoint. Raises Damaged if it is missing or was changed."""
+        file = path / STATE_FILE
+        try:
+            listing = Listing.model_validate_json(file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError) as error:
+            raise Damaged(f"{file} is missing or damaged") from error
+        if listing.sum != listing.checksum() or path.name != folder_of(listing.facts.step):
+            raise Damaged(f"{file} was changed, or is of another step")
+        return cls(path, listing.facts, listing.files)
+
+    @cached_property
+    def run_text(self) -> str:
+        """The text of its run.yaml. Raises Damaged if it is not as listed."""
+        file = self.path / RUN_FILE
+        entry = self.files.get(RUN_FILE)
+        try:
+            content = file.read_bytes()
+        except FileNotFoundError as error:
+            raise Damaged(f"{file} is missing") from error
+        if entry is None or digest.of_bytes(content) != entry.sha256:
+            raise Damaged(f"{file} is damaged: its SHA-256 is not the one in {STATE_FILE}")
+        return content.decode()
+
+    def sha256(self, part: str) -> str:
+        """The SHA-256 of a part by the listed ones of its files, as `weights.sha256` makes it of the files."""
+        listed = {name: entry.sha256 for name, entry in self.files.items() if name.startswith(f"{part}/")}
+        return weights.combine_digests(listed)
+
+    def find_fault(self, parts: Collection[str] | None = None, share: slice = slice(None)) -> str | None:
+        """What is wrong, naming the file; None if its files are as listed.
+
+        All sizes are compared. The files of `parts` (net, ema-0.999; None: all) and run.yaml are hashed; of their
+        sorted names only the `share`.
+        """
+        # Another file of tensors in the folder of a part would be read, too.
+        found = {file.relative_to(self.path).as_posix() for file in self.path.glob("*/*.safetensors")}
+        for name in sorted(found | self.files.keys()):
+            file = self.path / name
+            entry = self.files.get(name)
+            if entry is None:
+                return f"{file} is not listed in {STATE_FILE}"
+            try:
+                size = file.stat().st_size
+            except FileNotFoundError:
+                return f"{file} is missing"
+            if size != entry.bytes:
+                return f"{file} has {size:,} bytes, not {entry.bytes:,}"
+
+        names = sorted(self.files.keys() - {RUN_FILE})
+        if parts is not None:
+            names = [name for name in names if name.split("/")[0] in parts]
+        for name in names[share]:
+            if digest.of_file(self.path / name) != self.files[name].sha256:
+                return f"{self.path / name} is damaged: its SHA-256 is not the one in {STATE_FILE}"
+        try:
+            _ = self.run_text
+        except Damaged as error:
+            return str(error)
+        return None
 
 
-@dataclass(frozen=True)
-class CheckpointCopy:
-    """What a checkpoint holds, as it was at its step, in host memory that no later step changes."""
+class Checkpoints:
+    """The checkpoints in a folder. To save, every rank has one and calls each method alike."""
 
-    manifest: Manifest  # without its files
-    notes: CheckpointNotes
-    size: int  # bytes of the checkpoint
-    tensors: dict[str, dict[str, Tensor]]  # what this rank writes, by part and name: its shard of each tensor
-    offsets: dict[str, dict[str, tuple[int, ...]]]  # where each shard begins in its tensor; {} of one process
+    def __init__(self, folder: Path) -> None:
+        """Take the folder; nothing is read yet."""
+        self.folder = folder
+        # Each state.json is read once.
+        self._read: dict[int, Checkpoint] = {}
+        # The steps whose checkpoints were found damaged or not finite, with what is wrong.
+        self._rejected: dict[int, str] = {}
+        # The buffers of the copy, by part and name: filling one again is many times as fast as a new one.
+        self._memory: dict[tuple[str, str], Tensor] = {}
+        self._group: ProcessGroup | None = None
+        self._work: Future[object] | None = None
+
+    # ------------------------------------------------------------------------------------------------------------ find
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, damaged ones included, in order."""
+        return [*paths_by_step(self.folder)]
+
+    def path(self, step: int) -> Path:
+        """The folder of the checkpoint of a step."""
+        return self.folder / folder_of(step)
+
+    def read(self, step: int) -> Checkpoint:
+        """The checkpoint of a step. Raises Damaged, as `Checkpoint.read`."""
+        if step not in self._read:
+            self._read[step] = Checkpoint.read(self.path(step))
+        return self._read[step]
+
+    def latest(self, parts: Collection[str] | None = None, *, together: bool = False) -> Checkpoint | None:
+        """The last checkpoint that is not damaged, or None if there is none at all; warns of damaged ones.
+
+        `parts` are hashed, as in `Checkpoint.find_fault`. `together`: all ranks call it, share the hashing and get one
+        answer. Raises UserError if all are damaged.
+        """
+        faults: list[str] = []
+        for step in reversed(self.steps()):
+            fault = self.find_fault(step, parts, together=together)
+            if fault:
+                faults.append(fault)
+                continue
+            if faults and dist.is_main():
+                warnings.warn(f"{'; '.join(faults)}: {folder_of(step)}, before it, is taken", stacklevel=2)
+            return self.read(step)
+        if faults:
+            raise UserError(
+                f"{'; '.join(faults)}: {self.folder} has no whole checkpoint. Put back the files as they were, or "
+                "give another folder with --out to train from the start"
+            )
+        return None
+
+    def find_fault(self, step: int, parts: Collection[str] | None = None, *, together: bool = False) -> str | None:
+        """What is wrong with the checkpoint of a step, or None; takes what `latest` takes."""
+        share = slice(dist.rank(), None, dist.world()) if together else slice(None)
+
+        def find() -> str | None:
+            try:
+                return self._rejected.get(step) or self.read(step).find_fault(parts, share)
+            except Damaged as error:
+                return str(error)
+
+        faults = agreement.gather_results(find) if together else [find()]
+        fault = next(filter(None, faults), None)
+        if fault:
+            self._rejected[step] = fault
+        return fault
+
+    def reject(self, step: int, fault: str) -> None:
+        """Treat the checkpoint of a step as damaged, though its files are as listed."""
+        self._rejected[step] = fault
+
+    def last_good(self, step: int) -> int | None:
+        """The last step up to `step` whose checkpoint is from before the loss diverged; None if there is none."""
+        for checkpoint in self._sound(step):
+            if checkpoint.facts.trend.is_good:
+                return checkpoint.facts.step
+        return None
+
+    def _sound(self, step: int) -> list[Checkpoint]:
+        """The checkpoints up to `step` whose files have the listed sizes, the last one first."""
+        sound: list[Checkpoint] = []
+        for older_step in reversed(self.steps()):
+            if older_step <= step and self.find_fault(older_step, parts=()) is None:
+                sound.append(self.read(older_step))
+        return sound
+
+    # ------------------------------------------------------------------------------------------------------------ save
+
+    def save(
+        self,
+        parts: Parts,
+        facts: Facts,
+        run_text: str = "",
+        *,
+        keep: int = 2,
+        before: Callable[[], object] | None = None,
+        after: Callable[[], object] | None = None,
+    ) -> None:
+        """Copy the state of a step, and write it in a thread while training continues.
+
+        A checkpoint of the step that exists already is left alone, unless it is damaged. Raises what `wait` raises of
+        the checkpoint before.
+
+        - `parts`: the tensors; those of several ranks may be DTensors
+        - `run_text`: the content of run.yaml, on rank 0
+        - `keep`: how many checkpoints stay, as in `prune`
+        - `before`, `after`: called in the thread before it writes, and once the checkpoint has its name
+        """
+        self.wait()
+        own_parts, offsets = agreement.on_each_rank(lambda: self._copy_own_parts(parts))
+        # The thread has a process group of its own, since its collectives would mix with those of training.
+        if self._group is None:
+            self._group = dist.new_group()
+        work = Future[object]()
+
+        def run() -> None:
+            dist.group.set(self._group)
+            try:
+                if before:
+                    before()
+                self._write(facts, run_text, own_parts, offsets)
+                agreement.on_main_rank(lambda: self.prune(facts.step, keep))
+                if after:
+                    after()
+                work.set_result(None)
+            except BaseException as error:
+                # `wait` raises it in the main thread.
+                work.set_exception(error)
+
+        self._work = work
+        # A process that ends at once does not wait for a daemon.
+        Thread(target=run, name="checkpoint", daemon=True).start()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written. Raises its error, once, on all ranks; older checkpoints stay."""
+        work = self._work
+        if work:
+            # An interrupt leaves it to be waited for again.
+            wait([work])
+            self._work = None
+            work.result()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last checkpoint could not be written: `wait` raises why."""
+        return self._work is not None and self._work.done() and self._work.exception() is not None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """Wait, also after an error of training, which is the one that is raised."""
+        if error is None:
+            self.wait()
+        elif self._work:
+            wait([self._work])
+
+    def _copy_own_parts(self, parts: Parts) -> tuple[Parts, Mapping[str, weights.Offsets]]:
+        """Copy what this rank writes to host memory. Returns the copies, and where each begins in its tensor."""
+        copies: dict[str, dict[str, Tensor]] = {}
+        offsets = {part: assign_tensors(tensors) for part, tensors in parts.items()}
+        for part, tensors in parts.items():
+            copies[part] = {}
+            for name in offsets[part]:
+                source = layout.local_tensor(tensors[name].detach())
+                buffer = self._memory.get((part, name))
+                if buffer is None or (buffer.shape, buffer.dtype) != (source.shape, source.dtype):
+                    buffer = torch.empty(source.shape, dtype=source.dtype)
+                    self._memory[part, name] = buffer
+                copies[part][name] = buffer.copy_(source)
+        return copies, offsets
+
+    def _write(self, facts: Facts, run_text: str, own_parts: Parts, offsets: Mapping[str, weights.Offsets]) -> None:
+        """Write this rank's files to a hidden folder, which rank 0 then renames. Raises OSError on all ranks."""
+        target = self.path(facts.step)
+        temp_path = files.temp_path_for(target)
+        exists = agreement.on_main_rank(target.exists)
+        if not exists or self.find_fault(facts.step, together=True):
+
+            def prepare() -> None:
+                require_in_place(target)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for half_written in self.folder.glob(".step-*.tmp"):
+                    files.remove(half_written)
+                for part in own_parts:
+                    (temp_path / part).mkdir(parents=True)
+                (temp_path / RUN_FILE).write_text(run_text, encoding="utf-8")
+
+            def write_files() -> dict[str, FileEntry]:
+                written = [temp_path / RUN_FILE] if dist.is_main() else []
+                for part, tensors in own_parts.items():
+                    if tensors:
+                        file = temp_path / part / f"{dist.rank():05d}.safetensors"
+                        weights.write_part(file, tensors, offsets[part])
+                        written.append(file)
+                return {file.relative_to(temp_path).as_posix(): FileEntry.of(file) for file in written}
+
+            def commit() -> None:
+                write_state_file(temp_path, facts, entries)
+                # This rank may not see the files of others, on a disk of its own.
+                fault = _find_missing_file(temp_path, entries)
+                if fault:
+                    raise UserError(fault)
+                files.commit(temp_path, target, durable=True)
+
+            try:
+                agreement.on_main_rank(prepare)
+                entries: dict[str, FileEntry] = {}
+                for entries_of_rank in agreement.gather_results(write_files):
+                    entries |= entries_of_rank
+                agreement.on_main_rank(commit)
+            except BaseException:
+                if dist.is_main():
+                    files.remove(temp_path)
+                raise
+            self._rejected.pop(facts.step, None)
+            self._read.pop(facts.step, None)
+
+    def prune(self, step: int, keep: int) -> None:
+        """Remove the checkpoints up to `step` that come before the last `keep`. One rank calls it.
+
+        Damaged ones do not count. If the loss had diverged in all that are kept, the last one from before stays, too,
+        with a warning.
+        """
+        sound = self._sound(step)
+        if len(sound) < keep:
+            return
+        kept = sound[:keep]
+        oldest_step = kept[-1].facts.step
+        good = next((checkpoint for checkpoint in sound if checkpoint.facts.trend.is_good), None)
+        if good and good not in kept:
+            kept.append(good)
+            warnings.warn(
+                f"{self.folder}: the loss has risen to more than {FAR:g} times its lowest, so {good.path.name}, from "
+                "before, is kept, too. To go on from it:  "
+                f"dumo train {shell_path(self.folder.parent)} --from {good.facts.step}",
+                stacklevel=2,
+            )
+        for path_step, path in paths_by_step(self.folder).items():
+            if path_step < oldest_step and path not in (checkpoint.path for checkpoint in kept):
+                remove(path)
 
 
-def copy(state: State, notes: CheckpointNotes, memory: HostMemory) -> CheckpointCopy:
-    """Copy what a checkpoint holds to host memory, reusing the buffers in `memory` and keeping new ones there.
+def assign_tensors(tensors: Mapping[str, Tensor]) -> weights.Offsets:
+    """The tensors of which this rank writes its part, each with where that part begins in the whole tensor.
 
-    All ranks together take one copy of it. Every rank must call it. Raises Diverged, on all ranks, if a value is not
-    finite (`first_not_finite`).
+    A part that several ranks hold is written by one of them. They take turns from the largest tensor on, so that all
+    write about as much. Every rank computes the same without asking others.
     """
-    tensors = _tensors_of(state)
-    bad_tensor = first_not_finite(tensors, _buffer_names(state.net))
+    # By the number of a replica, how many values it writes.
+    load = Counter[int]()
+    offsets: weights.Offsets = {}
+    for name, x in sorted(tensors.items(), key=lambda item: -item[1].numel()):
+        replica, num_replicas = layout.replica_of(x)
+        writer = min(range(num_replicas), key=lambda k: load[k])
+        load[writer] += x.numel()
+        # A rank may hold no row of a tensor. One without any values is written all the same.
+        if writer == replica and (layout.local_tensor(x).numel() or not x.numel()):
+            offsets[name] = layout.local_offset(x)
+    return offsets
+
+
+def write_state_file(folder: Path, facts: Facts, entries: Mapping[str, FileEntry]) -> None:
+    """Write the state.json of a checkpoint, which lists its other files."""
+    listing = Listing(facts=facts, files={**entries})
+    listing.sum = listing.checksum()
+    (folder / STATE_FILE).write_text(f"{listing.model_dump_json(indent=2)}\n", encoding="utf-8")
+
+
+def _find_missing_file(folder: Path, entries: Mapping[str, FileEntry]) -> str | None:
+    """What is wrong if this rank does not see a file that another has written."""
+    for name in entries:
+        if not (folder / name).is_file():
+            return (
+                f"{folder.parent}: the first rank does not see what another wrote ({name}): train in a folder on a "
+                "file system that all ranks share"
+            )
+    return None
+
+
+# --------------------------------------------------------------------------------------------- the state of a training
+
+
+def save_state(
+    checkpoints: Checkpoints,
+    state: State,
+    run_text: str = "",
+    *,
+    keep: int = 2,
+    threads: int | None = None,
+    log: FileEntry | None = None,
+    ledger: FileEntry | None = None,
+    before: Callable[[], object] | None = None,
+    after: Callable[[], object] | None = None,
+) -> None:
+    """Save a state, as `Checkpoints.save`. Every rank must call it.
+
+    Raises Diverged, on all ranks, if a value is not finite.
+    """
+    parts = parts_of(state)
+    bad_tensor = find_nonfinite(parts, _buffer_names(state.net))
     if bad_tensor:
         raise Diverged(f"step {state.step}: {bad_tensor} is not finite, so no checkpoint is written of it.")
-    size = 0
-    for named in tensors.values():
-        size += sum(tensor.nbytes for tensor in named.values())
-    about = Manifest(
+    facts = Facts(
         step=state.step,
         images=state.images,
         skips=state.skips,
@@ -94,173 +497,151 @@ def copy(state: State, notes: CheckpointNotes, memory: HostMemory) -> Checkpoint
         ranks=dist.world(),
         versions=software_versions(),
         frozen=state.frozen,
+        threads=threads,
         timing=state.duration.timing,
-        threads=notes.threads,
-        log=notes.log,
-        ledger=notes.ledger,
-        files={},
+        log=log,
+        ledger=ledger,
     )
-    offsets: dict[str, dict[str, tuple[int, ...]]] = {}
-    if dist.world() > 1:
-        from dumo.io import shards  # slow to import
-
-        offsets = {part: shards.parts_to_write(named) for part, named in tensors.items()}
-
-    def copy_parts() -> dict[str, dict[str, Tensor]]:
-        copies: dict[str, dict[str, Tensor]] = {}
-        for part, named in tensors.items():
-            written_here = offsets.get(part, named)
-            copies[part] = {name: _copy_to_host(named[name], memory, (part, name)) for name in written_here}
-        return copies
-
-    return CheckpointCopy(about, notes, size, agreement.on_each_rank(copy_parts), offsets)
+    checkpoints.save(parts, facts, run_text, keep=keep, before=before, after=after)
 
 
-def _copy_to_host(x: Tensor, memory: HostMemory, key: tuple[str, str]) -> Tensor:
-    """This rank's part of a tensor, copied. A buffer that exists is filled many times as fast as a new one."""
-    source = layout.local_tensor(x.detach())
-    buffer = memory.get(key)
-    if buffer is None or (buffer.shape, buffer.dtype) != (source.shape, source.dtype):
-        buffer = torch.empty(source.shape, dtype=source.dtype)
-        memory[key] = buffer
-    return buffer.copy_(source)
+def step_of(place: Path, default: int) -> int:
+    """The step of weights, by the checkpoint that they are a part of or by their file's facts, else `default`."""
+    if (place.parent / STATE_FILE).is_file():
+        return Checkpoint.read(place.parent).facts.step
+    return weights.facts_of(place).get("step", default)
 
 
-def save_copy(checkpoints: Checkpoints, copy: CheckpointCopy, keep: int) -> Path:
-    """Write a checkpoint, then drop old ones (`Checkpoints.drop`); return its path.
+def restore_last_finite(checkpoints: Checkpoints, checkpoint: Checkpoint, state: State) -> Checkpoint:
+    """Restore a checkpoint, or, if a value in it is not finite, the last one before it that is finite; return it.
 
-    A checkpoint of this step that exists already is left alone, or replaced if it is damaged. Every rank must call it.
-    Raises UserError, on all ranks, if the disk is full; older checkpoints then stay.
-    """
-    step = copy.manifest.step
-    target = checkpoints.folder / manifest.folder_of(step)
-    exists = agreement.on_main_rank(target.exists)
-    if not exists or checkpoints.at(target).fault(together=True):
-        with _path_to_write(target, "checkpoint", step, copy.size) as temp_path:
-            _write_files(temp_path, copy)
-        checkpoints.note_written(target)
-    agreement.on_main_rank(lambda: checkpoints.drop(step, keep))
-    return target
-
-
-def save_milestone(folder: Path, state: State, run: str = "") -> Path:
-    """Write the sampled weights (of the first average, else the net) as this step's milestone; return its path.
-
-    `run` is the identity of the run. Every rank must call it. Raises as `save_weights`.
-    """
-    return save_weights(folder, state, state.sampled_net, "milestone", run)
-
-
-def save_weights(folder: Path, state: State, module: nn.Module, kind: str, run: str = "", **facts: object) -> Path:
-    """Write the trained weights of the net, or of its average `module`, as one file of this step; return its path.
-
-    The file says, under a checksum, its kind, its step, the identity of its run, `run`, and `facts`. Replaces an older
-    one. Every rank must call it. Raises UserError on all ranks if the disk is full; the older file then stays.
-    """
-    target = folder / f"{manifest.folder_of(state.step)}.safetensors"
-    named = frozen.trained_state_dict(state.net, module)
-    size = sum(tensor.nbytes for tensor in named.values())
-    with _path_to_write(target, kind, state.step, size) as temp_path:
-        whole = weights.unshared(_gather_on_main_rank(named))
-        agreement.on_main_rank(lambda: write_weights(temp_path, whole, kind=kind, step=state.step, run=run, **facts))
-    return target
-
-
-def milestones(folder: Path) -> dict[int, Path]:
-    """The milestones in `folder` by step, in order."""
-    return paths_by_step(folder, ".safetensors")
-
-
-def part_path(checkpoint: Path, name: str) -> Path:
-    """The path of a part of a checkpoint (net, ema-0.999, optimizer): a folder of shards, or a file."""
-    folder = checkpoint / name
-    return folder if folder.is_dir() else checkpoint / f"{name}.safetensors"
-
-
-def restore_last_finite(
-    checkpoints: Checkpoints, checkpoint: Checkpoint, state: State, *, or_before: bool = True
-) -> Checkpoint:
-    """Restore a checkpoint, or, if a value in it is not finite, the last whole one before it; return it.
-
-    Every rank must call it. Raises UserError as `restore`, as `Checkpoints.latest` if none is left, and, without
-    `or_before`, if a value is not finite.
+    Every rank must call it. Raises UserError as `restore`, and as `Checkpoints.latest` if none is left.
     """
     while True:
         restore(checkpoint, state)
-        bad_tensor = first_not_finite(_tensors_of(state), _buffer_names(state.net))
+        bad_tensor = find_nonfinite(parts_of(state), _buffer_names(state.net))
         if bad_tensor is None:
             return checkpoint
-        if not or_before:
-            raise UserError(f"{checkpoint.path}: {bad_tensor} is not finite: go on from another step")
-        checkpoint.value_fault = f"{checkpoint.path}: {bad_tensor} is not finite"
+        checkpoints.reject(checkpoint.facts.step, f"{checkpoint.path}: {bad_tensor} is not finite")
         checkpoint = checkpoints.latest(together=True) or checkpoint  # it raises if there is none
 
 
 def restore(checkpoint: Checkpoint, state: State) -> None:
-    """Load a checkpoint into a state built from the same spec, on any number of ranks.
+    """Load a checkpoint into a state that was built from the same run, on any number of ranks.
 
-    Changes nothing unless all of it fits. Every rank must call it. Raises UserError naming the file and the first
+    Changes nothing unless all of it fits. Every rank must call it. Raises UserError naming the part and the first
     tensor that is missing, unknown, or of another shape or dtype; or if the frozen weights differ.
     """
-    weights_by_part = _weights_of(state)
-    optimizer_state: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = _weights_of(state)
 
-    def require_fit() -> Manifest:
-        for part, named in weights_by_part.items():
-            place = part_path(checkpoint.path, part)
-            weights.compare(place, weights.outline(place), named, "the run", FIX)
-        optimizer_state.update(empty_optimizer_state(part_path(checkpoint.path, "optimizer"), state, FIX))
-        frozen.require(state.frozen, checkpoint.manifest.frozen, checkpoint.path)
-        return checkpoint.manifest
+    def require_fit() -> None:
+        for part, tensors in parts.items():
+            place = checkpoint.path / part
+            weights.compare(place, weights.outline(place), tensors, "the run", FIX)
+        parts["optimizer"] = _empty_optimizer_state(checkpoint.path / "optimizer", state)
+        frozen.require(state.frozen, checkpoint.facts.frozen, checkpoint.path)
 
     def fill() -> None:
-        for part, named in {**weights_by_part, "optimizer": optimizer_state}.items():
-            weights.fill(part_path(checkpoint.path, part), named)
+        for part, tensors in parts.items():
+            weights.fill(checkpoint.path / part, tensors)
 
-    saved, *_ = agreement.gather_results(require_fit)
+    agreement.gather_results(require_fit)
     agreement.gather_results(fill)
-    state.optimizer.load_state_dict(
-        {**state.optimizer.state_dict(), "state": by_parameter_index(optimizer_state, state)}
-    )
-    state.step = saved.step
-    state.images = saved.images
-    state.skips = saved.skips
-    state.trend = saved.trend
+    optimizer_state = _by_parameter_index(parts["optimizer"], state)
+    state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": optimizer_state})
+    facts = checkpoint.facts
+    state.step = facts.step
+    state.images = facts.images
+    state.skips = facts.skips
+    state.trend = facts.trend
 
 
-def _tensors_of(state: State) -> dict[str, dict[str, Tensor]]:
+def parts_of(state: State) -> dict[str, dict[str, Tensor]]:
     """All tensors of a checkpoint that this rank holds, by part and name."""
-    # before the optimizer: a state dict puts the shards of a gathered net in place, and the optimizer knows only these
-    weights_by_part = _weights_of(state)
-    tensors = {"net": weights_by_part.pop("net"), "optimizer": flat_optimizer_state(state)}
-    return tensors | weights_by_part
+    # The weights come first: a state dict frees the gathered weights of a sharded network, and the optimizer knows
+    # only its shards.
+    parts = _weights_of(state)
+    names: dict[Tensor, str] = {p: name for name, p in state.net.named_parameters()}
+    optimizer_state: dict[str, Tensor] = {}
+    # A parameter that never had a gradient has no state.
+    for p, values in state.optimizer.state.items():
+        for key, value in values.items():
+            optimizer_state[f"{key}.{names[p]}"] = value
+    return {**parts, "optimizer": optimizer_state}
 
 
 def _weights_of(state: State) -> dict[str, dict[str, Tensor]]:
-    """The trained weights of the net and of its averages, by part and name."""
-    by_part = {"net": frozen.trained_state_dict(state.net)}
+    """The trained weights of the network and of its averages, by part and name."""
+    parts = {"net": frozen.trained_state_dict(state.net)}
     for key, average in state.averages.items():
-        by_part[f"ema-{key}"] = frozen.trained_state_dict(state.net, average.module)
-    return by_part
+        parts[f"ema-{key}"] = frozen.trained_state_dict(state.net, average.module)
+    return parts
+
+
+def _empty_optimizer_state(place: Path, state: State) -> dict[str, Tensor]:
+    """Empty tensors for the optimizer's state in a checkpoint, each laid out as its parameter.
+
+    Raises UserError if another optimizer wrote it.
+    """
+    saved = weights.outline(place)
+    parameters = dict(state.net.named_parameters())
+    names = {p: name for name, p in parameters.items()}
+    templates: dict[str, Tensor] = {}
+    # The parameters of a group all have the same keys.
+    for group in state.optimizer.param_groups:
+        names_in_group = {names[p] for p in group["params"]}
+        saved_keys: set[str] = set()
+        saved_names: set[str] = set()
+        for full_name in saved:
+            key, _, name = full_name.partition(".")
+            if name in names_in_group:
+                saved_keys.add(key)
+                saved_names.add(name)
+        if STACK_KEY in group:  # of matrices that Muon moves, whatever optimizer wrote the file
+            saved_keys = {MOMENTUM_KEY}
+        for key, name in product(saved_keys, saved_names):
+            templates[f"{key}.{name}"] = _state_template(state.optimizer, key, parameters[name])
+    weights.compare(place, saved, templates, "the run", FIX)
+    return {name: torch.empty_like(x, requires_grad=False) for name, x in templates.items()}
+
+
+def _state_template(optimizer: torch.optim.Optimizer, key: str, p: Tensor) -> Tensor:
+    """A tensor of the shape, type and layout that entry `key` of the optimizer's state has for parameter p."""
+    if key == "step":
+        return torch.zeros(())
+    return optimizer.empty_state(key, p) if isinstance(optimizer, AdamW8bitOptimizer) else p
+
+
+def _by_parameter_index(flat: Mapping[str, Tensor], state: State) -> dict[int, dict[str, Tensor]]:
+    """The optimizer's state as torch keys it: by the index of each parameter in the optimizer's groups."""
+    names = {p: name for name, p in state.net.named_parameters()}
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    indices = {names[p]: index for index, p in enumerate(parameters)}
+    by_index: dict[int, dict[str, Tensor]] = {}
+    for full_name, value in sorted(flat.items()):
+        key, _, name = full_name.partition(".")
+        by_index.setdefault(indices[name], {})[key] = value
+    return by_index
 
 
 def _buffer_names(net: nn.Module) -> set[str]:
-    """The names of the buffers of a net, and so of its averages."""
+    """The names of the buffers of a network, and so of its averages."""
     return {name for name, _ in net.named_buffers(remove_duplicate=False)}
 
 
-def first_not_finite(tensors: Mapping[str, Mapping[str, Tensor]], buffers: Collection[str] = ()) -> str | None:
+def find_nonfinite(parts: Parts, buffers: Collection[str] = ()) -> str | None:
     """Return the part and name of the first tensor with a value that is not finite; None if all are finite.
 
     Of `buffers`, by name, only NaN counts: a mask may be infinite by design, and running statistics that break become
     NaN. Synchronizes each device once. Every rank must call it, and gets the same answer.
     """
     flags_by_device: dict[torch.device, dict[str, Tensor]] = {}
-    for part, named in tensors.items():
-        for name, tensor in named.items():
+    for part, tensors in parts.items():
+        for name, tensor in tensors.items():
             x = layout.local_tensor(tensor.detach())
             if x.is_floating_point() and x.numel():
-                ends = torch.stack(torch.aminmax(x))  # NaN if one is; nine times as fast as isfinite
+                # Both ends are NaN if one value is; this is nine times as fast as isfinite.
+                ends = torch.stack(torch.aminmax(x))
                 is_sound = ~ends.isnan() if name in buffers else ends.isfinite()
                 flags_by_device.setdefault(x.device, {})[f"{part}: {name}"] = is_sound.all()
 
@@ -271,155 +652,59 @@ def first_not_finite(tensors: Mapping[str, Mapping[str, Tensor]], buffers: Colle
                     return name
         return None
 
-    answers = agreement.gather_results(first_on_this_rank)
-    return next((answer for answer in answers if answer), None)
+    return next(filter(None, agreement.gather_results(first_on_this_rank)), None)
 
 
-def _write_files(folder: Path, copy: CheckpointCopy) -> None:
-    """Write each part as a file, or as a folder of shards, and `state.json` last. Every rank must call it."""
-    agreement.on_main_rank(folder.mkdir)
-    agreement.on_main_rank(lambda: _write_notes(folder, copy.notes))
-    if dist.world() == 1:
-        for name, named in copy.tensors.items():
-            safetensors.torch.save_file(named, folder / f"{name}.safetensors", metadata=_ONE_FILE)
-        written_here = sorted(folder.iterdir())
-    else:
-        from dumo.io import shards  # slow to import
-
-        for name, named in copy.tensors.items():
-            agreement.gather_results(partial(shards.write, folder / name, named, copy.offsets[name]))
-        written_here = sorted(folder.glob(f"*/{shards.file_pattern(dist.rank())}"))
-        if dist.is_main():
-            written_here += filter(Path.is_file, folder.iterdir())
-    files_of_all: dict[str, manifest.FileEntry] = {}
-    for files_of_rank in agreement.gather_results(lambda: manifest.file_entries(folder, written_here)):
-        files_of_all |= files_of_rank
-    full_manifest = copy.manifest.model_copy(update={"files": files_of_all})
-    agreement.on_main_rank(lambda: manifest.write(folder, full_manifest))
+# ------------------------------------------------------------------------------------------------ folders by their step
 
 
-def _write_notes(folder: Path, notes: CheckpointNotes) -> None:
-    """Write what a checkpoint holds besides its state."""
-    if notes.run:
-        (folder / manifest.RUN).write_text(notes.run, encoding="utf-8")
+def paths_by_step(folder: Path, suffix: str = "") -> dict[int, Path]:
+    """The paths in `folder` that are named as checkpoints, or as files of this suffix, by step, in order.
 
-
-def _gather_on_main_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole of each tensor on rank 0, nothing on others. Every rank must call it."""
-    if dist.world() == 1:
-        return dict(tensors)
-    gathered: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        whole = layout.full_tensor(tensor)
-        if dist.is_main():
-            gathered[name] = whole.cpu()
-    return gathered
-
-
-@contextmanager
-def _path_to_write(target: Path, kind: str, step: int, size: int) -> Generator[Path, None, None]:
-    """Yield a hidden path to write `size` bytes to, which is renamed to `target` once all of it is on the disk.
-
-    Every rank must enter it. Raises UserError if the disk has less room than that; `kind` and `step` are for the
-    message.
+    Raises OSError for a folder that cannot be read, also a link to none: its disk may be missing.
     """
-    temp_path = files.temp_path_for(target)
+    pattern = re.compile(rf"step-(\d+){re.escape(suffix)}")
     try:
-        agreement.on_main_rank(lambda: _prepare_folder(target, kind, step, size))
-        try:
-            yield temp_path
-            agreement.on_main_rank(lambda: files.commit(temp_path, target, durable=True))
-        except BaseException:
-            if dist.is_main():
-                files.remove(temp_path)
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        if folder.is_symlink():
             raise
-    except (OSError, SafetensorError) as error:
-        if files.is_disk_full(error):
-            raise UserError(f"{target.parent}: the disk is full, {_full_disk_text(target, kind, step)}") from error
-        raise
-
-
-def _prepare_folder(target: Path, kind: str, step: int, size: int) -> None:
-    """Make the folder of a file or folder `target`, and remove half-written ones in it.
-
-    Raises UserError if there is no room, and as `require_in_place`.
-    """
-    folder = target.parent
-    require_in_place(target)
-    for half_written in folder.glob(".step-*.tmp"):
-        files.remove(half_written)
-    free = files.free_bytes(folder)
-    if free < size:
-        raise UserError(
-            f"{folder}: the {kind} takes {size / 1e9:,.3g} GB and the disk has {free / 1e9:,.3g} GB free, "
-            f"{_full_disk_text(target, kind, step)}"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def _full_disk_text(target: Path, kind: str, step: int) -> str:
-    """What a full disk means for the run, and what to do: the end of a message."""
-    others = [path.name for path in paths_by_step(target.parent, target.suffix).values() if path != target]
-    last = others[-1] if others else f"no {kind}"
-    return f"so the {kind} of step {step} was not written; {last} still stands. Free some space and start again."
-
-
-def write_weights(file: Path, tensors: Mapping[str, Tensor], **facts: object) -> None:
-    """Write weights outside a checkpoint, with facts about them and checksums, all in one metadata entry."""
-    facts = facts | {SUM: digest.of_tensors(tensors)}
-    facts[FACTS_SUM] = _sum_of_facts(facts)
-    safetensors.torch.save_file(dict(tensors), file, metadata={ABOUT: json.dumps(facts, sort_keys=True)})
-
-
-def _sum_of_facts(facts: Mapping[str, object]) -> str:
-    """The checksum of the facts in a file of weights, itself left out."""
-    others = {name: value for name, value in facts.items() if name != FACTS_SUM}
-    return digest.short(json.dumps(others, sort_keys=True))
-
-
-def load(place: Path) -> dict[str, Tensor]:
-    """The tensors of a file of weights, or of a folder of shards. Raises UserError where its checksum differs."""
-    tensors = weights.load(place)
-    expected_sum = facts_of(place).get(SUM) if place.is_file() else None  # a checkpoint's parts are hashed by its list
-    if expected_sum and expected_sum != digest.of_tensors(tensors):
-        raise UserError(f"{place} has changed: its tensors have another checksum. Take another copy, or other weights")
-    return tensors
-
-
-def tensor_readers(place: Path) -> dict[str, Callable[[], Tensor]]:
-    """A function for each tensor of a file of weights, or of a folder of shards, that reads it. Raises as `load`."""
-    if place.is_dir():
-        from dumo.io import shards  # slow to import
-
-        return shards.tensor_readers(place)
-    return {name: partial(torch.detach, x) for name, x in load(place).items()}  # memory-mapped
-
-
-def facts_of(place: Path) -> dict[str, Any]:
-    """The facts in a file of weights: its step, and maybe its run; {} if there are none that can be read.
-
-    Raises UserError where this metadata does not match its checksum.
-    """
-    metadata = weights.read_metadata(place)
-    try:
-        facts = json.loads(metadata.get(ABOUT, "null"))
-    except (ValueError, RecursionError):
         return {}
-    if not isinstance(facts, dict):
-        return dict(metadata)
-    if facts.get(FACTS_SUM) not in (None, _sum_of_facts(facts)):
-        raise UserError(
-            f"{place}: its metadata does not match its checksum, so it was edited or damaged: take another copy, or "
-            "other weights"
-        )
-    return facts
+    paths: dict[int, Path] = {}
+    for name in names:
+        match = pattern.fullmatch(name)
+        if match:
+            paths[int(match[1])] = folder / name
+    return dict(sorted(paths.items()))
 
 
-def step_of(place: Path, default: int) -> int:
-    """The step of weights: in their file's facts, else in their checkpoint's `state.json`, else the default."""
-    step = str(facts_of(place).get("step", ""))
-    if step.isdecimal() and len(step) < 20:  # longer texts are no step
-        return int(step)
-    if (place.parent / manifest.NAME).is_file():
-        return manifest.read(place.parent).step
-    return default
+def folder_of(step: int) -> str:
+    """The name of the checkpoint of a step."""
+    return f"step-{step:08d}"
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; it is hidden first, so that half of one never looks like one.
+
+    Of a file that some process has mapped, NFS keeps a part, and with it the hidden folder, until a later save.
+    Of a symbolic link the link alone is removed.
+    """
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+    else:
+        files.remove(checkpoint.rename(files.temp_path_for(checkpoint)))
+
+
+def rewind(folder: Path, step: int) -> list[int]:
+    """Remove the checkpoints, or files of weights, after a step; return their steps."""
+    removed: list[int] = []
+    for suffix in ("", ".safetensors"):
+        for path_step, path in paths_by_step(folder, suffix).items():
+            if path_step <= step:
+                continue
+            if path.is_dir():
+                remove(path)
+            else:
+                path.unlink()
+            removed.append(path_step)
+    return removed

@@ -232,13 +232,34 @@ def local_tensor(x: Tensor) -> Tensor:
     return cast("DTensor", x).to_local() if hasattr(x, "to_local") else x
 
 
+def local_offset(x: Tensor) -> tuple[int, ...]:
+    """Where the part of a tensor that is on this rank begins in the whole tensor, by dimension."""
+    if not hasattr(x, "to_local"):
+        return (0,) * x.ndim
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sharded = cast("DTensor", x)
+    return compute_local_shape_and_global_offset(x.shape, sharded.device_mesh, sharded.placements)[1]
+
+
 def offset_on_rank(x: Tensor) -> int:
     """The number, in the whole of a tensor, of the first number on this rank; ranks share it by rows."""
-    if not hasattr(x, "to_local"):
-        return 0
-    from dumo.io import shards
+    return local_offset(x)[0] * prod(x.shape[1:]) if hasattr(x, "to_local") else 0
 
-    return shards.local_offset(x)[0] * prod(x.shape[1:])
+
+def replica_of(x: Tensor) -> tuple[int, int]:
+    """The number of this rank among those that hold the same part of a tensor, and how many they are."""
+    if not hasattr(x, "to_local"):
+        return dist.rank(), dist.world()
+    sharded = cast("DTensor", x)
+    replica = 0
+    num_replicas = 1
+    coordinates = sharded.device_mesh.get_coordinate() or ()
+    for size, coordinate, placement in zip(sharded.device_mesh.shape, coordinates, sharded.placements, strict=True):
+        if not placement.is_shard():
+            replica = replica * size + coordinate
+            num_replicas *= size
+    return replica, num_replicas
 
 
 def empty_rows_like(x: Tensor, width: int) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from dumo.io import file
 from dumo.io.guard import require_in_place
 from dumo.io.read import null_nonfinite
-from dumo.training.manifest import FileEntry
+from dumo.training.checkpoint import FileEntry
 from dumo.types import UserError
 
 Row = dict[str, Any]

@@ -1,7 +1,7 @@
 """All that training changes: what a checkpoint holds, and a resumed run needs.
 
 `begin` makes the `State` before the first step; `dumo.training.step` changes it; `dumo.training.checkpoint` saves and
-restores it, the optimizer's part by `flat_optimizer_state` and `by_parameter_index`.
+restores it.
 
 The trend of the error is part of it. A loss may be weighted by its own size, and is then constant or of any sign; its
 parts are mean squares. Their sum over a batch is the error e of a step, and the level a running geometric mean of it,
@@ -13,21 +13,17 @@ began, so a level far above the lowest means that it diverged, though every numb
 """
 
 from dataclasses import dataclass, field
-from itertools import product
 from math import exp, isfinite, log
-from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import nn
 
 from dumo.io.deferred import Deferred
-from dumo.io.weights import compare, outline
 from dumo.training import frozen, layout
 from dumo.training.duration import Duration
 from dumo.training.eightbit import AdamW8bitOptimizer
 from dumo.training.ema import AverageKey, MovingAverage
-from dumo.training.muon import MOMENTUM_KEY, STACK_KEY
 from dumo.training.spec import Train
 from dumo.types import UserError
 
@@ -128,61 +124,3 @@ def begin(
     if isinstance(optimizer, AdamW8bitOptimizer):
         optimizer.seed = spec.seed
     return State(net, optimizer, Duration.of(spec), averages, frozen=frozen_digest)
-
-
-def flat_optimizer_state(state: State) -> dict[str, Tensor]:
-    """The optimizer's state by `<its key>.<parameter name>`, such as exp_avg.blocks.0.bias.
-
-    A parameter that never had a gradient has none.
-    """
-    names: dict[Tensor, str] = {p: name for name, p in state.net.named_parameters()}
-    flat: dict[str, Tensor] = {}
-    for p, values in state.optimizer.state.items():
-        for key, value in values.items():
-            flat[f"{key}.{names[p]}"] = value
-    return flat
-
-
-def empty_optimizer_state(place: Path, state: State, fix: str) -> dict[str, Tensor]:
-    """Empty tensors for the optimizer's state in a file or a folder of shards, each laid out as its parameter.
-
-    Raises UserError as `load` and `compare`, also where another optimizer wrote it; `fix` ends their messages.
-    """
-    saved = outline(place)
-    parameters = dict(state.net.named_parameters())
-    names = {p: name for name, p in parameters.items()}
-    templates: dict[str, Tensor] = {}
-    for group in state.optimizer.param_groups:  # whose parameters all have the same keys
-        names_in_group = {names[p] for p in group["params"]}
-        saved_keys: set[str] = set()
-        saved_names: set[str] = set()
-        for full_name in saved:
-            key, _, name = full_name.partition(".")
-            if name in names_in_group:
-                saved_keys.add(key)
-                saved_names.add(name)
-        if STACK_KEY in group:  # of matrices that Muon moves, whatever optimizer wrote the file
-            saved_keys = {MOMENTUM_KEY}
-        for key, name in product(saved_keys, saved_names):
-            templates[f"{key}.{name}"] = _state_template(state.optimizer, key, parameters[name])
-    compare(place, saved, templates, "the run", fix)
-    return {name: torch.empty_like(x, requires_grad=False) for name, x in templates.items()}
-
-
-def _state_template(optimizer: torch.optim.Optimizer, key: str, p: Tensor) -> Tensor:
-    """A tensor of the shape, type and layout that entry `key` of the optimizer's state has for parameter p."""
-    if key == "step":
-        return torch.zeros(())
-    return optimizer.empty_state(key, p) if isinstance(optimizer, AdamW8bitOptimizer) else p
-
-
-def by_parameter_index(flat: dict[str, Tensor], state: State) -> dict[int, dict[str, Tensor]]:
-    """The optimizer's state, flattened, as torch keys it: by the index of each parameter in the optimizer's groups."""
-    names = {p: name for name, p in state.net.named_parameters()}
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    indices = {names[p]: index for index, p in enumerate(parameters)}
-    by_index: dict[int, dict[str, Tensor]] = {}
-    for full_name, value in sorted(flat.items()):
-        key, _, name = full_name.partition(".")
-        by_index.setdefault(indices[name], {})[key] = value
-    return by_index

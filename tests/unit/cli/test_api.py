@@ -20,6 +20,7 @@ from dumo.cli.api import TrainedRun
 from dumo.config.load import load
 from dumo.flow.solver import Restart
 from dumo.io import trained
+from dumo.io.weights import load as load_weights
 from dumo.report.evaluate import report_path
 from dumo.report.sample import DEFAULT_COUNT, sample_to_files
 from dumo.types import Readings, UserError
@@ -193,7 +194,7 @@ def test_runs_are_compared_as_by_the_command(digits: TrainedRun) -> None:
 def test_a_run_opened_otherwise_is_compared_by_its_own_evaluation(digits: TrainedRun, tmp_path: Path) -> None:
     folder = shutil.copytree(digits.folder, tmp_path / "run")
     run = dumo.load(folder, device="cpu")
-    other = dumo.load(folder, weights=run.opened.checkpoint.path / "net.safetensors", device="cpu")
+    other = dumo.load(folder, weights=run.opened.checkpoint.path / "net", device="cpu")
     known_report = trained.folder("digits-trained") / "evaluation.json"
     shutil.copy(known_report, report_path(run.opened))
     with pytest.raises(dumo.UserError, match=r"evaluation-net-\w+\.json is not there: call evaluate\(\) of this run"):
@@ -216,7 +217,7 @@ def test_a_run_is_exported_as_by_the_command(digits: TrainedRun, tmp_path: Path)
 
 def test_the_weights_that_were_given_are_exported(digits: TrainedRun, tmp_path: Path) -> None:
     file = tmp_path / "doubled.safetensors"
-    save_file({name: 2 * x for name, x in load_file(digits.opened.file).items()}, file)
+    save_file({name: 2 * x for name, x in load_weights(digits.opened.file).items()}, file)
     out = dumo.load(digits.folder, weights=file, device="cpu").export(tmp_path / "out")
     [exported] = out.glob("*.safetensors")
     for name, x in load_file(exported).items():
@@ -249,7 +250,7 @@ def test_a_reading_is_the_nets(digits: TrainedRun) -> None:
 def test_a_run_says_what_it_is_and_goes_on(digits: TrainedRun, moons: TrainedRun) -> None:
     assert (digits.step, digits.device.type, digits.codec, digits.net.training) == (2, "cpu", None, False)
     assert digits.spec == load(str(digits.folder))
-    last = digits.folder / "checkpoints/step-00000002/net.safetensors"
+    last = digits.folder / "checkpoints/step-00000002/net"
     assert dumo.load(digits.folder, weights=last).opened.weights == str(last)
     again = dumo.train(moons.folder, {"train.steps": 3})
     assert (again.step, again.folder) == (3, moons.folder)

@@ -23,7 +23,7 @@ CARD: dict[str, Any] = {
     "rounding": "0 to 255",
     "data": {"kind": "images", "root": "/here"},
     "codec": {"kind": "taef2", "sha256": "c" * 64},
-    "weights": "checkpoints/step-00000004/ema-0.999.safetensors",
+    "weights": "checkpoints/step-00000004/ema-0.999",
     "weights_sha256": "d" * 64,
     "step": 4,
     "ema": 0.999,

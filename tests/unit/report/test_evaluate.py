@@ -1,6 +1,5 @@
 """An evaluation is of this run, says by what it was measured, and has a file of its own by other settings."""
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from dumo.config.load import load
+from dumo.io import weights
 from dumo.report.card import contrast_passes, read_report
 from dumo.report.evaluate import current_report, evaluate, report_path
 from dumo.report.name import name_part
@@ -77,15 +77,15 @@ def test_the_card_says_by_what_it_was_measured(folder: Path) -> None:
     assert (card["nfe"], card["contrast"], card["codec"]) == ([1, 2], [1, 2], None)
     assert (card["data"]["kind"], card["step"], card["ema"]) == ("moons", 4, 0.999)
     assert (round(card["data_sd"], 1), card["path"]) == (1.0, {"kind": "linear"})
-    assert card["weights_sha256"] == hashlib.sha256(opened.file.read_bytes()).hexdigest()
+    assert card["weights_sha256"] == weights.sha256(opened.file)
     assert card["versions"]["torch"] == torch.__version__
 
 
 @pytest.mark.nightly
 def test_what_is_asked_otherwise_is_another_file(folder: Path) -> None:
     own = evaluate(open_folder(folder))
-    net = str(folder / "checkpoints/step-00000004/net.safetensors")
-    sha = hashlib.sha256(Path(net).read_bytes()).hexdigest()[:6]
+    net = str(folder / "checkpoints/step-00000004/net")
+    sha = weights.sha256(Path(net))[:6]
     asked = {
         "evaluation-seed1.json": evaluate(open_folder(folder), seed=1),
         "evaluation-m0.3.json": evaluate(open_folder(folder, "sample.solver.m=0.3")),
@@ -100,7 +100,7 @@ def test_what_is_asked_otherwise_is_another_file(folder: Path) -> None:
     assert asked[f"evaluation-net-{sha}.json"]["card"]["ema"] is None
     assert read_report(folder / "evaluation.json") == own
     same = latest(folder / "checkpoints") or Path()
-    evaluate(open_folder(folder, weights=str(same / "ema-0.999.safetensors")), nfe=[1, 2], seed=0, solver="restart")
+    evaluate(open_folder(folder, weights=str(same / "ema-0.999")), nfe=[1, 2], seed=0, solver="restart")
     assert len(files(folder)) == 6  # all of that is the run's own
 
 

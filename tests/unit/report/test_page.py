@@ -50,7 +50,7 @@ def row(solver: str, **scores: float | None) -> dict[str, Any]:
 
 EVALUATION: dict[str, Any] = {
     "step": 20,
-    "weights": "checkpoints/step-00000020/ema-0.999.safetensors",
+    "weights": "checkpoints/step-00000020/ema-0.999",
     "protocol": "digits",
     "samples": 2000,
     "seed": 0,

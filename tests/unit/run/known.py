@@ -5,11 +5,8 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dumo.config.load import load
@@ -18,7 +15,6 @@ from dumo.run.folder import CHANGES_FILE, RunFolder
 from dumo.run.memory import StepBytes
 from dumo.run.storages import LiveStorages
 from dumo.runtime.progress import Tick
-from dumo.training import checkpoint
 from dumo.types import Cond, Readings, Sample, Time, lift
 from unit.training.by_path import latest
 
@@ -69,16 +65,8 @@ def bits(folder: Path) -> dict[str, bytes]:
     """The files of the last checkpoint, and the log."""
     last = latest(folder / "checkpoints")
     assert last is not None
-    return {file.name: file.read_bytes() for file in (*last.iterdir(), folder / "metrics.jsonl")}
-
-
-def restate(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change what a file of weights says of itself."""
-    with safe_open(file, "pt") as opened:
-        facts = json.loads(opened.metadata()[checkpoint.ABOUT])
-    tensors = load_file(file)
-    change(facts)
-    save_file(tensors, file, metadata={checkpoint.ABOUT: json.dumps(facts, sort_keys=True)})
+    files = [folder / "metrics.jsonl", *filter(Path.is_file, last.rglob("*"))]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 class Seen:

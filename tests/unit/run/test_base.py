@@ -50,7 +50,7 @@ def test_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     again = train(tiny("moons", *more), tmp_path / "run")
     assert same(whole.net, again.net)
     assert same(whole.sampled_net, again.sampled_net)
-    files = [*(tmp_path / "run").glob("checkpoints/*/[en]*.safetensors"), *(tmp_path / "run").glob("milestones/*")]
+    files = [*(tmp_path / "run").glob("checkpoints/*/[en]*/*.safetensors"), *(tmp_path / "run").glob("milestones/*")]
     assert len(files) == 5
     assert all(load_file(file).keys() == {"adapter.weight", "adapter.bias"} for file in files)
     assert same(whole.sampled_net, open_run(str(tmp_path / "run"), device="cpu").net)

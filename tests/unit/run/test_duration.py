@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import yaml
@@ -11,10 +12,9 @@ from dumo.run.folder import RUN_FILE
 from dumo.run.job import open_job
 from dumo.run.train import train_job
 from dumo.runtime import signals, stopwatch
+from dumo.training.checkpoint import Checkpoints
 from dumo.training.loop import Every
-from dumo.training.manifest import Checkpoints
 from dumo.training.record import Record
-from dumo.training.saver import Saver
 from dumo.training.state import State
 from dumo.types import UserError
 from unit.run import known
@@ -48,13 +48,21 @@ class Clock:
             signals.received_signal = signals.SIGNALS[0]
 
 
+class Inline(Thread):
+    """Runs at once: a thread would take as long as steps do meanwhile."""
+
+    def start(self) -> None:
+        """As `run`."""
+        self.run()
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of trainings."""
     clock = Clock()
     monkeypatch.setattr(stopwatch, "wall_clock", clock)
     monkeypatch.setattr(signals, "received_signal", None)
-    monkeypatch.setattr(Saver, "start", lambda saver, work: work())  # a thread would take as long as steps do meanwhile
+    monkeypatch.setattr("dumo.training.checkpoint.Thread", Inline)
     return clock
 
 
@@ -118,20 +126,21 @@ def test_stopped_gone_on_and_given_more_it_takes_the_sum(clock: Clock, tmp_path:
     assert rates[end.step] < 0.05 * peak
 
 
-@pytest.mark.parametrize("name", ["state.json", "net.safetensors"])
+@pytest.mark.parametrize("name", ["state.json", "net/00000.safetensors"])
 def test_a_kill_in_the_last_checkpoint_does_not_change_the_schedule(name: str, clock: Clock, tmp_path: Path) -> None:
     """The last one is damaged, so the schedule is that of the one before."""
     folder = tmp_path / "run"
     run = tiny("moons", *TIMED, "train.keep=9")
     train(folder, clock, run)
-    before, last = Checkpoints(folder / "checkpoints").by_step().values()
+    checkpoints = Checkpoints(folder / "checkpoints")
+    before, last = map(checkpoints.read, checkpoints.steps())
     rates = [json.loads(line)["lr"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     file = last.path / name
     file.write_bytes(bytes(file.stat().st_size))
     with pytest.warns(UserWarning, match=f"{before.path.name}, before it, is taken"):
         train(folder, clock)
     again = [json.loads(line)["lr"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    step = before.manifest.step
+    step = before.facts.step
     assert again[: step + 1] == rates[: step + 1]
     assert again[step:] == sorted(again[step:], reverse=True)
     assert again[-1] == pytest.approx(rates[-1], abs=0.1 * max(rates))
@@ -195,15 +204,13 @@ def test_steps_of_a_run_that_ends_by_the_clock_are_refused(clock: Clock, tmp_pat
 def test_a_first_checkpoint_comes_early_and_room_is_left_for_the_last(
     clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dumo.training import checkpoint
+    write = Checkpoints._write
 
-    put = checkpoint.save_copy
-
-    def slow(*given: object) -> Path:
+    def slow(*given: object) -> None:
         clock.now += 8
-        return put(*given)  # pyright: ignore[reportArgumentType]
+        write(*given)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(checkpoint, "save_copy", slow)
+    monkeypatch.setattr(Checkpoints, "_write", slow)
     began = clock.now
     _, _, state = train(tmp_path / "run", clock, tiny("moons", *TIMED, "train.keep=9"))
     saved = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
@@ -224,4 +231,4 @@ def test_without_minutes_a_folder_says_nothing_of_time(clock: Clock, tmp_path: P
     assert "minutes:" not in (tmp_path / "run" / RUN_FILE).read_text().replace("save_minutes:", "")
     last = latest(tmp_path / "run/checkpoints")
     assert last is not None
-    assert "timing" not in json.loads((last / "state.json").read_text())
+    assert "timing" not in json.loads((last / "state.json").read_text())["facts"]

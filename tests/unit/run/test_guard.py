@@ -17,7 +17,7 @@ from dumo.config.load import load
 from dumo.config.place import RUN_FILE
 from dumo.config.spec import Run
 from dumo.flow.module import Flow
-from dumo.io import digest
+from dumo.io import digest, weights
 from dumo.run import folder as folders
 from dumo.run.folder import CHECKPOINT_MARK, LOCK_FILE, RunFolder
 from dumo.run.job import require_same_on_all_ranks
@@ -25,9 +25,9 @@ from dumo.run.journal import Journal
 from dumo.run.train import train
 from dumo.run.weights import open_run
 from dumo.runtime import signals
-from dumo.training import agreement, checkpoint, layout, log, loop, manifest
-from dumo.training.manifest import Checkpoints
-from dumo.training.state import Diverged, State
+from dumo.training import agreement, layout, log, loop
+from dumo.training.checkpoint import Checkpoints, paths_by_step
+from dumo.training.state import Diverged, State, Trend
 from dumo.training.step import Batch, Record, train_step
 from dumo.types import UserError
 from e2e.shell import call
@@ -86,7 +86,7 @@ def run(moons: Path, tmp_path: Path) -> Path:
 
 
 def steps(folder: Path) -> list[int]:
-    return [*checkpoint.paths_by_step(folder / "checkpoints")]
+    return [*paths_by_step(folder / "checkpoints")]
 
 
 @pytest.mark.slow
@@ -193,9 +193,10 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_checkpoint_with_a_number_that_is_none_is_not_gone_on_from(moons: Path, run: Path) -> None:
     last = run / "checkpoints/step-00000008"
-    found = safetensors.torch.load_file(last / "optimizer.safetensors")
+    file = last / "optimizer/00000.safetensors"
+    found = safetensors.torch.load_file(file)
     found[name := sorted(found)[0]].view(-1)[0] = torch.nan
-    safetensors.torch.save_file(found, last / "optimizer.safetensors", metadata={"format": "pt"})
+    safetensors.torch.save_file(found, file)
     sign(last)
     wrong = rf"step-00000008: optimizer: {name} is not finite: step-00000006, before it, is taken"
     with pytest.warns(UserWarning, match=wrong):
@@ -223,11 +224,11 @@ def test_what_is_due(minutes: str, passed: int, due: bool, tmp_path: Path) -> No
 @pytest.mark.nightly
 def test_a_checkpoint_that_is_written_late_has_the_log_of_its_step(tmp_path: Path, fate: Fate) -> None:
     """A stop waits for it, and what goes on from it is the undisturbed run."""
-    behind, put, append, every = Event(), checkpoint.save_copy, log.append, "train.log_every=1"
+    behind, write, append, every = Event(), Checkpoints._write, log.append, "train.log_every=1"
 
-    def slow(checkpoints: Checkpoints, copy: checkpoint.CheckpointCopy, keep: int) -> Path:
+    def slow(*given: object) -> None:
         assert behind.wait(30)
-        return put(checkpoints, copy, keep)
+        write(*given)  # pyright: ignore[reportArgumentType]
 
     def logged(file: Path, row: log.Row) -> None:
         append(file, row)
@@ -237,7 +238,7 @@ def test_a_checkpoint_that_is_written_late_has_the_log_of_its_step(tmp_path: Pat
     folder, said = tmp_path / "run", list[str]()
     fate.comes(last=3)
     with (
-        patch.object(checkpoint, "save_copy", slow),
+        patch.object(Checkpoints, "_write", slow),
         patch.object(log, "append", logged),
         pytest.raises(signals.Stopped),
     ):
@@ -256,7 +257,7 @@ def test_what_was_not_written_ends_the_run_at_the_next_step(tmp_path: Path) -> N
     """Though no checkpoint is due at it."""
     failed, done = Event(), list[int]()
 
-    def put(checkpoints: Checkpoints, copy: checkpoint.CheckpointCopy, keep: int) -> Path:
+    def fail(*given: object) -> None:
         failed.set()
         raise UserError("the disk is full")
 
@@ -266,7 +267,7 @@ def test_what_was_not_written_ends_the_run_at_the_next_step(tmp_path: Path) -> N
             assert failed.wait(30)
             time.sleep(0.1)
 
-    with patch.object(checkpoint, "save_copy", put), pytest.raises(UserError):
+    with patch.object(Checkpoints, "_write", fail), pytest.raises(UserError):
         train(tiny("train.save_every=4"), tmp_path / "run", hooks=[loop.Every(1, pass_by)])
     assert done == [1, 2, 3, 4]
 
@@ -276,7 +277,7 @@ def test_without_a_first_checkpoint_a_run_starts_again_and_with_a_lost_one_it_do
     """The log of both goes on after the step of the first checkpoint."""
     folder, told, stopped = tmp_path / "run", list[str](), Event()
 
-    def put(checkpoints: Checkpoints, copy: checkpoint.CheckpointCopy, keep: int) -> Path:
+    def fail(*given: object) -> None:
         assert stopped.wait(30)
         raise UserError("the disk is full")
 
@@ -285,7 +286,7 @@ def test_without_a_first_checkpoint_a_run_starts_again_and_with_a_lost_one_it_do
             stopped.set()
 
     late = ("train.save_every=4", "train.log_every=1")
-    with patch.object(checkpoint, "save_copy", put), pytest.raises(UserError):
+    with patch.object(Checkpoints, "_write", fail), pytest.raises(UserError):
         train(tiny(*late), folder, hooks=[loop.Every(1, stop)])
     train(tiny(*late), folder, tell=told.append)
     assert f"{folder} has no checkpoint, so it starts again from step 0" in told
@@ -357,18 +358,17 @@ def test_another_disk_of_a_run_that_goes_away_ends_it(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where that comes to light while a file is written there."""
-    disk, put = tmp_path / "disk", checkpoint.save_copy
+    disk, write = tmp_path / "disk", Checkpoints._write
     (run / "checkpoints").rename(disk)
     (run / "checkpoints").symlink_to(disk)
     monkeypatch.setattr(folders, "is_on_other_disk", lambda place, folder: place.name == "checkpoints")
 
-    def go_away(checkpoints: Checkpoints, copy: checkpoint.CheckpointCopy, keep: int) -> Path:
-        made = put(checkpoints, copy, keep)
+    def go_away(*given: object) -> None:
+        write(*given)  # pyright: ignore[reportArgumentType]
         disk.rename(tmp_path / "kept")
-        (run / "checkpoints" / made.name / "late").write_bytes(b"")
-        return made
+        (run / "checkpoints/late").write_bytes(b"")
 
-    monkeypatch.setattr(checkpoint, "save_copy", go_away)
+    monkeypatch.setattr(Checkpoints, "_write", go_away)
     with pytest.raises(UserError):
         train(tiny("train.steps=9"), run)
     assert not disk.exists()
@@ -384,21 +384,21 @@ def wait_for_checkpoint(checkpoint: Path) -> None:
 
 def test_a_checkpoint_that_goes_while_it_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As beside a training that keeps one."""
-    places, own, calls = run / "checkpoints", checkpoint.part_path, list[Path]()
+    places, load, calls = run / "checkpoints", weights.load_checked, list[Path]()
     (places / "step-00000008").rename(run / "newer")
 
-    def part(last: Path, name: str) -> Path:
+    def load_late(place: Path) -> dict[str, torch.Tensor]:
         if not calls:
             (run / "newer").rename(places / "step-00000008")
-            shutil.rmtree(last)
-        calls.append(last)
-        return own(last, name)
+            shutil.rmtree(place.parent)
+        calls.append(place)
+        return load(place)
 
-    monkeypatch.setattr(checkpoint, "part_path", part)
+    monkeypatch.setattr("dumo.run.weights.load_checked", load_late)
     opened = open_run(str(run))
     assert (opened.step, len(calls)) == (8, 2)
-    whole = digest.of_file(opened.file)
-    opened.file.unlink()  # later still
+    whole = digest.of_file(opened.file / "00000.safetensors")
+    shutil.rmtree(opened.file)  # later still
     assert opened.sha256 == whole
     (places / "step-00000008/state.json").write_text("{")
     for other in (2, 4):
@@ -426,8 +426,7 @@ def test_what_a_kill_left_of_the_first_write_is_no_run(left: str, tmp_path: Path
 def test_the_last_good_checkpoint_stays(run: Path) -> None:
     for n in (6, 8):
         place = run / f"checkpoints/step-0000000{n}"
-        astray = manifest.read(place).model_copy(update={"trend": manifest.Trend(level=30.0, lowest=1.0)})
-        manifest.write(place, astray)
+        sign(place, trend=Trend(level=30.0, lowest=1.0))
     words = r"more than 10 times its lowest, so step-00000004.*dumo train \S+run --from 4"
     with pytest.warns(UserWarning, match=words):
         train(tiny("train.keep=1", "train.optimizer.lr=1e-9", "train.steps=9"), run)

@@ -11,7 +11,7 @@ from dumo.io.weights import load as load_weights
 from dumo.report.gallery import trajectories
 from dumo.run.train import train
 from dumo.run.weights import build, open_run
-from dumo.training import checkpoint
+from dumo.training import milestone
 from dumo.types import UserError
 from unit.run import known
 
@@ -23,7 +23,7 @@ def tiny(steps: int, milestones: str, *more: str) -> Run:
 
 def kept(folder: Path) -> dict[int, bytes]:
     """The bytes of the milestones, by step; nothing else lies beside them."""
-    files = checkpoint.milestones(folder / "milestones")
+    files = milestone.milestones(folder / "milestones")
     assert sorted(files.values()) == sorted((folder / "milestones").iterdir())
     return {step: file.read_bytes() for step, file in files.items()}
 
@@ -35,7 +35,7 @@ def test_milestones_outlive_the_checkpoints(tmp_path: Path) -> None:
     assert list(kept(tmp_path / "run")) == [0, 3, 4]
     train(tiny(4, "[]"), tmp_path / "short")
     assert not (tmp_path / "short/milestones").exists()
-    first = load_weights(tmp_path / "short/checkpoints/step-00000004/ema-0.999.safetensors")
+    first = load_weights(tmp_path / "short/checkpoints/step-00000004/ema-0.999")
     there = load_weights(tmp_path / "run/milestones/step-00000004.safetensors")
     assert there.keys() == first.keys()
     assert all(torch.equal(there[name], value) for name, value in first.items())
@@ -112,7 +112,7 @@ def test_an_opened_milestone_says_its_step(tmp_path: Path) -> None:
         assert (opened.step, opened.weights) == (3, weights)
         there = load_weights(file)
         assert all(torch.equal(there[name], value) for name, value in opened.net.state_dict().items())
-    earlier = tmp_path / "run/checkpoints/step-00000002/net.safetensors"
+    earlier = tmp_path / "run/checkpoints/step-00000002/net"
     assert open_run(str(tmp_path / "run"), weights=str(earlier)).step == 2
     assert open_run(str(tmp_path / "run")).step == 6
 
@@ -140,6 +140,6 @@ def test_a_full_disk_is_said_and_leaves_what_stood(tmp_path: Path, monkeypatch: 
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dumo.io.file.flush", fail)
-    with pytest.raises(UserError):
+    with pytest.raises(OSError, match="No space left"):
         train(tiny(2, "[0, 1, 2]"), tmp_path / "run")
     assert kept(tmp_path / "run") == before

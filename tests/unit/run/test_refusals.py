@@ -103,7 +103,7 @@ def a_run_without_checkpoints_to_look_at(run: Path, here: Path) -> None:
 @refused("another run")
 def weights_of_another_run(run: Path, here: Path) -> None:
     train(tiny("moons", "train.seed=1"), here / "other")
-    open_run(run, weights=str(here / "other/checkpoints/step-00000004/net.safetensors"))
+    open_run(run, weights=str(here / "other/checkpoints/step-00000004/net"))
 
 
 # ------------------------------------------------------------------------------------------ weights to begin with

@@ -15,11 +15,11 @@ from dumo.config.difference import config_hash
 from dumo.config.load import RUN_FILE, dump, load
 from dumo.config.source import HASH_KEY, RESOLVED_KEY
 from dumo.config.spec import Run
+from dumo.io.weights import facts_of
 from dumo.run.sampler import sampler_of
 from dumo.run.train import train
 from dumo.run.weights import open_run
-from dumo.training import checkpoint, manifest
-from dumo.training.manifest import Checkpoint
+from dumo.training.checkpoint import Checkpoint
 from dumo.types import UserError
 from unit.run import known
 from unit.run.known import claim
@@ -175,20 +175,20 @@ def test_an_edited_run_yaml_is_refused_by_all(run: Path) -> None:
 
 
 def test_a_run_that_is_damaged_in_its_checkpoint_is_as_any_damage(run: Path) -> None:
-    file = run / LAST / manifest.RUN
+    file = run / LAST / "run.yaml"
     file.write_text(file.read_text().replace("batch: 4", "batch: 6"))
-    with pytest.warns(UserWarning, match=r"spec\.yaml is damaged: .*step-00000002, before it, is taken"):
+    with pytest.warns(UserWarning, match=r"run\.yaml is damaged: .*step-00000002, before it, is taken"):
         assert open_run(str(run)).step == 2
-    with pytest.raises(UserError, match=r"spec\.yaml is damaged"):
-        _ = Checkpoint(run / LAST).run_text
+    with pytest.raises(UserError, match=r"run\.yaml is damaged"):
+        _ = Checkpoint.read(run / LAST).run_text
 
 
 @pytest.mark.slow
 def test_weights_say_whose_they_are(run: Path, tmp_path: Path) -> None:
     train(tiny("train.seed=1", "train.milestones=[2]"), tmp_path / "other")
-    about = checkpoint.facts_of(run / "milestones/step-00000002.safetensors")
+    about = facts_of(run / "milestones/step-00000002.safetensors")
     assert (about["step"], about["run"]) == (2, config_hash(tiny()))
-    for place in ("milestones/step-00000002.safetensors", f"{LAST}/net.safetensors"):
+    for place in ("milestones/step-00000002.safetensors", f"{LAST}/net"):
         with pytest.raises(UserError, match="has weights of another run than"):
             open_run(str(run), weights=str(tmp_path / "other" / place))
         assert open_run(str(tmp_path / "other"), weights=str(tmp_path / "other" / place)).net

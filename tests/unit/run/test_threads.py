@@ -9,7 +9,8 @@ import torch
 from dumo.run.train import train
 from dumo.runtime import threads
 from dumo.runtime.threads import threads_for
-from dumo.training import loop, manifest
+from dumo.training import loop
+from dumo.training.checkpoint import Checkpoint
 from unit.run import known
 
 CPU = torch.device("cpu")
@@ -69,6 +70,6 @@ def test_the_number_is_recorded_and_a_resumed_run_keeps_it(
         said: list[str] = []
         train(run, tmp_path / "run", tell=said.append, hooks=[seen])
         checkpoint = tmp_path / f"run/checkpoints/step-{steps:08d}"
-        assert manifest.read(checkpoint).threads == 1
+        assert Checkpoint.read(checkpoint).facts.threads == 1
         assert two_cores.threads == 2
     assert taken == [1] * 4

@@ -4,8 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from dumo.training import checkpoint
-from dumo.training.checkpoint import CheckpointNotes
-from dumo.training.manifest import Checkpoint, Checkpoints
+from dumo.training.checkpoint import Checkpoint, Checkpoints, save_state
 from dumo.training.state import State
 
 
@@ -17,20 +16,22 @@ def latest(folder: Path, parts: Collection[str] | None = None, *, together: bool
 
 def fault(place: Path, parts: Collection[str] | None = None, *, together: bool = False) -> str | None:
     """What is wrong with a checkpoint."""
-    return Checkpoint(place).fault(parts, together=together)
+    return Checkpoints(place.parent).find_fault(int(place.name.removeprefix("step-")), parts, together=together)
 
 
-def save(folder: Path, state: State, keep: int, notes: CheckpointNotes | None = None) -> Path:
+def save(folder: Path, state: State, keep: int, run_text: str = "") -> Path:
     """Write the checkpoint of a state's step into a folder."""
-    return checkpoint.save_copy(Checkpoints(folder), checkpoint.copy(state, notes or CheckpointNotes(), {}), keep)
+    with Checkpoints(folder) as checkpoints:
+        save_state(checkpoints, state, run_text, keep=keep)
+    return checkpoints.path(state.step)
 
 
 def restore(place: Path, state: State) -> None:
     """Load a checkpoint into a state."""
-    checkpoint.restore(Checkpoint(place), state)
+    checkpoint.restore(Checkpoint.read(place), state)
 
 
-def restore_last_finite(place: Path, state: State, *, or_before: bool = True) -> Path:
+def restore_last_finite(place: Path, state: State) -> Path:
     """Restore a checkpoint, or the last good one before it."""
     checkpoints = Checkpoints(place.parent)
-    return checkpoint.restore_last_finite(checkpoints, checkpoints.at(place), state, or_before=or_before).path
+    return checkpoint.restore_last_finite(checkpoints, Checkpoint.read(place), state).path

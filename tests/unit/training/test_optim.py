@@ -265,7 +265,7 @@ def test_stopped_and_resumed_is_the_same_run(tmp_path: Path) -> None:
     train(load("moons", [*TINY, "train.steps=4", "train.schedule.kind=constant"]), tmp_path / "whole")
     for steps in (2, 4):
         train(load("moons", [*TINY, f"train.steps={steps}", "train.schedule.kind=constant"]), tmp_path / "parted")
-    last = "checkpoints/step-00000004/{}.safetensors"
+    last = "checkpoints/step-00000004/{}/00000.safetensors"
     for part in ("net", "optimizer"):
         one, other = ((tmp_path / run / last.format(part)).read_bytes() for run in ("whole", "parted"))
         assert one == other

@@ -7,8 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from dumo.io import digest, weights
-from dumo.training import manifest
+from dumo.io import weights
 from forked import main_of
 from meeting import outputs
 from unit.training.by_path import fault, latest, restore, save
@@ -52,16 +51,14 @@ def test_layout(saved: Path, share: int) -> None:
         "ema-0.9",
         "optimizer",
         "state.json",
-        manifest.RUN,
+        "run.yaml",
     }
     about = json.loads((last / "state.json").read_text())
-    assert (about["step"], about["images"], about["ranks"]) == (2, 24, 2)
+    assert tuple(about["facts"][name] for name in ("step", "images", "ranks")) == (2, 24, 2)
     files = {path.relative_to(last).as_posix() for path in last.rglob("*.safetensors")}
-    assert about["files"].keys() == files | {manifest.RUN}
+    assert about["files"].keys() == files | {"run.yaml"}
     assert files == {
-        f"{name}/shard-0000{rank}-model-00001-of-00001.safetensors"
-        for name in ("net", "ema-0.99", "ema-0.9", "optimizer")
-        for rank in (1, 2)
+        f"{name}/0000{rank}.safetensors" for name in ("net", "ema-0.99", "ema-0.9", "optimizer") for rank in (0, 1)
     }
     assert {path.suffix for path in last.rglob("*") if path.is_file()} == {
         ".safetensors",
@@ -78,13 +75,3 @@ def test_a_milestone_is_one_file(saved: Path) -> None:
         first = {name.removeprefix("0.99."): x for name, x in whole.items() if name.startswith("0.99.")}
         assert found.keys() == first.keys()
         assert all(torch.equal(found[name], x) for name, x in first.items())
-
-
-def test_the_digest_is_that_of_one_file(saved: Path, tmp_path: Path) -> None:
-    """Of any number of ranks and any share, however the parts of a shard's header came to lie."""
-    state = built(1)
-    restore(saved / "share-1/step-00000002", state)
-    one = save(tmp_path, state, 1)
-    for share in SHARES[2]:
-        shards = saved / f"share-{share}/step-00000002/ema-0.99"
-        assert weights.sha256(shards) == digest.of_file(one / "ema-0.99.safetensors")

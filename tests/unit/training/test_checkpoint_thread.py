@@ -1,6 +1,7 @@
 """A checkpoint is written behind the steps that follow, as of its own, one at a time, and what goes wrong is raised."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Timer
 
@@ -9,11 +10,9 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from dumo.io import shards
 from dumo.plan.cluster import fake_ranks
-from dumo.training import checkpoint
-from dumo.training.manifest import Checkpoints
-from dumo.training.saver import Saver
+from dumo.training.checkpoint import Checkpoints, assign_tensors, save_state
+from dumo.training.duration import Duration
 from dumo.training.spec import Train
 from dumo.training.state import begin
 from unit.training.by_path import restore
@@ -25,27 +24,22 @@ SECONDS = 30.0
 
 def test_what_is_written_is_of_its_step(tmp_path: Path) -> None:
     """Weights, averages and moments move in place before it is written; the next copy takes the same memory."""
-    state, saver, free = trained(), Saver(), Event()
+    state, free = trained(), Event()
 
     def begun() -> dict[str, torch.Tensor]:
-        copy = checkpoint.copy(state, checkpoint.CheckpointNotes(), saver.memory)
-
-        def write() -> None:
-            assert free.wait(SECONDS)
-            checkpoint.save_copy(Checkpoints(tmp_path), copy, 9)
-
-        saver.start(write)
+        save_state(checkpoints, state, keep=9, before=lambda: free.wait(SECONDS))
         return tensors(state)
 
-    with saver:
+    with Checkpoints(tmp_path) as checkpoints:
         was = begun()
+        state.duration = Duration(5)
         run(state, SPEC.model_copy(update={"steps": 5}))
         assert not any(tmp_path.iterdir())
         free.set()
-        saver.wait()
-        places = {key: x.data_ptr() for key, x in saver.memory.items()}
+        checkpoints.wait()
+        places = {key: x.data_ptr() for key, x in checkpoints._memory.items()}
         then = begun()
-    assert {key: x.data_ptr() for key, x in saver.memory.items()} == places
+    assert {key: x.data_ptr() for key, x in checkpoints._memory.items()} == places
     for step, wanted in ((3, was), (5, then)):
         restore(tmp_path / f"step-{step:08d}", new := begin(Small(1), SPEC))
         assert (new.step, new.images) == (step, 12 * step)
@@ -59,51 +53,59 @@ def test_what_ranks_hold_alike_they_share_out(share: int) -> None:
         mesh = init_device_mesh("cpu", (4 // share, share))
         places = [Replicate(), Shard(0)]
         x = {f"{n}": distribute_tensor(torch.zeros(4 * n, 3), mesh, places) for n in (10, 9, 8, 7, 6, 5, 4, 3)}
-        found = shards.parts_to_write(x)
+        found = assign_tensors(x)
     assert sum(x[name].to_local().numel() for name in found) == pytest.approx(52 * 3, abs=6)
     assert {*found.values()} == {(0, 0)}
 
 
-def test_one_at_a_time() -> None:
-    done, free, saver = list[int](), Event(), Saver()
-    with saver:
-        saver.start(lambda: (free.wait(SECONDS), done.append(1)))
+def save(checkpoints: Checkpoints, step: int, before: Callable[[], object], after: Callable[[], object]) -> None:
+    """Save a state as of this step, and call these functions in the thread."""
+    state = trained()
+    state.step = step
+    save_state(checkpoints, state, keep=9, before=before, after=after)
+
+
+def test_one_at_a_time(tmp_path: Path) -> None:
+    done, free = list[int](), Event()
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, lambda: free.wait(SECONDS), lambda: done.append(1))
         Timer(0.1, free.set).start()
-        saver.start(lambda: done.append(2 * len(done)))
+        save(checkpoints, 2, lambda: None, lambda: done.append(2 * len(done)))
     assert done == [1, 2]
 
 
-def test_an_error_is_raised_once() -> None:
-    def fail() -> None:
-        raise OSError(28, "full")
+def fail() -> None:
+    raise OSError(28, "full")
 
-    saver = Saver()
-    saver.start(fail)
+
+def test_an_error_is_raised_once(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1, fail, fail)
     late = time.monotonic() + 60
-    while not saver.has_failed and time.monotonic() < late:
+    while not checkpoints.has_failed and time.monotonic() < late:
         pass
     with pytest.raises(OSError, match="full"):
-        saver.start(fail)
-    assert not saver.has_failed
-    with pytest.raises(OSError, match="full"), saver:
-        saver.start(fail)
-    saver.wait()
+        save(checkpoints, 2, fail, fail)
+    assert not checkpoints.has_failed
+    with pytest.raises(OSError, match="full"), checkpoints:
+        save(checkpoints, 2, fail, fail)
+    checkpoints.wait()
 
 
 @pytest.mark.parametrize("error", [ValueError("first"), KeyboardInterrupt("first")])
-def test_an_error_of_training_waits_for_what_is_written(error: BaseException) -> None:
-    done, saver = list[int](), Saver()
+def test_an_error_of_training_waits_for_what_is_written(tmp_path: Path, error: BaseException) -> None:
+    done = list[int]()
 
     def last() -> None:
         Event().wait(0.2)
         done.append(1)
-        raise OSError(28, "full")
+        fail()
 
-    def fail() -> None:
-        with saver:
-            saver.start(last)
+    def train() -> None:
+        with Checkpoints(tmp_path) as checkpoints:
+            save(checkpoints, 1, last, fail)
             raise error
 
     with pytest.raises(type(error), match="first"):
-        fail()
+        train()
     assert done == [1]
