@@ -36,8 +36,8 @@ import typer
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where this is started as a script
 
+from dumo.config.place import RUN_FILE
 from dumo.io import file as files
-from dumo.training import manifest
 from e2e.shell import TINY, finish, sets, start
 from reliability import process
 from reliability.workload import (
@@ -263,7 +263,7 @@ def kill_last_checkpoints(num_kills: int, seed: int, scratch: Path) -> KillResul
         clean = folder.with_name(f"{folder.name}-clean")
         shutil.copytree(folder, clean)
         last = clean / "run/checkpoints" / checkpoints[-1].name
-        shutil.copy(last / manifest.RUN, clean / "run/run.yaml")
+        shutil.copy(last / RUN_FILE, clean / "run/run.yaml")
         (clean / "run/metrics.jsonl").write_text("".join(rows[: int(last.name.removeprefix("step-"))]))
         result.num_kills_with_files += bool(temporary_files(folder))
         for path in temporary_files(clean):

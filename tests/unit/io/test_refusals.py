@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from dumo.io import file, guard, shards, weights
+from dumo.io import file, guard, weights
 from dumo.io.picture import to_rows
 from dumo.io.read import read_json, read_text, user_path
 from dumo.types import UserError
@@ -34,10 +33,11 @@ def weights_of_another_net(_: Path) -> None:
     weights.compare(Path("w"), {"a": torch.zeros(2)}, {"a": torch.zeros(3)}, "the net", "take others")
 
 
-def shards_with_one_missing(folder: Path) -> None:
-    """A folder without a part of a tensor."""
-    save_file({}, folder / "shard-00001.safetensors")
-    shards.load(folder)
+def a_part_without_a_file(folder: Path) -> None:
+    """A folder of the files of three ranks, without that of the second."""
+    for rank in (0, 2):
+        weights.write_part(folder / f"{rank:05d}.safetensors", {"w": torch.ones(2)}, {"w": [2 * rank]})
+    weights.load(folder)
 
 
 def moved_folder(folder: Path) -> None:
@@ -64,7 +64,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pickle": (pickle, "w.pth"),
     "a damaged file of weights": (of_bytes("w.safetensors", b"x" * 30, weights.load), "w.safetensors"),
     "weights of another net": (weights_of_another_net, "a is (2,)"),
-    "a folder without its shards": (shards_with_one_missing, "no shards"),
+    "a part without a file": (a_part_without_a_file, "lacks a part of w"),
     "samples that are not finite": (lambda _: to_rows(torch.full((1, 1, 2, 2), torch.nan)), "not finite"),
     "a folder that was moved": (moved_folder, "run was removed, renamed or unmounted"),
     "a folder that another process holds": (locked_folder, "the run is being trained"),
