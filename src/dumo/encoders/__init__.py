@@ -3,7 +3,7 @@
 Here are the codecs, autoencoders as a run names them: `Codec` is the union of their specs. All else is imported from
 its module.
 
-Touches files of weights, from disk or the Hub, and tables of texts. Knows no net that learns.
+Touches files of weights, from disk or the Hub, and the cache of encoded texts. Knows no net that learns.
 """
 
 from typing import Annotated

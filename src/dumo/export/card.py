@@ -329,7 +329,7 @@ def _places_to_sample(run: Run) -> list[tuple[str, str]]:
     return [
         (field, place)
         for field, place in places(without_paths(run))
-        if field.startswith(("data.codec.", "net.texts.")) and place and not place.startswith(SHIPPED_PREFIX)
+        if field.startswith(("data.codec.", "net.texts.encoder.")) and place and not place.startswith(SHIPPED_PREFIX)
     ]
 
 

@@ -381,25 +381,19 @@ def _claim(folder: Path, index: TableIndex, rank: int) -> None:
     files.write(folder / FILE, _dump(claimed), writer=rank, durable=True)
 
 
-def differences_text(stored: Mapping[str, Any], wanted: Mapping[str, Any], wanted_word: str) -> str:
-    """The entries that differ between those of a table and those that are wanted, such as `side: 32 there, 64 now`.
-
-    An entry that is left out at its default may be in one of them alone. `wanted_word` follows the wanted values. ""
-    where nothing differs.
-    """
-    differences: list[str] = []
-    for key in {**wanted, **stored}:
-        if stored.get(key) != wanted.get(key):
-            differences.append(f"{key}: {stored.get(key)} there, {wanted.get(key)} {wanted_word}")
-    return "\n  ".join(differences)
-
-
 def _require_same_inputs(folder: Path, index: TableIndex, existing: TableIndex) -> None:
-    """Raise UserError, with all inputs that differ, where the rows of the existing table were made of others."""
-    differences = differences_text(existing.compared_inputs(), index.compared_inputs(), "now")
+    """Raise UserError, with all inputs that differ, if the rows of the existing table were made of others."""
+    there = existing.compared_inputs()
+    now = index.compared_inputs()
+    # an entry that is left out at its default may be in one of them alone
+    differences: list[str] = []
+    for key in {**now, **there}:
+        if there.get(key) != now.get(key):
+            differences.append(f"{key}: {there.get(key)} there, {now.get(key)} now")
     if differences:
+        listed = "\n  ".join(differences)
         raise UserError(
-            f"{folder} holds another {index.noun}:\n  {differences}\nGive another folder (data.root, of texts "
+            f"{folder} holds another {index.noun}:\n  {listed}\nGive another folder (data.root, of texts "
             "net.texts.root), or remove this one"
         )
 
