@@ -14,13 +14,11 @@ The user's own changes are applied last.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from dumo.config.change import field_of, override, sets_field, yaml_text
 from dumo.config.load import load_recipe, parse
-from dumo.config.place import RUNS_FOLDER, TEXTS_FOLDER
 from dumo.config.source import IMAGES_LATENTS_RECIPE, IMAGES_RECIPE, folder_of_images, settings_of_images
 from dumo.config.spec import Run, StandaloneParts
 from dumo.data import Images, Latents
@@ -129,7 +127,7 @@ def propose(place: str, changes: Sequence[str] = (), *, device: str = "auto") ->
         new_side = images.side if sets_field(changes, "data.side") else max(_MIN_SIDE, _round_side(side, max_side))
         fields = {"data.root": place, "data.side": new_side, **pixel_fields(new_side, on_a_cpu=on_a_cpu)}
         if captions is not None:
-            fields |= _caption_fields(place, captions, on_a_cpu=on_a_cpu)
+            fields |= _caption_fields(captions, on_a_cpu=on_a_cpu)
 
     # Make the run. The user's own changes are applied last.
     tree = load_recipe(recipe, _as_changes(fields | length)).model_dump(mode="json")
@@ -204,12 +202,11 @@ def _find_captions(images: Images, rows: Rows, changes: Sequence[str]) -> Captio
     return Captions.from_images(texts)
 
 
-def _caption_fields(place: str, captions: Captions, *, on_a_cpu: bool) -> dict[str, Any]:
-    """The fields of a network that reads these captions, which are of the images at `place`."""
+def _caption_fields(captions: Captions, *, on_a_cpu: bool) -> dict[str, Any]:
+    """The fields of a network that reads these captions."""
     longest = max(len(text.encode()) for text in captions.texts)
     length = min(_MAX_CAPTION_BYTES, longest + 1)  # with the token of the end
-    root = Path(RUNS_FOLDER) / TEXTS_FOLDER / f"{folder_of_images(place).name}-{captions.digest()}"
-    texts = {**_CAPTION_ENCODER, "root": str(root), "tokenizer": {"kind": "tokens", "length": length}}
+    texts = {**_CAPTION_ENCODER, "tokenizer": {"kind": "tokens", "length": length}}
     fields: dict[str, Any] = {"data.captions": {"kind": "files"}}
     if on_a_cpu:
         fields["net"] = {**_CPU_CAPTION_NET, "texts": texts}

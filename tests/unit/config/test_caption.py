@@ -16,7 +16,7 @@ from unit.data.animals import SIDE
 from unit.data.test_rows import TEXTS, TOLD, as_lines
 
 WORDS = 'data.captions={"kind": "templates", "templates": ["a {}", "{n}"], "held": ["one {}"]}'
-READ = "net.texts={kind: learned, root: runs/texts/here}"
+READ = "net.texts={kind: learned}"
 RUN = ("digits", [WORDS, READ, "evaluate.protocol.samples=500"])
 
 

@@ -50,20 +50,20 @@ def test_a_word_is_read_where_it_was_found(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_texts_that_were_moved_with_a_run_are_found_next_to_it(tmp_path: Path) -> None:
-    """A table that is where the run says stays, and so does a place of another name than training gives."""
+    """A cache that is where the run says stays, and so does a place of another name than the default."""
 
     def texts_of_run(noted: Path) -> Path:
         file = tmp_path / "big/photos/run.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"format: 2\nnet: {{kind: dit, texts: {{kind: learned, root: {noted}}}}}\n")
+        file.write_text(f"format: 2\nnet: {{kind: dit, texts: {{kind: encoder, root: {noted}}}}}\n")
         return Path(read(file).tree["net"]["texts"]["root"])
 
-    noted = tmp_path / "runs/texts/photos-1"
+    noted = tmp_path / "runs/texts"
     assert texts_of_run(noted) == noted
-    next_to_run = tmp_path / "big/texts/photos-1"
+    next_to_run = tmp_path / "big/texts"
     next_to_run.mkdir(parents=True)
     assert texts_of_run(noted) == next_to_run
-    of_user = tmp_path / "mine/photos-1"
+    of_user = tmp_path / "mine/embeddings"
     assert texts_of_run(of_user) == of_user
     noted.mkdir(parents=True)
     assert texts_of_run(noted) == noted

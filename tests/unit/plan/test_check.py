@@ -12,7 +12,7 @@ from dumo.run.resolve import resolve
 from unit.data.animals import SIDE, as_folder
 from unit.data.test_rows import TOLD, as_lines, as_texts
 
-READ = "net.texts={kind: learned, root: runs/texts/here}"
+READ = "net.texts={kind: learned}"
 
 
 def captioned(root: Path) -> Data:
