@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dumo.config.load import load_recipe
 from dumo.plan import photos
+from dumo.plan.prepare import prepare
+from dumo.run.folder import RunFolder
 from dumo.types import UserError
 
 DAMAGED_CAPTIONS = b'{"file_name": "0.png", "text": '
@@ -34,4 +37,20 @@ def test_photos(
         Path("photos", file).write_bytes(content)
     with pytest.raises(UserError) as error:
         photos.propose("photos", changes, device="cpu")
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "name"),
+    [("digits", "new", "--from 3"), ("run", None, "--out"), ("run", "run", "--out"), ("run", "new", "--from 3")],
+    ids=["a recipe", "no folder", "its own folder", "no checkpoint"],
+)
+def test_a_new_run_from_a_checkpoint(
+    source: str, out: str | None, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    RunFolder(Path("run")).write_run(load_recipe("digits"))
+    with pytest.raises(UserError) as error:
+        prepare(source, out=None if out is None else Path(out), step=3)
     assert name in str(error.value)

@@ -10,7 +10,6 @@ from torch import nn
 
 import dumo
 from dumo.config.load import load
-from dumo.plan.prepare import prepare
 from dumo.run.encode import captions, encoding_work
 from dumo.run.folder import CHECKPOINT_MARK
 from dumo.run.judge import reference_data, require_likelihood
@@ -58,11 +57,6 @@ def a_folder_of_other_files(run: Path, here: Path) -> None:
 @refused("net.width")
 def another_run_in_the_folder(run: Path, here: Path) -> None:
     train(tiny("moons", "net.width=9"), run)
-
-
-@refused("--from 3")
-def a_step_without_a_checkpoint(run: Path, here: Path) -> None:
-    prepare(run, (), here / "new", step=3)
 
 
 @refused("train.steps=3")
