@@ -27,6 +27,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -173,7 +174,11 @@ def record_recipe(name: str, fields: Fields) -> Record:
     else:
         _run_dumo(*training)
     if "resume_from" in fields:
-        _run_dumo(*training, "--from", str(fields["resume_from"]))
+        # Lose what follows this step, as a kill does, and type the same command again.
+        for checkpoint in (run / "checkpoints").iterdir():
+            if checkpoint.name > f"step-{fields['resume_from']:08d}":
+                shutil.rmtree(checkpoint)
+        _run_dumo(*training)
 
     # hash
     weights: list[str] = []
