@@ -10,13 +10,13 @@ from tiers import tiered
 WORDS = (
     *("train", "digits", "--out", "run", *TINY),
     *sets("train.steps=6", "train.save_every=2", "train.keep=2", "train.log_every=1", "train.milestones=[0, 2, 4]"),
-    *sets("evaluate.every=2", "evaluate.best=true", "evaluate.few=40", "train.sheets=2", "sample.nfe=[1, 2]"),
+    *sets("evaluate.every=2", "evaluate.best=true", "train.sheets=2", "sample.nfe=[1, 2]"),
 )
 # A function by its module and name, and which call of it: the process is killed where that begins.
 POINTS = [
     ("dumo.run.folder:RunFolder.begin_at", 1),
     ("dumo.run.folder:RunFolder.write_run", 1),
-    ("dumo.training.checkpoint:save_milestone", 1),
+    ("dumo.training.milestone:save_milestone", 1),
     ("dumo.training.loop:train_step", 1),
     ("dumo.training.log:append", 3),
     ("dumo.run.folder:RunFolder.save_if_best", 1),
@@ -24,10 +24,10 @@ POINTS = [
     ("dumo.run.folder:RunFolder.mark_checkpoint_written", 1),
     ("dumo.run.folder:RunFolder.save_if_best", 2),
     ("dumo.run.journal:Journal.save_if_due", 4),
-    ("dumo.training.manifest:write", 2),
+    ("dumo.training.checkpoint:write_state_file", 2),
     ("dumo.run.folder:RunFolder.mark_checkpoint_written", 2),
     ("dumo.run.sheet:Sheets._draw_sheet", 4),
-    ("dumo.training.manifest:Checkpoints.drop", 3),
+    ("dumo.training.checkpoint:Checkpoints.prune", 3),
     ("dumo.run.train:_tell_end", 1),
 ]
 KILL = """
