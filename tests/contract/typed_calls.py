@@ -17,7 +17,7 @@ array: np.ndarray = run.sample(3, output="np")
 pictures: list[Image.Image] = run.sample(count=2, guidance=1.5, output="pil")
 exported: Path = run.export("out", to="safetensors")
 report: dict[str, object] = run.evaluate(metrics={"mean": lambda x: float(x.mean())})
-again = dumo.train("digits", {"train.steps": 3}, accept=True).step
+again = dumo.train("digits", {"train.steps": 3}, minutes=5).step
 names: list[str | None] = [row["name"] for row in dumo.recipes()]
 rows: object = dumo.compare([run, "runs/other", Path("runs/third")])["rows"]
 

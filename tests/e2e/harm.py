@@ -485,5 +485,5 @@ def of_records() -> Iterator[Harm]:
     )
     alien = taken(log, "runs/teacher/metrics.jsonl")
     yield Harm("log", "another run's", alien, train("digits"), ("metrics",), harmless=True)
-    facts = edited("runs/photos/data.json", lambda tree: tree.update(sd=2 * tree["sd"]))
-    yield Harm("data.json", "another deviation", facts, train("photos"), harmless=True)
+    sd = lines("runs/photos/run.yaml", lambda rows: [re.sub(r" sd: .*", " sd: 7.0", row) for row in rows])
+    yield Harm("run.yaml", "another deviation of the data", sd, train("photos"), harmless=True)

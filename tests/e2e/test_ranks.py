@@ -148,8 +148,8 @@ def test_ranks_that_are_asked_to_stop_save_their_step_and_go_on_from_it(run: Pat
 @pytest.mark.nightly
 def test_a_new_run_from_a_checkpoint_is_resumed_when_it_is_typed_again(run: Path, here: Path) -> None:
     words = ("train", str(run), "--from", "10", "--out", "back")
-    together(2, *words, *sets("train.steps=14"), cwd=here)
-    together(2, *words, *sets("train.steps=20"), cwd=here)
+    for _ in range(2):
+        together(2, *words, cwd=here)
     for part in ("net", "optimizer"):
         assert tree(here / "back" / LAST / part) == tree(run / LAST / part)
 

@@ -41,7 +41,6 @@ def test_tensorboard_follows_a_run_over_a_kill(here: Path) -> None:
     far = rows(here / "run")[-1]["step"]
     done = call(*words, *sets(f"train.steps={far + 20}"))
     assert done.code == 0, done
-    assert len((here / "run/metrics.cut.jsonl").read_text().splitlines()) > 1, "nothing was undone"
     read = EventAccumulator(str(here / "run/tensorboard"), size_guidance={"scalars": 0}).Reload()
     tags = read.Tags()["scalars"]
     assert {"train/loss", "train/grad_norm", "train/lr", "speed/images_per_second"} <= {*tags}

@@ -21,7 +21,7 @@ SOLVERS = {"digits": "restart", "digits-flow-matching": "euler", "digits-meanflo
 @pytest.mark.parametrize("name", RECIPES)
 def test_training_leaves_a_whole_run(name: str, trained: dict[str, Path]) -> None:
     run = trained[name]
-    whole = [".saved", "checkpoints", "data.json", "metrics.jsonl", "run.yaml", "speed.jsonl"]
+    whole = [".saved", "checkpoints", "metrics.jsonl", "run.yaml", "speed.jsonl"]
     assert sorted(path.name for path in run.iterdir()) == whole
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000010", "step-00000020"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -85,7 +85,7 @@ class Memory(Spec):
     shape: tuple[int, ...]  # of a sample
     classes: int = Field(ge=0)
     names: tuple[str, ...] = ()  # of the classes
-    # Of all samples: training resumes with the same alone (data.json). Where rows are others at each read, of what does
+    # Of all samples: training resumes with the same alone (run.yaml). Where rows are others at each read, of what does
     # not change (`RereadData.fingerprint`): two such data sets may share it, and `open` then gives the one read last.
     digest: str = Field(json_schema_extra=FREE)
     captions: ClassVar[None] = None

@@ -1,8 +1,7 @@
 """Export a run of dumo's own network, or of a user's, as a folder that `dumo.load` opens.
 
-run.yaml            the run, without paths of this machine
+run.yaml            the run, without paths of this machine, and what is known of its data
 model.safetensors   the weights that it samples with
-data.json           the standard deviation and fingerprint of its data, if the run has recorded them
 README.md           the model card
 pipeline.py         with model_index.json: opens the folder as a pipeline of diffusers, which calls dumo
 """
