@@ -27,6 +27,9 @@ if sys.__stdin__ is None:  # closed (`<&-`); pytest and pandas read its encoding
 matplotlib.use("Agg")
 torch.set_num_threads(1)  # the tests run side by side, and a number of threads is a number of roundings
 
+# Nothing reaches the Hugging Face Hub: its client reads this when it is imported, also in the processes of tests.
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+
 DATA = "DUMO_DATA"  # a folder of real images and a real autoencoder; tests marked `data` read it
 LEFT = {  # to a later tier, by the expression of marks that make gives
     "not nightly and not slow": ("slow", "nightly"),

@@ -20,11 +20,10 @@ set -euo pipefail                    # stop at the first error, and at a variabl
 # SITE: the environment in which dumo is installed, on a file system that all nodes see.
 source /shared/dumo/.venv/bin/activate
 
-# SITE: the data, and what comes of it, on that file system too, where you have not set a variable yourself.
-# Without a network on the nodes, fetch before.
-export IMAGENET=${IMAGENET:-/shared/imagenet}
-export DUMO_LATENTS=${DUMO_LATENTS:-/shared/latents}
+# SITE: local copies of data, and the cache of downloads, on that file system too, where you have not set a variable
+# yourself. Without a network on the nodes, fill the cache before, and set HF_HUB_OFFLINE=1.
 export DUMO_DATA=${DUMO_DATA:-/shared/data}
+export HF_HOME=${HF_HOME:-/shared/huggingface}
 
 # torchrun sets it to 1 where nobody did: with little else on the cores, a few threads per process do no harm.
 export OMP_NUM_THREADS=4

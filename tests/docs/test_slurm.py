@@ -9,7 +9,7 @@ import pytest
 from docs.page import ROOT
 
 ACTIVATE = "source /shared/dumo/.venv/bin/activate"  # a line marked SITE
-PLACES = (("IMAGENET", "imagenet"), ("DUMO_LATENTS", "latents"), ("DUMO_DATA", "data"))
+PLACES = (("DUMO_DATA", "data"), ("HF_HOME", "huggingface"))
 VARIABLES = tuple(name for name, _ in PLACES)
 
 

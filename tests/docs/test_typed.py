@@ -13,7 +13,6 @@ import pytest
 from docs.page import PAGES, ROOT, blocks, lines, unrolled
 from docs.test_tutorial import photos
 from docs.turn import tier
-from dumo.encoders.pipeline import Pipeline
 from e2e.shell import call, sets
 from pipelines import SIDE, save
 
@@ -50,7 +49,7 @@ def typed(page: str, small: list[str], **instead: str) -> None:
             done = call(*(instead.get(word, word) for word in words), *more)
             assert done.code == 0, (line, done)
         else:
-            assert program in ("pip", "hf"), line  # of the network
+            assert program == "pip", line  # of the network
 
 
 def captioned(folder: Path) -> None:
@@ -64,23 +63,15 @@ def captioned(folder: Path) -> None:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with captioned photos, to work in."""
     monkeypatch.chdir(tmp_path)
-    for name in ("PRETRAINED", "MY_IMAGES", "PWD"):
+    for name in ("MY_IMAGES", "PWD"):
         monkeypatch.setenv(name, str(tmp_path))
     captioned(tmp_path / "photos")
     return tmp_path
 
 
-@pytest.mark.parametrize(("page", "name", "folder"), [("pretrained", "sd3-medium", "sd3"), ("sdxl", "sdxl", "sdxl")])
-def test_a_page_downloads_what_dumo_prints(page: str, name: str, folder: str) -> None:
-    (line,) = (line for line in lines(ROOT / f"docs/{page}.md", "sh") if line.startswith("hf "))
-    printed = Pipeline(source=name).download_command()
-    assert shlex.split(line) == shlex.split(printed.replace("--local-dir DIR", f"--local-dir {folder}"))
-
-
 @tier("pretrained")
 def test_pretrained(here: Path) -> None:
-    save("SD3", here / "sd3")
-    typed("pretrained", TUNED)
+    typed("pretrained", [*TUNED, *sets(f"pipeline={save('SD3', here / 'sd3')}")])
     assert (here / "few-steps/README.md").is_file()
 
 
@@ -100,15 +91,13 @@ def test_personal(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @tier("sdxl")
 def test_sdxl(here: Path) -> None:
-    save("SDXL", here / "sdxl")
-    typed("sdxl", TUNED)
+    typed("sdxl", [*TUNED, *sets(f"pipeline={save('SDXL', here / 'sdxl')}")])
     assert (here / "fox.safetensors").is_file()
 
 
 @tier("families")
 def test_families(here: Path) -> None:
-    save("Flux2-klein", here / "klein")
-    typed("families", TUNED)
+    typed("families", [*TUNED, *sets(f"pipeline={save('Flux2-klein', here / 'klein')}")])
     assert "guidance_scale=1.0" in (here / "few-steps/README.md").read_text(encoding="utf-8")
 
 
@@ -121,10 +110,10 @@ def test_captions(here: Path) -> None:
 @tier("memory")
 def test_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save("SD3", here / "sd3")
-    monkeypatch.setenv("PRETRAINED", str(save("Flux", here / "flux")))
     monkeypatch.setenv("MY_IMAGES", str(here / "photos"))
-    assert call("encode", "flux-lora", *sets(f"pipeline={here / 'flux'}", "train.micro_batch=2"), *TUNED).code == 0
-    typed("memory", TUNED)
+    flux = sets(f"pipeline={save('Flux', here / 'flux')}")
+    assert call("encode", "flux-lora", *flux, *sets("train.micro_batch=2"), *TUNED).code == 0
+    typed("memory", [*TUNED, *flux])
 
 
 @tier("gpus")

@@ -48,7 +48,7 @@ def test_sd3_goes_without_t5(how: str, tmp_path: Path, monkeypatch: pytest.Monke
         remove_t5(case.source, from_index=False)
         done = call("encode", "sd3-lora", *case.options(*LORA))
         assert done.code == 2, done
-        assert "has no text_encoder_3: hf download" in done.err
+        assert "has no text_encoder_3: set pipeline.without" in done.err
         assert "pipeline.without=[text_encoder_3]" in done.err
     must(call("encode", "sd3-lora", *case.options(*fields)))
     must(call("show", "sd3-lora", "--check", *case.options(*fields)))

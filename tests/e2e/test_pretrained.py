@@ -175,7 +175,7 @@ def test_variants_are_refused_with_the_reason(here: Path, kind: str, does: str) 
 
     for part in ("transformer", "vae"):
         (here / "model" / part).mkdir(parents=True)
-        (here / "model" / part / "config.json").write_text(json.dumps(published_config("qwen-image")[part]))
+        (here / "model" / part / "config.json").write_text(json.dumps(published_config("Qwen/Qwen-Image")[part]))
     (here / "model" / "model_index.json").write_text(json.dumps({"_class_name": kind}))
     refused("show", "qwen-image", *sets("pipeline=model"), named=(kind, does, "QwenImagePipeline"))
 
@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_refused(here: Path, folder: Path) -> None:
     (here / "only").mkdir()
     (here / "only" / "config.json").write_text(json.dumps({"_class_name": "SD3Transformer2DModel", **DIGITS}))
     refused("train", "digits", *net(here / "only"), named=("no weights", "net.weights=drawn"))
-    refused("train", "digits", *net(Path("sd3-medium")), named=("16 channels",))
+    refused("train", "digits", *net(Path("stabilityai/stable-diffusion-3-medium-diffusers")), named=("16 channels",))
 
 
 @pytest.mark.parametrize("verb", ["show", "encode", "train"])

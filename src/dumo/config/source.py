@@ -1,7 +1,7 @@
 """Read a run's text: of a recipe, a YAML file or a run's folder, over the base that a file may name (ADR 0002).
 
 1. `choose` decides what a word of the command line means: a recipe, a file, a run, a trained run that ships with dumo,
-   or images.
+   or images, which may be a data set of the Hugging Face Hub.
 2. `read` returns the plain values that a source says, merged over its bases. `dumo.config.load` makes a run of them.
 
 A run.yaml, which training writes complete, has a format (ADR 0003); files that people write need none. If a run was
@@ -32,7 +32,7 @@ from dumo.config.place import (
     run_folders,
 )
 from dumo.error import UserError
-from dumo.io import trained
+from dumo.io import hub, trained
 from dumo.io.read import brief, read_text, user_path
 from dumo.io.trained import SHIPPED_PREFIX as SHIPPED_PREFIX
 from dumo.io.yaml import parse_mapping
@@ -52,7 +52,6 @@ GROUP_KEY = "group"
 # Recipes for a folder of images, in pixels and in latents.
 IMAGES_RECIPE = "my-images"
 IMAGES_LATENTS_RECIPE = "my-images-64"
-_DEFAULT_TUNING_RECIPE = "sd3-lora"  # the example for a pipeline that no recipe names
 
 _BASE_VARIABLE = re.compile(r"\$\{(\w+):-([\w-]+)\}")  # ${NAME:-recipe}, as in a shell
 _SOURCE_FIX = "give a run's folder, a recipe or a YAML file"
@@ -134,23 +133,29 @@ def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
     trained_name = trained_name_of(source)
     if trained_name is not None:
         return ChosenSource("trained", source, Path(RUNS_FOLDER) / trained_name)
+    if isinstance(source, str) and hub.is_hub_name(source):
+        return ChosenSource("images", source, folder_of_images(source))
     path = user_path(str(source), "the source")
     if path.name == RUN_FILE and path.is_file():
         return ChosenSource("run", source, path.parent, is_resumed=out is None or out == path.parent)
     if (path / RUN_FILE).is_file():
         return ChosenSource("run", source, path, is_resumed=out is None or out == path)
     if path.is_dir() or (path.is_file() and is_table(path)):
-        from dumo.io.hub import INDEX
-
         # The folder of a pipeline may hold pictures of its samples, which nobody means to train on.
-        if (path / INDEX).is_file():
-            raise UserError(f"{source} is the pipeline of a model, not a run or images: {_pipeline_fix(str(source))}")
+        if (path / hub.INDEX).is_file():
+            option = shlex.quote(f"pipeline={yaml_text(str(source))}")
+            raise UserError(
+                f"{source} is the pipeline of a model, not a run or images: give it to a recipe, dumo train sd3-lora "
+                f"--set {option}"
+            )
         return ChosenSource("images", source, folder_of_images(source))
     return ChosenSource("file", source, Path(RUNS_FOLDER) / path.stem)
 
 
 def folder_of_images(place: str | Path) -> Path:
     """The folder runs/NAME to train in, by the name of the folder or file of images."""
+    if hub.is_hub_name(str(place)):
+        return Path(RUNS_FOLDER) / Path(hub.repository_of(str(place))).name
     path = user_path(str(place), "the images").resolve()
     name = path.stem if path.is_file() else path.name  # of a folder a dot is no suffix
     return Path(RUNS_FOLDER) / name
@@ -227,20 +232,20 @@ def read(source: str | Path) -> RunText:
     trained_name = trained_name_of(source)
     if trained_name is not None:
         return read_file(trained.folder(trained_name) / RUN_FILE)
-    path = source if isinstance(source, Path) else user_path(source, "the source")
+    path = source if isinstance(source, Path) else hub.path_of(source, "the source", choose_run_files)
     file = find_run_file(path)
     if file is not None:
-        from dumo.io.hub import SUFFIX, one_file_hint
-
-        if file.suffix == SUFFIX:
-            raise UserError(f"{one_file_hint(file)}, and give it to a recipe: {_pipeline_fix('DIR')}")
         return read_file(file)
     if path.is_dir():
         raise UserError(f"{source} is a folder without a {RUN_FILE}: {_SOURCE_FIX}")
-    hint = _fetch_hint(str(source))
-    if hint:
-        raise UserError(hint)
     raise UserError(f"there is no recipe, file or run's folder '{brief(source)}'; {_hint(str(source))}")
+
+
+def choose_run_files(files: Collection[str]) -> list[str]:
+    """Choose what is read of a run in a repository on the Hub, as `dumo export` writes it; nothing if it holds none."""
+    if RUN_FILE not in files:
+        return []
+    return [RUN_FILE, *(file for file in files if "/" not in file and file.endswith((hub.SUFFIX, ".json")))]
 
 
 def read_file(file: Path) -> RunText:
@@ -377,35 +382,6 @@ def _parse_mapping(text: str, name: str) -> dict[str, Any]:
     tree = parse_mapping(text, name, "run", "as `dumo show digits` prints it")
     tree.pop(GROUP_KEY, None)  # of a recipe in the list of recipes, no field of a run
     return tree
-
-
-def _fetch_hint(name: str) -> str:
-    """What a source that is nowhere here may be on the Hugging Face hub, and what to type; "": nothing."""
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or is_table(path) or path.parent == Path(RUNS_FOLDER):
-        return ""
-    from dumo.io.hub import fetch_hint, published_name
-
-    fetch = fetch_hint(name)
-    if not fetch:
-        return ""
-    recipe = _recipe_of_pipeline(published_name(name)) or _DEFAULT_TUNING_RECIPE
-    return f"{fetch}, and give it to a recipe: {_pipeline_fix(path.name, recipe)}"
-
-
-def _pipeline_fix(folder: str, recipe: str = _DEFAULT_TUNING_RECIPE) -> str:
-    """How a recipe is given the folder of a pipeline, in words."""
-    options = f"--set {shlex.quote(f'pipeline={yaml_text(folder)}')}"
-    return f"dumo encode {recipe} {options}, then dumo train {recipe} {options}"
-
-
-def _recipe_of_pipeline(name: str) -> str:
-    """The first recipe that tunes a published pipeline; "": none names it."""
-    for recipe in recipes.names():
-        pipeline = recipes.tree(recipe).get("pipeline")
-        if isinstance(pipeline, dict) and pipeline.get("source") == name:
-            return recipe
-    return ""
 
 
 def _hint(name: str) -> str:

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from dumo.flow.guide import CFG
 from dumo.flow.solver import Heun
 from dumo.runtime.limits import SAMPLES
-from dumo.types import MAYBE_PLACE, PINNED, QUIET, FromTeacher, Spec
+from dumo.types import HUB_MODEL, MAYBE_PLACE, PINNED, QUIET, FromTeacher, Spec
 
 
 class Pairs(Spec):
@@ -43,9 +43,9 @@ class Teacher(Spec):
     """A trained net: that of a run's folder, what a function of the user's returns, or the one that adapters tune."""
 
     kind: Literal["run", "python", "base"] = "run"
-    # run: a run's folder; python: module:function, which takes the run and the device and returns
+    # run: a run's folder, or a run on the Hub; python: module:function, which takes the run and the device and returns
     # `dumo.types.Readings`; base: "". The place is free to change, because the weights there are known by their hash.
-    source: str = Field(default="", json_schema_extra=MAYBE_PLACE)
+    source: str = Field(default="", json_schema_extra=MAYBE_PLACE | HUB_MODEL)
     guide: CFG = Field(default=CFG(), json_schema_extra=QUIET)  # guides the teacher's velocity, as in sampling
     pairs: Pairs | None = None  # learn from whole trajectories instead
 
@@ -70,8 +70,9 @@ class Start(Spec):
     # run: all weights that both nets have by name; sit: all weights, because it learned a velocity; dit: its trunk
     # alone, because it learned to predict noise
     kind: Literal["run", "sit", "dit"] = "run"
-    # run: a run's folder; sit and dit: a safetensors file, with the names that its authors gave the weights.
-    source: str = Field(json_schema_extra={"where": "maybe"})
+    # run: a run's folder; sit and dit: a safetensors file, with the names that its authors gave the weights. Each may
+    # be a name on the Hub.
+    source: str = Field(json_schema_extra={"where": "maybe"} | HUB_MODEL)
     # Heads that begin with the weights of another head of the source: {u: v} begins u as the source's v.
     heads: dict[str, str] = Field(default_factory=dict[str, str])
     # A hash of the source's weights, where they stay part of the net under `net.lora.subject`; found when a run begins.

@@ -41,8 +41,9 @@ from dumo.data.caption import (
 )
 from dumo.data.ledger import Ledger
 from dumo.data.pixel import Crop, Size, ToRectangle, ToSquare, Unreadable, upright_size
-from dumo.data.rows import FolderRows, NoImagesError, ParquetRows, Rows, TarRows, open_rows, warn_once
+from dumo.data.rows import DatasetRows, FolderRows, NoImagesError, ParquetRows, Rows, TarRows, open_rows, warn_once
 from dumo.encoders.caption import Captions
+from dumo.io import hub
 from dumo.io.picture import from_uint8
 from dumo.io.read import first_few, user_path
 from dumo.io.source import Bucketed, mirrored_rows, rows_of
@@ -52,7 +53,7 @@ from dumo.runtime.limits import CLASSES, GIGABYTE, GIGABYTES, PIXELS, ROWS
 from dumo.runtime.progress import bar
 from dumo.runtime.random import stream
 from dumo.runtime.threads import cores
-from dumo.types import FREE, PLACE, Spec, UserError
+from dumo.types import FREE, HUB_DATASET, PLACE, Spec, UserError
 
 MAX_THREADS = min(16, cores())  # that decode at once
 UNREADABLE_FIX = "repair or remove it, or leave such images out with data.on_bad=skip"
@@ -523,8 +524,8 @@ class Images(Spec):
     """
 
     kind: Literal["images"] = "images"
-    # A folder or a file; may begin with ~ and hold $NAMES of environment variables.
-    root: str = Field(json_schema_extra=PLACE)
+    # A folder, a file, or a data set of the Hub; may begin with ~ and hold $NAMES of environment variables.
+    root: str = Field(json_schema_extra=PLACE | HUB_DATASET)
     side: int = Field(ge=1, le=PIXELS)  # pixels
     # Sizes around the area of `side`, in which images are trained on; None: all are cut to squares of it.
     buckets: Buckets | None = Field(default=None, exclude_if=lambda buckets: buckets is None)
@@ -533,7 +534,7 @@ class Images(Spec):
     augment: Edm | None = None  # transform the images of a batch; the net reads how, in `net.augment` numbers
     split: str | None = None  # train, test ...: the part of the data, where there are several by their names
     labelled: Literal["auto", False] = "auto"  # false: the labels there are, are not read
-    label: str = "label"  # the column of classes in parquet
+    label: str = "label"  # the column of classes in parquet and in data sets of the Hub
     # The first of the images alone, in their order, as for a quick try; None: all.
     count: int | None = Field(default=None, ge=1, le=ROWS, exclude_if=lambda count: count is None)
     on_bad: Literal["raise", "skip"] = Field(default="raise", json_schema_extra=FREE)  # an image that cannot be read
@@ -637,11 +638,11 @@ class Images(Spec):
                 )
 
     def with_facts(self) -> "Images":
-        """The spec with the classes and names, or the captions, that the files have; as it is where no files are there.
+        """The spec with the classes and names, or the captions, that the files have; as it is if no files are there.
 
-        Raises UserError where they contradict what the spec says.
+        Nothing is downloaded. Raises UserError if they contradict what the spec says.
         """
-        root = self._root()
+        root = self._existing_place()
         if root is None:
             return self
         if self.is_counted:
@@ -657,45 +658,71 @@ class Images(Spec):
 
     @property
     def is_here(self) -> bool:
-        """Whether there is something where the images are said to be."""
-        return self._root() is not None
+        """Whether the images are on this machine. Asks nobody."""
+        return self._existing_place() is not None
 
-    def _root(self) -> Path | None:
-        """Where the images are; None where they are not there yet."""
+    def fetch(self) -> None:
+        """Download the images if they are a data set of the Hub. Raises the Hub's errors."""
+        place = self._place()
+        if isinstance(place, str):
+            hub.load_dataset(place)
+
+    def _place(self) -> Path | str:
+        """The folder or file of the images, or the name of a data set of the Hub.
+
+        Raises UserError for an environment variable that is not set.
+        """
+        if hub.is_hub_name(self.root):
+            return hub.local_copy(self.root) or self.root
+        return user_path(self.root, "data.root")
+
+    def _existing_place(self) -> Path | str | None:
+        """Where the images are; None if they are not on this machine."""
         try:
-            root = user_path(self.root, "data.root")
+            place = self._place()
         except UserError:
             return None
-        return root if root.exists() else None
+        is_here = hub.is_prepared(place) if isinstance(place, str) else place.exists()
+        return place if is_here else None
 
-    def _find_titles(self, root: Path) -> tuple[str, ...]:
+    def _find_titles(self, place: Path | str) -> tuple[str, ...]:
         """What tables of parquet call the classes, if only their number is given; () if they do not say.
 
         Only tables in the root and its folder `data` count: to walk folders of a million images takes minutes.
         """
         is_number_given = self.labels > 0 and not (self.names or self.titles or self.captions)
-        if not is_number_given or not (any(root.glob("*.parquet")) or any(root.glob("data/*.parquet"))):
+        if not is_number_given:
+            return ()
+        if isinstance(place, Path) and not (any(place.glob("*.parquet")) or any(place.glob("data/*.parquet"))):
             return ()
         try:
-            names = self._open_rows(root).class_names.get(self.label, ())
+            rows = self._open_rows(place)
+            names = rows.class_names.get(self._label_column(rows), ())
         except UserError:  # it is raised again when the images are opened
             return ()
         return names if len(names) == self.labels else ()
 
-    def _count_classes(self, root: Path) -> dict[str, Any]:
+    def _count_classes(self, place: Path | str) -> dict[str, Any]:
         """The fields `classes` and `names` of the images there are; templates count a class for each caption."""
-        rows = self._open_rows(root)
-        labels = labels_of(rows, self.label)
-        if labels is None and isinstance(rows, ParquetRows):
+        rows = self._open_rows(place)
+        labels = labels_of(rows, self._label_column(rows))
+        if labels is None and isinstance(rows, ParquetRows | DatasetRows):
             self._say_without_labels(rows)
         per_class = 1
         if isinstance(self.captions, Templates):
             if labels is None:
-                raise UserError(f"captions.templates name classes, and {root} has none: set captions.kind=files")
+                raise UserError(f"captions.templates name classes, and {place} has none: set captions.kind=files")
             per_class = self.captions.num_captions(1)
         if labels is None:
             return {"classes": self.classes, "names": ()}
         return {"classes": self.classes or per_class * labels.count, "names": labels.names}
+
+    def _label_column(self, rows: Rows) -> str:
+        """The column of classes: `label`, or if no column has that default name, the only one whose type is a class."""
+        is_default = self.label == type(self).model_fields["label"].default
+        if is_default and self.label not in rows.columns() and len(rows.class_names) == 1:
+            return next(iter(rows.class_names))
+        return self.label
 
     def _say_without_labels(self, rows: Rows) -> None:
         """Raise UserError if tables lack the column of classes that was named; warn if they may have another one."""
@@ -710,7 +737,7 @@ class Images(Spec):
                 f"{', '.join(rows.integer_columns())}: set `label` of the images to one of these, or labelled=false"
             )
 
-    def _count_captions(self, root: Path, files: CaptionFiles) -> dict[str, Any]:
+    def _count_captions(self, root: Path | str, files: CaptionFiles) -> dict[str, Any]:
         """The fields `classes`, `names` and `captions`, with the captions there are and their digest."""
         captions = self._read_captions(root, files)
         count = len(captions)
@@ -719,7 +746,7 @@ class Images(Spec):
         with_digest = files.model_copy(update={"digest": captions.digest()})
         return {"classes": count, "names": (), "captions": with_digest}
 
-    def _read_captions(self, root: Path, files: CaptionFiles) -> Captions:
+    def _read_captions(self, root: Path | str, files: CaptionFiles) -> Captions:
         """The captions of the images. Until a run has a digest of them, few images may lack one."""
         texts = captions_of(self._open_rows(root), files.name, files.source, is_new=files.digest is None)
         return Captions.from_images(texts[: self.count])
@@ -780,7 +807,7 @@ class Images(Spec):
             return self.captions.all_captions(self.names or ())
         if not isinstance(self.captions, CaptionFiles):
             return Captions.from_images([])
-        root = user_path(self.root, "data.root")
+        root = self._place()
         captions = self._read_captions(root, self.captions)
         self.captions.require(captions, str(root))
         return captions
@@ -792,7 +819,7 @@ class Images(Spec):
 
     def source_images(self) -> dict[str, Path]:
         """The images that captions edit, by their hashes. Raises UserError if one is missing."""
-        rows = self._open_rows(user_path(self.root, "data.root"))
+        rows = self._open_rows(self._place())
         edits_by_image = edited_images(rows, self.source or "")
         return {image_hash(file): file for edits in edits_by_image for _, file in edits}
 
@@ -805,22 +832,22 @@ class Images(Spec):
 
     def open_rows(self) -> Rows:
         """The encoded images, with all that is known of them. Raises UserError if there are none."""
-        return self._open_rows(user_path(self.root, "data.root"))
+        return self._open_rows(self._place())
 
     def ledger(self) -> Ledger | None:
         """The ledger of the images, with no hash yet; None if they are not on this machine.
 
         Raises UserError or OSError if they are, and cannot be opened.
         """
-        if self._root() is None:
+        if not self.is_here:
             return None
         try:
             return self._source(class_per_image=False).ledger
         except NoImagesError:  # an empty folder where a disk is not mounted
             return None
 
-    def _open_rows(self, root: Path) -> Rows:
-        """The encoded images under `root`. Raises UserError if there are fewer than `count`."""
+    def _open_rows(self, root: Path | str) -> Rows:
+        """The encoded images at a place. Raises UserError if there are fewer than `count`."""
         rows = open_rows(root, self.split)
         if self.count is not None and self.count > len(rows):
             raise UserError(
@@ -831,7 +858,7 @@ class Images(Spec):
     def _source(self, *, class_per_image: bool) -> Source:
         """The images as squares, none decoded; `class_per_image`: each image is a class of its own."""
         rows = self.open_rows()
-        labels = labels_of(rows, self.label) if self.labelled and self.labels else None
+        labels = labels_of(rows, self._label_column(rows)) if self.labelled and self.labels else None
         self._require_classes(rows, labels)
         return Source(
             rows,

@@ -5,7 +5,7 @@
     FolderRows     image files; columns from metadata.{csv,jsonl,parquet} and from .txt or .caption next to an image
     ParquetRows    a column of {bytes, path} or of bytes, as on the Hugging Face Hub
     TarRows        webdataset shards: 0001.jpg with 0001.cls, .txt, .caption or .json
-    DatasetRows    a `datasets.Dataset`, read from its Arrow files
+    DatasetRows    a `datasets.Dataset`, or a data set of the Hub by its name, read from its Arrow files
 
 Files come in the order of their paths, so that a batch depends on the place alone. Columns are read when they are asked
 for.
@@ -37,7 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dumo.data.pixel import Unreadable
-from dumo.io import digest
+from dumo.io import digest, hub
 from dumo.io import file as files
 from dumo.io.read import brief, decode_utf8, first_few, parse_json, read_text, text_lines
 from dumo.io.suffix import IMAGE_SUFFIXES
@@ -125,13 +125,15 @@ class Rows(ABC):
 
 
 def open_rows(place: Any, split: str | None = None, column: str | None = None) -> Rows:  # noqa: ANN401, path or data set
-    """Open the images at a place: a folder, a file, or a `datasets.Dataset`.
+    """Open the images at a place: a folder, a file, a name on the Hub, or a `datasets.Dataset`.
 
     `split` chooses part of the files by a word of their names or folders, or the split of a DatasetDict; `column` is
     the column of images. Raises UserError if there are no images, or several ways to take what is there.
     """
     if not isinstance(place, str | Path):
         return DatasetRows(place, split, column)
+    if isinstance(place, str) and hub.is_hub_name(place):
+        return DatasetRows(hub.load_dataset(place), split, column, hub.repository_of(place))
     root = os.path.normpath(place)
     # The path of a file in the current folder would not begin with a folder.
     if root == os.curdir or not (os.path.dirname(root) or os.path.isdir(root)):
@@ -556,11 +558,20 @@ class TarScan:
 class DatasetRows(Rows):
     """A `datasets.Dataset`, or one split of a DatasetDict. Rows are read from the Arrow files; none is decoded."""
 
-    def __init__(self, data: Any, split: str | None = None, column: str | None = None) -> None:  # noqa: ANN401
-        """Open a data set. Raises UserError for anything else, or if it has no column of images."""
+    def __init__(
+        self,
+        data: Any,  # noqa: ANN401
+        split: str | None = None,
+        column: str | None = None,
+        root: str = "data",
+    ) -> None:
+        """Open a data set, called `root` in messages. Raises UserError for anything else, or if it has no images."""
         if isinstance(data, dict):
             if (split is None and len(data) > 1) or (split is not None and split not in data):
-                raise UserError(f"data has the splits {', '.join(data)}: give one, such as data['{next(iter(data))}']")
+                raise UserError(
+                    f"{root} has the splits {', '.join(data)}: set data.split={next(iter(data))}, or give one of them "
+                    f"from Python, such as data['{next(iter(data))}']"
+                )
             data = data[split or next(iter(data))]
         if not is_dataset(data):
             raise UserError(f"data is a {type(data).__name__}, and no data set of `datasets`")
@@ -570,10 +581,10 @@ class DatasetRows(Rows):
         self.data = data
         images = [name for name, feature in data.features.items() if isinstance(feature, Image)]
         images += [name for name, feature in data.features.items() if feature == Value("binary")]
-        self.image_column = _choose_column("data", column, images, _describe(data.features))
+        self.image_column = _choose_column(root, column, images, _describe(data.features))
         self._images = data.select_columns([self.image_column]).cast_column(self.image_column, Image(decode=False))
         self._images = self._images.with_format(None)
-        super().__init__("data", [f"row {i}" for i in range(len(data))], np.zeros((len(data), 2), np.int64))
+        super().__init__(root, [f"row {i}" for i in range(len(data))], np.zeros((len(data), 2), np.int64))
         for name, feature in data.features.items():
             if isinstance(feature, ClassLabel):
                 self.class_names[name] = tuple(feature.names)

@@ -1,8 +1,7 @@
 """Published autoencoders, through diffusers: Stable Diffusion's VAE, the deep-compression one, DC-AE, and a pipeline's.
 
 All take images in [-1, 1]. `SdVae`, `DcAe` and `PipelineVae` are the specs. Their `weights` is a folder, with a config
-and weights (`dumo.encoders.part`), or the name of such a model on the Hugging Face hub, owner/model or
-owner/model/folder, from where its client brings it once.
+and weights (`dumo.encoders.part`), or the name of such a model on the Hugging Face Hub.
 
 The order of events in `DiffusersCodec.open`:
 
@@ -15,7 +14,6 @@ The order of events in `DiffusersCodec.open`:
 To accept another class of a pipeline's autoencoder, add it to `KINDS`.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -28,15 +26,16 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from dumo.encoders import pipeline as pipelines
 from dumo.encoders.codec import FIELD, CodecSpec, Images, Latent, LoadedCodec, Moments, PublishedCodec
-from dumo.encoders.part import DIFFUSERS, DIFFUSERS_FILE, first_unfit_key, require_weights
+from dumo.encoders.part import DIFFUSERS, DIFFUSERS_FILE, choose_files, find_weights, first_unfit_key, require_weights
 from dumo.encoders.pipeline import VAE, Pipeline, PipelineSpec
 from dumo.encoders.transformers_library import quietly
-from dumo.io.read import brief, user_path
+from dumo.io import hub
+from dumo.io.read import brief
 from dumo.runtime import import_bitsandbytes, require
 from dumo.types import FREE, PINNED, UserError
 
 CONFIG = "config.json"
-HINT = f"{FIELD}=... names a folder with {CONFIG} and {DIFFUSERS_FILE}, or a model of the Hugging Face hub."
+HINT = f"{FIELD}=... names a folder with {CONFIG} and {DIFFUSERS_FILE}, or a model of the Hugging Face Hub, OWNER/NAME"
 
 
 class DiffusersCodec(CodecSpec):
@@ -44,6 +43,13 @@ class DiffusersCodec(CodecSpec):
 
     class_name: ClassVar[str]  # in diffusers
     takes_videos: ClassVar[bool] = False  # (b, c, frames, h, w): an image is one frame
+
+    def find_folder(self) -> Path:
+        """Return the folder of config and weights, fetched if it is on the Hub. Raises UserError if there is none."""
+        folder = hub.path_of(self.weights, FIELD, choose_files)
+        if not folder.is_dir():
+            raise UserError(f"{FIELD}: there is no folder {self.weights}. {HINT}")
+        return folder
 
     def open(self, device: str | torch.device = "cpu") -> LoadedCodec:
         """Read the weights. Raises UserError where diffusers or they are missing, damaged or of another variant."""
@@ -177,16 +183,19 @@ class PipelineVae(PipelineSpec, DiffusersCodec):
 
     def digest(self) -> str | None:
         """Return the SHA-256 of the weights; None where they are not here."""
-        return None if self.pipeline.is_published else super().digest()
+        if self.pipeline.is_published:
+            return None
+        weights = find_weights(self.pipeline.part_folder(VAE), DIFFUSERS)
+        return None if weights is None else weights.sha256()
 
     def require_hash(self, sha256: str) -> None:
         """Raise UserError if the weights have another SHA-256 than those that the run began with."""
         self.pipeline.require_fact("vae.weights", sha256)
 
-    def open(self, device: str | torch.device = "cpu") -> LoadedCodec:
-        """Read the weights. Raises UserError as `DiffusersCodec.open`, with the command that brings a missing part."""
-        self.pipeline.weights(VAE)  # raises
-        return super().open(device)
+    def find_folder(self) -> Path:
+        """Return the folder of the pipeline's autoencoder, fetched if it is on the Hub. Raises UserError."""
+        self.pipeline.fetch()
+        return self.pipeline.part_folder(VAE)
 
 
 class _DiffusersCoder:
@@ -238,7 +247,7 @@ def _load_model(codec: DiffusersCodec) -> tuple[nn.Module, str]:
     class_name = codec.class_name
     import_bitsandbytes()
     diffusers = require("diffusers", "diffusers", codec.label)
-    folder = _find_or_fetch_folder(codec.weights)
+    folder = codec.find_folder()
     part_weights = require_weights(folder, DIFFUSERS, FIELD, HINT)
     sha256 = part_weights.sha256(HINT)
     codec.require_hash(sha256)
@@ -306,23 +315,3 @@ def _latent_size(config: Mapping[str, Any]) -> tuple[int, int]:
         return config["z_dim"], config.get("scale_factor_spatial") or 2**halvings  # more where it cuts patches first
     blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
     return config["latent_channels"], 2 ** (len(blocks) - 1)  # all blocks but the last halve the sides
-
-
-def _find_or_fetch_folder(name: str) -> Path:
-    """Return the folder of a model: a path, or that of `owner/model` or `owner/model/folder` in the hub client's cache.
-
-    Raises UserError for another name, and the Hub's own errors.
-    """
-    path = user_path(name, FIELD)
-    if path.is_dir():
-        return path
-    on_hub = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w-]+))?", name)
-    if on_hub is None or path.exists():
-        raise UserError(f"{name} is no folder. {HINT}")
-
-    from huggingface_hub import snapshot_download  # slow to import
-
-    repository = on_hub[1]
-    subfolder = on_hub[2] or ""
-    patterns = [f"{subfolder}/{file}" if subfolder else file for file in (CONFIG, DIFFUSERS_FILE)]
-    return Path(snapshot_download(repository, allow_patterns=patterns)) / subfolder

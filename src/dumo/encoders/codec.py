@@ -25,7 +25,7 @@ from dumo.encoders.part import DIFFUSERS, find_weights
 from dumo.io import digest
 from dumo.io.read import user_path
 from dumo.runtime.random import keyed_normal
-from dumo.types import MAYBE_PLACE, PINNED, Spec, UserError
+from dumo.types import HUB_MODEL, MAYBE_PLACE, PINNED, Spec, UserError
 
 Images = Float[Tensor, "b 3 h w"]  # in [-1, 1]
 Moments = Float[Tensor, "b m y x"]  # m channels, or 2 m: means and standard deviations
@@ -57,7 +57,7 @@ class CodecSpec(Spec):
     is_gaussian: ClassVar[bool] = False  # whether the encoder gives a Gaussian per pixel; else it gives a latent
     variants: ClassVar[Mapping[str, PublishedCodec]]  # by name, the default first; a codec without variants has ""
     # Where the weights are, by default as published; environment variables and ~ are expanded.
-    weights: str = Field(default="", json_schema_extra=MAYBE_PLACE)
+    weights: str = Field(default="", json_schema_extra=MAYBE_PLACE | HUB_MODEL)
     # The SHA-256 of the weights, written when a run begins. From then on the run refuses other weights.
     sha256: str | None = Field(default=None, exclude_if=lambda sha256: sha256 is None, json_schema_extra=PINNED)
 

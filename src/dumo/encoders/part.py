@@ -10,10 +10,11 @@ and `model` of models of transformers. A folder may hold its weights several tim
 
 Code that opens weights of a folder asks here: `find_weights` chooses the first of these that is complete, and
 `require_weights` refuses a folder without any. `PartWeights` is the choice; `build_model` opens it by its library, and
-`first_unfit_key` says whether it fits.
+`first_unfit_key` says whether it fits. `choose_files` makes the same choice among the files of a repository on the Hub.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ DIFFUSERS = "diffusion_pytorch_model"  # NAME of models of diffusers
 TRANSFORMERS = "model"  # NAME of models of transformers
 DIFFUSERS_FILE = f"{DIFFUSERS}{SUFFIX}"  # plain weights in one file
 TRANSFORMERS_FILE = f"{TRANSFORMERS}{SUFFIX}"
+# Files of text: configs, and vocabularies of tokenizers.
+_TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 VARIANTS = (None, "fp16", "bf16")  # in order of preference; None: plain
 PICKLES = {  # pickled weights of these models; dumo refuses them
     DIFFUSERS: ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.bin.index.json"),
@@ -94,6 +97,31 @@ class PartWeights:
         if len(hashes) == 1:
             return hashes[0]
         return digest.of_bytes(*(sha256.encode() for sha256 in hashes))
+
+
+def choose_files(files: Collection[str], folder: str = "", name: str = DIFFUSERS) -> list[str]:
+    """Choose what is read of a model, NAME being `name`, in a folder of a repository with these files.
+
+    These are the configs, the files of a tokenizer, and the weights that `find_weights` would open.
+    """
+    prefix = f"{folder}/" if folder else ""
+    below = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
+    here = {file for file in below if "/" not in file}
+    chosen = [file for file in here if file.endswith(_TEXT_SUFFIXES) and ".index." not in file]
+    for variant in VARIANTS:
+        infix = f".{variant}" if variant else ""
+        index = f"{name}{SUFFIX}.index{infix}.json"
+        # Older variants have the name of the variant behind the number.
+        shard_name = re.compile(rf"{name}({infix}-\d+-of-\d+|-\d+-of-\d+{infix}){SUFFIX}")
+        shards = [file for file in here if shard_name.fullmatch(file)]
+        candidates = [[f"{name}{infix}{SUFFIX}"], [index, *shards]]
+        if name == DIFFUSERS:
+            candidates.reverse()
+        complete = [weights for weights in candidates if here.issuperset(weights)]
+        if complete:
+            chosen += complete[0]
+            break
+    return sorted(prefix + file for file in chosen)
 
 
 def first_unfit_key(report: Mapping[str, Any]) -> str | None:

@@ -10,15 +10,15 @@ its numbers, the text encoders, the scheduler. The order of events:
    encoders and tokenizers, `text_parts` are the names and `text_files` the files; `absent_parts` are those that the
    pipeline goes without.
 
-A name on the Hugging Face hub is refused with the command that downloads it (`dumo.io.hub`), and a model in one file
-with the way to unpack it (`one_file_hint`). Some models are known by name without their weights (`is_published`): dumo
-has their configs, in `published`.
+A name on the Hugging Face Hub is fetched (`dumo.io.hub`): the configs when one is read, the weights when a part is
+opened. Some pipelines are known without any file (`is_published`): dumo has their configs, in `published`, so that a
+recipe can be counted without a download. A model in one file is refused with the way to unpack it.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Collection, Iterator, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -28,10 +28,9 @@ from pydantic.config import JsonDict
 from dumo.encoders import part as parts
 from dumo.encoders.part import PartWeights
 from dumo.io import digest, hub
-from dumo.io.hub import INDEX, PUBLISHED, SCHEDULER, SMALL, TRANSFORMER, UNET, VAE, one_file_hint, published_config
+from dumo.io.hub import CARD, INDEX, PUBLISHED, SCHEDULER, SMALL, SUFFIX, TRANSFORMER, UNET, VAE, published_config
 from dumo.io.read import read_json, user_path
-from dumo.runtime import shell_path
-from dumo.types import MAYBE_PLACE, PINNED, Spec, UserError
+from dumo.types import HUB_MODEL, MAYBE_PLACE, PINNED, Spec, UserError
 
 Config = Mapping[str, Any]  # a part's config.json
 FIELD = "pipeline"  # of a run, for messages
@@ -39,8 +38,8 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"  # of a text encoder that can write, too
 SCHEDULER_CONFIG = "scheduler_config.json"
 SECOND_TRANSFORMER = "transformer_2"  # of a pipeline that has two models
-_SOURCE_SCHEMA: JsonDict = {**MAYBE_PLACE, "names": [*PUBLISHED, *SMALL]}
-HINT = f"{FIELD}=DIR names a folder with {INDEX}, as diffusers saves a pipeline, or as hf download brings it"
+_SOURCE_SCHEMA: JsonDict = {**MAYBE_PLACE, **HUB_MODEL, "names": [*SMALL]}
+HINT = f"{FIELD}=... names a pipeline of diffusers on the Hugging Face Hub, OWNER/NAME, or a folder with {INDEX}"
 TEXT_PARTS = re.compile(r"(text_encoder|tokenizer)(_\d)?")  # names of parts that read prompts
 OptionalPart = Literal["text_encoder_3"]  # SD3's T5, without which diffusers runs the pipeline, too
 _OPTIONAL_PARTS: tuple[OptionalPart, ...] = get_args(OptionalPart)
@@ -49,7 +48,7 @@ IS_DISTILLED = "is_distilled"  # a key of a Flux2KleinPipeline's model_index.jso
 
 
 class Pipeline(Spec):
-    """A pipeline of diffusers by its folder, or by the name of a published one, of which dumo has the configs alone."""
+    """A pipeline of diffusers by its folder or its name on the Hub, or one of SMALL, which are configs alone."""
 
     source: str = Field(json_schema_extra=_SOURCE_SCHEMA)
     # Text encoders that are left out though the folder may have them, as by diffusers' text_encoder_3=None.
@@ -70,29 +69,40 @@ class Pipeline(Spec):
 
     @property
     def is_published(self) -> bool:
-        """Whether it is a published name, without weights."""
-        return self.source in PUBLISHED or self.source in SMALL
+        """Whether dumo has the configs. A name with a commit, as a run pins it when it begins, is read from the Hub."""
+        return self.source in SMALL or (self.source in PUBLISHED and self.is_on_hub)
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether the source is a name on the Hub."""
+        return hub.is_hub_name(self.source)
 
     @property
     def folder(self) -> Path:
-        """The pipeline's folder.
+        """The pipeline's folder; of a name on the Hub one that has the configs and tokenizers, maybe without weights.
 
-        Raises UserError, with the command that makes the folder, for a published name, a name on the Hugging Face hub,
-        one file of weights, and where nothing is.
+        Raises UserError for one of SMALL, one file of weights, and a folder that is missing; and the Hub's errors.
         """
-        if self.is_published:
-            raise UserError(
-                f"{FIELD}: {self.source} is known without its weights. Fetch them, {self.download_command()}, and set "
-                f"{FIELD}=DIR"
-            )
+        return self._find_folder(with_weights=False)
+
+    def fetch(self) -> Path:
+        """Return the pipeline's folder with all that dumo reads of it, as `folder` otherwise."""
+        return self._find_folder(with_weights=True)
+
+    def _find_folder(self, *, with_weights: bool) -> Path:
+        """Return the folder, fetched if the source is a name on the Hub. Raises as `folder`."""
+        if self.source in SMALL:
+            raise UserError(f"{FIELD}: {self.source} is a config without weights: set net.weights=drawn. {HINT}")
+        if self.is_on_hub:
+            return hub.fetch(self.source, partial(_choose_files, without=self.without, with_weights=with_weights))
         path = user_path(self.source, FIELD)
-        if path.suffix == parts.SUFFIX and path.is_file():
-            raise UserError(f"{FIELD}: {one_file_hint(path)}, and set {FIELD}=DIR")
+        if path.suffix == SUFFIX and path.is_file():
+            raise UserError(
+                f"{FIELD}: {path} is one file, without the configs and tokenizers of a pipeline: make a folder of it "
+                "by PIPELINE.from_single_file(FILE).save_pretrained(DIR) of diffusers"
+            )
         if not path.is_dir():
-            fetch = hub.fetch_hint(self.source)
-            if fetch:
-                raise UserError(f"{FIELD}: {fetch}, and set {FIELD}={Path(self.source).name}")
-            raise UserError(f"{FIELD}: {self.source} is no folder. {HINT}")
+            raise UserError(f"{FIELD}: there is no folder {self.source}. {HINT}")
         return path
 
     @property
@@ -126,16 +136,16 @@ class Pipeline(Spec):
     def weights(self, part: str) -> PartWeights:
         """Return the files of a part's weights that dumo opens.
 
-        Raises UserError, with the command that brings them, where there are none, and as `part_folder`.
+        Raises UserError if there are none, and as `part_folder`.
         """
-        folder = self.part_folder(part)
-        return parts.require_weights(folder, weights_name(part), FIELD, self.download_command())
+        self.fetch()
+        return parts.require_weights(self.part_folder(part), weights_name(part), FIELD, HINT)
 
     def part_folder(self, part: str) -> Path:
-        """Return the folder of a part. Raises UserError, with the command that brings it, where it is missing."""
+        """Return the folder of a part. Raises UserError if it is missing."""
         folder = self._find_part(part)
         if folder is None:
-            raise UserError(f"{FIELD}: {self.source} has no {part}/{_config_name(part)}: {self.download_command()}")
+            raise UserError(f"{FIELD}: {self.source} has no {part}/{_config_name(part)}. {HINT}")
         return folder
 
     def _find_part(self, part: str) -> Path | None:
@@ -154,19 +164,15 @@ class Pipeline(Spec):
         class_name = str(self.config(TRANSFORMER).get("_class_name"))
         return UNET if class_name.startswith("UNet") else TRANSFORMER
 
-    def download_command(self) -> str:
-        """Return the command that downloads what dumo reads of the pipeline. It fetches no file that is there."""
-        folder = "DIR" if self.is_published else shell_path(self.folder)
-        repository = self.repository or "REPOSITORY"
-        return hub.pipeline_command(repository, folder, third_encoder="text_encoder_3" not in self.without)
-
     @property
     def repository(self) -> str:
-        """The name on the Hugging Face hub that its index notes as its origin; "": not known.
+        """The name on the Hugging Face Hub, or the one that its index notes as its origin; "": not known.
 
         Other parts may come from there, but not the model: diffusers keeps this name in what was tuned from it. Its
         config does not tell, for tuned models have it, too.
         """
+        if self.is_on_hub:
+            return hub.repository_of(self.source)
         noted_name = str(self.index.get("_name_or_path", ""))
         return noted_name if hub.is_hub_name(noted_name) else ""
 
@@ -181,6 +187,7 @@ class Pipeline(Spec):
             return self
         facts: dict[str, str] = {}
         try:
+            self.fetch()
             for name, value in self._read_facts():
                 facts[name] = value
         except UserError:  # raised again where the part is used
@@ -225,7 +232,7 @@ class Pipeline(Spec):
         """What the folder's model card says of the licence, by the keys of LICENSE; {} if it says nothing."""
         from huggingface_hub import metadata_load  # slow to import
 
-        card = self.folder / "README.md"
+        card = self.folder / CARD
         head = (metadata_load(card) or {}) if card.is_file() else {}
         return {key: str(head[key]) for key in LICENSE if key in head}
 
@@ -297,13 +304,10 @@ class Pipeline(Spec):
             folder = self.folder / part
             visible = [file for file in folder.glob("*") if file.is_file() and not file.name.startswith(".")]
             if not visible:
-                raise UserError(f"{FIELD}: {self.source} has no {part}: {self.download_command()}")
+                raise UserError(f"{FIELD}: {self.source} has no {part}. {HINT}")
             return sorted(visible)
         if part in _OPTIONAL_PARTS and self._find_part(part) is None:
-            raise UserError(
-                f"{FIELD}: {self.source} has no {part}: {self.download_command()}; or go without it by "
-                f"{FIELD}.without=[{part}]"
-            )
+            raise UserError(f"{FIELD}: {self.source} has no {part}: set {FIELD}.without=[{part}] to go without it")
         files = self.weights(part).all_files
         for name in (CONFIG, GENERATION_CONFIG):
             file = self.folder / part / name
@@ -345,6 +349,23 @@ class PipelineSpec(Spec):
         spec = self.model_copy()
         spec._pipeline = pipeline
         return spec
+
+
+def _choose_files(files: Collection[str], *, without: Collection[str], with_weights: bool) -> list[str]:
+    """Choose what dumo reads of a repository that holds a pipeline, or a transformer alone."""
+    if INDEX not in files:
+        chosen = parts.choose_files(files)
+    else:
+        chosen = [INDEX]
+        for part in {file.partition("/")[0] for file in files if "/" in file}:
+            if part.replace("tokenizer", "text_encoder") in without:
+                continue
+            if part.startswith("tokenizer") and TEXT_PARTS.fullmatch(part):
+                chosen += [file for file in files if file.startswith(f"{part}/")]
+            elif part in (TRANSFORMER, UNET, VAE, SCHEDULER) or TEXT_PARTS.fullmatch(part):
+                chosen += parts.choose_files(files, part, weights_name(part))
+    chosen += [CARD] if CARD in files else []
+    return [file for file in chosen if with_weights or not file.endswith(SUFFIX)]
 
 
 def component_names(pipeline_class: Any) -> set[str]:  # noqa: ANN401, a class of diffusers

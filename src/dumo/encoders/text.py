@@ -11,7 +11,7 @@
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,17 +22,17 @@ from jaxtyping import Bool, Float, Shaped
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from dumo.encoders.part import TRANSFORMERS, TRANSFORMERS_FILE, PartWeights, require_weights
+from dumo.encoders.part import TRANSFORMERS, TRANSFORMERS_FILE, PartWeights, choose_files, require_weights
 from dumo.encoders.tokens import LoadedTokenizer, load_tokenizer, tokenizer_hash
 from dumo.encoders.transformers_library import CONFIG, load_model
 from dumo.flow.precision import Precision, using
 from dumo.io import digest, hub
-from dumo.io.read import read_json, user_path
+from dumo.io.read import read_json
 from dumo.runtime.limits import TOKENS
-from dumo.types import PLACE, Spec, UserError
+from dumo.types import HUB_MODEL, PLACE, Spec, UserError
 
 _FIELD = "net.texts.encoder.source"  # of a run, for messages
-_HINT = f"name a folder with {CONFIG} and {TRANSFORMERS_FILE}, as transformers saves a text encoder"
+_HINT = f"name a text encoder on the Hugging Face Hub, OWNER/NAME, or a folder with {CONFIG} and {TRANSFORMERS_FILE}"
 # Classes of transformers by the model_type of config.json, for models whose text encoder has a class of its own: they
 # leave out the decoder of T5, and the half of CLIP that reads images.
 _CLASS_BY_MODEL_TYPE = {
@@ -60,8 +60,8 @@ class TextEncoder(Spec):
     """A text encoder, and the part of its output that is kept (docs/captions.md says what published models take)."""
 
     kind: Literal["transformers"] = "transformers"
-    # A folder of transformers, or of a pipeline's text_encoder with the tokenizer next to it.
-    source: str = Field(json_schema_extra=PLACE)
+    # A folder or a repository on the Hub, of transformers or of a pipeline: text_encoder with the tokenizer next to it.
+    source: str = Field(json_schema_extra=PLACE | HUB_MODEL)
     # Tokens of a text that are kept, at most. The encoder reads up to length + skip; longer texts are cut.
     length: int = Field(default=77, ge=1, le=TOKENS)
     template: str = "{}"  # {} is the text
@@ -85,12 +85,9 @@ class TextEncoder(Spec):
 
         Raises UserError if there is no folder, or it has no weights or pickled ones.
         """
-        source_folder = user_path(self.source, _FIELD)
+        source_folder = hub.path_of(self.source, _FIELD, _choose_files)
         if not source_folder.is_dir():
-            fetch = ""
-            if hub.is_hub_name(self.source):
-                fetch = f"; a model of the Hugging Face hub is fetched by hf download {self.source} --local-dir DIR"
-            raise UserError(f"{_FIELD}: {self.source} is no folder: {_HINT}{fetch}")
+            raise UserError(f"{_FIELD}: there is no folder {self.source}: {_HINT}")
         folder = source_folder
         if not (folder / CONFIG).is_file():
             folder = source_folder / "text_encoder"  # of a pipeline
@@ -132,6 +129,13 @@ class TextEncoder(Spec):
         Raises UserError where it is missing or cannot be loaded.
         """
         return load_tokenizer(folder.tokenizer_path, self.length + self.skip, self.template)
+
+
+def _choose_files(files: Collection[str]) -> list[str]:
+    """Choose what is read of a repository: a model of transformers, or the text encoder of a pipeline."""
+    if CONFIG in files:
+        return choose_files(files, name=TRANSFORMERS)
+    return [*choose_files(files, "text_encoder", TRANSFORMERS), *choose_files(files, "tokenizer")]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ is in the evaluator's `facts`, which a report prints; two reports with different
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, runtime_checkable
 from typing import Protocol as Interface  # `Protocol` is the specs' base here
@@ -26,10 +27,11 @@ from jaxtyping import Int64
 from pydantic import Field
 from torch import Tensor
 
-from dumo.io.read import user_path
+from dumo.encoders.part import TRANSFORMERS, choose_files
+from dumo.io import hub
 from dumo.io.source import Data
 from dumo.runtime import limits
-from dumo.types import PLACE, Cond, Spec, UserError
+from dumo.types import HUB_MODEL, PLACE, Cond, Spec, UserError
 
 MODEL_FIELD = "evaluate.protocol.model"
 
@@ -147,9 +149,9 @@ class Protocol(Spec, ABC):
 
 
 class ModelProtocol(Protocol):
-    """Judges images in colour or grey, decoded, by a model of transformers in a folder, in safetensors."""
+    """Judges images in colour or grey, decoded, by a model of transformers in safetensors."""
 
-    model: str | None = Field(default=None, json_schema_extra=PLACE)  # the folder
+    model: str | None = Field(default=None, json_schema_extra=PLACE | HUB_MODEL)  # a folder, or a name on the Hub
 
     @property
     @abstractmethod
@@ -172,7 +174,7 @@ class ModelProtocol(Protocol):
         """The model's folder. Raises UserError where none is named."""
         if self.model is None:
             raise UserError(f"protocol {self.kind} needs {self.missing}")
-        return user_path(self.model, MODEL_FIELD)
+        return hub.path_of(self.model, MODEL_FIELD, partial(choose_files, name=TRANSFORMERS))
 
     def why_unfit(self, shape: tuple[int, ...], classes: int) -> str:
         """Why samples of this shape are not judged: they must be images of 1 or 3 channels."""

@@ -171,8 +171,9 @@ class ExportedModel:
 
     @property
     def base_name(self) -> str:
-        """The name of the tuned model's folder. The repository that its files name may be that of an ancestor."""
-        return Path(self.spec.pipeline.source).name
+        """The tuned model's name on the Hub, or that of its folder, whose files may name an ancestor's repository."""
+        pipeline = self.spec.pipeline
+        return pipeline.repository if pipeline.is_on_hub else Path(pipeline.source).name
 
     @property
     def base_subfolder(self) -> str:

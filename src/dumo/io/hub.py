@@ -1,101 +1,278 @@
-"""Names on the Hugging Face hub: what dumo knows of published pipelines, and the commands that fetch them.
+"""Names on the Hugging Face Hub, OWNER/NAME: fetch what dumo reads of a repository into the Hub's usual cache.
 
-`is_hub_name` tells a name on the hub from a place, and `fetch_hint` answers one where a folder is wanted.
-`pipeline_command` brings what dumo reads of a pipeline. `published_name` says whether dumo knows a repository, and
-`published_config` has the configs of a pipeline that it knows. Nothing here asks the hub, and nothing imports torch.
+A name stands where a path of a model, a data set or a run may stand. When a run is opened, `pin` writes the commit
+behind the name, OWNER/NAME@COMMIT, so a resumed run reads the same files. `fetch` downloads chosen files of a
+repository and returns their folder; `load_dataset` prepares a data set by the package `datasets`. Both take what is in
+the cache if the Hub cannot be reached. The client of the Hub reads HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE.
+
+Pipelines in PUBLISHED are known without a download: `published_config` has their configs.
 """
 
 import json
+import os
 import re
-import shlex
+import sys
+from collections.abc import Callable, Collection, Generator, Iterable
+from contextlib import contextmanager, suppress
 from functools import lru_cache
+from glob import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from dumo.error import UserError
+from dumo.io.read import user_path
+from dumo.io.trained import RUNS_FOLDER
+from dumo.runtime import require, signals
+from dumo.runtime.progress import print_line
+from dumo.runtime.text import bytes_text
 
 INDEX = "model_index.json"  # in the folder of a pipeline of diffusers
+CARD = "README.md"
 TRANSFORMER = "transformer"
 UNET = "unet"  # where a UNet is the model
 VAE = "vae"
 SCHEDULER = "scheduler"
-# A file NAME.json for each of PUBLISHED and SMALL. It has the pipeline's class, its repository (`_name_or_path`) and
-# the configs of parts by name; `_readers` are the parameters of all text encoders, `_optional_readers` of those that
-# may be left out.
+# A file NAME.json for each of PUBLISHED and SMALL. It has the pipeline's class and the configs of parts by name;
+# `_readers` are the parameters of all text encoders, `_optional_readers` of those that may be left out.
 _CONFIGS = files("dumo") / "encoders" / "published"
-# of repositories on the hub
-PUBLISHED = ("sd3-medium", "sana-1600m", "flux-dev", "qwen-image", "z-image", "sd15", "sdxl", "pixart-sigma")
-SMALL = ("sd3-small", "sd3-digits", "unet-small")  # ours: for latents of CIFAR-10, but for digits the second
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # OWNER/NAME
+# The names of these files by repository.
+PUBLISHED = {
+    "stabilityai/stable-diffusion-3-medium-diffusers": "sd3-medium",
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": "sana-1600m",
+    "black-forest-labs/FLUX.1-dev": "flux-dev",
+    "Qwen/Qwen-Image": "qwen-image",
+    "Tongyi-MAI/Z-Image": "z-image",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "pixart-sigma",
+}
+# Models of dumo's own, for latents of CIFAR-10, but for digits the second.
+SMALL = ("sd3-small", "sd3-digits", "unet-small")
 SUFFIX = ".safetensors"
-# Variants, which have a second dot in their names. Patterns of fnmatch, in which * matches / and dots, too.
-EXCLUDED = (f"*.*{SUFFIX}", "*.index.*.json")
+
+Kind = Literal["model", "dataset"]  # of a repository
+Choose = Callable[[Collection[str]], Iterable[str]]  # the files of a repository → those that are read
+
+_HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([0-9a-f]{40}))?")  # OWNER/NAME or OWNER/NAME@COMMIT
+# A name with one of these endings is a file that is not there.
+_FILE_SUFFIXES = (".yaml", ".yml", ".json", ".parquet", ".tar", ".npz", ".bin", ".ckpt", SUFFIX)
+# Above this size a download is asked for, if there is a terminal.
+_MAX_BYTES = 5e9
 
 
 @lru_cache
-def published_config(name: str) -> dict[str, Any]:
-    """The file of _CONFIGS of this name, one of PUBLISHED or SMALL."""
-    return json.loads((_CONFIGS / f"{name}.json").read_text(encoding="utf-8"))
+def published_config(source: str) -> dict[str, Any]:
+    """The configs of one of PUBLISHED or SMALL."""
+    return json.loads((_CONFIGS / f"{PUBLISHED.get(source, source)}.json").read_text(encoding="utf-8"))
 
 
-def published_name(repository: str) -> str:
-    """The published pipeline of a repository on the hub; "": it is none of PUBLISHED."""
-    for name in PUBLISHED:
-        if str(published_config(name)["_name_or_path"]).lower() == repository.lower():
-            return name
-    return ""
+def is_hub_name(text: str) -> bool:
+    """Whether a text is OWNER/NAME, and neither a path here nor below a folder here. A name with a commit always is."""
+    name = _HUB_NAME.fullmatch(text)
+    owner = text.partition("/")[0]
+    if name is None or text.endswith(_FILE_SUFFIXES) or owner == RUNS_FOLDER:
+        return False
+    return name[2] is not None or not os.path.lexists(owner)
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether it is OWNER/NAME, and OWNER is no folder here."""
-    return bool(_HUB_NAME.fullmatch(name)) and not Path(name).parent.exists()
+def repository_of(name: str) -> str:
+    """OWNER/NAME of a name with or without a commit."""
+    return name.partition("@")[0]
 
 
-def fetch_hint(name: str) -> str:
-    """What a name on the hub is, and the command that fetches it; "": it is no such name."""
-    if not is_hub_name(name):
-        return ""
-    command = pipeline_command(name, Path(name).name)
-    if published_name(name):
-        return f"{name} is a model on the Hugging Face hub, and dumo reads a folder: fetch what it reads, {command}"
-    return (
-        f"{name} is no folder here. If it is a model on the Hugging Face hub, fetch what dumo reads of it, {command} "
-        "(leave --exclude out if the repository has only variants, such as fp16 files)"
-    )
+def local_copy(name: str) -> Path | None:
+    """The folder $DUMO_DATA/NAME, which is read in place of the data set OWNER/NAME if it exists."""
+    data_folder = os.environ.get("DUMO_DATA")
+    folder = Path(data_folder or "", name.partition("/")[2]).absolute()
+    return folder if data_folder and folder.is_dir() else None
 
 
-def one_file_hint(file: Path) -> str:
-    """What to do with a model in one safetensors file, as ComfyUI and others share them."""
-    return (
-        f"{file} is one file, without the configs and tokenizers of a pipeline: make a folder DIR of it by "
-        "PIPELINE_OR_MODEL.from_single_file(FILE).save_pretrained(DIR) of diffusers"
-    )
+def pin(name: str, kind: Kind = "model") -> str:
+    """Return OWNER/NAME@COMMIT: the commit on the Hub now, or in the cache if the Hub cannot be reached.
 
-
-def pipeline_command(repository: str, folder: str, *, third_encoder: bool = True) -> str:
-    """The command that brings what dumo reads of a pipeline into a folder, with or without a third text encoder.
-
-    Weights are those in safetensors, without variants such as fp16. `folder` is not quoted.
+    A name that has a commit stays, and so does one whose commit is not known: `fetch` raises the Hub's error.
     """
-    text_parts = ["text_encoder*", "tokenizer*"]
-    if not third_encoder:
-        text_parts = ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]
-    words = ["hf", "download", repository, "--include", INDEX, "--include", "README.md"]
-    for part in (*_model_parts(repository), VAE, SCHEDULER, *text_parts):
-        if part.startswith("tokenizer"):  # files of many names
-            words += ["--include", f"{part}/*"]
-            continue
-        words += ["--include", f"{part}/*.json"]
-        if part != SCHEDULER:
-            words += ["--include", f"{part}/*{SUFFIX}"]
-    for pattern in EXCLUDED:
-        words += ["--exclude", pattern]
-    return f"{shlex.join(words)} --local-dir {folder}"
+    repository, commit = _split(name)
+    with suppress(*_client_errors()):
+        commit = commit or _newest_commit(repository, kind)
+    return f"{repository}@{commit}" if commit else repository
 
 
-def _model_parts(repository: str) -> list[str]:
-    """The folder that holds the model of a repository: of one that dumo does not know, both that may."""
-    name = published_name(repository)
-    if not name:
-        return [TRANSFORMER, UNET]
-    class_name = str(published_config(name)[TRANSFORMER]["_class_name"])
-    return [UNET if class_name.startswith("UNet") else TRANSFORMER]
+def path_of(text: str, field: str, choose: Choose) -> Path:
+    """The path that a field names, or the folder of what `choose` returns of a repository. Raises as both do."""
+    return fetch(text, choose) if is_hub_name(text) else user_path(text, field)
+
+
+def fetch(name: str, choose: Choose, kind: Kind = "model") -> Path:
+    """Download the files of a repository that `choose` returns, and return the folder that holds them.
+
+    Prints the repository, its commit and the size if something has to be downloaded. Without a connection the files
+    are those in the cache, of which some may be missing. Raises the Hub's own errors.
+    """
+    from huggingface_hub import snapshot_download, try_to_load_from_cache  # slow to import
+
+    repository, commit = _split(name)
+    commit = commit or _newest_commit(repository, kind)
+    sizes = _file_sizes(repository, commit, kind)
+    if sizes is None:
+        return _find_snapshot(repository, commit, kind)
+    chosen = [*choose(sizes)]
+    missing_bytes = 0
+    for file in chosen:
+        if not isinstance(try_to_load_from_cache(repository, file, revision=commit, repo_type=kind), str):
+            missing_bytes += sizes[file]
+    _announce(repository, commit, missing_bytes)
+    patterns = [escape(file) for file in chosen]
+    with _quiet_client(missing_bytes == 0 or not sys.stderr.isatty()):
+        return Path(snapshot_download(repository, repo_type=kind, revision=commit, allow_patterns=patterns))
+
+
+@lru_cache
+def load_dataset(name: str) -> Any:  # noqa: ANN401, a DatasetDict
+    """Return all splits of a data set of the Hub, which `datasets` downloads and keeps as Arrow files.
+
+    Raises UserError if `datasets` is not installed or the data set has several configurations, and the errors of the
+    Hub and of `datasets`.
+    """
+    repository, commit = _split(name)
+    commit = commit or _newest_commit(repository, "dataset")
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
+    datasets = require("datasets", "datasets", f"the data set {repository}")
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+    # Open it without a connection if it was prepared before.
+    prepared = _prepared_folder(repository, commit)
+    if prepared is not None:
+        from datasets.packaged_modules.cache.cache import Cache
+
+        owner, _, dataset_name = prepared.parts[-4].partition("___")
+        builder = Cache(
+            cache_dir=str(prepared.parents[3]),
+            dataset_name=dataset_name,
+            repo_id=f"{owner}/{dataset_name}",
+            config_name=prepared.parts[-3],
+            version=prepared.parts[-2],
+            hash=prepared.parts[-1],
+        )
+        return builder.as_dataset()
+
+    # Download and prepare it.
+    with _quiet_client(not sys.stderr.isatty()):
+        try:
+            builder = datasets.load_dataset_builder(repository, revision=commit)
+        except ValueError as error:
+            raise UserError(f"{repository}: {error}. Download it, and give its folder") from error
+        sizes = _file_sizes(repository, commit, "dataset") or {}
+        num_bytes = 0
+        for urls in (builder.config.data_files or {}).values():
+            num_bytes += sum(sizes.get(url.rpartition(f"@{commit}/")[2], 0) for url in urls)
+        _announce(repository, commit, num_bytes)
+        builder.download_and_prepare()
+    return builder.as_dataset()
+
+
+def is_prepared(name: str) -> bool:
+    """Whether `load_dataset` would open the data set without a connection. Asks nobody."""
+    from huggingface_hub import snapshot_download  # slow to import
+
+    repository, commit = _split(name)
+    if commit is None:
+        with suppress(OSError), _quiet_client():
+            snapshot = snapshot_download(repository, repo_type="dataset", local_files_only=True, allow_patterns=CARD)
+            commit = Path(snapshot).name
+    return _prepared_folder(repository, commit) is not None
+
+
+def _prepared_folder(repository: str, commit: str | None) -> Path | None:
+    """The folder of Arrow files that `datasets` has made of a commit; None: there is none, or there are several."""
+    from huggingface_hub import constants  # slow to import
+
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or f"{constants.HF_HOME}/datasets").expanduser()
+    if commit is None:
+        return None
+    owner = repository.partition("/")[0]
+    # OWNER___NAME/CONFIGURATION/VERSION/COMMIT
+    folders = [file.parent for file in cache.glob(f"{owner}___*/*/*/{commit}/dataset_info.json")]
+    return folders[0] if len(folders) == 1 else None
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    """The repository and the commit of a name."""
+    repository, _, commit = name.partition("@")
+    return repository, commit or None
+
+
+def _newest_commit(repository: str, kind: Kind) -> str:
+    """The commit of a repository's main branch, or the one in the cache if the Hub cannot be reached.
+
+    Raises the Hub's error if neither is known.
+    """
+    # The client notes in the cache which commit is the main branch.
+    return _find_snapshot(repository, None, kind).name
+
+
+@lru_cache
+def _find_snapshot(repository: str, commit: str | None, kind: Kind) -> Path:
+    """The folder of a commit in the cache, with the card alone unless files were fetched before.
+
+    Asks the Hub. If that cannot be reached, the folder must be there; raises the Hub's error if it is not.
+    """
+    from huggingface_hub import snapshot_download  # slow to import
+
+    with _quiet_client():
+        return Path(snapshot_download(repository, repo_type=kind, revision=commit, allow_patterns=CARD))
+
+
+@lru_cache
+def _file_sizes(repository: str, commit: str, kind: Kind) -> dict[str, int] | None:
+    """The files of a commit with their sizes in bytes; None if the Hub does not tell."""
+    from huggingface_hub import HfApi  # slow to import
+
+    api = HfApi()
+    describe = api.dataset_info if kind == "dataset" else api.model_info
+    try:
+        info = describe(repository, revision=commit, files_metadata=True)
+    except _client_errors():
+        return None
+    return {file.rfilename: file.size or 0 for file in info.siblings or []}
+
+
+def _announce(repository: str, commit: str | None, num_bytes: int) -> None:
+    """Print what is downloaded; if it is much, ask on a terminal. Raises UserError if the answer is no."""
+    if num_bytes == 0:
+        return
+    print_line(f"downloading {repository} at {commit}: {bytes_text(num_bytes)}")
+    if num_bytes <= _MAX_BYTES or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return
+    with signals.default_handlers():  # Ctrl-C ends it there
+        print("download? [y/N] ", end="", file=sys.stderr, flush=True)
+        answer = sys.stdin.readline()
+    if answer.strip().lower() not in ("y", "yes"):
+        raise UserError(f"{repository} was not downloaded")
+
+
+@contextmanager
+def _quiet_client(yes: bool = True) -> Generator[None]:
+    """Show no progress bars and no warnings of the Hub's client while inside."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+
+    verbosity = logging.get_verbosity()
+    had_bars = not are_progress_bars_disabled()
+    if yes:
+        logging.set_verbosity_error()
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if yes and had_bars:
+            enable_progress_bars()
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    """What the Hub's client raises: its own errors, which are OSErrors, and those of its HTTP library."""
+    from huggingface_hub.errors import HfHubHTTPError  # slow to import
+
+    return OSError, HfHubHTTPError.__bases__[0]

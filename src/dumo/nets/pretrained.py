@@ -312,7 +312,8 @@ class Shortened(Pretrained):
 
 def model_weights(pipeline: Pipeline) -> PartWeights:
     """Find the weights of a pipeline's model. Raises UserError where there are none, or they are a pickle."""
-    way_out = f"{pipeline.download_command()}; or set net.weights=drawn to start from random ones"
+    pipeline.fetch()
+    way_out = "set net.weights=drawn to start from random ones"
     return require_weights(pipeline.part_folder(TRANSFORMER), DIFFUSERS, FIELD, way_out)
 
 

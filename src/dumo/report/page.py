@@ -174,7 +174,7 @@ def _read_data(opened: OpenedRun) -> _DataRows:
     except UserError as error:
         images = shown_data(opened.run.data)
         are_elsewhere = isinstance(images, Images) and not images.is_here
-        if not are_elsewhere and not opened.is_shipped:
+        if not are_elsewhere and not opened.is_only_read:
             raise
         return _DataRows(None, no_classes, None, str(error))
     x, c = data.reference(num_data_rows(sampler), sampler.spec.seed)
@@ -193,7 +193,7 @@ def render(opened: OpenedRun, parts: PageParts) -> str:
     run = opened.run
     sampler = opened.sampler
     missing = missing_to_judge(run, parts.size)
-    if parts.missing and run.evaluate.protocol.reads_data and not opened.is_shipped:
+    if parts.missing and run.evaluate.protocol.reads_data and not opened.is_only_read:
         missing = "the images of the training"
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dumo.report", "."),
@@ -242,7 +242,7 @@ def _next_command(
 ) -> tuple[str, str, str]:
     """Where the run stands, the command to type next, and what it does. `missing` is what an evaluation lacks."""
     train = opened.run.train
-    name = str(opened.source) if opened.is_shipped else shell_path(opened.folder)
+    name = str(opened.source) if opened.is_only_read else shell_path(opened.folder)
     if train.minutes is None and opened.step < train.steps:
         return f"Stopped at step {opened.step:,} of {train.steps:,}.", f"dumo train {name}", "resumes it"
     if not evaluations and not missing:

@@ -33,7 +33,7 @@ from dumo.io.guard import locked
 from dumo.io.table import MakeResult, TableIndex
 from dumo.nets.text import EmbeddedTexts, PipelineTexts
 from dumo.run.prompt import open_source_images, sources_identity
-from dumo.run.resolve import data_with_facts, load_resolved
+from dumo.run.resolve import data_with_facts, find_commits, load_resolved, with_commits
 from dumo.runtime import dist, signals
 from dumo.runtime.device import choose_device, free_memory
 from dumo.runtime.progress import Bar, no_bar
@@ -139,12 +139,14 @@ def _work_of_images(root: str, settings: Sequence[str]) -> EncodingWork:
     tree: dict[str, Any] = {"data": {"kind": "latents", "images": {"root": root, "flip": True}}}
     override(tree, settings)
     spec = parse(_LatentsOnly, tree)
+    spec = with_commits(spec, find_commits(spec))
+    spec.data.images.fetch()
     return EncodingWork(data_with_facts(with_pipeline(spec.data, spec.pipeline)))
 
 
 def _work_of_recipe(source: str, settings: Sequence[str]) -> EncodingWork:
     """What to encode for a recipe, a file or a run. Raises UserError where there is nothing."""
-    run = load_resolved(source, settings)
+    run = load_resolved(source, settings, fetches=True)
     texts = run.net.texts
     if not isinstance(run.data, Latents) and not isinstance(texts, EmbeddedTexts):
         raise UserError(

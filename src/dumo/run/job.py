@@ -31,7 +31,7 @@ from dumo.run import examination
 from dumo.run.data import compare_data, require_same_fingerprint
 from dumo.run.folder import RunFolder
 from dumo.run.net import outline, require_room_to_train
-from dumo.run.resolve import resolve, with_absolute_paths, with_hashes
+from dumo.run.resolve import fetch_files, find_commits, resolve, with_absolute_paths, with_commits, with_hashes
 from dumo.run.speed import Meter
 from dumo.run.weights import begin_or_resume
 from dumo.runtime import dist, shell_path, stopwatch
@@ -126,9 +126,17 @@ def open_job(
         requested_run = _run_of_folder(folder, changes) if run is None else run
         require_same_on_all_ranks(requested_run)
 
-        # Resolve the run, and check that it fits the machine.
+        # Download what the run names on the Hub: on rank 0, from whose cache the others read. It takes no time of a run
+        # that ends by the clock.
         recorded_run = folder.run if folder.text and folder.text.hash else None
-        resolved_run = resolve(with_absolute_paths(requested_run))
+        began_fetching = stopwatch.wall_clock()
+        commits = agreement.on_main_rank(lambda: find_commits(requested_run, recorded_run))
+        pinned_run = with_commits(requested_run, commits)
+        agreement.on_main_rank(lambda: fetch_files(pinned_run), is_long=True)
+        time_began += stopwatch.wall_clock() - began_fetching
+
+        # Resolve the run, and check that it fits the machine.
+        resolved_run = resolve(with_absolute_paths(pinned_run))
         torch_device = choose_device(device)
         complete_run, net_outline = _fit_and_complete(resolved_run, recorded_run, torch_device, sheets)
 

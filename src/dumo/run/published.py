@@ -4,14 +4,16 @@
 checks that it has the net's layers, and converts their names to ours.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from dumo.config.teacher import Start
-from dumo.encoders.part import DIFFUSERS, require_weights
+from dumo.encoders.part import DIFFUSERS, choose_files, require_weights
 from dumo.flow.path import FlowPath
-from dumo.io.read import read_json, user_path
+from dumo.io import hub
+from dumo.io.read import read_json
 from dumo.io.weights import load
 from dumo.nets import Net
 from dumo.nets.dit import SIZES, DiT, Transformer
@@ -33,7 +35,7 @@ def read(start: Start, spec: Net, path: FlowPath, net: nn.Module) -> dict[str, T
     Raises UserError if the net is another function than the published one, the file has other layers or is a pickle,
     the folder is not diffusers' of a DiT, or the path is not linear.
     """
-    file = user_path(start.source, "start.source")
+    file = hub.path_of(start.source, "start.source", _choose_files)
     if not isinstance(spec, DiT) or not isinstance(net, Transformer):
         raise UserError(f"start.kind {start.kind} is for net.kind dit, and this run's is {spec.kind}")
     _require_published_net(start, spec, path)
@@ -73,6 +75,9 @@ def _load_tensors(start: Start, place: Path) -> dict[str, Tensor]:
     """The tensors of a file, or of a diffusers folder of a DiT, by the authors' names. Raises UserError as `read`."""
     if not place.is_dir():
         return load(place)
+    files = [*place.glob(f"*{hub.SUFFIX}")]
+    if len(files) == 1 and not (place / _CONFIG_FILE).is_file():
+        return load(files[0])
     model_class = "nothing"
     for folder in (place, place / "transformer"):
         if (folder / _CONFIG_FILE).is_file():
@@ -86,6 +91,14 @@ def _load_tensors(start: Start, place: Path) -> dict[str, Tensor]:
         f"a dit such a file or a folder of {_DIFFUSERS_CLASS}, and a flow model of diffusers a net of its own: "
         "net.kind=diffusers"
     )
+
+
+def _choose_files(files: Collection[str]) -> list[str]:
+    """Choose what is read of a repository: the model of diffusers in it, or else its files of weights at the top."""
+    for folder in ("", "transformer"):
+        if str(Path(folder, _CONFIG_FILE)) in files:
+            return choose_files(files, folder)
+    return [file for file in files if "/" not in file and file.endswith(hub.SUFFIX)]
 
 
 def _require_layers(start: Start, tensors: dict[str, Tensor], net: Transformer) -> None:

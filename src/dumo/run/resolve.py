@@ -2,7 +2,8 @@
 
 When a run is opened for training, `run.job` calls:
 
-1. `with_absolute_paths`, which writes out where things lie
+1. `find_commits` and `with_commits`, which write the commit into names on the Hub, `fetch_files`, which downloads what
+   training reads there, and `with_absolute_paths`, which writes out where things lie
 2. `resolve`, which fills in classes, captions, schedule and code hashes, and checks the net
 3. `with_hashes`, which adds hashes of what samples depend on besides data: autoencoder, pipeline, text encoder, and the
    few-step run under a subject's adapters
@@ -27,10 +28,10 @@ from dumo.config.load import load, parse
 from dumo.config.source import CODE_KEY, RunText, read, without_resolved
 from dumo.config.spec import Run
 from dumo.data import Data, Images, Latents
-from dumo.data.cache import read_index
+from dumo.data.cache import is_finished, read_index
 from dumo.data.images import with_fields_of_latents
 from dumo.flow.path import Diffusion
-from dumo.io import trained
+from dumo.io import hub, trained
 from dumo.io.read import user_path
 from dumo.nets import Pretrained
 from dumo.nets.text import EmbeddedTexts
@@ -43,15 +44,20 @@ S = TypeVar("S", bound=Spec)
 Pin = str | dict[str, str] | None  # the hash of a file, or the facts of a pipeline; None: not known
 
 
-def load_resolved(source: str | RunText, changes: Sequence[str] = ()) -> Run:
+def load_resolved(source: str | RunText, changes: Sequence[str] = (), *, fetches: bool = False) -> Run:
     """Load a run with these changes, each a.b=c, and resolve it, for work that does not train it.
 
-    Where they are of its data, what was found on its old data is left out. Raises UserError as `load` and `resolve`.
+    Where they are of its data, what was found on its old data is left out. With `fetches`, what the run names on the
+    Hub is downloaded first. Raises UserError as `load` and `resolve`.
     """
     text = source if isinstance(source, RunText) else read(source)
     if any(field_of(change).split(".")[0] == "data" for change in changes):
         text = without_resolved(text)
-    return resolve(load(text, changes))
+    run = load(text, changes)
+    if fetches:
+        run = with_commits(run, find_commits(run))
+        fetch_files(run)
+    return resolve(run)
 
 
 def resolve(run: Run) -> Run:
@@ -124,6 +130,41 @@ def data_with_facts(data: Data) -> Data:
         raise type(error)(message) from error
 
 
+def find_commits(spec: Spec, before: Spec | None = None) -> dict[str, str]:
+    """For each field that names something on the Hub, the name with its commit: the newest, or that of `before`.
+
+    `before` is the run that `spec` goes on with. A data set of which there is a local copy is left out.
+    """
+    places_before = dict(places(before)) if before else {}
+    commits: dict[str, str] = {}
+    for field, text, extra in _places(spec):
+        kind = extra.get("hub")
+        if kind is None or not hub.is_hub_name(text) or (kind == "dataset" and hub.local_copy(text)):
+            continue
+        known = places_before.get(field, "")
+        if hub.repository_of(known) == text:
+            commits[field] = known
+        else:
+            commits[field] = hub.pin(text, "dataset" if kind == "dataset" else "model")
+    return commits
+
+
+def with_commits(spec: S, commits: Mapping[str, str]) -> S:
+    """The spec with these names in its fields, as `find_commits` returns them."""
+    return _with_places(spec, commits)
+
+
+def fetch_files(run: Run) -> None:
+    """Download what training reads of the Hub before it begins: images that are not encoded yet, and the pipeline."""
+    data = run.data
+    if isinstance(data, Images):
+        data.fetch()
+    elif isinstance(data, Latents) and not is_finished(data.folder):
+        data.images.fetch()
+    if run.pipeline and run.pipeline.is_on_hub:
+        run.pipeline.fetch()
+
+
 def with_absolute_paths(run: Run) -> Run:
     """The run with absolute paths in fields that say where something lies. A name for which no path exists stays."""
     return _with_places(run, {field: _absolute_place(text, extra) for field, text, extra in _places(run)})
@@ -134,6 +175,9 @@ def _absolute_place(place: str, extra: JsonDict) -> str:
     names = cast(list[str], extra.get("names", ()))
     if place in names:
         return place
+    if "hub" in extra and hub.is_hub_name(place):
+        copy = hub.local_copy(place) if extra["hub"] == "dataset" else None
+        return str(copy) if copy else place
     return absolute_path(place, maybe=extra["where"] == "maybe")
 
 

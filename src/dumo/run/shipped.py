@@ -1,32 +1,46 @@
-"""Trained runs that come with dumo: something to sample and judge before anything is trained.
+"""Runs that are only read: those that come with dumo, and runs on the Hugging Face Hub, OWNER/NAME.
 
-Each is an exported run in half precision (`dumo.export.own`), in `dumo/trained`, and is only read. `find` says which
-folder a name means, `output_folder` where commands write their output. `tools/ship.py` makes such a folder.
+Each is an exported run (`dumo.export.own`). Those that come with dumo are in half precision, in `dumo/trained`, which
+`tools/ship.py` makes. `find` says which folder a name means, `output_folder` where commands write their output.
 """
 
 from pathlib import Path
 
-from dumo.config.source import RUN_FILE, trained_name_of
-from dumo.io import trained
+from dumo.config.source import RUN_FILE, choose_run_files, trained_name_of
+from dumo.io import hub, trained
 from dumo.io.read import user_path
+from dumo.io.trained import SHIPPED_PREFIX
 
 
 def find(source: str | Path) -> Path:
-    """The folder of the run that comes with dumo by this name; another source as the path that it is.
+    """The folder of the run of this name; another source as the path that it is. A run on the Hub is fetched.
 
-    In a text, ~ and $NAMES of environment variables are expanded; a Path is taken as it is. Raises UserError where
-    ./NAME holds a run, too, or a variable is not set.
+    In a text, ~ and $NAMES of environment variables are expanded; a Path is taken as it is. Raises UserError if ./NAME
+    holds a run, too, or a variable is not set; and the Hub's errors.
     """
+    if isinstance(source, str) and hub.is_hub_name(source):
+        return hub.fetch(source, choose_run_files)
     name = trained_name_of(source)
     return _path(source) if name is None else trained.folder(name)
 
 
+def lasting_name(source: str | Path) -> str | None:
+    """What opens a run that is only read again, dumo:NAME or OWNER/NAME@COMMIT; None for a folder."""
+    if isinstance(source, str) and hub.is_hub_name(source):
+        return hub.pin(source)
+    name = trained_name_of(source)
+    return None if name is None else f"{SHIPPED_PREFIX}{name}"
+
+
 def output_folder(source: str | Path) -> Path:
-    """The folder that commands write into: a run's own, and for a run that comes with dumo NAME, in the current one.
+    """The folder that commands write into: a run's own, and for a run that is only read NAME, in the current one.
 
     Where ./NAME holds a run of the user's, it is dumo-NAME. Raises as `find`.
     """
-    name = trained_name_of(source)
+    if isinstance(source, str) and hub.is_hub_name(source):
+        name = Path(hub.repository_of(source)).name
+    else:
+        name = trained_name_of(source)
     if name is None:
         return _path(source)
     return Path(f"dumo-{name}" if (Path(name) / RUN_FILE).is_file() else name)

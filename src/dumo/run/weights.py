@@ -22,7 +22,6 @@ from dumo.config.code import require_same_code
 from dumo.config.difference import Difference, differences
 from dumo.config.load import run_of
 from dumo.config.place import RUN_FILE, require_run_folder
-from dumo.config.source import SHIPPED_PREFIX
 from dumo.config.spec import Run
 from dumo.config.teacher import Start
 from dumo.data import Images
@@ -79,22 +78,23 @@ class OpenedRun:
     deferred_weights: Deferred = field(default_factory=Deferred)  # reads the weights of a net opened without `fill`
     overrides: tuple[str, ...] = ()  # what was set to look at it, each a.b=c
     given_weights: str | None = None  # what `open_run` was given in place of the last checkpoint's; None: nothing
-    own_output: Path | None = None  # where commands write, of a run that comes with dumo; None: into its folder
+    own_output: Path | None = None  # where commands write, of a run that is only read; None: into its folder
+    lasting_name: str | None = None  # what opens a run that is only read; None: its folder
 
     @property
     def folder(self) -> Path:
-        """The run's folder. That of a run that comes with dumo is only read: see `output_folder`."""
+        """The run's folder. Some are only read: see `output_folder`."""
         return self.run_folder.path
 
     @property
-    def is_shipped(self) -> bool:
-        """Whether the run comes with dumo."""
+    def is_only_read(self) -> bool:
+        """Whether the run comes with dumo, or is on the Hub."""
         return self.own_output is not None
 
     @property
     def source(self) -> str | Path:
-        """What opens this run again: its folder, or the name by which it comes with dumo."""
-        return f"{SHIPPED_PREFIX}{self.folder.name}" if self.is_shipped else self.folder
+        """What opens this run again: its folder, or the name of a run that is only read."""
+        return self.lasting_name or self.folder
 
     @property
     def output_folder(self) -> Path:
@@ -143,7 +143,7 @@ def open_run(
     device: str = "auto",
     fill: bool = True,
 ) -> OpenedRun:
-    """Open a run's folder, or by name a run that comes with dumo, to sample or judge it.
+    """Open a run's folder, or by name a run that comes with dumo or is on the Hub, to sample or judge it.
 
     `weights` is a file, or a part of a checkpoint, to take in place of
     the last checkpoint's sampled weights. Where reading fails, and a training has written or removed checkpoints
@@ -168,7 +168,12 @@ def open_run(
         try:
             opened = _open_weights(run, run_folder, weights, choose_device(device), fill=fill)
             own_output = None if output == folder else output
-            return replace(opened, overrides=tuple(overrides), own_output=own_output)
+            return replace(
+                opened,
+                overrides=tuple(overrides),
+                own_output=own_output,
+                lasting_name=shipped.lasting_name(source),
+            )
         except (UserError, OSError):
             if run_folder.checkpoints.steps() == steps_before:  # else a training has removed what was read
                 raise
@@ -191,10 +196,10 @@ def _require_trained(run_folder: RunFolder, run: Run) -> None:
 def require_trained_images(opened: OpenedRun) -> None:
     """Raise UserError where the images of a run in pixels are others than it was trained on, by names and sizes.
 
-    Images that are not here, and those of a run that comes with dumo, are not looked at.
+    Images that are not here, and those of a run that is only read, are not looked at.
     """
     images = opened.run.data
-    if isinstance(images, Images) and images.is_here and not opened.is_shipped:
+    if isinstance(images, Images) and images.is_here and not opened.is_only_read:
         _require_trained_images(opened.run_folder, opened.run)
 
 

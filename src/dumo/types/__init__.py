@@ -60,6 +60,9 @@ MACHINE: JsonDict = FREE | QUIET  # for fields of the machine, and of what a run
 WHERE: JsonDict = {"where": "always"}  # a path, which stays for the run
 PLACE: JsonDict = FREE | WHERE  # a path, which may change
 MAYBE_PLACE: JsonDict = FREE | {"where": "maybe"}  # a path if something lies there, else a name, which stays as it is
+# - places that may be a name on the Hugging Face Hub, which gets its commit when a run begins (`dumo.io.hub`)
+HUB_MODEL: JsonDict = {"hub": "model"}
+HUB_DATASET: JsonDict = {"hub": "dataset"}
 # - fields that dumo fills in itself
 PINNED: JsonDict = {"pinned": True}  # a hash, taken when the run begins
 

@@ -126,6 +126,6 @@ def test_overrides_that_contradict_are_refused() -> None:
 @pytest.mark.parametrize("texts", [*permutations(["pipeline=dir", "pipeline.without=[text_encoder_3]"])])
 def test_a_text_for_the_pipeline_is_its_source_beside_other_fields(texts: tuple[str, ...]) -> None:
     """As `dumo train sd3-lora --set pipeline=DIR` is typed, and messages propose the other."""
-    tree: dict[str, Any] = {"pipeline": {"source": "sd3-medium", "without": []}}
+    tree: dict[str, Any] = {"pipeline": {"source": "stabilityai/stable-diffusion-3-medium-diffusers", "without": []}}
     override(tree, texts)
     assert tree == {"pipeline": {"source": "dir", "without": ["text_encoder_3"]}}

@@ -6,7 +6,6 @@ import json
 import os
 from pathlib import Path
 
-import huggingface_hub
 import pyarrow.parquet as parquet
 import pytest
 import torch
@@ -26,6 +25,8 @@ from dumo.encoders.taesd import TinyAutoencoder
 from dumo.runtime.random import keyed_normal, stream
 from dumo.types import UserError
 from tiers import tiered
+
+SD3 = "stabilityai/stable-diffusion-3-medium-diffusers"
 
 SPEC = TypeAdapter[Codec](Codec)
 PSNR = {  # dB on rows 0, 125 ... 875 of imagenet-sample
@@ -92,10 +93,11 @@ def test_published_shapes_and_scales() -> None:
     assert DcAe(variant="sana").weights == "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers"
     assert DcAe(variant="sana", weights="here").model_dump()["weights"] == "here"
     assert Taef2().shape(64) == (32, 8, 8)
-    assert of("sd3-medium").published[1:] == (16, 8, 1.5305, 0.0609)
-    assert of("flux-dev").published[1:] == of("z-image").published[1:] == (16, 8, 0.3611, 0.1159)
-    assert of("sana-1600m").shape(512) == DcAe(variant="sana").shape(512)
-    assert of("qwen-image").shape(512) == (16, 64, 64)
+    assert of(SD3).published[1:] == (16, 8, 1.5305, 0.0609)
+    for name in ("black-forest-labs/FLUX.1-dev", "Tongyi-MAI/Z-Image"):
+        assert of(name).published[1:] == (16, 8, 0.3611, 0.1159)
+    assert of("Efficient-Large-Model/Sana_1600M_1024px_diffusers").shape(512) == DcAe(variant="sana").shape(512)
+    assert of("Qwen/Qwen-Image").shape(512) == (16, 64, 64)
 
 
 def of(source: Path | str) -> PipelineVae:
@@ -111,7 +113,9 @@ def test_what_is_not_published_is_refused(kind: str, wrong: dict[str, object]) -
 
 
 @pytest.mark.parametrize(
-    "codec", [Taef2(), SdVae(), *map(of, ("sd3-medium", "qwen-image"))], ids=lambda codec: codec.label
+    "codec",
+    [Taef2(), SdVae(), *map(of, (SD3, "Qwen/Qwen-Image"))],
+    ids=lambda codec: codec.label,
 )
 def test_restore_is_the_inverse_of_normalise(codec: Codec) -> None:
     raw = torch.randn(2, codec.channels * (1 + codec.is_gaussian), 4, 4, generator=stream("raw"), dtype=torch.float64)
@@ -257,22 +261,6 @@ def test_weights_of_the_noted_hash_are_opened(tiny: Path, vae: Path) -> None:
     for codec in (Taef2(weights=str(tiny)), SdVae(weights=str(vae))):
         known = codec.digest()
         assert codec.model_copy(update={"sha256": known}).open().sha256 == known
-
-
-@pytest.mark.parametrize(("name", "inside"), [("stabilityai/sd-vae-ft-ema", ""), ("owner/model", "vae")])
-def test_hub_is_asked_for_what_is_no_folder(
-    name: str, inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of a pipeline, for the part that it needs."""
-    spec = SdVae(weights=f"{name}/{inside}".rstrip("/"))
-    vae_of(tmp_path / inside)
-
-    def brings(asked: str, *, allow_patterns: list[str]) -> str:
-        assert (asked, allow_patterns) == (name, [str(Path(inside) / file) for file in (CONFIG, WEIGHTS)])
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", brings)
-    assert spec.open().sha256
 
 
 def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
-"""The weights of a part: which of a folder's files are opened, and that the command of a download brings those."""
+"""The weights of a part: which of a folder's files are opened, and that those are fetched from a repository."""
 
 import json
-import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from dumo.encoders import PipelineVae
@@ -18,10 +16,12 @@ from dumo.encoders.part import (
     DIFFUSERS_FILE,
     TRANSFORMERS,
     TRANSFORMERS_FILE,
+    choose_files,
     find_weights,
     require_weights,
 )
 from dumo.encoders.pipeline import TRANSFORMER, VAE, Pipeline
+from dumo.encoders.pipeline import _choose_files as choose_pipeline_files
 from dumo.nets import Pretrained
 from dumo.nets.pretrained import model_weights
 from dumo.nets.rows import Codes
@@ -34,6 +34,7 @@ PLAIN = ["model.safetensors"]
 FP16 = ["model.fp16.safetensors"]
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 FP16_SHARDS = ["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors"]
+SD3 = "stabilityai/stable-diffusion-3-medium-diffusers"
 OLD_SHARDS = ["model-00001-of-00002.fp16.safetensors", "model-00002-of-00002.fp16.safetensors"]
 
 
@@ -68,7 +69,7 @@ def test_each_way_to_hold_weights_is_found(files: list[str], index: str, variant
 
 
 def test_plain_weights_are_taken_before_a_variant_if_they_are_complete(tmp_path: Path) -> None:
-    """An index, or some of its files, is not enough: as `hf download` leaves them that was given '*fp16*'."""
+    """An index, or some of its files, is not enough: as a download leaves them that was interrupted."""
     assert names_and_variant(tmp_path) is None
     write(tmp_path, index="model.safetensors.index.json", lists=SHARDS)
     assert names_and_variant(tmp_path) is None
@@ -170,7 +171,7 @@ def holds_everything_twice(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SD3", "SDXL"])
 def test_a_download_brings_what_is_opened_and_no_other_weights(name: str, tmp_path: Path) -> None:
-    """What the printed command matches suffices, for a repository that holds everything twice."""
+    """What is chosen suffices, of a repository that holds everything twice."""
     whole = save(name, tmp_path / "whole")
     expected = opened(whole)
     pipeline = Pipeline(source=str(whole))
@@ -179,11 +180,11 @@ def test_a_download_brings_what_is_opened_and_no_other_weights(name: str, tmp_pa
         opened_files |= {*pipeline.text_files(part)}
     holds_everything_twice(whole)
     assert {file for part in (TRANSFORMER, VAE) for file in pipeline.weights(part).all_files} <= opened_files
-    words = shlex.split(pipeline.download_command())
-    include = [words[k + 1] for k, word in enumerate(words) if word == "--include"]
-    exclude = [words[k + 1] for k, word in enumerate(words) if word == "--exclude"]
     there = [str(file.relative_to(whole)) for file in whole.rglob("*") if file.is_file()]
-    matched = {*filter_repo_objects(there, allow_patterns=include, ignore_patterns=exclude)}
+    matched = {*choose_pipeline_files(there, without=(), with_weights=True)}
+    assert {one for one in matched if not one.endswith(".safetensors")} == {
+        *choose_pipeline_files(there, without=(), with_weights=False)
+    }
     assert {str(file.relative_to(whole)) for file in opened_files} <= matched
     assert {one for one in matched if one.endswith(".safetensors")} == {
         str(file.relative_to(whole)) for file in opened_files if file.suffix == ".safetensors"
@@ -197,10 +198,20 @@ def test_a_download_brings_what_is_opened_and_no_other_weights(name: str, tmp_pa
     assert Pipeline(source=str(brought)).texts_hash() == pipeline.texts_hash(), "what is not read is not hashed"
 
 
-def test_the_model_of_a_folder_without_weights_is_named_with_the_command(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+def test_a_variant_is_fetched_if_there_are_no_other_weights(variant: str) -> None:
+    names = [f"unet/{DIFFUSERS}.{variant}.safetensors", f"unet/{DIFFUSERS}.non_ema.safetensors", "unet/config.json"]
+    assert choose_files(names, "unet") == ["unet/config.json", names[0]]
+    shards = [f"unet/{DIFFUSERS}.{variant}-0000{k}-of-00002.safetensors" for k in (1, 2)]
+    index = f"unet/{DIFFUSERS}.safetensors.index.{variant}.json"
+    assert choose_files([*names, *shards, index], "unet") == sorted(["unet/config.json", *shards, index])
+    assert choose_files([*names, f"unet/{DIFFUSERS}.safetensors"], "unet")[1:] == [f"unet/{DIFFUSERS}.safetensors"]
+
+
+def test_the_model_of_a_folder_without_weights_is_named(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
-    with pytest.raises(UserError, match=r"'unet/\*.safetensors' .*net.weights=drawn"):
+    with pytest.raises(UserError, match=r"has no weights .*net.weights=drawn"):
         model_weights(Pipeline(source=str(tmp_path)))
 
 
@@ -228,14 +239,20 @@ def test_a_text_encoder_may_be_left_out(tmp_path: Path) -> None:
     assert torch.equal(rows[0], rows[1])
     assert rows[0].shape == rows[2].shape
     assert not torch.equal(rows[0], rows[2])
-    words = left_out.download_command()
-    assert "tokenizer_2/*" in words
-    assert not [word for word in ("text_encoder_3", "text_encoder*", "tokenizer*") if word in words]
+    names = [str(file.relative_to(whole)) for file in whole.rglob("*") if file.is_file()]
+    chosen = choose_pipeline_files(names, without=left_out.without, with_weights=True)
+    assert {name.partition("/")[0] for name in names} - {name.partition("/")[0] for name in chosen} == {
+        "text_encoder_3",
+        "tokenizer_3",
+    }
 
 
 def test_a_published_name_is_counted_without_what_is_left_out() -> None:
     """As its T5 is that of PixArt."""
-    sd3, t5 = Pipeline(source="sd3-medium"), Pipeline(source="pixart-sigma")
+    sd3, t5 = (
+        Pipeline(source=SD3),
+        Pipeline(source="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"),
+    )
     whole, without, alone = (
         p.text_encoder_bytes(2) for p in (sd3, sd3.model_copy(update={"without": ("text_encoder_3",)}), t5)
     )

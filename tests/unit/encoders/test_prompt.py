@@ -212,9 +212,7 @@ def test_weights_of_the_model_and_its_autoencoder_are_not_needed(place: Path, tm
         spec.open()([SHORT]).tokens, texts(pipeline, tmp_path / "texts").reader_spec.open()([SHORT]).tokens
     )
     shutil.rmtree(tmp_path / "sd3" / "text_encoder_3")
-    fetch = r"hf download REPOSITORY --include .*'text_encoder\*/\*.safetensors' .*"
-    without = r"pipeline.without=\[text_encoder_3\]"
-    with pytest.raises(UserError, match=f"has no text_encoder_3: {fetch}{without}"):
+    with pytest.raises(UserError, match=r"has no text_encoder_3: set pipeline.without=\[text_encoder_3\]"):
         spec.open()
     with pytest.raises(UserError, match="has no text_encoder_3"):
         alone.require_text_files()  # before images are encoded

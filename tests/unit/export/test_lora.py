@@ -130,7 +130,9 @@ def of_unet(model: Any, row: Family, *, convolutions: bool) -> tuple[dict[str, t
             p.data += 0.1 * torch.randn(p.shape, generator=g)
     sampler: Any = SimpleNamespace(spec=SimpleNamespace(guide=SimpleNamespace(scale=1.0)))
     read = spec.model_copy(update={"texts": PipelineTexts(root="texts")})
-    return before, ExportedModel(sampler, read.within(Pipeline(source="sdxl" if row is SDXL else "sd15")), net, "u")
+    small = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    pipeline = Pipeline(source="stabilityai/stable-diffusion-xl-base-1.0" if row is SDXL else small)
+    return before, ExportedModel(sampler, read.within(pipeline), net, "u")
 
 
 @pytest.mark.slow
@@ -177,7 +179,9 @@ def test_keys_of_stable_diffusion_are_those_of_published_files(convolutions: boo
     from diffusers import UNet2DConditionModel
 
     narrow = {"block_out_channels": (32, 32, 32, 32), "cross_attention_dim": 8, "attention_head_dim": 4}
-    model: Any = UNet2DConditionModel.from_config(published_config("sd15")["transformer"] | narrow)
+    model: Any = UNet2DConditionModel.from_config(
+        published_config("stable-diffusion-v1-5/stable-diffusion-v1-5")["transformer"] | narrow
+    )
     _, exported = of_unet(model, FAMILIES[UNET], convolutions=convolutions)
     keys, layers = comfyui_tensors(exported).keys(), published_layers()
     assert len(layers) == 192

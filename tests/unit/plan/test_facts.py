@@ -22,12 +22,9 @@ from tiers import tiered
 TINY = ("net.width=16", "net.depth=1", "net.attention=2")
 VARIABLES = (
     "DUMO_DATA",
-    "DUMO_LATENTS",
-    "IMAGENET",
     "MY_IMAGES",
     "DUMO_INCEPTION",
     "DUMO_ADM",
-    "PRETRAINED",
     "FEW_STEPS",
 )
 HEAVY = ("flux-lora", "qwen-image-lora")  # hundreds of adapters in all blocks

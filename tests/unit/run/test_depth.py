@@ -5,9 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dumo.encoders.pipeline import PUBLISHED, Pipeline
+from dumo.encoders.pipeline import Pipeline
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope
+from dumo.io.hub import PUBLISHED
 from dumo.nets import Pretrained
 from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
@@ -18,18 +19,21 @@ from dumo.run.cost import forward_flops, forward_units
 from dumo.types import Objective
 from tiers import tiered
 
-CHANNELS = {"sana-1600m": 32, "sd15": 4, "sdxl": 4, "pixart-sigma": 4}
+SD3, SDXL = "stabilityai/stable-diffusion-3-medium-diffusers", "stabilityai/stable-diffusion-xl-base-1.0"
+SD15, FLUX = "stable-diffusion-v1-5/stable-diffusion-v1-5", "black-forest-labs/FLUX.1-dev"
+PIXART, SANA = "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "Efficient-Large-Model/Sana_1600M_1024px_diffusers"
+CHANNELS = {SANA: 32, SD15: 4, SDXL: 4, PIXART: 4}
 DUAL, PLAIN = DuMo(slope=DualSlope()), FlowMatching()
 DEPTH = 3
-ALONE = [source for source in PUBLISHED if source not in ("flux-dev", "sd15", "sdxl")]  # with one stretch that is long
-OTHERS = [(source, None if source == "sd3-medium" else Lora(rank=4)) for source in ALONE]
+ALONE = [source for source in PUBLISHED if source not in (FLUX, SD15, SDXL)]  # with one stretch that is long
+OTHERS = [(source, None if source == SD3 else Lora(rank=4)) for source in ALONE]
 
 
 def net(
     source: str, *, objective: Objective = PLAIN, lora: Lora | None = None, checkpoint: bool = False, depth: int = DEPTH
 ) -> Dualized:
     """With at most `depth` blocks of each kind, without numbers."""
-    guidance = 3.5 if source == "flux-dev" else None
+    guidance = 3.5 if source == FLUX else None
     spec = Pretrained(texts=Codes(), lora=lora, checkpoint=checkpoint, guidance=guidance)
     spec = spec.within(Pipeline(source=source)).short(depth)
     with torch.device("meta"):
@@ -46,10 +50,10 @@ def both(count: Callable[[], float], monkeypatch: pytest.MonkeyPatch) -> tuple[f
 
 @pytest.mark.parametrize(
     ("source", "lora"),
-    tiered([("flux-dev", Lora(rank=4)), *OTHERS], ci=OTHERS[:1], id=lambda case: case[0]),
+    tiered([(FLUX, Lora(rank=4)), *OTHERS], ci=OTHERS[:1], id=lambda case: case[0]),
 )
 def test_a_few_blocks_of_each_kind_tell_of_all(source: str, lora: Lora | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    objective = DUAL if source == "flux-dev" else PLAIN
+    objective = DUAL if source == FLUX else PLAIN
     whole, shape = net(source, objective=objective, lora=lora), (CHANNELS.get(source, 16), 8, 8)
     few, all_ = both(lambda: forward_flops(whole, objective, shape), monkeypatch)
     assert few == all_
@@ -68,9 +72,9 @@ def test_so_they_do_of_bytes(source: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_what_is_cut_is_a_net_of_its_own_and_leaves_the_other() -> None:
-    whole = net("flux-dev")
+    whole = net(FLUX)
     cut = cost.cut(whole, (1, 2))
     assert [len(s.blocks) for s in cost.stretches(cut)] == [1, 2]
     assert [len(s.blocks) for s in cost.stretches(whole)] == [DEPTH, DEPTH]
     assert cut.blocks[0] is whole.blocks[0]
-    assert [len(s.blocks) for s in cost.stretches(net("sd3-medium"))] == [DEPTH - 1, 1]  # the last one tells no text
+    assert [len(s.blocks) for s in cost.stretches(net(SD3))] == [DEPTH - 1, 1]  # the last one tells no text

@@ -9,7 +9,6 @@ from PIL import Image
 
 from dumo.config.load import RUN_FILE, dump, load
 from dumo.config.spec import Run
-from dumo.io.hub import PUBLISHED
 from dumo.run.resolve import (
     absolute_path,
     load_resolved,
@@ -22,6 +21,7 @@ from dumo.run.resolve import (
 
 LATENTS = {"data.root", "data.images.root", "data.codec.weights"}
 IMAGES = "evaluate.protocol={kind: photos, samples: 24}"
+SD3 = "stabilityai/stable-diffusion-3-medium-diffusers"
 
 
 def images(root: str, *more: str) -> Run:
@@ -39,7 +39,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("text", "is_whole"),
-    [("a/b", "a/b"), ("./a", "a"), ("~/a", "home/a"), ("$PLACE/a", "one/a"), ("${PLACE}", "one"), ("a/../b", "b")],
+    [("./a/b", "a/b"), ("./a", "a"), ("~/a", "home/a"), ("$PLACE/a", "one/a"), ("${PLACE}", "one"), ("a/../b", "b")],
 )
 def test_a_place_is_made_whole(text: str, is_whole: str, tmp_path: Path) -> None:
     assert absolute_path(text) == str(tmp_path / is_whole) == absolute_path(str(tmp_path / is_whole))
@@ -71,9 +71,12 @@ def test_a_run_of_other_data_has_their_classes(root: str, tmp_path: Path) -> Non
 
 
 def test_names_are_no_places(tmp_path: Path) -> None:
-    """Of models that are known by name, and of functions; a folder of that name changes nothing for the first."""
-    os.mkdir(PUBLISHED[0])
-    assert dict(places(with_absolute_paths(load("sd3-lora"))))["pipeline.source"] == PUBLISHED[0]
+    """Of models on the Hub and of functions; a folder of that name is a place."""
+    assert dict(places(with_absolute_paths(load("sd3-lora"))))["pipeline.source"] == SD3
+    pinned = f"owner/name@{'0' * 40}"
+    assert dict(places(with_absolute_paths(load("cifar10", [f"data.root={pinned}"]))))["data.root"] == pinned
+    os.makedirs(SD3)
+    assert dict(places(with_absolute_paths(load("sd3-lora"))))["pipeline.source"] == str(tmp_path / SD3)
     taught = load("digits", ["teacher={kind: python, source: a:b}"])
     assert dict(places(with_absolute_paths(taught)))["teacher.source"] == "a:b"
     os.mkdir("runs")

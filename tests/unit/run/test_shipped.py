@@ -51,7 +51,7 @@ def test_it_is_opened_where_it_lies_and_makes_images(name: str, here: Path) -> N
     """Where there are no data. Its classes have names; what is made of it goes to a folder here."""
     opened = open_run(name, device="cpu")
     assert opened.folder == trained.folder(name)
-    assert opened.is_shipped
+    assert opened.is_only_read
     assert opened.output_folder == Path(name) == dumo.load(name, device="cpu").folder
     card = (trained.folder(name) / "README.md").read_text()
     assert f"{opened.step:,} steps" in card
@@ -139,7 +139,7 @@ def test_a_copy_that_an_earlier_dumo_made_is_a_run(here: Path) -> None:
     shutil.copytree(trained.folder(NAME), here / "runs" / NAME)
     opened = open_run(f"runs/{NAME}", device="cpu")
     assert opened.folder == opened.output_folder == Path("runs", NAME)
-    assert not opened.is_shipped
+    assert not opened.is_only_read
 
 
 @pytest.mark.slow

@@ -3,12 +3,10 @@
 dumo must be installed. It opens the folder at the first call, on a GPU if there is one, and makes the images.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from huggingface_hub import snapshot_download
 
 import dumo
 
@@ -25,10 +23,7 @@ class DumoPipeline(DiffusionPipeline):
     def run(self) -> Any:  # noqa: ANN401, a class that dumo does not export
         """The run as `dumo.load` opens it, for everything that a pipeline has no argument for."""
         if self._run is None:
-            folder = Path(self.config["_name_or_path"])
-            if not folder.is_dir():
-                folder = Path(snapshot_download(str(folder)))
-            self._run = dumo.load(folder)
+            self._run = dumo.load(self.config["_name_or_path"])
         return self._run
 
     def __call__(
