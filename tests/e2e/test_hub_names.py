@@ -28,7 +28,13 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}
 UNREACHABLE = {"HF_ENDPOINT": "http://127.0.0.1:9"}
 NO_TOKEN = {"HF_TOKEN": ""}
 SMALL = sets(
-    "train.steps=2", "train.batch=4", "net.width=16", "data.labelled=auto", "data.augment=null", "net.augment=0"
+    "train.steps=2",
+    "train.batch=4",
+    "net.width=16",
+    "net.depth=2",
+    "net.attention=2",
+    "data.side=32",
+    "data.split=train",
 )
 CARD = """---
 configs:
@@ -113,7 +119,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
 @pytest.mark.slow
 def test_a_data_set_is_trained_on_by_name(machine: Machine) -> None:
     """Its classes are found by their type; the run resumes at its commit, offline and when the Hub has moved on."""
-    words = ("train", "cifar10-small", *SMALL, *sets("data.root=owner/pets"), "--out", "run")
+    words = ("train", "my-images", *SMALL, *sets("data.root=owner/pets"), "--out", "run")
     printed = machine.call(*words)
     assert f"downloading owner/pets at {COMMIT}" in printed
     assert "3 classes: cat, dog, fox" in printed
@@ -134,7 +140,7 @@ def test_a_data_set_is_trained_on_by_name(machine: Machine) -> None:
 def test_a_run_is_opened_by_name(machine: Machine) -> None:
     """What a command writes goes to a folder here; the samples are those of the same run on this machine."""
     machine.call("sample", "owner/digits", "--nfe", "1", "--count", "4")
-    assert machine.sent() == {"README.md", "run.yaml", "model.safetensors", "data.json", "evaluation.json"}
+    assert machine.sent() == {"README.md", "run.yaml", "model.safetensors", "evaluation.json"}
     machine.call("sample", "digits-trained", "--nfe", "1", "--count", "4")
     name = "samples/hop-nfe1-count4.png"
     assert (machine.here / "digits" / name).read_bytes() == (machine.here / "digits-trained" / name).read_bytes()
@@ -170,7 +176,7 @@ def test_a_pipeline_is_tuned_by_name(machine: Machine) -> None:
 
 @pytest.mark.nightly
 def test_one_of_two_ranks_downloads(machine: Machine) -> None:
-    words = ["train", "cifar10-small", *SMALL, *sets("data.root=owner/pets"), "--out", "run", "--device", "cpu"]
+    words = ["train", "my-images", *SMALL, *sets("data.root=owner/pets"), "--out", "run", "--device", "cpu"]
     env = {**ENVIRONMENT, **machine.hub.environment, "HF_HOME": str(machine.here / "cache")}
     env.pop("DUMO_DATA", None)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dumo", *words]
@@ -192,7 +198,7 @@ def test_one_of_two_ranks_downloads(machine: Machine) -> None:
         # A mistyped folder: the Hub is not asked.
         (["train", "here/pohtos"], {}, "there is no recipe, file or run's folder"),
         (["train", "my-images", *sets("data.root=here/pohtos")], {}, "there is no folder or file"),
-        (["train", "sd3-lora", *sets("pipeline=here/sd3")], {}, "there is no folder here/sd3"),
+        (["train", "sd3-lora", *sets("pipeline=here/sd3", "data.images.root=x")], {}, "there is no folder here/sd3"),
         (["sample", "runs/digist"], {}, "is not a run's folder"),
     ],
     ids=lambda case: " ".join(case[:3]) if isinstance(case, list) else None,
