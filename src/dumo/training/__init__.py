@@ -1,4 +1,5 @@
-"""The parts of a training: optimizers, averages, checkpoints, the log, and how a batch is split.
+"""One step, the loop around it, and what is kept between steps.
 
-`dumo.run.trainer` puts them together. Knows no network, data or objective by name.
+Owns the files of checkpoints, milestones and the log. Others use `state.begin`, `loop.train`, `step.train_step`,
+`checkpoint`, `milestone` and `log`. Knows no net, data or objective by name.
 """

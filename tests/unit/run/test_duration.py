@@ -70,7 +70,7 @@ def train(folder: Path, clock: Clock, run: Run | None = None, *changes: str) -> 
     """Train a run, or go on with that of the folder: the lines that were told, the bar, and the state at the end."""
     told: list[str] = []
     seen = Seen()
-    opened = open_job(folder, run, changes=changes, device="cpu", print_line=told.append)
+    opened = open_job(folder, run, changes=changes, device="cpu", tell=told.append)
     with opened as job:
         return told, seen, train_job(job, seen, [Every(1, clock.step)])
 
@@ -175,7 +175,7 @@ def test_a_command_whose_time_goes_by_before_its_first_step_says_so(clock: Clock
         train(folder, clock, tiny("moons", *TIMED))
     signals.received_signal = clock.last = None
     told: list[str] = []
-    with open_job(folder, device="cpu", print_line=told.append) as job:
+    with open_job(folder, device="cpu", tell=told.append) as job:
         clock.now += 45  # of the 37.5 seconds that are left
         state = train_job(job, hooks=[Every(1, clock.step)])
     assert state.step == 10

@@ -93,7 +93,7 @@ def steps(folder: Path) -> list[int]:
 def test_a_skipped_step_is_logged_with_its_rows(fate: Fate, tmp_path: Path) -> None:
     run, told = tiny("train.steps=4", "train.log_every=4", name="digits"), list[str]()
     fate.comes(spoilt=[3])
-    train(run, tmp_path / "run", print_line=told.append)
+    train(run, tmp_path / "run", tell=told.append)
     skipped, last = log.read_log(tmp_path / "run/metrics.jsonl")
     assert (skipped["step"], skipped["loss"], last["step"]) == (3, None, 4)
     assert "skipped" not in last
@@ -246,7 +246,7 @@ def test_a_checkpoint_that_is_written_late_has_the_log_of_its_step(tmp_path: Pat
     assert steps(folder) == [2, 3]
     shutil.rmtree(folder / "checkpoints/step-00000003")
     fate.comes()
-    train(tiny(every), folder, print_line=said.append)
+    train(tiny(every), folder, tell=said.append)
     assert not [line for line in said if "is not what was logged" in line]
     train(tiny(every), tmp_path / "whole")
     assert known.bits(folder) == known.bits(tmp_path / "whole")
@@ -268,7 +268,7 @@ def test_what_was_not_written_ends_the_run_at_the_next_step(tmp_path: Path) -> N
             time.sleep(0.1)
 
     with patch.object(Checkpoints, "_write", fail), pytest.raises(UserError):
-        train(tiny("train.save_every=4"), tmp_path / "run", hooks=[After(pass_by)])
+        train(tiny("train.save_every=4"), tmp_path / "run", hooks=[loop.Every(1, pass_by)])
     assert done == [1, 2, 3, 4]
 
 
@@ -287,8 +287,8 @@ def test_without_a_first_checkpoint_a_run_starts_again_and_with_a_lost_one_it_do
 
     late = ("train.save_every=4", "train.log_every=1")
     with patch.object(Checkpoints, "_write", fail), pytest.raises(UserError):
-        train(tiny(*late), folder, hooks=[After(stop)])
-    train(tiny(*late), folder, print_line=told.append)
+        train(tiny(*late), folder, hooks=[loop.Every(1, stop)])
+    train(tiny(*late), folder, tell=told.append)
     assert f"{folder} has no checkpoint, so it starts again from step 0" in told
     train(tiny(*late), tmp_path / "whole")
     assert known.bits(folder) == known.bits(tmp_path / "whole")
@@ -345,7 +345,7 @@ def test_a_folder_that_goes_away_in_mid_run_ends_it(way: str, every: int, tmp_pa
             go_away(folder)
 
     with pytest.raises(UserError):
-        train(run, folder, hooks=[After(away)])
+        train(run, folder, hooks=[loop.Every(1, away)])
     assert (sorted(path.name for path in folder.iterdir()) if folder.exists() else None) == left
     if left:
         shutil.rmtree(folder)

@@ -68,7 +68,7 @@ def test_the_number_is_recorded_and_a_resumed_run_keeps_it(
         monkeypatch.setattr(threads, "MAX_SMALL_PARAMETERS", max_small)
         run = known.tiny("moons", "train.batch=8", f"train.steps={steps}")
         said: list[str] = []
-        train(run, tmp_path / "run", print_line=said.append, hooks=[seen])
+        train(run, tmp_path / "run", tell=said.append, hooks=[seen])
         checkpoint = tmp_path / f"run/checkpoints/step-{steps:08d}"
         assert Checkpoint.read(checkpoint).facts.threads == 1
         assert two_cores.threads == 2

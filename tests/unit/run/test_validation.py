@@ -125,7 +125,7 @@ def test_a_stop_at_a_step_that_is_judged_waits_for_its_score(
 def test_the_best_is_kept_and_says_its_step(tmp_path: Path, scored: Callable[..., None]) -> None:
     said: list[str] = []
     scored(3.0, 1.0, 2.0)
-    train(tiny(), tmp_path / "run", print_line=said.append)
+    train(tiny(), tmp_path / "run", tell=said.append)
     assert rows(tmp_path / "run")[4]["val"] == {"mmd": 1.0, "mmd_sd": 0.5}
     assert "step 4: mmd 1 ± 0.5" in said
     (name,) = kept(tmp_path / "run")
@@ -157,7 +157,7 @@ def test_a_best_that_a_stop_undid_is_forgotten(tmp_path: Path, scored: Callable[
 
     scored(3.0, 2.0)
     with suppress(KeyboardInterrupt):
-        train(tiny("train.save_every=3"), tmp_path / "run", hooks=[After(die)])
+        train(tiny("train.save_every=3"), tmp_path / "run", hooks=[loop.Every(1, die)])
     assert [*kept(tmp_path / "run")] == ["step-00000002.safetensors", "step-00000004.safetensors"]
     scored(4.0, 5.0)  # steps 4 and 6
     train(tiny("train.save_every=3"), tmp_path / "run")
@@ -218,7 +218,7 @@ def test_the_best_of_each_checkpoint_is_there_when_a_run_resumes_from_it(
 def test_what_cannot_be_judged_is_said_and_ends_nothing(tmp_path: Path, scored: Callable[..., None]) -> None:
     said: list[str] = []
     scored(UserError("some samples are not finite"), 1.0, 1.0)
-    assert train(tiny(), tmp_path / "run", print_line=said.append).step == 6
+    assert train(tiny(), tmp_path / "run", tell=said.append).step == 6
     assert "warning: step 2 is not judged: some samples are not finite" in said
     assert [step for step, row in rows(tmp_path / "run").items() if "val" in row] == [4, 6]
 
