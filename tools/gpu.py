@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dumo.autodiff import attention
 from dumo.config.load import load
@@ -32,8 +33,7 @@ from dumo.run.weights import build
 from dumo.runtime.device import peak_bytes
 from dumo.runtime.random import random_batch
 from dumo.runtime.stopwatch import Stopwatch
-from dumo.training.state import begin
-from dumo.training.step import train_step
+from dumo.training.state import State, begin
 
 Row = dict[str, Any]
 
@@ -126,6 +126,18 @@ def step_rows(device: torch.device, smoke: bool) -> Iterator[Row]:
             }
 
 
+def take_step(run: Run, state: State, x: Tensor, c: Tensor) -> None:
+    """Take an optimizer step on a whole batch, and update the averages."""
+    flow = make_flow(run, state)
+    draws = flow.make_draws(state.step, run.data.shape, batch=run.train.batch)
+    flow.compute_loss(flow.add_noise(x, c, draws)).loss.mean().backward()
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.step += 1
+    for average in state.averages.values():
+        average.update(state.net, state.step)
+
+
 def memory_rows(device: torch.device, smoke: bool) -> Iterator[Row]:
     """The memory of a training step with optimizer and average, counted and measured."""
     for checkpoint in (False, True):
@@ -133,9 +145,8 @@ def memory_rows(device: torch.device, smoke: bool) -> Iterator[Row]:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         state = begin(build(run, device), run.train)
-        flow = make_flow(run, state)
         x, c = random_batch("gpu", run.train.batch, run.data.shape, run.data.classes)
-        step = partial(train_step, state, flow, (x.to(device), c.to(device)), run.train)
+        step = partial(take_step, run, state, x.to(device), c.to(device))
         seconds = Stopwatch(device).time_rounds([step], 1 if smoke else 3).median().item()
         yield {
             "checkpointed": checkpoint,

@@ -49,7 +49,7 @@ def test_a_flow_imports_no_library_that_it_does_not_use() -> None:
     modules = run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
     assert not {*HEAVY, "torch.distributed.fsdp"} & {*modules}
 
-    program = "import sys, dumo.run.train; print(*sys.modules)"
+    program = "import sys, dumo.run.trainer; print(*sys.modules)"
     modules = run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
     assert "torch.distributed.fsdp" not in modules
 

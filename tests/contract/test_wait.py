@@ -22,8 +22,9 @@ from dumo.flow.slope import JvpSlope
 from dumo.objectives import DuMo
 from dumo.training.spec import Train
 from dumo.training.state import begin
-from dumo.training.step import MicroBatches
 from dumo.types import Objective
+from dumo.types.rows import to_device
+from trained import ToyTrainer
 from unit.training.toy import flow_of
 
 GUIDE = Guide(zeta=0.4, interval=Interval(high=0.9))
@@ -75,13 +76,14 @@ def test_a_step_waits_for_no_number_and_makes_the_same_passes(
         x, c = torch.zeros(N, *SHAPE, device=device), torch.zeros(N, dtype=torch.long, device=device)
         with Crossing() as crossing:
             state = begin(net, spec)
-            pieces = MicroBatches(
-                state, flow_of(state, spec, objective, Linear(), 3, teacher=path_velocity), (x, c), spec
-            )
-            for rows in pieces.row_slices:
-                b, known = pieces.draw(rows), pieces.draws[rows]
+            flow = flow_of(state, spec, objective, Linear(), 3, teacher=path_velocity)
+            trainer = ToyTrainer(state, flow, spec)
+            draws = trainer.draws(0, SHAPE)
+            keys = to_device(draws.keys, x.device)
+            for rows in trainer.micro_batches:
+                b, known = flow.add_noise(x[rows], c[rows], draws[rows]), draws[rows]
                 b = b if device == "cpu" else replace(b, host=(known.t, known.kept))  # as on a GPU
-                pieces.loss_of(b, rows).loss.sum().backward()
+                flow.compute_loss(b, keys[rows]).loss.sum().backward()
         made[device] = net.rows
         assert crossing.waited == []
     assert made["meta"] == made["cpu"]

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from dumo.run import weights
+from dumo.run.trainer import Trainer
 from dumo.runtime import signals
-from dumo.training import loop
 from e2e.shell import TINY, call, finish, refused, sets, start, tree, wait
 from forked import ENVIRONMENT
 
@@ -102,7 +102,7 @@ def test_a_stopped_training_is_resumed_by_its_folder(
     def stop(*_: object, **__: object) -> None:
         raise signals.Stopped(signal.SIGTERM)
 
-    monkeypatch.setattr(loop, "train", stop)
+    monkeypatch.setattr(Trainer, "train", stop)
     done = call("train", "run", "--from", "20")
     assert done.code == 128 + signal.SIGTERM
     assert done.err.endswith("stopped by SIGTERM; resume with:  dumo train run\n")

@@ -9,7 +9,7 @@ from contract.case import step
 from dumo.config.load import load
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.objectives.drift import RADII, WEIGHT, Drift, drift
-from dumo.training.step import rows_kept_together
+from dumo.training.micro_batch import rows_kept_together
 from dumo.types import UserError
 from theory.exact import D, drawn
 from theory.formula import Polynomial, passes

@@ -19,7 +19,7 @@ from dumo.config.load import load
 from dumo.run.net import make_flow
 from dumo.run.weights import build
 from dumo.training.state import begin
-from dumo.training.step import passes_of_rank, span, train_step
+from trained import ToyTrainer
 
 BATCH = 64
 SLOPES = ("dual", "jvp", "central")
@@ -50,15 +50,15 @@ def count(slope: str, share: int, reshard: bool, micro_batch: int | None) -> dic
     net = build(spec)
     size = sum(p.numel() for p in net.parameters()) * 4
     state = begin(net, spec.train)
-    mine = passes_of_rank(spec.train, spec.objective)
-    batch = spec.data.open().batch(0, spec.train.batch, 0, span(mine))
+    trainer = ToyTrainer(state, make_flow(spec, state), spec.train)
+    batch = spec.data.open().batch(0, spec.train.batch, 0, trainer.rows)
     with Sent() as sent:
-        train_step(state, make_flow(spec, state), batch, spec.train)
+        trainer.step(batch)
     return {
         "slope": slope,
         "share": share,
         "reshard": reshard,
-        "passes": len(mine),
+        "passes": len(trainer.micro_batches),
         "groups": len(state.net.blocks) + 1,  # what is sent together: a block, and the rest of the net
         "calls": sent.calls,
         "copies": {name: number / size for name, number in sent.bytes.items()},  # in units of all weights

@@ -16,16 +16,16 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.data import Data
 from dumo.io.source import DataSource
-from dumo.run.journal import slope_in_time
+from dumo.run.hooks import slope_of_time_embedding
 from dumo.run.net import make_flow
 from dumo.run.weights import build, build_deferred
 from dumo.runtime import dist
 from dumo.runtime.random import keyed_normal
 from dumo.training import agreement
 from dumo.training.state import begin
-from dumo.training.step import passes_of_rank, span, train_step
 from dumo.types import Cond, Sample, Time
 from meeting import meeting
+from trained import ToyTrainer
 from unit.training.toy import tensors
 
 STEPS = {2: 2, 3: 30, 4: 30}  # by number of ranks: to the bit, and to rounding
@@ -69,19 +69,20 @@ def train(run: Run, case: str, steps: int) -> tuple[dict[str, Tensor], list[floa
         net, made = build_deferred(run)
         assert all(p.is_meta for name, p in net.named_parameters() if "blocks" in name)
         state = begin(net, run.train, torch.device("cpu"), made)
-    rows = span(passes_of_rank(run.train, run.objective))
     flow = make_flow(run, state, teacher=taught if "+teacher" in case else None)
+    trainer = ToyTrainer(state, flow, run.train)
+    rows = trainer.rows
     losses: list[float] = []
     norms: list[float] = []
     for step in range(steps):
         batch = [*opened(run.data).batch(step, run.train.batch, run.train.seed, rows)]
         if "+pairs" in case:
             batch.append(keyed_normal("pairs", step, rows=range(rows.start, rows.stop), shape=run.data.shape))
-        record = train_step(state, flow, batch, run.train)
-        losses.append(record.loss)
-        norms.append(record.grad_norm)
+        metrics = trainer.step(batch)
+        losses.append(metrics.loss)
+        norms.append(metrics.grad_norm)
     assert all(hasattr(p, "full_tensor") for p in state.net.parameters()) == (dist.world() > 1)  # none is left gathered
-    norms.append(slope_in_time(state) or 0.0)
+    norms.append(slope_of_time_embedding(state) or 0.0)
     assert len(set(agreement.gather_results(lambda: repr(norms)))) == 1  # all ranks log the same
     return tensors(state), losses, norms
 

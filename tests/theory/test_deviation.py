@@ -20,11 +20,11 @@ from dumo.nets import DiT
 from dumo.objectives import SCT, Consistency
 from dumo.training.spec import Train
 from dumo.training.state import begin
-from dumo.training.step import train_step
 from dumo.types import Frozen, Net, NoisyBatch, Objective, Readings, lift
 from objectives.test_consistency import AUTHORS
 from theory.exact import D, column
 from theory.formula import Polynomial
+from trained import ToyTrainer
 from unit.training.toy import flow_of
 
 POINT = (2, 1, 1)  # a point as an image
@@ -59,8 +59,8 @@ def test_training_is_that_of_data_of_deviation_1(
     one, other = (begin(randomise(net.build(objective.needs, POINT, 3)).double(), train) for _ in range(2))
     x = data().view(-1, *POINT)
     for _ in range(3):
-        first = train_step(one, flow_of(one, train, objective, path(), 3), (x, C), train)
-        second = train_step(other, flow_of(other, train, objective, path(sd=sd), 3), (sd * x, C), train)
+        first = ToyTrainer(one, flow_of(one, train, objective, path(), 3), train).step((x, C))
+        second = ToyTrainer(other, flow_of(other, train, objective, path(sd=sd), 3), train).step((sd * x, C))
         assert first.loss == pytest.approx(second.loss, rel=1e-9)
     for a, b in zip(one.net.parameters(), other.net.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-8)

@@ -23,20 +23,21 @@ clock = StepClock()
 # `dumo` takes the clock from here when it is imported.
 time.perf_counter = clock
 
+from dumo.run.trainer import Trainer  # noqa: E402, the same
 from dumo.runtime import stopwatch  # noqa: E402, after the clock is replaced
-from dumo.training import checkpoint, loop  # noqa: E402, the same
+from dumo.training import checkpoint  # noqa: E402, the same
 
 stopwatch.wall_clock = clock
-_train_step: Any = loop.train_step
+_train_step: Any = Trainer.train_step
 
 
 def _train_step_of_a_second(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401, those of a step
-    record = _train_step(*arguments, **options)
+    metrics = _train_step(*arguments, **options)
     clock.seconds += SECONDS_PER_STEP
-    return record
+    return metrics
 
 
-loop.train_step = _train_step_of_a_second
+Trainer.train_step = _train_step_of_a_second
 
 
 class Inline(Thread):

@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic_core import PydanticSerializationError
 from torch import Generator, Tensor, nn
 
-from dumo.cli.callback import Callback, stoppable_hooks
+from dumo.cli.callback import Callback, called_back
 from dumo.config import recipes as shipped_recipes
 from dumo.config.change import override, yaml_text
 from dumo.config.load import load as load_run
@@ -41,15 +41,12 @@ from dumo.report.sample import (
     require_count,
     size_of,
 )
-from dumo.report.tracker import open_tracker, require_tracker
-from dumo.run.job import open_job
+from dumo.report.tracker import require_tracker, tracked
 from dumo.run.prompt import conditions_of_prompts
-from dumo.run.sheet import Sheets
-from dumo.run.train import train_job
+from dumo.run.trainer import open_trainer
 from dumo.run.weights import OpenedRun, open_run
 from dumo.runtime import dist
-from dumo.runtime.progress import Bar, bar, no_bar, print_line
-from dumo.training.loop import Every
+from dumo.runtime.progress import Bar, bar, ignore_line, no_bar, print_line
 from dumo.types import Readings, Sample, Spec
 from dumo.types import UserError as UserError
 from dumo.types.outside import name_of
@@ -396,7 +393,7 @@ def train(
     objective: str | Mapping[str, Any] | Spec | None = None,
     data: Any = None,  # noqa: ANN401, what a notebook has
     net: str | Mapping[str, Any] | Spec | nn.Module | None = None,
-    callbacks: Sequence[Callback | Every] = (),
+    callbacks: Sequence[Callback] = (),
     minutes: float | None = None,
     out: str | Path | None = None,
     step: int | None = None,
@@ -419,8 +416,8 @@ def train(
     `net(x, c, t=t)` for a tuple of heads. run.yaml keeps the name and a hash of such objects, and resuming needs the
     same ones.
 
-    A callback is f(state, record), called after every step, or `dumo.training.loop.Every(n, f)`. `raise dumo.Stop` in
-    it ends the training; what it returns is ignored.
+    A callback is f(state, metrics), called after every step (`dumo.training.state.State`,
+    `dumo.training.metrics.StepMetrics`). `raise dumo.Stop` in it ends the training; what it returns is ignored.
 
     - `minutes`: how long to train in all, as `train.minutes` in `changes`
     - `out`: the run's folder; None: that of the run that `source` names, else runs/NAME. A run in it is compared with
@@ -455,22 +452,17 @@ def train(
             device=str(device),
             bar=bar,
         )
-        opened = open_job(
+        opened = open_trainer(
             prepared.path,
             prepared.run,
             changes=prepared.changes,
             origin=prepared.origin,
             device=str(device),
-            tell=None if bar is no_bar else print_line,
-            sheets=Sheets,
+            print_line=ignore_line if bar is no_bar else print_line,
             bar=bar,
         )
-        with (
-            opened as job,
-            open_tracker(track, prepared.path, job.run, job.state.step) as send_row,
-            stoppable_hooks(callbacks) as hooks,
-        ):
-            train_job(job, bar, hooks, send_row)
+        with opened as trainer, tracked(trainer, track), called_back(trainer, callbacks):
+            trainer.train()
         return load(prepared.path, device=device)
 
 

@@ -1,19 +1,23 @@
 """Callbacks of `dumo.train`, and how one ends the training: it raises `Stop`.
 
-`stoppable_hooks` makes hooks of the training loop out of callbacks. A `Stop` asks the process to stop as a signal does:
-so the next step is made, on all ranks, and its checkpoint is saved.
+A `Stop` asks the process to stop as a signal does: so the next step is made, on all ranks, and its checkpoint is saved.
 """
 
 import signal
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+from dumo.run.hooks import Hook
 from dumo.runtime import signals
-from dumo.training.loop import Every
-from dumo.training.record import Record
+from dumo.training.metrics import StepMetrics
 from dumo.training.state import State
 
-Callback = Callable[[State, Record], None]
+if TYPE_CHECKING:
+    from dumo.run.trainer import Trainer
+
+# Called with the state after a step, and what the step measured.
+Callback = Callable[[State, StepMetrics], object]
 
 
 class Stop(Exception):  # noqa: N818, it is no error
@@ -23,29 +27,34 @@ class Stop(Exception):  # noqa: N818, it is no error
     """
 
 
+class CallBack(Hook):
+    """Calls the callbacks of `dumo.train` after each step."""
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self.callbacks = callbacks
+        self.is_stopped = False
+
+    def after_step(self, trainer: "Trainer", metrics: StepMetrics) -> None:
+        """Call all callbacks. If one raises `Stop`, ask this process to stop."""
+        try:
+            for callback in self.callbacks:
+                callback(trainer.state, metrics)
+        except Stop:
+            self.is_stopped = True
+            signals.received_signal = signal.SIGTERM
+
+
 @contextmanager
-def stoppable_hooks(callbacks: Sequence[Callback | Every]) -> Generator[list[Every], None, None]:
-    """Yield the hooks of these callbacks; inside, a training that one of them stops ends without an error."""
-    is_stopped = False
-
-    def hook_of(callback: Callback | Every) -> Every:
-        every = callback if isinstance(callback, Every) else Every(1, callback)
-
-        def call(state: State, record: Record) -> None:
-            nonlocal is_stopped
-            try:
-                every.f(state, record)
-            except Stop:
-                is_stopped = True
-                signals.received_signal = signal.SIGTERM
-
-        return Every(every.n, call)
-
+def called_back(trainer: "Trainer", callbacks: Sequence[Callback]) -> Generator[None, None, None]:
+    """Call the callbacks after each step of a training; one that they stop inside ends without an error."""
+    hook = CallBack(callbacks)
+    trainer.hooks.append(hook)
     try:
-        yield [hook_of(callback) for callback in callbacks]
+        yield
     except signals.Stopped:
-        if signals.is_listening and not is_stopped:  # a signal; elsewhere it was a callback, of this or another rank
+        # Where nobody listens to signals, a callback of another rank has stopped it.
+        if signals.is_listening and not hook.is_stopped:
             raise
     finally:
-        if is_stopped:
+        if hook.is_stopped:
             signals.received_signal = None

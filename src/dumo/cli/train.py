@@ -62,11 +62,10 @@ def train(
     from dumo.config.code import shell_command
     from dumo.nets import Pretrained
     from dumo.plan.prepare import prepare
-    from dumo.report.tracker import open_tracker, require_tracker
-    from dumo.run.job import open_job
+    from dumo.report.tracker import require_tracker, tracked
     from dumo.run.judge import missing_to_judge
-    from dumo.run.sheet import Sheets
-    from dumo.run.train import train_job
+    from dumo.run.trainer import open_trainer
+    from dumo.training.state import Diverged
 
     if track:
         require_tracker(track)
@@ -79,42 +78,45 @@ def train(
         began = time.perf_counter()
 
     # Train it.
-    opened = open_job(
+    opened = open_trainer(
         prepared.path,
         prepared.run,
         changes=prepared.changes,
         origin=prepared.origin,
         device=device,
-        tell=print_line,
-        sheets=Sheets,
-        began=began,
+        print_line=print_line,
         bar=bar,
+        began=began,
     )
     run_folder = prepared.path
-    with opened as job, open_tracker(track, run_folder, job.run, job.state.step) as send_row:
+    with opened as trainer, tracked(trainer, track):
+        run = trainer.run
         # A path may be taken for a file, a run or images, so print which it was.
         if prepared.meaning:
             print_line(f"source: {prepared.meaning}")
-        less_memory = f"set train.micro_batch below {job.run.train.micro_batch or job.run.train.batch}"
-        if job.run.net.checkpoint is False:
+        less_memory = f"set train.micro_batch below {run.train.micro_batch or run.train.batch}"
+        if run.net.checkpoint is False:
             less_memory += ", or net.checkpoint=true in a new run"
-        resume = f"resume with:  {shell_command(job.run, f'dumo train {shell_path(run_folder)}')}"
+        resume = f"resume with:  {shell_command(run, f'dumo train {shell_path(run_folder)}')}"
         with memory_hint(less_memory), resume_hint(resume):
-            state = train_job(job, bar, send_row=send_row)
+            try:
+                state = trainer.train()
+            except Diverged as error:
+                raise Diverged(f"{error} {trainer.restart_hint()}") from None
 
     # Print what was trained, and the commands to type next.
     err.print(f"trained {state.step:,} steps on {state.images:,} images: {run_folder}/checkpoints", soft_wrap=True)
     folder_word = shell_path(run_folder)
-    missing = missing_to_judge(job.run, job.data.size)
+    missing = missing_to_judge(run, trainer.data.size)
     commands = [f"sample {folder_word}", f"report {folder_word}"]
     if not missing:
         commands.insert(1, f"evaluate {folder_word}")
-    if isinstance(job.run.net, Pretrained):
+    if isinstance(run.net, Pretrained):
         from dumo.export.stock import export_forms
 
-        for form in export_forms(job.run.net):
+        for form in export_forms(run.net):
             commands.append(f"export {folder_word} {shell_path(f'{run_folder}-{form}')} --to {form}")
-    lines = [shell_command(job.run, f"dumo {command}") for command in commands]
+    lines = [shell_command(run, f"dumo {command}") for command in commands]
     err.print("next:  " + "    ".join(lines), soft_wrap=True)
     if missing:
         err.print(f"dumo evaluate needs {missing}", soft_wrap=True)

@@ -38,8 +38,8 @@ from dumo.nets.precondition import PRECONDITIONED_HEADS
 from dumo.objectives import Objective
 from dumo.training.ema import Ema
 from dumo.training.layout import share_of
+from dumo.training.micro_batch import split_batch
 from dumo.training.spec import Train
-from dumo.training.step import split_into_passes
 from dumo.types import Objective as AnyObjective
 from dumo.types import UserError
 
@@ -233,10 +233,10 @@ def check_ranks(train: Train, objective: AnyObjective, ranks: int = 1) -> None:
     number of ranks; and `train.compile=loss` takes one rank.
     """
     times = objective.times
-    passes_by_rank = split_into_passes(train, objective, ranks)
+    micro_batches_by_rank = split_batch(train, objective, ranks)
     moving = times.moving(train.batch)
     if moving is not None and 0 < times.moving_share < 1:
-        for rows in chain.from_iterable(passes_by_rank):
+        for rows in chain.from_iterable(micro_batches_by_rank):
             kinds = set(moving[rows])
             if len(kinds) > 1:
                 continue

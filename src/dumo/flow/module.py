@@ -6,7 +6,7 @@
 
 A loss is made in three steps: `make_draws` draws the random numbers, `add_noise` makes the noisy batch, and
 `compute_loss` calls the objective, which calls the network. `forward` makes all three in a user's training loop, and
-checks the network first. `dumo.training.step` makes them one by one, because a run prefetches random numbers and splits
+checks the network first. `dumo.run.trainer` makes them one by one, because a run prefetches random numbers and splits
 a batch into micro-batches.
 
 The network is sampled by what its objective says that its heads mean: `readings`. `sample`, `velocity`, `jump` and

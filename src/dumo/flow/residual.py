@@ -85,6 +85,6 @@ def head_gap(v_error: Sample, u_error: Sample) -> PerSample:
     v_error, u_error: prediction - target, where the targets are v* and u* = v* - t du/dt; their difference is the gap.
 
     du/dt is taken along v*, so the gap also has the variance of v* about the velocity. The drift that
-    `dumo.training.record` measures has not.
+    `dumo.training.metrics` measures has not.
     """
     return mean_square((v_error - u_error).detach())

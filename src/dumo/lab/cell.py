@@ -44,8 +44,7 @@ from dumo.report import compare
 from dumo.report.evaluate import current_report, evaluate
 from dumo.run import encode
 from dumo.run.resolve import resolve
-from dumo.run.sheet import Sheets
-from dumo.run.train import train
+from dumo.run.trainer import open_trainer
 from dumo.run.weights import OpenedRun, open_run
 from dumo.runtime import signals
 from dumo.runtime.progress import Bar
@@ -224,10 +223,7 @@ def main(spec_file: str, folder: str, device: str) -> None:
     with signals.listening(child=True), trust.trusting():
         try:
             finish(load(Path(spec_file)), Path(folder), device=device)
-        except Diverged as error:
-            # Leave out the hint to lower the learning rate, which would make another cell.
-            sys.exit(str(error.__cause__ or error))
-        except (UserError, NotFiniteError, signals.Stopped) as error:
+        except (Diverged, UserError, NotFiniteError, signals.Stopped) as error:
             sys.exit(str(error))
 
 
@@ -237,7 +233,8 @@ def finish(run: Run, folder: Path, *, device: str) -> None:
         file.write(_commit_file(folder), (commit() or "").encode())
     prepared = prepare(run, out=folder)
     assert prepared.run
-    train(prepared.run, prepared.path, device=device, sheets=Sheets)
+    with open_trainer(prepared.path, prepared.run, device=device) as trainer:
+        trainer.train()
     trained = open_run(folder, device=device)
     if current_report(trained) is None:
         evaluate(trained)

@@ -24,9 +24,9 @@ from dumo.flow.path import FlowPath
 from dumo.run import cost
 from dumo.run.memory import average_tensors
 from dumo.training import layout
+from dumo.training.micro_batch import rows_of_rank
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import passes_of_rank
 from dumo.types import NoisyBatch, Objective
 
 
@@ -84,7 +84,8 @@ def _follow_step(state: State, objective: Objective, path: FlowPath, train: Trai
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
     net = state.net
-    num_passes = min(len(passes_of_rank(train, objective)), 2)
+    _, micro_batches = rows_of_rank(train, objective)
+    num_passes = min(len(micro_batches), 2)
 
     # The first step: the optimizer makes its state. torch also works out, on whole weights, how to move sharded ones.
     for p in net.parameters():

@@ -22,7 +22,7 @@ from dumo.runtime.limits import GIGABYTE
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.text import SECONDS_PER_HOUR
 from dumo.training.layout import share_of
-from dumo.training.step import rows_kept_together, split_into_passes
+from dumo.training.micro_batch import rows_kept_together, split_batch
 from dumo.types import UserError
 
 # Of a GPU's peak, what training reaches: our estimate, where nothing was measured.
@@ -117,7 +117,7 @@ def _changed(run: Run, change: str) -> Iterator[tuple[str, Run]]:
 
 
 def _least_micro_batch(run: Run, ranks: int) -> int:
-    """The fewest rows of a pass, at most as many as now: one, unless the objective needs several rows together."""
+    """The fewest rows of a micro-batch, at most as many as now: one, unless the objective needs several together."""
     rows = rows_kept_together(run.train, run.objective)
     while rows < most_rows(run, ranks):
         try:
@@ -130,9 +130,9 @@ def _least_micro_batch(run: Run, ranks: int) -> int:
 
 
 def most_rows(run: Run, ranks: int) -> int:
-    """The rows of the largest pass on any of `ranks` ranks. Raises UserError if the batch cannot be divided."""
-    passes_by_rank = split_into_passes(run.train, run.objective, ranks)
-    return max(rows.stop - rows.start for passes in passes_by_rank for rows in passes)
+    """The rows of the largest micro-batch on any of `ranks` ranks. Raises UserError if the batch cannot be divided."""
+    micro_batches_by_rank = split_batch(run.train, run.objective, ranks)
+    return max(rows.stop - rows.start for micro_batches in micro_batches_by_rank for rows in micro_batches)
 
 
 def _count_memory(name: str, run: Run, ranks: int) -> LayoutMemory:

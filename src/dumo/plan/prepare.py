@@ -55,7 +55,7 @@ _MODULE_FIELDS: Fields = {
 
 @dataclass(frozen=True)
 class Prepared:
-    """What to train, and where: `dumo.run.job.open_job` takes all of it."""
+    """What to train, and where: `dumo.run.trainer.open_trainer` takes all of it."""
 
     # The run's folder.
     path: Path

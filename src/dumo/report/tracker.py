@@ -1,7 +1,7 @@
 """Experiment trackers: TensorBoard, Weights & Biases and Trackio get each row of a run's log as it is written.
 
-`require_tracker` checks, before anything is trained, that a tracker is installed. `open_tracker` opens it in the
-training process and yields the function that training calls with each row. An error of the tracker ends the training as
+`require_tracker` checks, before anything is trained, that a tracker is installed. `tracked` opens it in the training
+process and adds the hook that sends each row. An error of the tracker ends the training as
 any other error does; the checkpoints and the log do not depend on it.
 
 A resumed run resumes the tracker's run. TensorBoard discards the events after the checkpoint, and Weights & Biases
@@ -10,7 +10,7 @@ keeps the first row of a step, so neither shows a step twice. Trackio shows repe
 
 import math
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
@@ -20,12 +20,14 @@ from dumo.config.load import dump
 from dumo.config.spec import Run
 from dumo.config.suggestion import require_known
 from dumo.io.yaml import parse_yaml
+from dumo.run.hooks import Hook
+from dumo.run.trainer import Trainer
 from dumo.runtime import dist, require
 from dumo.training.log import Row
+from dumo.training.metrics import StepMetrics
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 PROJECT = "dumo"
-SendRow = Callable[[Row], object]
 
 
 class Tracker(Protocol):
@@ -62,24 +64,38 @@ def require_tracker(name: str) -> None:
     require(name, name, f"tracker {name}")
 
 
-@contextmanager
-def open_tracker(name: str | None, folder: Path, run: Run, step: int) -> Generator[SendRow | None, None, None]:
-    """Open a tracker for a training that starts after `step`, and yield the function that sends it a row of the log.
+class SendRows(Hook):
+    """Sends each row of the log to a tracker, after the checkpoint: a slow network must not delay what is saved."""
 
-    Yields None without a tracker, and on ranks other than the first. Raises UserError as `require_tracker`.
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+
+    def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        """Send the row of this step, if it has one, with its speed."""
+        row = trainer.log.row
+        if row:
+            self.tracker.log(numbers_by_name(trainer.progress.meter.add_speed(row)), step=row["step"])
+
+
+@contextmanager
+def tracked(trainer: Trainer, name: str | None) -> Generator[None, None, None]:
+    """Send the log of a training to a tracker, whose run is opened, or resumed, and finished at the end.
+
+    Does nothing without a name, and on ranks other than the first. Raises UserError as `require_tracker`.
     """
     if name is None or not dist.is_main():
-        yield None
+        yield
         return
     require_tracker(name)
-    tracker = _open(name, folder, run, step)
+    tracker = open_tracker(name, trainer.folder.path, trainer.run, trainer.state.step)
+    trainer.hooks.append(SendRows(tracker))
     try:
-        yield lambda row: tracker.log(numbers_by_name(row), step=row["step"])
+        yield
     finally:
         tracker.finish()
 
 
-def _open(name: str, folder: Path, run: Run, step: int) -> Tracker:
+def open_tracker(name: str, folder: Path, run: Run, step: int) -> Tracker:
     """Open the run of a tracker, or resume it."""
     if name == "tensorboard":
         return _TensorBoard(folder, step)

@@ -24,7 +24,7 @@ from dumo.flow.precision import using
 from dumo.flow.sampling import eval_mode
 from dumo.flow.trainable import max_pass_difference, outputs_match, require_trainable
 from dumo.runtime.random import random_batch
-from dumo.training.step import passes_of_rank
+from dumo.training.micro_batch import rows_of_rank
 from dumo.types import Array, Sample, Trail, UserError
 
 _STREAM_KEY = "outside"  # of the random numbers in place of data. Another key would draw other numbers
@@ -51,7 +51,8 @@ def require_contract(run: Run, net: nn.Module, device: torch.device) -> None:
     )
 
     # Put noise to random numbers in place of data, as the first pass of training does.
-    rows = passes_of_rank(train, objective)[0]
+    rank_rows, micro_batches = rows_of_rank(train, objective)
+    rows = slice(rank_rows.start, rank_rows.start + micro_batches[0].stop)
     x, c = random_batch(_STREAM_KEY, rows.stop - rows.start, run.data.shape, run.data.classes)
     draws = flow.make_draws(0, run.data.shape, batch=train.batch, rows=rows)
     between = None

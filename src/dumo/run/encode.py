@@ -309,12 +309,12 @@ def encode_texts(
     return TextResult(folder, make_result, len(texts) - 1)
 
 
-def encode_what_is_missing(run: Run, *, device: str, bar: Bar, tell: Callable[[str], None]) -> None:
+def encode_what_is_missing(run: Run, *, device: str, bar: Bar, print_line: Callable[[str], None]) -> None:
     """Make latents and texts that a run lacks, before its net is loaded. Every rank must call it.
 
-    Rank 0 makes the latents, and all ranks share the captions. `tell` is called with a line for each damaged shard that
-    was made again. Processes that start together make everything once. Raises UserError and Stopped as `encode` and
-    `encode_texts`; finished shards are kept.
+    Rank 0 makes the latents, and all ranks share the captions. `print_line` is called with a line for each damaged
+    shard that was made again. Processes that start together make everything once. Raises UserError and Stopped as
+    `encode` and `encode_texts`; finished shards are kept.
     """
     if isinstance(run.data, Latents):
         agreement.on_main_rank(partial(ensure_cache, run.data, device=device, bar=bar), is_long=True)
@@ -336,4 +336,4 @@ def encode_what_is_missing(run: Run, *, device: str, bar: Bar, tell: Callable[[s
         )
     for result in results:
         for line in result.make_result.damaged if result else ():
-            tell(f"made again: {line}")
+            print_line(f"made again: {line}")

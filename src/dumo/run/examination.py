@@ -11,9 +11,11 @@ the weights in training, before the first checkpoint. Both
 Weights are random because the last layers of a new network are zero, so u = du/dt = 0, and any slope would pass.
 """
 
+import gc
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +28,16 @@ from dumo.flow import derivative, dropout
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import using
 from dumo.flow.slope import MAX_SLOPE_ERROR, slope_of
+from dumo.run.memory import weight_bytes
+from dumo.run.net import outline
 from dumo.run.random_net import random_net, short_run
+from dumo.run.weights import build
 from dumo.runtime import dist
+from dumo.runtime.device import total_memory
 from dumo.runtime.random import stream
+from dumo.runtime.text import bytes_text
+from dumo.training import agreement, layout
+from dumo.training.state import State
 from dumo.types import Cond, Frozen, Objective, Sample, Time, UserError
 
 _ROWS_RANDOM = 4  # rows on random weights, so t = 1/4, 1/2, 3/4 and 1: ours
@@ -117,6 +126,34 @@ def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examinati
     """
     point = example_point(run.objective, run.path, run.data, run.train.seed, _ROWS_IN_TRAINING)
     return _compare(float64.copy_sharing_weights(net), run, point, device, "the weights in training")
+
+
+def examine_in_training(run: Run, state: State, device: torch.device, print_line: Callable[[str], object]) -> bool:
+    """Examine the run's slope on the weights in training. Every rank must call it.
+
+    Returns False if nothing is examined: the objective takes no du/dt, or the device has no room for copies of the
+    weights, which `print_line` is told. Raises UserError if the slope is not the derivative.
+    """
+    if run.objective.needs.slope is None:
+        return False
+    meta_net = outline(run)
+    copies_bytes = weight_bytes(meta_net) + float64.copied_bytes(meta_net)
+    if dist.world() > 1:
+        # Ranks may share the weights, but each examines all of them.
+        copies_bytes += weight_bytes(meta_net)
+    device_bytes = agreement.on_main_rank(lambda: total_memory(device))
+    if copies_bytes > device_bytes:
+        print_line(
+            f"the slope is not examined on the weights in training: copies of them take {bytes_text(copies_bytes)} of "
+            f"memory, and {device} has {bytes_text(device_bytes)}"
+        )
+        return False
+    net = layout.gather_net(state.net, partial(build, run))
+    examine_weights(run, net, device).require()
+    # The hooks of the copy in float64 are in reference cycles, which hold the network.
+    del net
+    gc.collect()
+    return True
 
 
 def example_point(objective: Objective, path: FlowPath, data: Data, seed: int, rows: int) -> ExamplePoint:

@@ -1,17 +1,18 @@
 """Sheets of samples that a run draws as it trains, after the steps that `train.sheets` names.
 
 A sheet, such as sheets/step-00001000-nfe1.png, shows what the sampled weights make of the same noise, by the run's own
-solver. `Sheets` draws them: `dumo.run.train` calls `draw_missing` before the first step and `draw` after each step.
+solver. `DrawSheets` draws them.
 
 Sheets change nothing of the training: samples have random streams of their own (`dumo.runtime.random`), and the network
 gets its mode back. Ranks sample together, each some of the images, so that no rank needs all weights. What a stop
 leaves out is drawn when the run resumes from that step.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,35 +22,36 @@ from dumo.config.spec import Run
 from dumo.data import Latents
 from dumo.flow import sampling
 from dumo.io.picture import SCATTER_POINTS
+from dumo.run.hooks import Hook
 from dumo.run.sample_files import write_samples
 from dumo.run.sampler import gather_samples, rank_indices, sampler_of
 from dumo.runtime import dist, signals
 from dumo.training import agreement
+from dumo.training.metrics import StepMetrics
 from dumo.training.state import State
-from dumo.training.step import Record
 from dumo.types import Sample
+
+if TYPE_CHECKING:
+    from dumo.run.trainer import Trainer
 
 SHEET_COUNT = 64
 
 
-class Sheets:
+class DrawSheets(Hook):
     """Draws sheets of samples after the steps that `train.sheets` names."""
 
-    def __init__(self, run: Run, folder: Path, log_line: Callable[[str], object]) -> None:
-        """Check that sheets can be drawn. `log_line` is called with the reason if one could not be written.
+    def __init__(self, run: Run) -> None:
+        """Check that sheets can be drawn: a missing codec must end the run now, not after weeks.
 
         Every rank must call it. Raises UserError on all ranks if the codec cannot be opened.
         """
         self.run = run
-        self.folder = folder / "sheets"
-        self.log_line = log_line
         data = run.data
         if run.train.sheets and isinstance(data, Latents):
 
             def open_codec() -> None:
                 data.codec.open(torch.device("cpu"))
 
-            # A missing codec must end the run now, not after weeks.
             agreement.on_main_rank(open_codec)
 
     @cached_property
@@ -57,33 +59,35 @@ class Sheets:
         """The condition (n,) of each sample."""
         return sheet_conditions(self.run.conditions)
 
-    def draw(self, state: State, record: Record) -> None:
-        """Draw what is due after this step. Every rank must call it.
-
-        Draws nothing if the run is asked to stop: a checkpoint of this step is saved, and `draw_missing` draws it when
-        the run resumes from there. What is begun is finished, since the next checkpoint is of a later step.
-        """
-        if record.received_signal is None:
-            with signals.uninterrupted():
-                for file, nfe in self._sheets_due(state.step):
-                    self._draw_sheet(state, file, nfe)
-
-    def draw_missing(self, state: State) -> None:
-        """Draw what is due at the step that the run resumes from, and missing. Every rank must call it."""
-        if state.step:
-            for file, nfe in self._sheets_due(state.step):
+    def before_training(self, trainer: "Trainer") -> None:
+        """Draw what is due at the step that the run resumes from, and missing."""
+        if trainer.state.step:
+            for file, nfe in self._sheets_due(trainer):
                 if agreement.on_main_rank(lambda file=file: not file.exists()):
-                    self._draw_sheet(state, file, nfe)
+                    self._draw_sheet(trainer, file, nfe)
 
-    def _sheets_due(self, step: int) -> Iterator[tuple[Path, int]]:
-        """Yield the file of each sheet that is drawn after this step, and its number of passes."""
+    def after_step(self, trainer: "Trainer", metrics: StepMetrics) -> None:
+        """Draw what is due after this step.
+
+        Draws nothing if the run is asked to stop: a checkpoint of this step is saved, and the sheets are drawn when the
+        run resumes from there. What is begun is finished, since the next checkpoint is of a later step.
+        """
+        if metrics.received_signal is None:
+            with signals.uninterrupted():
+                for file, nfe in self._sheets_due(trainer):
+                    self._draw_sheet(trainer, file, nfe)
+
+    def _sheets_due(self, trainer: "Trainer") -> Iterator[tuple[Path, int]]:
+        """Yield the file of each sheet that is drawn after this step, and its NFE."""
+        step = trainer.state.step
         if self.run.train.is_sheet_due(step):
             for nfe in self.run.sample.nfe:
-                yield self.folder / f"step-{step:08d}-nfe{nfe}.png", nfe
+                yield trainer.folder.path / "sheets" / f"step-{step:08d}-nfe{nfe}.png", nfe
 
-    def _draw_sheet(self, state: State, file: Path, nfe: int) -> None:
+    def _draw_sheet(self, trainer: "Trainer", file: Path, nfe: int) -> None:
         """Sample and draw one sheet. Every rank must call it. A full disk ends no training here."""
         run = self.run
+        state = trainer.state
         x = self.sample(state, nfe, len(self.c))
         if dist.is_main():
             sampler = sampler_of(run, state.sampled_net)
@@ -91,7 +95,7 @@ class Sheets:
             try:
                 write_samples(rows, self.c, file.with_suffix(""), "grid", run.data, run.sample.seed)
             except OSError as error:
-                self.log_line(f"warning: no sheet {file.stem}: {error}")
+                trainer.print_line(f"warning: no sheet {file.stem}: {error}")
 
     def sample(self, state: State, nfe: int, count: int) -> Sample:
         """The first `count` samples (count, *shape), not decoded, on the CPU of rank 0. Every rank must call it."""

@@ -20,8 +20,8 @@ from dumo.runtime.device import known_peak_tflops, peak_bytes
 from dumo.runtime.stopwatch import Clock, wall_clock
 from dumo.runtime.text import bytes_text, number_text
 from dumo.training import log
+from dumo.training.metrics import StepMetrics
 from dumo.training.spec import Train
-from dumo.training.step import Record
 from dumo.types import UserError
 
 FILE = "speed.jsonl"
@@ -78,12 +78,12 @@ class Meter:
         """Count these seconds, which have passed since the last row, as no training."""
         self.began += seconds
 
-    def note(self, record: Record) -> str:
+    def note(self, metrics: StepMetrics) -> str:
         """The text of the bar after a step. On rank 0 a row is added where one is due."""
-        if dist.is_main() and record.step % self.train.log_every == 0:
-            self.last = self._measure(record.step)
+        if dist.is_main() and metrics.step % self.train.log_every == 0:
+            self.last = self._measure(metrics.step)
             log.append(self.path, asdict(self.last))
-        loss = _loss_text(record)
+        loss = _loss_text(metrics)
         return f"{loss}, {self.last}" if self.last else loss
 
     def add_speed(self, row: log.Row) -> log.Row:
@@ -116,13 +116,13 @@ class Meter:
         )
 
 
-def _loss_text(record: Record) -> str:
+def _loss_text(metrics: StepMetrics) -> str:
     """The loss, and its parts where it is weighted by its own size, since that says nothing."""
-    if not math.isfinite(record.loss):
+    if not math.isfinite(metrics.loss):
         return "step skipped"
-    losses = [f"loss {record.loss:.4f}"]
-    if log.is_weighted(record.loss, record.parts):
-        losses += [f"{name} {value:.4g}" for name, value in record.parts.items()]
+    losses = [f"loss {metrics.loss:.4f}"]
+    if log.is_weighted(metrics.loss, metrics.parts):
+        losses += [f"{name} {value:.4g}" for name, value in metrics.parts.items()]
     return ", ".join(losses)
 
 

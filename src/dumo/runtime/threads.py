@@ -24,23 +24,24 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-@contextmanager
-def threads_for(net: nn.Module, device: torch.device, recorded: int | None = None) -> Generator[int | None, None, None]:
-    """Use a number of threads that suits a network while inside, and restore the number afterwards.
+def set_threads(net: nn.Module, device: torch.device, recorded: int | None = None) -> int | None:
+    """Let torch use a number of threads that suits a network, and return it; None on a GPU, where nothing changes.
 
     `recorded` is the number that a checkpoint was trained with: it is used again, because it decides how sums round.
-    Yields the number in use; None on a GPU, where nothing is changed.
     """
     if device.type != "cpu":
-        yield None
-        return
-    before = torch.get_num_threads()
-    number = before
+        return None
     if not any(os.environ.get(name) for name in VARIABLES):
         is_small = sum(p.numel() for p in net.parameters()) <= MAX_SMALL_PARAMETERS
-        number = recorded or (1 if is_small else before)
-    torch.set_num_threads(number)
+        torch.set_num_threads(recorded or (1 if is_small else torch.get_num_threads()))
+    return torch.get_num_threads()
+
+
+@contextmanager
+def restored_threads() -> Generator[None, None, None]:
+    """Restore torch's number of threads at the end."""
+    before = torch.get_num_threads()
     try:
-        yield number
+        yield
     finally:
         torch.set_num_threads(before)

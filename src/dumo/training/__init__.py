@@ -1,5 +1,4 @@
-"""One step, the loop around it, and what is kept between steps.
+"""The parts of a training: optimizers, averages, checkpoints, the log, and how a batch is split.
 
-Owns the files of checkpoints, milestones and the log. Others use `state.begin`, `loop.train`, `step.train_step`,
-`checkpoint`, `milestone` and `log`. Knows no net, data or objective by name.
+`dumo.run.trainer` puts them together. Knows no network, data or objective by name.
 """

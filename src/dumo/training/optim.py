@@ -114,7 +114,7 @@ class Muon(Spec):
         if other_parameters:
             adamw = self._adamw(other_parameters, time_embedders)
             for group in adamw.param_groups:
-                group["ratio"] = group["lr"] / self.lr  # which the schedule keeps (`dumo.training.step`)
+                group["ratio"] = group["lr"] / self.lr  # which the schedule keeps (`dumo.run.trainer`)
         return MuonOptimizer(params_by_stack, adamw, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def _adamw(self, parameters: list[nn.Parameter], time_embedders: Collection[nn.Parameter]) -> torch.optim.Optimizer:

@@ -1,6 +1,6 @@
 """All that training changes: what a checkpoint holds, and a resumed run needs.
 
-`begin` makes the `State` before the first step; `dumo.training.step` changes it; `dumo.training.checkpoint` saves and
+`begin` makes the `State` before the first step; `dumo.run.trainer` changes it; `dumo.training.checkpoint` saves and
 restores it.
 
 The trend of the error is part of it. A loss may be weighted by its own size, and is then constant or of any sign; its

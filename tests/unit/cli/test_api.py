@@ -59,7 +59,7 @@ def test_import_waits_for_torch() -> None:
 
 def test_no_room_shadows_a_name() -> None:
     rooms = [module.name for module in pkgutil.walk_packages(dumo.__path__, "dumo.")]
-    assert {"dumo.cli.api", "dumo.cli.train", "dumo.run.train"} <= {*rooms}
+    assert {"dumo.cli.api", "dumo.cli.train", "dumo.run.trainer"} <= {*rooms}
     assert not {f"dumo.{name}" for name in dumo.__all__} & {*rooms}
     for name in rooms:
         if not name.endswith("__main__"):  # which is a command

@@ -20,12 +20,12 @@ from dumo.lab import cell, fig4b, reproduce
 from dumo.lab.cell import Result, sources
 from dumo.lab.plan import Cell, Cost, Plan, read_plan
 from dumo.report.evaluate import evaluate
-from dumo.run.train import train
+from dumo.run.trainer import Trainer
 from dumo.runtime import signals
 from dumo.runtime.progress import no_bar
-from dumo.training import loop
 from dumo.training.state import Diverged
 from dumo.types import UserError
+from trained import train
 from unit.data.spy import spied
 
 TINY = ["net.width=8", "net.depth=1", "train.batch=4", "train.save_every=2", "evaluate.protocol.samples=20"]
@@ -44,7 +44,7 @@ def two(*sets: str) -> Plan:
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The steps that are trained, as they are."""
-    return spied(monkeypatch, loop, "train_step", lambda state, *_: state.step)
+    return spied(monkeypatch, Trainer, "train_step", lambda trainer, *_: trainer.state.step)
 
 
 @pytest.fixture(autouse=True)

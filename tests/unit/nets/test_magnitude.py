@@ -15,8 +15,8 @@ from dumo.objectives import DuMo
 from dumo.training.optim import AdamW
 from dumo.training.spec import Train
 from dumo.training.state import begin
-from dumo.training.step import train_step
 from dumo.types import Needs
+from trained import ToyTrainer
 from unit.training.toy import flow_of
 
 KEPT: dict[str, Any] = {"magnitude": "preserved"}
@@ -96,7 +96,7 @@ def test_rows_have_length_1_after_a_step() -> None:
     assert len(start) == 3 * 4
     for _ in range(2):  # the gates are closed in the first
         batch = [torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(4) % 3]
-        train_step(state, flow_of(state, spec, DuMo(), Linear(), 3), batch, spec)
+        ToyTrainer(state, flow_of(state, spec, DuMo(), Linear(), 3), spec).step(batch)
     for before, layer in zip(start, units(net), strict=True):
         assert torch.allclose(layer.weight.norm(dim=1), torch.ones(len(before)), atol=1e-6)
     assert any(not torch.equal(before, layer.weight) for before, layer in zip(start, units(net), strict=True))

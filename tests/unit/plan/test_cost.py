@@ -16,10 +16,10 @@ from dumo.run.weights import build
 from dumo.runtime.random import random_batch
 from dumo.training.frozen import trained_state_dict
 from dumo.training.state import State, begin
-from dumo.training.step import train_step
 from dumo.types import UserError
 from e2e.shell import call, sets
 from recipe import recipe
+from trained import ToyTrainer
 from unit.run.adapted import freeze
 
 TINY = ("net.width=16", "net.depth=1", "net.attention=2")
@@ -136,7 +136,7 @@ def trained_one_step(run: Run) -> State:
     """The state after one step on random numbers."""
     state = begin(build(run), run.train)
     flow = make_flow(run, state)
-    train_step(state, flow, random_batch("one", run.train.batch, run.data.shape, run.data.classes), run.train)
+    ToyTrainer(state, flow, run.train).step(random_batch("one", run.train.batch, run.data.shape, run.data.classes))
     return state
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dumo.report.demo import open_demo, sample, tunnel_text
-from dumo.run.train import train
 from dumo.run.weights import open_run
 from dumo.types import UserError
+from trained import train
 from unit.run import known
 
 

@@ -14,8 +14,8 @@ from dumo.report.card import contrast_passes, read_report
 from dumo.report.evaluate import current_report, evaluate, report_path
 from dumo.report.name import name_part
 from dumo.run.sampler import sampler_of
-from dumo.run.train import train
 from dumo.run.weights import OpenedRun, open_run
+from trained import train
 from unit.run.known import Seen, tiny
 from unit.training.by_path import latest
 

@@ -12,9 +12,9 @@ from dumo.flow.solver import Euler, Heun, Hop, Restart
 from dumo.io import picture
 from dumo.report import gallery
 from dumo.run.sampler import Sampler, sampler_of
-from dumo.run.train import train
 from dumo.run.weights import OpenedRun, open_run
 from dumo.types import UserError
+from trained import train
 from unit.run.known import Seen
 
 TINY = ["net.width=16", "net.depth=1", "train.batch=16", "train.steps=12", "train.schedule.kind=constant"]

@@ -13,9 +13,9 @@ from dumo.flow.solver import Heun
 from dumo.report.evaluate import current_report, evaluate, likelihoods
 from dumo.run.judge import require_likelihood
 from dumo.run.sampler import sampler_of
-from dumo.run.train import train
 from dumo.run.weights import OpenedRun, open_run
 from dumo.types import UserError
+from trained import train
 from unit.run.known import tiny
 
 ASKED = ["evaluate.protocol={kind: likelihood, samples: 300, passes: 4, probes: 2}"]

@@ -30,10 +30,10 @@ from dumo.report import figure, judgement
 from dumo.report import page as report
 from dumo.report.card import make_card
 from dumo.run.folder import CHECKPOINT_MARK, RunFolder
-from dumo.run.train import train
 from dumo.run.weights import OpenedRun, build, open_run
 from dumo.runtime.progress import Tick, no_bar
 from dumo.types import UserError
+from trained import train
 
 SMALL = ["train.batch=8", "train.save_every=20", "train.steps=20", "train.schedule.kind=constant", "train.log_every=4"]
 DIGITS = [*SMALL, "train.optimizer.lr=0.02", "net.depth=1", "net.width=8", "net.attention=2"]

@@ -35,8 +35,8 @@ def test_an_unknown_or_missing_tracker_is_refused_before_the_training(
     with pytest.raises(UserError, match="wanddb"):
         tracker.require_tracker("wanddb")
     monkeypatch.setattr(runtime, "installed_version", lambda name: None)
-    with pytest.raises(UserError, match="wandb"), open_tracker("wandb", tmp_path, known.tiny(), 0):
-        pass
+    with pytest.raises(UserError, match="wandb"):
+        tracker.require_tracker("wandb")
     assert not [*tmp_path.iterdir()]
 
 
@@ -45,10 +45,10 @@ def test_tensorboard_shows_no_step_twice(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for first, losses in ((0, [1.0, 2.0, 3.0]), (1, [5.0, 6.0])):
-        with open_tracker("tensorboard", tmp_path, known.tiny(), first) as send_row:
-            assert send_row
-            for step, loss in enumerate(losses, first + 1):
-                send_row({"step": step, "loss": loss})
+        opened = open_tracker("tensorboard", tmp_path, known.tiny(), first)
+        for step, loss in enumerate(losses, first + 1):
+            opened.log({"train/loss": loss}, step=step)
+        opened.finish()
     read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in read.Scalars("train/loss")] == [(1, 1.0), (2, 5.0), (3, 6.0)]
 
@@ -60,9 +60,10 @@ from dumo.report.tracker import open_tracker
 from unit.run import known
 name, folder = sys.argv[1:]
 for first in (0, 1):
-    with open_tracker(name, Path(folder), known.tiny(), first) as send_row:
-        for step in (first + 1, first + 2):
-            send_row({"step": step, "loss": 1.0 + first})
+    tracker = open_tracker(name, Path(folder), known.tiny(), first)
+    for step in (first + 1, first + 2):
+        tracker.log({"train/loss": 1.0 + first}, step=step)
+    tracker.finish()
 """
 
 

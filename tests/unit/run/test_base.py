@@ -26,12 +26,12 @@ from dumo.run.folder import RunFolder
 from dumo.run.net import outline
 from dumo.run.resolve import resolve
 from dumo.run.teacher import base_flow, open_teacher
-from dumo.run.train import train
 from dumo.run.weights import build, init_from, open_run
 from dumo.training.duration import Duration
 from dumo.training.state import State
 from dumo.types import Cond, FromTeacher, Frozen, Heads, Sample, Time, UserError
 from theory.exact import APART, PRODUCT, Exact, Flow
+from trained import train
 from unit.run.adapted import adapt, apart
 from unit.run.known import TINY, same, tiny
 
@@ -44,7 +44,7 @@ def test_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     """Its files hold the adapter, it goes on bit for bit, and is opened, but not on other frozen weights."""
     adapt(monkeypatch)
     more, lines = [BASE, "train.milestones=[2]", "train.ema=[{decay: 0.5}]"], list[str]()
-    whole = train(tiny("moons", *more), tmp_path / "whole", tell=lines.append)
+    whole = train(tiny("moons", *more), tmp_path / "whole", print_line=lines.append)
     assert " parameters, 6 of them trained), " in lines[0]
     train(tiny("moons", *more, "train.steps=2"), tmp_path / "run")
     again = train(tiny("moons", *more), tmp_path / "run")
@@ -82,11 +82,11 @@ def test_weights_of_which_no_copies_fit_are_not_examined(monkeypatch: pytest.Mon
     run, lines = tiny("moons"), list[str]()
     net = outline(run)
     whole = memory.weight_bytes(net) + float64.copied_bytes(net)
-    monkeypatch.setattr("dumo.run.journal.total_memory", lambda device: whole)
-    train(run, tmp_path / "all", tell=lines.append)
+    monkeypatch.setattr("dumo.run.examination.total_memory", lambda device: whole)
+    train(run, tmp_path / "all", print_line=lines.append)
     assert not any("is not examined" in line for line in lines)
-    monkeypatch.setattr("dumo.run.journal.total_memory", lambda device: whole - 1)
-    train(run, tmp_path / "run", tell=lines.append)
+    monkeypatch.setattr("dumo.run.examination.total_memory", lambda device: whole - 1)
+    train(run, tmp_path / "run", print_line=lines.append)
     assert [line for line in lines if "the slope is not examined on the weights in training: copies of them" in line]
 
 

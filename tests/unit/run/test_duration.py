@@ -9,14 +9,13 @@ import yaml
 
 from dumo.config.spec import Run
 from dumo.run.folder import RUN_FILE
-from dumo.run.job import open_job
-from dumo.run.train import train_job
+from dumo.run.trainer import open_trainer
 from dumo.runtime import signals, stopwatch
 from dumo.training.checkpoint import Checkpoints
-from dumo.training.loop import Every
-from dumo.training.record import Record
+from dumo.training.metrics import StepMetrics
 from dumo.training.state import State
 from dumo.types import UserError
+from trained import After
 from unit.run import known
 from unit.run.known import Seen, tiny
 from unit.training.by_path import latest
@@ -41,7 +40,7 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
-    def step(self, state: State, record: Record) -> None:
+    def step(self, state: State, metrics: StepMetrics) -> None:
         """A hook."""
         self.now += PACE
         if self.last is not None and state.step == self.last - 1:
@@ -70,9 +69,10 @@ def train(folder: Path, clock: Clock, run: Run | None = None, *changes: str) -> 
     """Train a run, or go on with that of the folder: the lines that were told, the bar, and the state at the end."""
     told: list[str] = []
     seen = Seen()
-    opened = open_job(folder, run, changes=changes, device="cpu", tell=told.append)
-    with opened as job:
-        return told, seen, train_job(job, seen, [Every(1, clock.step)])
+    opened = open_trainer(folder, run, changes=changes, device="cpu", print_line=told.append, bar=seen)
+    with opened as trainer:
+        trainer.hooks.append(After(clock.step))
+        return told, seen, trainer.train()
 
 
 def written(folder: Path) -> dict[str, object]:
@@ -175,9 +175,10 @@ def test_a_command_whose_time_goes_by_before_its_first_step_says_so(clock: Clock
         train(folder, clock, tiny("moons", *TIMED))
     signals.received_signal = clock.last = None
     told: list[str] = []
-    with open_job(folder, device="cpu", tell=told.append) as job:
+    with open_trainer(folder, device="cpu", print_line=told.append) as trainer:
         clock.now += 45  # of the 37.5 seconds that are left
-        state = train_job(job, hooks=[Every(1, clock.step)])
+        trainer.hooks.append(After(clock.step))
+        state = trainer.train()
     assert state.step == 10
     assert told[-1].startswith("it took 0:45 to begin, and no time was left for steps: it made one")
     told, seen, _ = train(folder, clock)

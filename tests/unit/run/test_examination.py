@@ -15,10 +15,10 @@ from dumo.flow.slope import Along, CentralSlope, JvpSlope, Slope
 from dumo.plan import check
 from dumo.run import examination
 from dumo.run.resolve import resolve
-from dumo.run.train import train
 from dumo.run.weights import build
 from dumo.training import checkpoint
 from dumo.types import Cond, Frozen, Heads, Net, Objective, Sample, Spec, Time, UserError
+from trained import train
 from unit.run import known
 
 CPU = torch.device("cpu")

@@ -14,12 +14,12 @@ from dumo.config.source import parse_text
 from dumo.config.spec import Run
 from dumo.plan.prepare import prepare
 from dumo.run.folder import CHECKPOINT_MARK, LOCK_FILE, RunFolder
-from dumo.run.job import open_job
 from dumo.run.sampler import sampler_of
-from dumo.run.train import train, train_job
+from dumo.run.trainer import open_trainer
 from dumo.run.weights import build, open_run
 from dumo.training.state import State
 from dumo.types import UserError
+from trained import train
 from unit.run.known import claim, noted, tiny
 
 
@@ -110,8 +110,9 @@ def test_a_new_run_begins_from_a_checkpoint_and_is_resumed_when_it_is_typed_agai
 
     def begin() -> State:
         prepared = prepare(old, words, new, step=2)
-        with open_job(new, prepared.run, changes=prepared.changes, origin=prepared.origin, device="cpu") as job:
-            return train_job(job)
+        opened = open_trainer(new, prepared.run, changes=prepared.changes, origin=prepared.origin, device="cpu")
+        with opened as trainer:
+            return trainer.train()
 
     # It is killed after the origin was recorded, and before the checkpoint is copied.
     with patch.object(shutil, "copytree", side_effect=RuntimeError("killed")), pytest.raises(RuntimeError):
@@ -135,7 +136,7 @@ def test_a_new_run_begins_from_a_checkpoint_and_is_resumed_when_it_is_typed_agai
 def test_a_permitted_change_is_listed_and_a_deciding_one_is_refused(tmp_path: Path) -> None:
     train(tiny(), tmp_path)
     told: list[str] = []
-    train(tiny("moons", "train.clip=1", "train.steps=6", "train.micro_batch=2"), tmp_path, tell=told.append)
+    train(tiny("moons", "train.clip=1", "train.steps=6", "train.micro_batch=2"), tmp_path, print_line=told.append)
     changes = [(4, "train.steps", 4, 6), (4, "train.micro_batch", None, 2), (4, "train.clip", None, 1.0)]
     assert noted(tmp_path) == changes
     assert "from step 4 on train.clip is 1.0, and was null" in told

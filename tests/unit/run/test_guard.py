@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from threading import Event
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -16,21 +17,21 @@ import torch
 from dumo.config.load import load
 from dumo.config.place import RUN_FILE
 from dumo.config.spec import Run
-from dumo.flow.module import Flow
+from dumo.flow.noise import Draws
 from dumo.io import digest, weights
 from dumo.run import folder as folders
-from dumo.run.folder import CHECKPOINT_MARK, LOCK_FILE, RunFolder
-from dumo.run.job import require_same_on_all_ranks
-from dumo.run.journal import Journal
-from dumo.run.train import train
+from dumo.run.folder import CHECKPOINT_MARK, LOCK_FILE
+from dumo.run.hooks import SaveCheckpoints
+from dumo.run.trainer import Batch, Trainer, open_trainer, require_same_on_all_ranks
 from dumo.run.weights import open_run
 from dumo.runtime import signals
-from dumo.training import agreement, layout, log, loop
+from dumo.training import agreement, layout, log
 from dumo.training.checkpoint import Checkpoints, paths_by_step
+from dumo.training.metrics import StepMetrics
 from dumo.training.state import Diverged, State, Trend
-from dumo.training.step import Batch, Record, train_step
 from dumo.types import UserError
 from e2e.shell import call
+from trained import After, train
 from unit.run import known
 from unit.training.sharded import sign
 
@@ -48,7 +49,8 @@ class Fate:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.patch, self.spoilt, self.last = patch, set[int](), 0
-        patch.setattr(loop, "train_step", self.step)
+        self.train_step = Trainer.train_step
+        patch.setattr(Trainer, "train_step", lambda trainer, *args, **more: self.step(trainer, *args, **more))
         patch.setattr(signals, "received_signal", None)
 
     def comes(self, spoilt: Iterable[int] = (), last: int = 0) -> None:
@@ -56,14 +58,15 @@ class Fate:
         self.spoilt, self.last = set(spoilt), last
         self.patch.setattr(signals, "received_signal", None)
 
-    def step(self, state: State, flow: Flow, batch: Batch, *rest: object, **more: object) -> Record:
-        """As `train_step`."""
-        if state.step + 1 in self.spoilt:
+    def step(self, trainer: Trainer, batch: Batch, draws: Draws, **more: Any) -> StepMetrics:  # noqa: ANN401
+        """As `Trainer.train_step`."""
+        step = trainer.state.step + 1
+        if step in self.spoilt:
             batch = [batch[0].clone(), *batch[1:]]
             batch[0][BAD] = torch.nan
-        if state.step + 1 == self.last:
+        if step == self.last:
             self.patch.setattr(signals, "received_signal", signal.SIGTERM)
-        return train_step(state, flow, batch, *rest, **more)  # pyright: ignore
+        return self.train_step(trainer, batch, draws, **more)
 
 
 @pytest.fixture
@@ -93,7 +96,7 @@ def steps(folder: Path) -> list[int]:
 def test_a_skipped_step_is_logged_with_its_rows(fate: Fate, tmp_path: Path) -> None:
     run, told = tiny("train.steps=4", "train.log_every=4", name="digits"), list[str]()
     fate.comes(spoilt=[3])
-    train(run, tmp_path / "run", tell=told.append)
+    train(run, tmp_path / "run", print_line=told.append)
     skipped, last = log.read_log(tmp_path / "run/metrics.jsonl")
     assert (skipped["step"], skipped["loss"], last["step"]) == (3, None, 4)
     assert "skipped" not in last
@@ -208,7 +211,7 @@ def test_a_checkpoint_with_a_number_that_is_none_is_not_gone_on_from(moons: Path
 def test_by_the_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = tiny("train.steps=5", "train.save_every=5")
     calls = iter([False, True, False, False, False])
-    monkeypatch.setattr(Journal, "is_save_due", lambda _: next(calls))
+    monkeypatch.setattr(SaveCheckpoints, "is_due", lambda *_: next(calls))
     train(run, tmp_path / "run")
     assert steps(tmp_path / "run") == [2, 5]  # in the step that it falls into
 
@@ -216,9 +219,9 @@ def test_by_the_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("minutes", "passed", "due"), [("1", 61, True), ("1", 50, False), ("null", 10**9, False)])
 def test_what_is_due(minutes: str, passed: int, due: bool, tmp_path: Path) -> None:
     run = tiny(f"train.save_minutes={minutes}")
-    device, saved = torch.device("cpu"), time.monotonic() - passed
-    journal = Journal(run, RunFolder(tmp_path), device, run.data.open(), print, last_saved=saved)
-    assert journal.is_save_due() == due
+    with open_trainer(tmp_path / "run", run, device="cpu") as trainer:
+        trainer.checkpoints.last_saved = time.monotonic() - passed
+        assert trainer.checkpoints.is_due(trainer) == due
 
 
 @pytest.mark.nightly
@@ -246,7 +249,7 @@ def test_a_checkpoint_that_is_written_late_has_the_log_of_its_step(tmp_path: Pat
     assert steps(folder) == [2, 3]
     shutil.rmtree(folder / "checkpoints/step-00000003")
     fate.comes()
-    train(tiny(every), folder, tell=said.append)
+    train(tiny(every), folder, print_line=said.append)
     assert not [line for line in said if "is not what was logged" in line]
     train(tiny(every), tmp_path / "whole")
     assert known.bits(folder) == known.bits(tmp_path / "whole")
@@ -261,14 +264,14 @@ def test_what_was_not_written_ends_the_run_at_the_next_step(tmp_path: Path) -> N
         failed.set()
         raise UserError("the disk is full")
 
-    def pass_by(state: State, record: Record) -> None:
+    def pass_by(state: State, metrics: StepMetrics) -> None:
         done.append(state.step)
         if state.step == 4:
             assert failed.wait(30)
             time.sleep(0.1)
 
     with patch.object(Checkpoints, "_write", fail), pytest.raises(UserError):
-        train(tiny("train.save_every=4"), tmp_path / "run", hooks=[loop.Every(1, pass_by)])
+        train(tiny("train.save_every=4"), tmp_path / "run", hooks=[After(pass_by)])
     assert done == [1, 2, 3, 4]
 
 
@@ -281,14 +284,14 @@ def test_without_a_first_checkpoint_a_run_starts_again_and_with_a_lost_one_it_do
         assert stopped.wait(30)
         raise UserError("the disk is full")
 
-    def stop(state: State, record: Record) -> None:
+    def stop(state: State, metrics: StepMetrics) -> None:
         if state.step == 5:
             stopped.set()
 
     late = ("train.save_every=4", "train.log_every=1")
     with patch.object(Checkpoints, "_write", fail), pytest.raises(UserError):
-        train(tiny(*late), folder, hooks=[loop.Every(1, stop)])
-    train(tiny(*late), folder, tell=told.append)
+        train(tiny(*late), folder, hooks=[After(stop)])
+    train(tiny(*late), folder, print_line=told.append)
     assert f"{folder} has no checkpoint, so it starts again from step 0" in told
     train(tiny(*late), tmp_path / "whole")
     assert known.bits(folder) == known.bits(tmp_path / "whole")
@@ -339,13 +342,13 @@ def test_a_folder_that_goes_away_in_mid_run_ends_it(way: str, every: int, tmp_pa
     folder, (go_away, left) = tmp_path / "run", AWAY[way]
     run = tiny("train.save_every=2", f"train.log_every={every}")
 
-    def away(state: State, record: Record) -> None:
+    def away(state: State, metrics: StepMetrics) -> None:
         if state.step == 3:
             wait_for_checkpoint(folder / "checkpoints/step-00000002")
             go_away(folder)
 
     with pytest.raises(UserError):
-        train(run, folder, hooks=[loop.Every(1, away)])
+        train(run, folder, hooks=[After(away)])
     assert (sorted(path.name for path in folder.iterdir()) if folder.exists() else None) == left
     if left:
         shutil.rmtree(folder)

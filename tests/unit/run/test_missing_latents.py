@@ -16,8 +16,8 @@ from dumo.config.spec import Run
 from dumo.data import Latents, cache
 from dumo.run import encode, examination
 from dumo.run.folder import RunFolder
-from dumo.run.job import open_job
 from dumo.run.resolve import resolve, with_absolute_paths
+from dumo.run.trainer import open_trainer
 from dumo.runtime import signals, stopwatch
 from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.types import UserError
@@ -133,12 +133,12 @@ def test_encoding_that_is_stopped_goes_on_from_what_is_kept(run: Run, monkeypatc
 
         yield tick
 
-    with pytest.raises(signals.Stopped), open_job(FOLDER, run, device="cpu", bar=stopping_bar):
+    with pytest.raises(signals.Stopped), open_trainer(FOLDER, run, device="cpu", bar=stopping_bar):
         pass
     assert not FOLDER.exists(), "the same command begins the run"
     kept = files()
     assert "shard-00000.safetensors" in kept
-    with open_job(FOLDER, run, device="cpu"):
+    with open_trainer(FOLDER, run, device="cpu"):
         pass
     assert cache.is_finished(LATENTS)
     assert files()["shard-00000.safetensors"] == kept["shard-00000.safetensors"]
@@ -146,7 +146,7 @@ def test_encoding_that_is_stopped_goes_on_from_what_is_kept(run: Run, monkeypatc
 
 def test_without_the_images_the_command_is_named(run: Run, photos: Path) -> None:
     photos.rename(photos.with_name("elsewhere"))
-    with pytest.raises(UserError, match="dumo encode"), open_job(FOLDER, run, device="cpu"):
+    with pytest.raises(UserError, match="dumo encode"), open_trainer(FOLDER, run, device="cpu"):
         pass
     assert not FOLDER.exists()
     assert not LATENTS.exists()
@@ -157,7 +157,7 @@ def test_a_refused_run_leaves_its_folder_free_and_its_latents(run: Run, monkeypa
         raise UserError("the derivative is wrong")
 
     monkeypatch.setattr(examination, "examine", refuse)
-    with pytest.raises(UserError, match="derivative"), open_job(FOLDER, run, device="cpu"):
+    with pytest.raises(UserError, match="derivative"), open_trainer(FOLDER, run, device="cpu"):
         pass
     assert not FOLDER.exists()
     assert cache.is_finished(LATENTS)
@@ -168,8 +168,9 @@ def test_encoding_takes_no_time_of_the_training(run: Run, monkeypatch: pytest.Mo
     monkeypatch.setattr(encode, "ensure_cache", lambda *_, **__: time.sleep(0.5))
     encode.encode(latents(run), device="cpu")
     began = stopwatch.wall_clock()
-    with open_job(FOLDER, timed, device="cpu", began=began) as job:
-        assert 0.5 <= job.began - began < 0.6
+    with open_trainer(FOLDER, timed, device="cpu", began=began) as trainer:
+        assert trainer.clock
+        assert 0.5 <= trainer.clock.origin - began < 0.6
 
 
 def test_a_moved_run_finds_its_latents_beside_it(run: Run, tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.nets.dit_convert import from_diffusers
 from dumo.nets.embed import grid_waves
-from dumo.run.train import train
 from dumo.run.weights import build, init_from, open_run
 from dumo.runtime.random import stream
 from dumo.types import UserError
+from trained import train
 from unit.nets.given import Given
 from unit.run.known import same, tiny
 

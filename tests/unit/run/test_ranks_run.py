@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from dumo.report.evaluate import evaluate
-from dumo.run.train import train
 from dumo.run.weights import OpenedRun, open_run
+from trained import train
 from unit.run.known import same, tiny
 from unit.training.sharded import split
 

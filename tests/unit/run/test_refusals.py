@@ -14,9 +14,9 @@ from dumo.run.encode import captions, encoding_work
 from dumo.run.folder import CHECKPOINT_MARK
 from dumo.run.judge import reference_data, require_likelihood
 from dumo.run.prompt import conditions_of_prompts
-from dumo.run.train import train
 from dumo.run.weights import open_run
 from dumo.types import UserError
+from trained import train
 from unit.run.known import tiny
 
 # Takes the folder of a trained run, which it may change, and a folder to write into.
@@ -76,11 +76,6 @@ def steps_of_a_run_that_ends_by_the_clock(run: Path, here: Path) -> None:
     timed = tiny("moons", "train.minutes=0.0001")
     train(timed, here / "timed")
     train(timed.model_copy(update={"train": timed.train.model_copy(update={"steps": 3})}), here / "timed")
-
-
-@refused("train.sheets")
-def sheets_that_nothing_draws(run: Path, here: Path) -> None:
-    train(tiny("moons", "train.sheets=2"), here / "sheets")
 
 
 @refused("net.width")

@@ -17,10 +17,10 @@ from dumo.config.source import HASH_KEY, RESOLVED_KEY
 from dumo.config.spec import Run
 from dumo.io.weights import facts_of
 from dumo.run.sampler import sampler_of
-from dumo.run.train import train
 from dumo.run.weights import open_run
 from dumo.training.checkpoint import Checkpoint
 from dumo.types import UserError
+from trained import train
 from unit.run import known
 from unit.run.known import claim
 

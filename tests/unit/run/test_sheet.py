@@ -2,7 +2,6 @@
 
 import signal
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,14 @@ from dumo.config.spec import Run
 from dumo.report.sample import sample_to_files
 from dumo.run import sheet
 from dumo.run.net import draw_net
-from dumo.run.sheet import Sheets
-from dumo.run.train import train as train_run
+from dumo.run.sheet import DrawSheets
+from dumo.run.trainer import Trainer
 from dumo.run.weights import open_run
 from dumo.runtime import signals
-from dumo.training import loop
 from dumo.training.state import State, begin
 from e2e.shell import tree
+from trained import train
 from unit.run import known
-
-train = partial(train_run, sheets=Sheets)
 
 
 def tiny(name: str, sheets: str, *more: str) -> Run:
@@ -63,7 +60,7 @@ def test_a_stop_leaves_the_same_sheets(tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("step", [4, 6])  # the last one ends by itself
-@pytest.mark.parametrize(("where", "what"), [(loop, "train_step"), (Sheets, "sample")])
+@pytest.mark.parametrize(("where", "what"), [(Trainer, "train_step"), (DrawSheets, "sample")])
 def test_a_signal_in_a_step_with_a_sheet_loses_none(
     where: object, what: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,8 +68,8 @@ def test_a_signal_in_a_step_with_a_sheet_loses_none(
     work, raised = getattr(where, what), list[int]()
 
     def stop(*given: object, **more: object) -> object:
-        state = next(one for one in given if isinstance(one, State))
-        if not raised and state.step == (step if where is Sheets else step - 1):
+        state = next(getattr(one, "state", one) for one in given if isinstance(one, Trainer | State))
+        if not raised and state.step == (step if where is DrawSheets else step - 1):
             raised.append(step)
             signal.raise_signal(signal.SIGTERM)
         return work(*given, **more)
@@ -92,7 +89,7 @@ def test_what_goes_wrong_with_a_sheet_is_told_and_ends_nothing(tmp_path: Path, m
 
     monkeypatch.setattr(sheet, "write_samples", full)
     told: list[str] = []
-    assert train(tiny("moons", "[4]", "sample.nfe=[1]"), tmp_path / "run", tell=told.append).step == 6
+    assert train(tiny("moons", "[4]", "sample.nfe=[1]"), tmp_path / "run", print_line=told.append).step == 6
     assert told[-1] == "warning: no sheet step-00000004-nfe1: [Errno 28] No space left on device"
 
 
@@ -101,15 +98,15 @@ def test_a_pass_has_as_many_rows_as_in_training(tmp_path: Path) -> None:
     state = begin(draw_net(run), run.train)
     rows: list[int] = []
     state.sampled_net.register_forward_hook(lambda net, inputs, heads: rows.append(len(inputs[0])))
-    assert len(Sheets(run, tmp_path, print).sample(state, nfe=1, count=7)) == 7
+    assert len(DrawSheets(run).sample(state, nfe=1, count=7)) == 7
     assert rows == [2, 2, 2, 1]
 
 
-def test_a_codec_that_is_not_there_is_refused_before_the_first_step(tmp_path: Path) -> None:
+def test_a_codec_that_is_not_there_is_refused_before_the_first_step() -> None:
     words = ["data.codec.weights=/not/there", "data.root=/nor/this"]
-    Sheets(load("cifar10-latents", words), tmp_path, print)
+    DrawSheets(load("cifar10-latents", words))
     with pytest.raises(FileNotFoundError, match="/not/there"):
-        Sheets(load("cifar10-latents", [*words, "train.sheets=100"]), tmp_path, print)
+        DrawSheets(load("cifar10-latents", [*words, "train.sheets=100"]))
 
 
 def test_of_many_classes_some_from_end_to_end() -> None:

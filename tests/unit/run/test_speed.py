@@ -11,15 +11,15 @@ from dumo.config.load import load
 from dumo.run import speed
 from dumo.run.speed import Meter, log_with_speeds, seconds_between
 from dumo.training import log
-from dumo.training.step import Record
+from dumo.training.metrics import StepMetrics
 from dumo.types import UserError
 
 CPU = torch.device("cpu")
 
 
-def record(step: int, loss: float = 0.5) -> Record:
+def record(step: int, loss: float = 0.5) -> StepMetrics:
     """Of a step."""
-    return Record(step, 8 * step, loss, {}, {}, {}, [], 1.0, 1e-3)
+    return StepMetrics(step, 8 * step, loss, {}, {}, {}, [], 1.0, 1e-3)
 
 
 def test_a_row_for_each_that_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

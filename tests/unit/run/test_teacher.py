@@ -21,11 +21,11 @@ from dumo.config.teacher import Teacher
 from dumo.flow.guide import CFG
 from dumo.io.weights import load as load_weights
 from dumo.run import teacher
-from dumo.run.train import train
 from dumo.runtime import dist
 from dumo.runtime.progress import no_bar
 from dumo.runtime.random import noise, stream
 from dumo.types import Readings, UserError
+from trained import train
 from unit.run.known import line, nan, same, shift, tiny
 
 CPU = torch.device("cpu")

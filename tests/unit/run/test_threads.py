@@ -6,11 +6,10 @@ from threading import current_thread, main_thread
 import pytest
 import torch
 
-from dumo.run.train import train
 from dumo.runtime import threads
-from dumo.runtime.threads import threads_for
-from dumo.training import loop
+from dumo.runtime.threads import restored_threads, set_threads
 from dumo.training.checkpoint import Checkpoint
+from trained import After, train
 from unit.run import known
 
 CPU = torch.device("cpu")
@@ -39,23 +38,19 @@ def two_cores(monkeypatch: pytest.MonkeyPatch) -> Torch:
 
 
 def test_a_small_network_gets_one_thread_and_a_large_one_all(two_cores: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
-    with threads_for(NET, CPU) as number:
-        assert number == two_cores.threads == 1
+    with restored_threads():
+        assert set_threads(NET, CPU) == two_cores.threads == 1
     assert two_cores.threads == 2
-    with threads_for(NET, CPU, recorded=2) as number:
-        assert number == 2
-    with threads_for(NET, torch.device("meta")) as number:
-        assert number is None
+    assert set_threads(NET, CPU, recorded=2) == 2
+    assert set_threads(NET, torch.device("meta")) is None
     monkeypatch.setattr(threads, "MAX_SMALL_PARAMETERS", 19)  # of the network's 20
-    with threads_for(NET, CPU) as number:
-        assert number == two_cores.threads == 2
+    assert set_threads(NET, CPU) == two_cores.threads == 2
 
 
 @pytest.mark.parametrize("name", threads.VARIABLES)
 def test_the_environment_overrides_the_rule(name: str, two_cores: Torch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "2")
-    with threads_for(NET, CPU, recorded=1) as number:
-        assert number == two_cores.threads == 2
+    assert set_threads(NET, CPU, recorded=1) == two_cores.threads == 2
 
 
 @pytest.mark.slow
@@ -63,12 +58,12 @@ def test_the_number_is_recorded_and_a_resumed_run_keeps_it(
     two_cores: Torch, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     taken: list[int] = []
-    seen = loop.Every(1, lambda state, record: taken.append(two_cores.threads))
+    seen = After(lambda state, metrics: taken.append(two_cores.threads))
     for steps, max_small in ((2, threads.MAX_SMALL_PARAMETERS), (4, 0)):
         monkeypatch.setattr(threads, "MAX_SMALL_PARAMETERS", max_small)
         run = known.tiny("moons", "train.batch=8", f"train.steps={steps}")
         said: list[str] = []
-        train(run, tmp_path / "run", tell=said.append, hooks=[seen])
+        train(run, tmp_path / "run", print_line=said.append, hooks=[seen])
         checkpoint = tmp_path / f"run/checkpoints/step-{steps:08d}"
         assert Checkpoint.read(checkpoint).facts.threads == 1
         assert two_cores.threads == 2

@@ -3,9 +3,9 @@
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,16 @@ from dumo.io.source import TensorData
 from dumo.io.weights import load as load_weights
 from dumo.nets.text import EncoderTexts
 from dumo.report.sample import chosen_solver
-from dumo.run import encode, job
-from dumo.run.job import Job, open_data
-from dumo.run.train import train
+from dumo.run import encode
+from dumo.run.hooks import Hook
+from dumo.run.trainer import Trainer, open_data, open_trainer
 from dumo.run.weights import OpenedRun, open_run
 from dumo.runtime.progress import no_bar
 from dumo.training import agreement
+from dumo.training.metrics import StepMetrics
 from dumo.types import UserError
 from tiers import tiered
+from trained import train
 from unit.run import known
 from unit.training.by_path import latest
 
@@ -61,20 +63,41 @@ def test_opening_a_run_outlines_its_net_at_most_twice(tmp_path: Path, monkeypatc
         return net
 
     monkeypatch.setattr(type(run.net), "build", noted_build)
-    with job.open_job(tmp_path, run, device="cpu"):
+    with open_trainer(tmp_path, run, device="cpu"):
         assert devices.count("meta") <= 2
 
 
-def test_the_folder_is_opened_with_the_arguments_of_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments: dict[str, object] = {}
+@pytest.mark.slow
+def test_hooks_are_called_in_their_order_and_in_the_precision_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before training, after each step and at the end; steps and hooks in one precision of products."""
+    calls: list[tuple[str, str, int, int]] = []
+    inside: list[object] = []
 
-    def open_job(folder: Path, run: Run, **options: object) -> AbstractContextManager[Job]:
-        arguments.update(options)
-        return job.open_job(folder, run)
+    @contextmanager
+    def noted(*given: object) -> Generator[None]:
+        inside.append(given)
+        yield
+        inside.clear()
 
-    monkeypatch.setattr("dumo.run.train.open_job", open_job)
-    train(tiny(), tmp_path, bar=no_bar, device="cpu")
-    assert (arguments["bar"], arguments["device"]) == (no_bar, "cpu")
+    class Noted(Hook):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def before_training(self, trainer: Trainer) -> None:
+            calls.append((self.name, "before", trainer.state.step, len(inside)))
+
+        def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
+            calls.append((self.name, "step", metrics.step, len(inside)))
+
+        def after_training(self, trainer: Trainer) -> None:
+            calls.append((self.name, "after", trainer.state.step, len(inside)))
+
+    monkeypatch.setattr("dumo.run.trainer.product_precision", noted)
+    train(tiny("moons", "train.steps=2"), tmp_path, hooks=[Noted("a"), Noted("b")])
+    events = [("before", 0, 0), ("step", 1, 1), ("step", 2, 1), ("after", 2, 0)]
+    assert calls == [(name, *event) for event in events for name in ("a", "b")]
 
 
 def test_a_run_is_a_function_of_its_spec(tmp_path: Path) -> None:
@@ -122,7 +145,7 @@ def test_ranks_that_see_different_checkpoints_are_refused(moons: OpenedRun, monk
         return [result, [] if isinstance(result, list) else result]
 
     monkeypatch.setattr(agreement, "gather_results", gather_results)
-    with pytest.raises(UserError), job.open_job(moons.folder, tiny(), device="cpu"):
+    with pytest.raises(UserError), open_trainer(moons.folder, tiny(), device="cpu"):
         pass
 
 
@@ -192,7 +215,7 @@ def test_runs_that_start_together_encode_their_captions_once(tmp_path: Path, mon
         return open_encoder(spec, device)
 
     monkeypatch.setattr(TextEncoder, "open", open_slowly)
-    fill = partial(encode.encode_what_is_missing, run, device="cpu", bar=no_bar, tell=print)
+    fill = partial(encode.encode_what_is_missing, run, device="cpu", bar=no_bar, print_line=print)
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda _: fill(), range(3)))
     assert len(opened) == 1

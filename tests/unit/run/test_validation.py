@@ -13,15 +13,16 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.io.weights import load_checked
 from dumo.report import evaluate
-from dumo.run import judge, speed
+from dumo.run import speed, validation
 from dumo.run.folder import RunFolder
-from dumo.run.train import train
+from dumo.run.trainer import Trainer
 from dumo.run.validation import Validation
 from dumo.run.weights import open_run
 from dumo.runtime import signals
-from dumo.training import log, loop
-from dumo.training.record import Record
+from dumo.training import log
+from dumo.training.metrics import StepMetrics
 from dumo.types import UserError
+from trained import After, train
 from unit.run import known
 
 JUDGED = ("train.steps=6", "train.log_every=3", "evaluate.every=2", "evaluate.best=true", "train.keep=1")
@@ -56,7 +57,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                     raise value
                 return {name: value, "kid": -value, f"{name}_sd": 0.5}
 
-        monkeypatch.setattr(judge, "evaluator_of", lambda *of: Given())
+        monkeypatch.setattr(validation, "evaluator_of", lambda *of: Given())
 
     return give
 
@@ -97,7 +98,7 @@ def test_a_run_that_was_stopped_has_the_same_scores_and_keeps_the_same_weights(t
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("where", "what"), [(loop, "train_step"), (Validation, "samples")])
+@pytest.mark.parametrize(("where", "what"), [(Trainer, "train_step"), (Validation, "samples")])
 def test_a_stop_at_a_step_that_is_judged_waits_for_its_score(
     where: object, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,7 +126,7 @@ def test_a_stop_at_a_step_that_is_judged_waits_for_its_score(
 def test_the_best_is_kept_and_says_its_step(tmp_path: Path, scored: Callable[..., None]) -> None:
     said: list[str] = []
     scored(3.0, 1.0, 2.0)
-    train(tiny(), tmp_path / "run", tell=said.append)
+    train(tiny(), tmp_path / "run", print_line=said.append)
     assert rows(tmp_path / "run")[4]["val"] == {"mmd": 1.0, "mmd_sd": 0.5}
     assert "step 4: mmd 1 ± 0.5" in said
     (name,) = kept(tmp_path / "run")
@@ -151,13 +152,13 @@ def test_which_is_the_best(
 
 @pytest.mark.nightly
 def test_a_best_that_a_stop_undid_is_forgotten(tmp_path: Path, scored: Callable[..., None]) -> None:
-    def die(state: object, record: Record) -> None:
-        if record.step == 5:
+    def die(state: object, metrics: StepMetrics) -> None:
+        if metrics.step == 5:
             raise KeyboardInterrupt
 
     scored(3.0, 2.0)
     with suppress(KeyboardInterrupt):
-        train(tiny("train.save_every=3"), tmp_path / "run", hooks=[loop.Every(1, die)])
+        train(tiny("train.save_every=3"), tmp_path / "run", hooks=[After(die)])
     assert [*kept(tmp_path / "run")] == ["step-00000002.safetensors", "step-00000004.safetensors"]
     scored(4.0, 5.0)  # steps 4 and 6
     train(tiny("train.save_every=3"), tmp_path / "run")
@@ -218,7 +219,7 @@ def test_the_best_of_each_checkpoint_is_there_when_a_run_resumes_from_it(
 def test_what_cannot_be_judged_is_said_and_ends_nothing(tmp_path: Path, scored: Callable[..., None]) -> None:
     said: list[str] = []
     scored(UserError("some samples are not finite"), 1.0, 1.0)
-    assert train(tiny(), tmp_path / "run", tell=said.append).step == 6
+    assert train(tiny(), tmp_path / "run", print_line=said.append).step == 6
     assert "warning: step 2 is not judged: some samples are not finite" in said
     assert [step for step, row in rows(tmp_path / "run").items() if "val" in row] == [4, 6]
 
@@ -239,7 +240,7 @@ def test_what_is_judged_is_opened_before_the_first_step_and_only_if_it_is(
     def fails(*of: object) -> None:
         raise UserError("the weights are not there")
 
-    monkeypatch.setattr(judge, "evaluator_of", fails)
+    monkeypatch.setattr(validation, "evaluator_of", fails)
     with pytest.raises(UserError):
         train(tiny(), tmp_path / "run")
     assert not (tmp_path / "run").exists()

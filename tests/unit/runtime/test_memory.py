@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from dumo.config.load import load
-from dumo.run.train import train
 from dumo.run.weights import build
 from dumo.runtime.device import require_memory, total_memory
 from dumo.types import UserError
+from trained import train
 
 CPU = torch.device("cpu")
 

@@ -26,14 +26,14 @@ from dumo.training.checkpoint import assign_tensors, parts_of
 from dumo.training.duration import Duration
 from dumo.training.ema import MovingAverage
 from dumo.training.layout import local_tensor
+from dumo.training.metrics import StepMetrics
 from dumo.training.milestone import save_milestone
 from dumo.training.optim import AdamW
-from dumo.training.record import Record
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
-from dumo.training.step import passes_of_rank, span, train_step
 from dumo.types import Frozen, Net, NoisyBatch, Terms, UserError
 from meeting import leave, met
+from trained import ToyTrainer
 from unit.training.by_path import fault, latest, restore, restore_last_finite, save
 from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, flow_of, tensors
 
@@ -137,11 +137,10 @@ class Spoilt(Toy):
 def guarded(share: int) -> None:
     """What is not finite on one rank is skipped on both, and known to both; so is what one was asked."""
     spec, state = Train(steps=20, batch=12, ema=AVERAGES, optimizer=AdamW(lr=1e-2)), built(0, share)
-    rows = span(passes_of_rank(spec, Toy()))
 
-    def step(objective: Toy, **more: bool) -> Record:
-        batch = [part[rows] for part in batches()(state.step)]
-        return train_step(state, flow_of(state, spec, objective, Linear(), CLASSES), batch, spec, **more)
+    def step(objective: Toy, *, checkpoint_due: bool = False) -> StepMetrics:
+        trainer = ToyTrainer(state, flow_of(state, spec, objective, Linear(), CLASSES), spec)
+        return trainer.step([part[trainer.rows] for part in batches()(state.step)], checkpoint_due=checkpoint_due)
 
     assert step(Toy()).skipped is None
     before = tensors(state)
@@ -159,9 +158,9 @@ def guarded(share: int) -> None:
     assert [name for name in before if not name.endswith("passes") and not torch.equal(before[name], after[name])] == []
 
     with patch.object(signals, "received_signal", signal.SIGUSR1 if dist.rank() else None):
-        record = step(Toy(), due=not dist.is_main())
-    assert (record.received_signal, record.due, record.skipped) == (signal.SIGUSR1, False, None)
-    assert step(Toy(), due=dist.is_main()).due
+        metrics = step(Toy(), checkpoint_due=not dist.is_main())
+    assert (metrics.received_signal, metrics.checkpoint_due, metrics.skipped) == (signal.SIGUSR1, False, None)
+    assert step(Toy(), checkpoint_due=dist.is_main()).checkpoint_due
     assert state.skips == 0
 
 

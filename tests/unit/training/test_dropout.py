@@ -14,10 +14,11 @@ from dumo.nets import DiT, Net, UNet
 from dumo.nets.learned import LearnedTexts
 from dumo.nets.route import Route
 from dumo.objectives import DuMo
+from dumo.training.metrics import StepMetrics
 from dumo.training.spec import Train
 from dumo.training.state import begin
-from dumo.training.step import Record, train_step
 from rows_given import load_captions
+from trained import ToyTrainer
 from unit.training.toy import flow_of
 
 SMALL = {"width": 8, "multipliers": (1, 2), "attend": (4,), "depth": 1}
@@ -36,7 +37,7 @@ def net(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[float], Net
     return lambda p: DiT(width=8, depth=2, attention=2, texts=texts.model_copy(update={"drop": p}))
 
 
-def step(spec: Net, rows: int | None = None, exact: bool = False) -> tuple[Record, torch.Tensor]:
+def step(spec: Net, rows: int | None = None, exact: bool = False) -> tuple[StepMetrics, torch.Tensor]:
     """One step of a small net, and its gradient."""
     objective = DuMo(slope=JvpSlope() if exact else DualSlope(), guide=Guide(zeta=0.5), drop=0.25)
     torch.manual_seed(0)
@@ -47,7 +48,7 @@ def step(spec: Net, rows: int | None = None, exact: bool = False) -> tuple[Recor
     train = Train(steps=1, batch=8, seed=1, micro_batch=rows)
     state = begin(net, train)
     x, c = torch.randn(8, *SHAPE), torch.arange(8) % 3
-    done = train_step(state, flow_of(state, train, objective, Linear(), 3), (x, c), train)
+    done = ToyTrainer(state, flow_of(state, train, objective, Linear(), 3), train).step((x, c))
     return done, torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
 
 

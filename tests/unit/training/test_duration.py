@@ -11,8 +11,7 @@ from torch import Tensor
 
 from dumo.training.checkpoint import Facts, Listing
 from dumo.training.duration import Clock, Duration, Timing
-from dumo.training.loop import Every
-from dumo.training.record import Record, measure
+from dumo.training.metrics import StepMetrics
 from dumo.training.schedule import WSD, Cosine, LearningRateSchedule
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
@@ -148,11 +147,11 @@ def test_the_loop_reads_the_clock() -> None:
     assert timing == Timing(minutes=2)
     rates: list[float] = []
 
-    def step(state: State, record: Record) -> None:
+    def step(state: State, metrics: StepMetrics) -> None:
         clock.now += 5.0
-        rates.append(record.lr / spec.optimizer.lr)
+        rates.append(metrics.lr / spec.optimizer.lr)
 
-    run(state, spec, hooks=[Every(1, step)], read_clock=Clock(timing, clock.now, clock).read)
+    run(state, spec, after=[step], read_clock=Clock(timing, clock.now, clock).read)
     assert (state.step, state.duration.timing) == (expected.step, expected.timing)
     assert rates == pytest.approx(machine.rates, abs=1e-6)
 
@@ -160,7 +159,6 @@ def test_the_loop_reads_the_clock() -> None:
 @pytest.mark.parametrize("is_over", [False, True])
 def test_all_ranks_take_the_time_of_the_first(is_over: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is agreed is a mean over three ranks, of which the others have clocks of their own."""
-    state = begin(Small(), timed())
     first = Timing(minutes=2, seconds=30.5, share=0.25)
     if is_over:
         first = first.at_end()
@@ -168,18 +166,17 @@ def test_all_ranks_take_the_time_of_the_first(is_over: bool, monkeypatch: pytest
 
     def measured(timing: Timing) -> Timing | None:
         loss = torch.ones(4)
-        return measure(
-            state, torch.rand(4), Terms(loss, {"v": loss}), loss.mean(), images=4, lr=1.0, timing=timing
-        ).timing
+        terms = Terms(loss, {"v": loss})
+        return StepMetrics.reduce(torch.rand(4), terms, loss.mean(), step=1, images=4, lr=1.0, timing=timing).timing
 
     def mean(table: Tensor) -> Tensor:
         tables.append(table)
         return (table + tables[0] + table) / 3
 
-    monkeypatch.setattr("dumo.training.record.dist.mean", mean)
-    monkeypatch.setattr("dumo.training.record.dist.world", lambda: 3)
+    monkeypatch.setattr("dumo.training.metrics.dist.mean", mean)
+    monkeypatch.setattr("dumo.training.metrics.dist.world", lambda: 3)
     measured(first)
-    monkeypatch.setattr("dumo.training.record.dist.is_main", lambda: False)
+    monkeypatch.setattr("dumo.training.metrics.dist.is_main", lambda: False)
     for other in (Timing(minutes=2, seconds=99, share=0.9), Timing(minutes=2).at_end()):
         agreed = measured(other)
         assert agreed is not None
@@ -207,7 +204,7 @@ def test_without_minutes_nothing_knows_of_time() -> None:
     spec = Train.model_validate({"steps": 9, "batch": 3, "schedule": Cosine(warmup=2)})
     assert Duration.resolve(spec, spec, Progress(4, None)) == Duration(9)
     rates: list[float] = []
-    state = run(begin(Small(), spec), spec, hooks=[Every(1, lambda _, record: rates.append(record.lr))])
+    state = run(begin(Small(), spec), spec, after=[lambda _, metrics: rates.append(metrics.lr)])
     assert state.duration == Duration(9)
     assert rates == [spec.optimizer.lr * spec.schedule(step, 9) for step in range(9)]
     assert '"timing"' not in Facts(step=1, images=1).model_dump_json()

@@ -14,16 +14,15 @@ from torch.func import jvp
 from dumo.config.load import load
 from dumo.nets.embed import SLOPE_TIMES, Scalars
 from dumo.run.memory import held_bytes
-from dumo.run.net import outline
-from dumo.run.train import train
+from dumo.run.net import make_flow, outline
 from dumo.run.weights import build
-from dumo.runtime.random import stream
+from dumo.runtime.random import random_batch, stream
+from dumo.training.duration import Duration
 from dumo.training.muon import STACK_KEY, block_matrices, orthogonalize
 from dumo.training.optim import Adam, AdamW, AdamW8bit, Muon, Optimizer
-from dumo.training.record import Record
 from dumo.training.schedule import WSD, Constant, Cosine, LearningRateSchedule
 from dumo.training.state import begin
-from dumo.training.step import advance
+from trained import ToyTrainer, train
 
 
 def net_of(*params: nn.Parameter) -> nn.Module:
@@ -218,10 +217,14 @@ RATES = ["train.optimizer.lr=0.02", "train.optimizer.adamw_lr=0.005", "train.opt
 
 
 @pytest.mark.parametrize(("rates", "expected"), [(RATES[:2], [0.01, 0.0025]), (RATES, [0.01, 0.0025, 0.0005])])
-def test_the_schedule_scales_all_rates(rates: list[str], expected: list[float]) -> None:
+def test_the_schedule_scales_all_rates(
+    rates: list[str], expected: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Duration, "rate_factor", lambda *_: 0.5)
     run = load("moons", [*TINY, *rates])
     state = begin(build(run), run.train)
-    advance(state, Record(1, 4, 1.0, {}, {}, {}, [], 1.0, lr=0.01))
+    batch = random_batch("rates", run.train.batch, run.data.shape, run.data.classes)
+    ToyTrainer(state, make_flow(run, state), run.train).step(batch)
     assert [group["lr"] for group in state.optimizer.param_groups] == pytest.approx(expected)
 
 

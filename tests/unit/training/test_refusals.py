@@ -12,10 +12,10 @@ from dumo.objectives import IMM, DuMo
 from dumo.training.compile import compile_blocks
 from dumo.training.layout import share_of
 from dumo.training.log import read_log
+from dumo.training.micro_batch import split_batch
 from dumo.training.optim import Muon
 from dumo.training.spec import Train
 from dumo.training.state import begin
-from dumo.training.step import split_into_passes
 from dumo.types import Objective, UserError
 from unit.training.adapted import Adapted
 from unit.training.by_path import restore_last_finite, save
@@ -51,7 +51,7 @@ def test_fields(fields: dict[str, Any], name: str) -> None:
 @pytest.mark.parametrize(("fields", "objective", "ranks", "name"), BATCHES)
 def test_batches(fields: dict[str, Any], objective: Objective, ranks: int, name: str) -> None:
     with pytest.raises(UserError) as refused:
-        split_into_passes(Train(steps=2, **fields), objective, ranks)
+        split_batch(Train(steps=2, **fields), objective, ranks)
     assert name in str(refused.value)
 
 

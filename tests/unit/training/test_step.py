@@ -8,26 +8,28 @@ import torch
 from torch import Generator, Tensor
 from torch.overrides import TorchFunctionMode
 
+from dumo.flow.module import Flow
 from dumo.flow.noise import draw
 from dumo.flow.path import Linear
 from dumo.training.ema import Ema, PowerEma
+from dumo.training.metrics import MAX_LISTED_ROWS, Skipped, StepMetrics
+from dumo.training.micro_batch import rows_of_rank
 from dumo.training.optim import AdamW
-from dumo.training.record import MAX_LISTED_ROWS, Record, Skipped
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import MicroBatches, passes_of_rank, train_step
 from dumo.types import Frozen, Net, NoisyBatch, Terms, Time, TimeLaw, frozen
+from trained import ToyTrainer
 from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, flow_of, same, tensors, toy, trained
 
 STEPS = 9
 
 
-def step(state: State, objective: Toy | None = None, batch: int = 12, lr: float = 1e-2, **more: object) -> Record:
+def step(state: State, objective: Toy | None = None, batch: int = 12, lr: float = 1e-2, **more: object) -> StepMetrics:
     fields = {"steps": STEPS, "batch": batch, "optimizer": AdamW(lr=lr), "ema": AVERAGES} | more
     spec = Train.model_validate(fields)
     flow = flow_of(state, spec, objective or Toy(), Linear(), CLASSES)
     some = batches(batch, next(state.net.parameters()).dtype)(state.step)
-    return train_step(state, flow, some, spec)
+    return ToyTrainer(state, flow, spec).step(some)
 
 
 def fresh(dtype: torch.dtype = torch.float64, seed: int = 0) -> State:
@@ -177,7 +179,7 @@ def test_a_number_of_another_rank_skips_the_step_here(place: int, monkeypatch: p
 
     state = trained()
     before = tensors(state)
-    monkeypatch.setattr("dumo.training.record.dist.mean", mean)
+    monkeypatch.setattr("dumo.training.metrics.dist.mean", mean)
     assert step(state).skipped
     assert untouched(before, state)
 
@@ -202,8 +204,8 @@ def test_a_step_waits_for_its_device_once(more: dict[str, object], monkeypatch: 
     """For its record; what is drawn on the host is no matter of it."""
     state, spec = fresh(), Train.model_validate({"steps": STEPS, "batch": 12} | more)
     state.optimizer = torch.optim.SGD(state.net.parameters(), lr=1.0)  # others keep their step on the host
-    drawn = {rows.start: noised()[rows] for rows in passes_of_rank(spec, Toy())}
-    monkeypatch.setattr(MicroBatches, "draw", lambda _, rows: drawn[rows.start])
+    drawn = iter([noised()[rows] for rows in rows_of_rank(spec, Toy())[1]])
+    monkeypatch.setattr(Flow, "add_noise", lambda *_, **__: next(drawn))
     with Waits() as waits:
         assert step(state, **more).step == 1
     assert waits.seen == ["tolist"]

@@ -1,6 +1,6 @@
 """A small net, objective and data for the tests of training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -9,13 +9,13 @@ from torch import Generator, Tensor, nn
 from dumo.flow.module import Flow
 from dumo.flow.path import FlowPath, Linear
 from dumo.runtime.random import stream
+from dumo.training.duration import Timing
 from dumo.training.ema import Ema
 from dumo.training.layout import full_tensor
-from dumo.training.loop import train
+from dumo.training.metrics import StepMetrics
 from dumo.training.optim import Adam, AdamW
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import passes_of_rank, span
 from dumo.types import (
     Cond,
     Frozen,
@@ -33,6 +33,7 @@ from dumo.types import (
     TimeLaw,
     mean_square,
 )
+from trained import ToyTrainer
 
 CLASSES = 3
 OPTIMIZERS = (AdamW(lr=1e-2, weight_decay=0.1), Adam(lr=1e-2))
@@ -140,10 +141,23 @@ def batches(batch: int = 12, dtype: torch.dtype = torch.float64) -> Callable[[in
     return of
 
 
-def run(state: State, spec: Train, **more: object) -> State:
-    """Train the toy on this rank's rows and return the state."""
-    make, rows = batches(spec.batch, next(state.net.parameters()).dtype), span(passes_of_rank(spec, Toy()))
-    train(state, flow_of_toy(state, spec), lambda step: [part[rows] for part in make(step)], spec, **more)  # pyright: ignore
+def run(
+    state: State,
+    spec: Train,
+    *,
+    objective: Toy | None = None,
+    batch_at: Callable[[int], tuple[Sample, Cond]] | None = None,
+    after: Sequence[Callable[[State, StepMetrics], object]] = (),
+    read_clock: Callable[[], Timing] | None = None,
+) -> State:
+    """Train the toy on this rank's rows and return the state; `after` each step these are called."""
+    make = batch_at or batches(spec.batch, next(state.net.parameters()).dtype)
+    trainer = ToyTrainer(state, flow_of(state, spec, objective or Toy(), Linear(), CLASSES), spec)
+    while not state.is_over:
+        batch = [part[trainer.rows] for part in make(state.step)]
+        metrics = trainer.step(batch, timing=read_clock() if read_clock else None)
+        for call in after:
+            call(state, metrics)
     return state
 
 

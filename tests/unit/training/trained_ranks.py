@@ -24,17 +24,17 @@ from dumo.nets.route import Route
 from dumo.nets.rows import Rows
 from dumo.objectives import DuMo, MeanFlow
 from dumo.run.teacher import BaseNet
+from dumo.run.trainer import Batch
 from dumo.runtime import dist
 from dumo.training import layout
 from dumo.training.ema import Ema
-from dumo.training.loop import train
 from dumo.training.optim import AdamW, AdamW8bit
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import Batch, passes_of_rank, span
 from dumo.types import Cond, Objective, Sample, Time
 from meeting import meeting
 from rows_given import given_rows, load_captions
+from trained import ToyTrainer
 from transformers_saved import CLASSES, SHAPE, saved
 from unit.nets.given import Given
 from unit.training import toy
@@ -194,8 +194,9 @@ def trained(case: Case, place: Path, share: int, *, reshard: bool, ranks: int = 
 
         teacher = taught
     flow = flow_of(state, spec, objective, Linear(), classes, teacher=teacher)
-    mine = span(passes_of_rank(spec, objective))
-    train(state, flow, lambda step: [part[mine] for part in case.batch(step)], spec)
+    trainer = ToyTrainer(state, flow, spec)
+    while not state.is_over:
+        trainer.step([part[trainer.rows] for part in case.batch(state.step)])
     return state
 
 

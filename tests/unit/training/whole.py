@@ -25,10 +25,11 @@ from dumo.nets.route import Route
 from dumo.run.net import make_flow
 from dumo.run.weights import build
 from dumo.runtime.random import random_batch
-from dumo.training.loop import Every, train
+from dumo.training.compile import compile_loss
 from dumo.training.spec import Compile
 from dumo.training.state import begin
 from dumo.types import Frozen
+from trained import ToyTrainer
 from unit.nets.given import Given
 
 SMALL = ["net.width=8", "net.depth=2", "net.attention=2", "train.ema=[]", "data.root=x"]
@@ -65,8 +66,12 @@ def trained(run: Run, choice: Compile, backend: str = "eager", net: DiT | None =
     state = begin(build(run.model_copy(update={"net": net or run.net}), torch.device("cpu")), spec)
     x, c = random_batch("compile", spec.batch, run.data.shape, run.data.classes)
     seen = list[tuple[float, int]]()
-    note = Every(1, lambda _, record: seen.append((record.loss, counters["stats"]["unique_graphs"])))
-    train(state, make_flow(run, state), lambda step: (x, c), spec, [note])
+    trainer = ToyTrainer(state, make_flow(run, state), spec)
+    if choice != "none":
+        trainer.loss = compile_loss(state.net, run.objective, choice)
+    while not state.is_over:
+        loss = trainer.step((x, c)).loss
+        seen.append((loss, counters["stats"]["unique_graphs"]))
     losses, graphs = zip(*seen, strict=True)
     return list(losses), list(graphs)
 

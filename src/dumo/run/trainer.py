@@ -1,0 +1,490 @@
+"""Train one run: build it or resume it, take optimizer steps, and call hooks after each step.
+
+    with open_trainer(run, folder) as trainer:
+        trainer.train()
+
+This file reads in the order of events. `Trainer.__init__` builds everything, or restores it from the newest whole
+checkpoint, and refuses what cannot be trained; into the run's folder it writes nothing but missing caches. `train` is
+the first to write: it brings the folder to the step of the checkpoint, then takes steps (`train_step`) and calls hooks
+(`dumo.run.hooks`) until the duration of the run is over.
+
+On several ranks, every rank runs every line. Rank 0 alone locks the folder, writes and prints. Whatever may fail on one
+rank runs inside `agreement`, so that it fails on all of them.
+
+A batch and its random numbers depend on the number of the step alone. So N steps, a stop and M more steps equal N + M
+steps, skipped ones included, and both may be made ahead of the step, by any thread. The gradient is that of the mean
+loss over the global batch: a micro-batch adds the gradient of its sum divided by the batch size, and ranks are added up
+after the last one. So the split changes rounding only, and two ranks equal one rank with two micro-batches to the bit.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from math import ceil
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from dumo.config import trust
+from dumo.config.change import yaml_text
+from dumo.config.fit import advice, check_ranks
+from dumo.config.load import run_of
+from dumo.config.place import RUN_FILE
+from dumo.config.source import Origin
+from dumo.config.spec import Run
+from dumo.config.word import method
+from dumo.data import Data
+from dumo.data.ledger import ledger_of
+from dumo.flow.module import Loss
+from dumo.flow.noise import Draws
+from dumo.flow.precision import product_precision
+from dumo.io.source import Bucketed, DataSource
+from dumo.nets.dualized import Dualized
+from dumo.run import examination
+from dumo.run.data import begin_ledger, compare_data, recorded_facts, require_same_fingerprint, with_data_facts
+from dumo.run.encode import encode_what_is_missing
+from dumo.run.folder import RunFolder
+from dumo.run.hooks import Hook, SaveCheckpoints, SaveMilestones, ShowProgress, WriteLog
+from dumo.run.net import make_flow, outline, require_room_to_train
+from dumo.run.resolve import fetch_files, find_commits, resolve, with_absolute_paths, with_commits, with_hashes
+from dumo.run.sheet import DrawSheets
+from dumo.run.summary import empty_classes_line, training_summary
+from dumo.run.teacher import TeacherPairs, open_teacher
+from dumo.run.validation import Validation
+from dumo.run.weights import begin_or_resume
+from dumo.runtime import dist, shell_path, stopwatch
+from dumo.runtime.device import choose_device
+from dumo.runtime.limits import STEPS
+from dumo.runtime.progress import Bar, ignore_line, no_bar
+from dumo.runtime.signals import Stopped
+from dumo.runtime.text import duration_text, minutes_text
+from dumo.runtime.threads import cores, restored_threads, set_threads
+from dumo.training import agreement, layout
+from dumo.training.compile import compile_loss
+from dumo.training.duration import Clock, Duration, Timing
+from dumo.training.metrics import StepMetrics, find_bad_rows, join_terms
+from dumo.training.micro_batch import rows_of_rank
+from dumo.training.optim import half_rates
+from dumo.training.prefetch import BATCHES_AHEAD, Prefetch
+from dumo.training.state import Diverged, State
+from dumo.types import Terms, Time, UserError, marks_of
+from dumo.types.rows import pin, to_device
+
+# This rank's rows of a batch: (x, c); with their noise (x, c, z); with points between both (x, c, z, between).
+Batch = Sequence[Tensor]
+
+
+@contextmanager
+def open_trainer(
+    path: Path,
+    run: Run | None = None,
+    *,
+    changes: Sequence[str] = (),
+    origin: Origin | None = None,
+    device: str = "auto",
+    print_line: Callable[[str], None] = ignore_line,
+    bar: Bar = no_bar,
+    began: float | None = None,
+) -> "Generator[Trainer, None, None]":
+    """Join the ranks, lock the run's folder at `path`, and open a `Trainer` in it. Every rank must enter it.
+
+    - `run`: what to train; None: the run that the folder holds, with `changes` (each `a.b=c`).
+    - The other arguments are those of `Trainer`.
+
+    The ranks meet before the folder is locked, so that all of them hear if it is refused, and the folder is locked
+    before anything in it is read.
+    """
+    began = stopwatch.wall_clock() if began is None else began
+    with dist.join(), RunFolder(path).lock() as folder, restored_threads():
+        if run is None:
+            trust.accept(changes)
+            if folder.text is None:
+                raise UserError(f"{path} has no {RUN_FILE}")
+            run = run_of(folder.text, changes)
+        yield Trainer(run, folder, origin=origin, device=device, print_line=print_line, bar=bar, began=began)
+
+
+class Trainer:
+    """One training run: data, network, objective, optimizer and averages, and the folder that they are saved in.
+
+    - `run`: what to train.
+    - `folder`: the run's folder, locked. Training resumes from its newest whole checkpoint, if there is one.
+    - `origin`: the checkpoint of another run that a new run begins from.
+    - `print_line`: called with lines for the user, on rank 0.
+    - `bar`: shows progress, on rank 0.
+    - `began`: from when the time of a run by the clock counts, by `stopwatch.wall_clock`.
+
+    Raises UserError if the run does not fit the machine or its ranks, if the folder holds another run, if the data have
+    changed, or if du/dt is not the derivative.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        folder: RunFolder,
+        *,
+        origin: Origin | None = None,
+        device: str = "auto",
+        print_line: Callable[[str], None] = ignore_line,
+        bar: Bar = no_bar,
+        began: float,
+    ) -> None:
+        self.folder = folder
+        self.print_line = print_line if dist.is_main() else ignore_line
+        self.bar = bar if dist.is_main() else no_bar
+        self.device = choose_device(device)
+        require_same_on_all_ranks(run)
+
+        # Download what the run names on the Hub, on rank 0, from whose cache the others read. This is no time of
+        # training.
+        recorded_run = folder.run if folder.text and folder.text.hash else None
+        fetching_began = stopwatch.wall_clock()
+        commits = agreement.on_main_rank(lambda: find_commits(run, recorded_run))
+        pinned_run = with_commits(run, commits)
+        agreement.on_main_rank(lambda: fetch_files(pinned_run), is_long=True)
+        began += stopwatch.wall_clock() - fetching_began
+
+        # Fill in what only files know: classes, captions, hashes. Check the network, the memory and the ranks.
+        run = resolve(with_absolute_paths(pinned_run))
+        self.meta_net = outline(run)
+        world_size = dist.world()
+        shards = layout.share_of(run.train.share, world_size)
+        rows = ceil(run.train.batch / world_size)
+        require_room_to_train(run, self.device, self.meta_net, rows=rows, share=shards)
+        check_ranks(run.train, run.objective, world_size)
+        self.run = run = with_hashes(run, recorded_run)
+        self.config = config = run.train
+
+        # Choose the newest whole checkpoint. A new run from another's copies it, once it is recorded where it began.
+        agreement.on_main_rank(lambda: self._copy_origin(origin), is_long=True)
+        checkpoint = folder.newest_checkpoint()
+
+        # Refuse another run, and a duration that is over, before anything expensive is done.
+        agreement.on_each_rank(lambda: folder.require_same_config(run, checkpoint))
+        recorded = recorded_run.train if recorded_run else None
+        Duration.resolve(config, recorded, checkpoint.facts if checkpoint else None)
+
+        # Encode missing latents and texts, which is no time of training, before the network takes the memory. Open the
+        # data.
+        encoding_began = stopwatch.wall_clock()
+        encode_what_is_missing(run, device=device, bar=bar, print_line=self.print_line)
+        began += stopwatch.wall_clock() - encoding_began
+        self.data = open_data(run.data)
+
+        # Compare du/dt with the derivative in float64, on a small network with random weights.
+        examination.examine(run, self.device).require()
+
+        # Build the network from the run's seed, its averages and the optimizer, and load the checkpoint; if a value of
+        # it is not finite, the one before. How long the run trains is a function of the checkpoint that was loaded.
+        self.state, self.resumed_from = begin_or_resume(run, folder.checkpoints, self.device, checkpoint)
+        facts = self.resumed_from.facts if self.resumed_from else None
+        self.state.duration = Duration.resolve(config, recorded, facts)
+        timing = self.state.duration.timing
+        self.clock = Clock(timing, began) if timing else None
+
+        # From here on the network computes, with as many threads as its checkpoint was trained with.
+        self.threads = set_threads(self.state.net, self.device, facts.threads if facts else None)
+
+        # Compare the data with those of the checkpoint.
+        compare_data(run.data, self.data, folder.path, self.resumed_from)
+        if self.resumed_from and recorded_run:
+            agreement.on_each_rank(lambda: require_same_fingerprint(recorded_run, self.data, folder.path))
+
+        # Join network and objective. A teacher's velocity replaces that of the data.
+        self.teacher = None
+        if run.teacher:
+            spec = run.teacher
+            self.teacher = agreement.on_each_rank(lambda: open_teacher(spec, run, self.state, self.device))
+            self.teacher.require_same(folder.path)
+        self.flow = make_flow(run, self.state, teacher=self.teacher.velocity if self.teacher else None)
+        self.source: DataSource | TeacherPairs = self.data
+        self.rows, self.micro_batches = rows_of_rank(config, run.objective)
+        self.loss: Loss = run.objective.loss
+
+        # Make the hooks, in the order in which they are called (`dumo.run.hooks`).
+        self.progress = ShowProgress(self)
+        self.validation = Validation.open(self)
+        self.log = WriteLog(self.validation)
+        self.checkpoints = SaveCheckpoints(ledger_of(self.data))
+        self.hooks: list[Hook] = [self.progress, self.log, SaveMilestones(), self.checkpoints, DrawSheets(run)]
+        if self.validation:
+            self.hooks.insert(1, self.validation)
+
+    def _copy_origin(self, origin: Origin | None) -> None:
+        """Record which checkpoint of another run this one begins from, and copy it, on rank 0."""
+        self.folder.require_resumable()
+        if origin:
+            self.folder.begin_from(origin, self.run)
+        self.folder.copy_origin()
+
+    # ----------------------------------------------------------------------------------------------------------- train
+
+    def train(self) -> State:
+        """Train to the last step, or until the time is over; return the state at the end. Every rank must call it.
+
+        Raises Diverged after `train.max_skips` steps in a row whose loss or gradient is not finite; Stopped after a
+        signal, once a checkpoint is saved; OSError if the disk is full.
+        """
+        state = self.state
+        config = self.config
+        for line in self.describe():
+            self.print_line(line)
+
+        # Bring the folder to this step, once every rank has read what it holds. Make the pairs of a teacher.
+        dist.barrier()
+        for line in agreement.on_main_rank(self._begin_in_folder):
+            self.print_line(line)
+        if self.teacher:
+            self.source = self.teacher.training_source(self.data, self.run, self.folder.path, self.device, self.bar)
+        for hook in self.hooks:
+            hook.before_training(self)
+
+        # Compile the loss, and start the threads that read batches and draw noise ahead of the step.
+        if config.compile != "none":
+            self.loss = compile_loss(state.net, self.flow.objective, config.compile)
+        last_step = config.steps if config.minutes is None else STEPS
+        with (
+            self.folder.checkpoints,
+            Prefetch(self.read_batch, last=last_step, depth=BATCHES_AHEAD) as batches,
+            Prefetch(self.draw_noise, last=last_step) as draws,
+            self.progress.shown(self),
+            product_precision(config.precision, self.device),
+        ):
+            # Take steps. After the hooks, one of which saves checkpoints, end if the run diverged or was asked to stop.
+            while not state.is_over:
+                batch = [to_device(part, self.device) for part in batches(state.step)]
+                step_draws = draws(state.step)
+                timing = self.clock.read() if self.clock else None
+                checkpoint_due = self.checkpoints.is_due(self)
+                metrics = self.train_step(batch, step_draws, timing=timing, checkpoint_due=checkpoint_due)
+                for hook in self.hooks:
+                    hook.after_step(self, metrics)
+                if metrics.skipped and state.skips >= config.max_skips:
+                    raise Diverged(
+                        f"step {metrics.step} diverged: {metrics.skipped}, the last of {state.skips} skipped steps. "
+                        "Try a lower learning rate, gradient clipping, another slope, or precision fp32."
+                    )
+                if metrics.received_signal is not None and not state.is_over:
+                    raise Stopped(metrics.received_signal)
+
+        # Say how it ended.
+        for hook in self.hooks:
+            hook.after_training(self)
+        if self.clock and self.clock.late_seconds is not None:
+            self.print_line(
+                f"it took {duration_text(self.clock.late_seconds)} to begin, and no time was left for steps: it made "
+                "one. Give it more by train.minutes"
+            )
+        return state
+
+    def describe(self) -> list[str]:
+        """Lines that say what is trained on what. Every rank must call it."""
+        state = self.state
+        lines = [
+            training_summary(
+                self.run,
+                self.meta_net,
+                self.folder.path,
+                size=self.data.size,
+                step=state.step,
+                timing=state.duration.timing,
+                device=self.device,
+            )
+        ]
+        if isinstance(self.data, Bucketed):
+            lines.append(f"images are in {self.data.about}")
+        empty_classes = empty_classes_line(self.run.data, self.data)
+        if empty_classes:
+            lines.append(empty_classes)
+        lines.append(f"objective: {method(self.run.objective)}")
+        if self.threads is not None and self.threads < cores():
+            lines.append(f"threads: {self.threads} of {cores()} cores; OMP_NUM_THREADS=N sets another number")
+        if isinstance(state.net, Dualized) and not self.resumed_from:
+            lines += map(str, state.net.lowpass_fits)
+        if state.is_over:
+            lines.append(train_more_hint(self.folder.path, self.run))
+        return lines
+
+    def restart_hint(self) -> str:
+        """What to type after a training that diverged: a new run from the last good checkpoint, at half the rate.
+
+        Every rank must call it.
+        """
+        checkpoints = self.folder.checkpoints
+        good_step = agreement.on_main_rank(lambda: checkpoints.last_good(self.state.step - self.state.skips))
+        start = "To begin anew" if good_step is None else "To begin a new run from the last good checkpoint"
+        command = f"dumo train {shell_path(self.folder.path)}"
+        if good_step is not None:
+            command += f" --from {good_step}"
+        command += " --out NEW"
+        for name, rate in half_rates(self.config.optimizer).items():
+            command += f" --set train.optimizer.{name}={rate:g}"
+        return f"{start} at half the learning rate:  {command}"
+
+    def _begin_in_folder(self) -> list[str]:
+        """Bring the folder to the step, on rank 0, and record run and data. Returns lines that say what changed."""
+        # A run that begins measures its data: what run.yaml has of them may be of a start that was killed.
+        recorded = self.folder.run if self.resumed_from else None
+        run = with_data_facts(self.run, recorded, self.data)
+        lines = [*self.folder.begin_at(run, self.resumed_from, self.state.step)]
+        begin_ledger(self.folder.path, self.data, self.resumed_from)
+        facts = recorded_facts(run)
+        return [*lines, *advice(run, facts.sd if facts else None)]
+
+    def read_batch(self, step: int) -> Batch:
+        """Read this rank's rows of the batch of a step; for a GPU in pinned memory. Any thread may call it."""
+        parts = self.source.batch(step, self.config.batch, self.config.seed, self.rows)
+        return [pin(part) for part in parts] if self.device.type == "cuda" else parts
+
+    def draw_noise(self, step: int) -> Draws:
+        """Draw this rank's random numbers of a step; for a GPU in pinned memory. Any thread may call it."""
+        shape = self.run.data.shape
+        if isinstance(self.source, Bucketed):
+            shape = self.source.shape(step, self.config.batch, self.config.seed)
+        # A teacher's pairs have their noise.
+        draws_z = not isinstance(self.source, TeacherPairs)
+        draws = self.flow.make_draws(step, shape, batch=self.config.batch, rows=self.rows, z=draws_z)
+        return draws.pin() if self.device.type == "cuda" else draws
+
+    # ------------------------------------------------------------------------------------------------------------ step
+
+    def train_step(
+        self, batch: Batch, draws: Draws, *, timing: Timing | None = None, checkpoint_due: bool = False
+    ) -> StepMetrics:
+        """Take one optimizer step, and return what was measured. Every rank must call it.
+
+        - `batch`: this rank's rows of the global batch, on the device of the network.
+        - `draws`: their random numbers.
+        - `timing`, `checkpoint_due`: how far a run by the clock is, and whether a checkpoint is due by it. Those of
+          rank 0 count, and the metrics carry them to all ranks.
+
+        A step whose loss or gradient norm is not finite is counted and not applied, on all ranks.
+        """
+        state = self.state
+        config = self.config
+        x, c, *paired = batch
+        z = paired[0] if paired else None
+        between = paired[1] if len(paired) > 1 else None
+
+        # Accumulate the gradients of the micro-batches. Ranks average theirs in the last one.
+        state.net.train()
+        state.optimizer.zero_grad()
+        dropout_keys = to_device(draws.keys, x.device)
+        caches_casts = not layout.frees_gathered_weights(config.reshard)
+        times: list[Time] = []
+        terms_of_micro_batches: list[Terms] = []
+        for rows in self.micro_batches:
+            layout.prepare_backward(state.net, rows is self.micro_batches[-1], reshard=config.reshard)
+            noisy_batch = self.flow.add_noise(
+                x[rows],
+                c[rows],
+                draws[rows],
+                z=None if z is None else z[rows],
+                between=None if between is None else between[rows],
+                progress=state.progress,
+            )
+            terms = self.flow.compute_loss(noisy_batch, dropout_keys[rows], loss=self.loss, cache_casts=caches_casts)
+            (terms.loss.sum() / (config.batch / dist.world())).backward()
+            times.append(noisy_batch.t)
+            terms_of_micro_batches.append(terms.detach())
+
+        # Reduce all measurements over ranks at once. This is the only wait for the device.
+        parameters = list(state.net.parameters())
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        learning_rate = config.optimizer.lr * state.duration.rate_factor(config.schedule, state.step)
+        t = torch.cat(times)
+        terms = join_terms(terms_of_micro_batches)
+        metrics = StepMetrics.reduce(
+            t,
+            terms,
+            layout.full_tensor(norm),
+            step=state.step + 1,
+            images=state.images + config.batch,
+            lr=learning_rate,
+            checkpoint_due=checkpoint_due,
+            timing=timing,
+        )
+
+        # Count the step, skipped or not, so that later batches and random numbers do not depend on it.
+        state.step = metrics.step
+        state.images = metrics.images
+        if metrics.timing:
+            state.duration = replace(state.duration, timing=metrics.timing)
+        if not metrics.is_finite:
+            state.skips += 1
+            return replace(metrics, skipped=find_bad_rows(metrics, t, c, terms))
+        state.skips = 0
+
+        # Update the weights, then their averages. A network may bring its weights back to a norm after each update.
+        if config.clip is not None:
+            clip_grads_with_norm_(parameters, config.clip, norm)
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("ratio", 1.0)
+        state.optimizer.step()
+        normalize_weights = getattr(state.net, "after_step", None)
+        if normalize_weights:
+            normalize_weights()
+        for average in state.averages.values():
+            average.update(state.net, state.step)
+        state.trend = state.trend.after(metrics.error)
+        return metrics
+
+
+def open_data(data: Data) -> DataSource:
+    """Open the data on every rank.
+
+    Raises UserError on all ranks if one cannot open them, or if they see different numbers of rows.
+    """
+    source = agreement.on_each_rank(data.open)
+    sizes = agreement.gather_results(lambda: source.size)
+    if len(set(sizes)) > 1:
+        sizes_text = ", ".join(f"{size:,}" for size in sizes if size is not None)
+        raise UserError(f"the ranks see different data, by rank {sizes_text} rows: give all of them the same files")
+    return source
+
+
+def train_more_hint(path: Path, run: Run) -> str:
+    """A line that says that a run has ended, and what to type to train it for longer."""
+    command = f"dumo train {shell_path(path)}"
+    steps = run.train.steps
+    minutes = run.train.minutes
+    if minutes is None:
+        return f"{path} has trained its {steps:,} steps. For more:  {command} --set train.steps={2 * steps}"
+    return f"{path} has trained its {minutes_text(minutes)}. For more:  {command} --set train.minutes={2 * minutes:.4g}"
+
+
+def require_same_on_all_ranks(run: Run) -> None:
+    """Raise UserError, on all ranks, if one is asked for another run than rank 0. Every rank must call it.
+
+    Paths may differ: what lies there is compared by its hash.
+    """
+
+    def requested_values() -> dict[str, object]:
+        return dict(_values_of(run.model_copy(update={"resolved": {}})))
+
+    main_values, *other_values = agreement.gather_results(requested_values)
+    for rank, values in enumerate(other_values, start=1):
+        for name in {**main_values, **values}:
+            main_value = main_values.get(name)
+            value = values.get(name)
+            if value != main_value:
+                raise UserError(
+                    f"{name} is {yaml_text(value)} on rank {rank}, and {yaml_text(main_value)} on rank 0: type the "
+                    "same command on every node"
+                )
+
+
+def _values_of(spec: BaseModel, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """The fields of a spec that are no paths, by dotted path, as JSON values. `prefix` stands before each path."""
+    for name, field in type(spec).model_fields.items():
+        value = getattr(spec, name)
+        if marks_of(field).get("where"):
+            continue
+        if isinstance(value, BaseModel):
+            yield from _values_of(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", to_jsonable_python(value)
