@@ -82,7 +82,7 @@ def require_accuracy(share_right: float, minimum: float) -> None:
         raise UserError(f"accuracy on what was held out is {share_right:.4f}, below {minimum}: nothing written")
 
 
-def draw_net(net_class: type[NetT], generator: Generator) -> NetT:
+def init_net(net_class: type[NetT], generator: Generator) -> NetT:
     """An untrained net. Its weights are drawn as by He et al. 2015, and its biases are 0.
 
     Normalisations begin as the identity, but the last one of each residual block has scale 0, so that the block begins
@@ -126,7 +126,7 @@ def split_digits(n: int) -> tuple[Int64[Tensor, " t"], Int64[Tensor, " h"]]:
 def train_digits(x: Images, c: Labels) -> nn.Module:
     """Train on all these images: AdamW with one cycle of the rate, images shifted by up to a pixel each way."""
     draws = stream(RANDOM_KEYS["digits"], "train")
-    net = draw_net(classifier.DigitsClassifier, draws)
+    net = init_net(classifier.DigitsClassifier, draws)
     optimizer = torch.optim.AdamW(net.parameters(), DIGITS_RATE, weight_decay=DIGITS_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, DIGITS_RATE, total_steps=DIGITS_STEPS)
     for _ in range(DIGITS_STEPS):
@@ -213,7 +213,7 @@ def train_cifar10(x: Pixels, c: Labels, on_epoch: EpochCallback = _ignore_epoch)
     if len(x) < CIFAR_BATCH:
         raise UserError(f"there are {len(x)} images to train on, and a batch has {CIFAR_BATCH}: give more images")
     draws = stream(RANDOM_KEYS["cifar10"], "train")
-    net = draw_net(classifier.Cifar10Classifier, draws)
+    net = init_net(classifier.Cifar10Classifier, draws)
     steps_per_epoch = len(x) // CIFAR_BATCH
     optimizer = torch.optim.SGD(net.parameters(), CIFAR_RATE, CIFAR_MOMENTUM, weight_decay=CIFAR_DECAY, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

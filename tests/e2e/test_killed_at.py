@@ -26,7 +26,7 @@ POINTS = [
     ("dumo.run.journal:Journal.save_if_due", 4),
     ("dumo.training.checkpoint:write_state_file", 2),
     ("dumo.run.folder:RunFolder.mark_checkpoint_written", 2),
-    ("dumo.run.sheet:Sheets._draw_sheet", 4),
+    ("dumo.run.sheet:Sheets._render_sheet", 4),
     ("dumo.training.checkpoint:Checkpoints.prune", 3),
     ("dumo.run.train:_tell_end", 1),
 ]

@@ -12,7 +12,7 @@ import yaml
 from dumo.config import recipes
 from dumo.config.load import load, summary
 from dumo.config.source import FORMAT, FORMAT_KEY, read
-from dumo.run.net import outline
+from dumo.run.net import meta_net
 from dumo.run.resolve import resolve
 from dumo.run.weights import build
 from e2e.shell import TINY, call, refused, sets
@@ -101,7 +101,7 @@ def test_show_json_is_one_object_and_true(name: str, here: Path) -> None:
     spec = resolve(load(name))
     facts = done.json
     assert facts["spec"] == summary(spec)
-    net = build(spec) if facts["parameters"] < 1e8 else outline(spec)  # XL takes seconds and 2.7 GB
+    net = build(spec) if facts["parameters"] < 1e8 else meta_net(spec)  # XL takes seconds and 2.7 GB
     assert facts["parameters"] == sum(p.numel() for p in net.parameters())
     assert 2.5 <= facts["forward_units_per_step"] <= 18  # a pass, its backward, and the passes of the targets
     assert facts["forward_flops_per_image"] > facts["parameters"]  # each weight is used at least once, two to a use

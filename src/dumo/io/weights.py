@@ -3,7 +3,7 @@
 In a part of a checkpoint a file has what one rank held of each tensor. Its header says where that begins, as torch's
 `HuggingFaceStorageReader` reads it.
 
-- Reading: `load` gives tensors, those of a single file mapped into memory, `read` metadata, too; `outline` gives names,
+- Reading: `load` gives tensors, those of a single file mapped into memory, `read` metadata, too; `header` gives names,
   shapes and dtypes, and `read_metadata` no tensors at all. `open_safetensors` is below them.
 - Loading into a net: `compare` refuses the weights of another net, then `fill` copies them into tensors, each rank its
   part of a DTensor.
@@ -77,12 +77,12 @@ def load(place: Path) -> dict[str, Tensor]:
     file = place if place.is_file() else _single_file(place)
     if file:
         return read(file)[0]
-    tensors = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in outline(place).items()}
+    tensors = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in header(place).items()}
     fill(place, tensors)
     return tensors
 
 
-def outline(place: Path) -> dict[str, Tensor]:
+def header(place: Path) -> dict[str, Tensor]:
     """Tensors of the names, shapes and dtypes in a file or a folder, their values unread. Raises UserError."""
     file = place if place.is_file() else _single_file(place)
     if file:

@@ -26,7 +26,7 @@ from dumo.flow.precision import Precision, autocast, product_precision, using
 from dumo.flow.slope import CentralSlope, Slope, slope_of
 from dumo.io.read import null_nonfinite
 from dumo.run import cost, examination, memory
-from dumo.run.net import outline, require_room
+from dumo.run.net import meta_net, require_room
 from dumo.run.random_net import random_net
 from dumo.runtime.device import choose_device, known_peak_tflops, software_versions
 from dumo.runtime.progress import Bar, no_bar
@@ -262,7 +262,7 @@ def prepare(run: Run, device: torch.device, compile: str = "none", progress: flo
     if compile == "blocks":
         torch.compiler.config.recompile_limit = _MAX_COMPILED_VARIANTS
         compile_blocks(net, dynamic=False)
-    return StepBench(run, device, compile, outline(run), net, ref, progress)
+    return StepBench(run, device, compile, meta_net(run), net, ref, progress)
 
 
 def _checked_precisions(names: Sequence[str], device: torch.device) -> tuple[Precision, ...]:

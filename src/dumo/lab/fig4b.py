@@ -17,7 +17,7 @@ from dumo.lab import bench
 from dumo.lab.cell import Result, Row
 from dumo.lab.plan import Cell, Cost, Plan
 from dumo.report import chart
-from dumo.run.net import outline
+from dumo.run.net import meta_net
 from dumo.runtime.device import choose_device, software_versions
 from dumo.runtime.progress import Bar
 from dumo.runtime.stopwatch import Stopwatch, quartiles
@@ -59,7 +59,7 @@ def time_cells(
                     "threads": torch.get_num_threads(),
                     "versions": software_versions(),
                 },
-                "parameters": sum(p.numel() for p in outline(cell.spec).parameters()),
+                "parameters": sum(p.numel() for p in meta_net(cell.spec).parameters()),
                 "F_per_step": Cost(cell.spec).units,
                 "seconds": cell_seconds.tolist(),
             }

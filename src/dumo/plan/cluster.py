@@ -45,7 +45,7 @@ def fake_ranks(ranks: int) -> Generator[None, None, None]:
 def peak_bytes(
     net: nn.Module, objective: Objective, path: FlowPath, shape: tuple[int, ...], train: Train, *, rows: int, ranks: int
 ) -> int:
-    """The most bytes that a rank holds in a step whose passes have `rows` rows of this shape.
+    """The most bytes that a rank holds in a step whose micro-batches have `rows` rows of this shape.
 
     `net` is on the meta device, and stays as it is. A deep network is counted by a few of its blocks
     (`cost.count_by_depth`); a U-Net of diffusers is counted whole, which can take minutes.
@@ -77,15 +77,15 @@ def _peak(net: nn.Module, objective: Objective, path: FlowPath, train: Train, no
 
 
 def _follow_step(state: State, objective: Objective, path: FlowPath, train: Train, batch: NoisyBatch) -> int:
-    """Make the second step of the first rank, passes of this batch and the update, and return its peak bytes.
+    """Make the second step of the first rank, micro-batches of this batch and the update; return its peak bytes.
 
-    Two passes stand for all: one between the first and the last gathers as much as the last, and reduces no gradients.
+    Two micro-batches stand for all: one between them gathers as much as the last, and reduces no gradients.
     """
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
     net = state.net
     _, micro_batches = rows_of_rank(train, objective)
-    num_passes = min(len(micro_batches), 2)
+    num_micro_batches = min(len(micro_batches), 2)
 
     # The first step: the optimizer makes its state. torch also works out, on whole weights, how to move sharded ones.
     for p in net.parameters():
@@ -98,8 +98,8 @@ def _follow_step(state: State, objective: Objective, path: FlowPath, train: Trai
     tracker = FSDPMemTracker(net, state.optimizer)
     tracker.track_inputs(tuple(average_tensors(state.averages.values(), net)))
     with tracker, cost.without_dropout(net, batch):
-        for number in range(1, num_passes + 1):
-            layout.prepare_backward(net, number == num_passes, reshard=train.reshard)
+        for number in range(1, num_micro_batches + 1):
+            layout.prepare_backward(net, number == num_micro_batches, reshard=train.reshard)
             loss().backward()
         _update(state)
     return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]

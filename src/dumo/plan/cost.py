@@ -16,7 +16,7 @@ from dumo.nets.text import EmbeddedTexts, PipelineTexts
 from dumo.plan import cluster
 from dumo.run import memory
 from dumo.run.cost import step_cost
-from dumo.run.net import outline
+from dumo.run.net import meta_net
 from dumo.runtime import installed_version
 from dumo.runtime.limits import GIGABYTE
 from dumo.runtime.progress import Bar, no_bar
@@ -65,7 +65,7 @@ def count_cost(run: Run, ranks: int = 1, tflops: float | None = None, bar: Bar =
     the run cannot be divided among this many ranks.
     """
     check_ranks(run.train, run.objective, ranks)
-    net = outline(run)
+    net = meta_net(run)
     step = step_cost(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
     flops = step.flops * run.train.steps * run.train.batch
     all_layouts = list(layouts(run, ranks))
@@ -139,7 +139,7 @@ def _count_memory(name: str, run: Run, ranks: int) -> LayoutMemory:
     """Count the bytes of each rank. For one rank the sum is an upper bound: gradients count as if they always exist."""
     train = run.train
     rows = most_rows(run, ranks)
-    net = outline(run)
+    net = meta_net(run)
     held = memory.held_bytes(net, train).per_rank(share_of(train.share, ranks))
     if ranks == 1:
         activations = memory.activation_bytes(

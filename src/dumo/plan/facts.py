@@ -5,7 +5,7 @@ from typing import Any
 
 from dumo.config.spec import Run
 from dumo.run import cost
-from dumo.run.net import num_parameters, outline
+from dumo.run.net import meta_net, num_parameters
 from dumo.runtime.random import stream
 from dumo.types import Objective
 
@@ -31,7 +31,7 @@ class RunFacts:
 
 def show(run: Run) -> RunFacts:
     """Count what a run is."""
-    net = outline(run)
+    net = meta_net(run)
     step = cost.step_cost(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
     learns_jumps = run.readings.endpoint or run.readings.flow_map
     return RunFacts(

@@ -29,7 +29,7 @@ from dumo.flow.path import FlowPath
 from dumo.flow.precision import using
 from dumo.flow.slope import MAX_SLOPE_ERROR, slope_of
 from dumo.run.memory import weight_bytes
-from dumo.run.net import outline
+from dumo.run.net import meta_net
 from dumo.run.random_net import random_net, short_run
 from dumo.run.weights import build
 from dumo.runtime import dist
@@ -136,11 +136,11 @@ def examine_in_training(run: Run, state: State, device: torch.device, print_line
     """
     if run.objective.needs.slope is None:
         return False
-    meta_net = outline(run)
-    copies_bytes = weight_bytes(meta_net) + float64.copied_bytes(meta_net)
+    net_without_values = meta_net(run)
+    copies_bytes = weight_bytes(net_without_values) + float64.copied_bytes(net_without_values)
     if dist.world() > 1:
         # Ranks may share the weights, but each examines all of them.
-        copies_bytes += weight_bytes(meta_net)
+        copies_bytes += weight_bytes(net_without_values)
     device_bytes = agreement.on_main_rank(lambda: total_memory(device))
     if copies_bytes > device_bytes:
         print_line(

@@ -12,14 +12,14 @@ from dumo.flow.path import Diffusion, FlowPath
 from dumo.flow.slope import slope_of
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
-from dumo.run.net import outline
+from dumo.run.net import meta_net
 from dumo.types import UserError
 
 
 def check_built(run: Run) -> None:
     """Raise UserError for the first mismatch of a network with the data, path, pipeline, slope or teacher."""
     _check_editing(run.data, run.net)
-    net = outline(run, short=True)
+    net = meta_net(run, short=True)
     if isinstance(net, Dualized) and net.max_patches is not None:
         _check_positions(run.data, net.patch, net.max_patches)
     _check_path(run.path, run.net)

@@ -8,7 +8,7 @@
 3. `WriteLog`: a checkpoint lists the size and digest of the log, up to this row.
 4. `SaveMilestones`.
 5. `SaveCheckpoints`, after everything that a run which resumes at this step will not do again.
-6. `DrawSheets` (`dumo.run.sheet`): slow, and redrawn by a resumed run. A thread writes the checkpoint meanwhile.
+6. `RenderSheets` (`dumo.run.sheet`): slow, and redrawn by a resumed run. A thread writes the checkpoint meanwhile.
 7. Further hooks, such as a tracker (`dumo.report.tracker`) and the callbacks of `dumo.train`.
 
 Every rank has the same hooks and calls each method alike. A hook decides by values that all ranks agree on, because a

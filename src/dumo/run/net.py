@@ -1,11 +1,11 @@
-"""The net that a run's spec describes, before any weights of a folder: an outline, or as drawn for step 0.
+"""The network that a run's spec describes, before any weights of a folder.
 
-`outline` makes it on the meta device, to count and to check. `draw_net` makes it with its first weights, `deferred_net`
-without them, with what draws each weight when it is needed. `dumo.run.weights` loads trained ones.
+`meta_net` makes it on the meta device, to count and to check it. `init_net` makes it with its initial weights,
+`deferred_net` without them, with what makes each weight when it is needed. `dumo.run.weights` loads trained ones.
 
-`num_parameters` says how large a net is. `require_room` asks whether a device has room for it, `require_room_to_train`
-whether it has room to train it; `dumo.run.memory` counts both. `make_flow` joins the net and its objective, as
-they are trained.
+`num_parameters` is the size of a network. `require_room` asks whether a device has room for it, `require_room_to_train`
+whether it has room to train it; `dumo.run.memory` counts both. `make_flow` joins a network and its objective, as they
+are trained.
 """
 
 from math import prod
@@ -47,7 +47,7 @@ def make_flow(run: Run, state: State, *, teacher: TeacherVelocity | None = None)
     )
 
 
-def outline(run: Run, *, short: bool = False) -> nn.Module:
+def meta_net(run: Run, *, short: bool = False) -> nn.Module:
     """The net on the meta device, without values. Raises UserError if it does not fit the data.
 
     `short`: only the first blocks of a pretrained net, which takes long.
@@ -59,7 +59,7 @@ def outline(run: Run, *, short: bool = False) -> nn.Module:
         return spec.build(run.objective.needs, run.data.shape, run.data.classes)
 
 
-def draw_net(run: Run) -> nn.Module:
+def init_net(run: Run) -> nn.Module:
     """The net at step 0 on the CPU, its weights keyed by the run's seed, or those of its pipeline.
 
     Raises UserError as building a net does, and if texts cannot be loaded.
@@ -86,9 +86,9 @@ def deferred_net(run: Run) -> tuple[nn.Module, Deferred]:
     """The net at step 0 without weights, and what draws these one by one. A user's own net comes with its weights."""
     deferred_weights = Deferred()
     if isinstance(run.net, NetSpec):
-        return draw_net(run), deferred_weights
+        return init_net(run), deferred_weights
     with deferred_weights:
-        net = draw_net(run)
+        net = init_net(run)
     unknown_names = deferred_weights.unknown_names(net)
     assert not unknown_names, f"{unknown_names[0]} is not drawn"
     return net, deferred_weights
@@ -104,7 +104,7 @@ def num_parameters(net: nn.Module) -> int:
 
 def require_room(run: Run, device: torch.device | str) -> None:
     """Raise UserError if a device has too little memory for the net's weights."""
-    require_memory(weight_bytes(outline(run)), "the net takes", "take a smaller net (net.width, net.depth)", device)
+    require_memory(weight_bytes(meta_net(run)), "the net takes", "take a smaller net (net.width, net.depth)", device)
 
 
 def require_room_to_train(

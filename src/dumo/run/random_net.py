@@ -11,7 +11,7 @@ from dumo.config.spec import Run
 from dumo.nets import Net, Pretrained
 from dumo.nets.adapter import SUBJECT
 from dumo.nets.rows import TextsSpec
-from dumo.run.weights import draw_on_device
+from dumo.run.weights import init_on_device
 from dumo.runtime.random import stream
 
 # The standard deviation of what is added to biases and gains, so that gains stay near 1.
@@ -28,7 +28,7 @@ def random_net(run: Run, device: torch.device) -> nn.Module:
     spec = with_random_texts(run.net)
     if isinstance(spec, Pretrained):
         spec = spec.model_copy(update={"weights": "drawn"})
-    net = draw_on_device(run.model_copy(update={"net": spec}), device)
+    net = init_on_device(run.model_copy(update={"net": spec}), device)
     subject_part = None
     if run.net.lora:
         subject_part = f".{SUBJECT}."

@@ -1,7 +1,7 @@
 """Write samples to files: one picture, a file for each sample, or an archive.
 
-`write_samples` writes them in one of FORMS; `draw_sheet` lays out images with titles, and `data_points` are the points
-behind a scatter plot of samples.
+`write_samples` writes them in one of FORMS; `render_sheet` lays out images with titles, and `data_points` are the
+points behind a scatter plot of samples.
 """
 
 import csv
@@ -54,7 +54,9 @@ def _sheet_layout(c: Tensor, conditions: Conditions, names: Sequence[str] | None
     return _SheetLayout(columns, names[:columns] if in_turn else names)
 
 
-def draw_sheet(pixels: PixelRows, c: Tensor, conditions: Conditions, names: Sequence[str] | None = None) -> Image.Image:
+def render_sheet(
+    pixels: PixelRows, c: Tensor, conditions: Conditions, names: Sequence[str] | None = None
+) -> Image.Image:
     """Images of the conditions c (n,) as a sheet with titles."""
     layout = _sheet_layout(c, conditions, names)
     if not layout.titles:
@@ -109,7 +111,7 @@ def write_samples(
             if are_points:
                 image = picture.scatter(data_points(data, seed), {stem.name: rows})
             else:
-                image = draw_sheet(rows, c, conditions, names)
+                image = render_sheet(rows, c, conditions, names)
             picture.write_picture(path, image)
             return path
 

@@ -1,7 +1,7 @@
 """Sheets of samples that a run draws as it trains, after the steps that `train.sheets` names.
 
 A sheet, such as sheets/step-00001000-nfe1.png, shows what the sampled weights make of the same noise, by the run's own
-solver. `DrawSheets` draws them.
+solver. `RenderSheets` draws them.
 
 Sheets change nothing of the training: samples have random streams of their own (`dumo.runtime.random`), and the network
 gets its mode back. Ranks sample together, each some of the images, so that no rank needs all weights. What a stop
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 SHEET_COUNT = 64
 
 
-class DrawSheets(Hook):
+class RenderSheets(Hook):
     """Draws sheets of samples after the steps that `train.sheets` names."""
 
     def __init__(self, run: Run) -> None:
@@ -64,7 +64,7 @@ class DrawSheets(Hook):
         if trainer.state.step:
             for file, nfe in self._sheets_due(trainer):
                 if agreement.on_main_rank(lambda file=file: not file.exists()):
-                    self._draw_sheet(trainer, file, nfe)
+                    self._render_sheet(trainer, file, nfe)
 
     def after_step(self, trainer: "Trainer", metrics: StepMetrics) -> None:
         """Draw what is due after this step.
@@ -75,7 +75,7 @@ class DrawSheets(Hook):
         if metrics.received_signal is None:
             with signals.uninterrupted():
                 for file, nfe in self._sheets_due(trainer):
-                    self._draw_sheet(trainer, file, nfe)
+                    self._render_sheet(trainer, file, nfe)
 
     def _sheets_due(self, trainer: "Trainer") -> Iterator[tuple[Path, int]]:
         """Yield the file of each sheet that is drawn after this step, and its NFE."""
@@ -84,7 +84,7 @@ class DrawSheets(Hook):
             for nfe in self.run.sample.nfe:
                 yield trainer.folder.path / "sheets" / f"step-{step:08d}-nfe{nfe}.png", nfe
 
-    def _draw_sheet(self, trainer: "Trainer", file: Path, nfe: int) -> None:
+    def _render_sheet(self, trainer: "Trainer", file: Path, nfe: int) -> None:
         """Sample and draw one sheet. Every rank must call it. A full disk ends no training here."""
         run = self.run
         state = trainer.state

@@ -49,9 +49,9 @@ from dumo.run.data import begin_ledger, compare_data, recorded_facts, require_sa
 from dumo.run.encode import encode_what_is_missing
 from dumo.run.folder import RunFolder
 from dumo.run.hooks import Hook, SaveCheckpoints, SaveMilestones, ShowProgress, WriteLog
-from dumo.run.net import make_flow, outline, require_room_to_train
+from dumo.run.net import make_flow, meta_net, require_room_to_train
 from dumo.run.resolve import fetch_files, find_commits, resolve, with_absolute_paths, with_commits, with_hashes
-from dumo.run.sheet import DrawSheets
+from dumo.run.sheet import RenderSheets
 from dumo.run.summary import empty_classes_line, training_summary
 from dumo.run.teacher import TeacherPairs, open_teacher
 from dumo.run.validation import Validation
@@ -150,7 +150,7 @@ class Trainer:
 
         # Fill in what only files know: classes, captions, hashes. Check the network, the memory and the ranks.
         run = resolve(with_absolute_paths(pinned_run))
-        self.meta_net = outline(run)
+        self.meta_net = meta_net(run)
         world_size = dist.world()
         shards = layout.share_of(run.train.share, world_size)
         rows = ceil(run.train.batch / world_size)
@@ -210,7 +210,7 @@ class Trainer:
         self.validation = Validation.open(self)
         self.log = WriteLog(self.validation)
         self.checkpoints = SaveCheckpoints(ledger_of(self.data))
-        self.hooks: list[Hook] = [self.progress, self.log, SaveMilestones(), self.checkpoints, DrawSheets(run)]
+        self.hooks: list[Hook] = [self.progress, self.log, SaveMilestones(), self.checkpoints, RenderSheets(run)]
         if self.validation:
             self.hooks.insert(1, self.validation)
 

@@ -1,7 +1,7 @@
 """A run's net with its weights: drawn, of its own folder, of another run, or of a published file.
 
 To sample or judge, `open_run` reads a run's folder. To train, `begin_or_resume` returns the state to go on from: of
-a checkpoint, else of what `start` names, else as drawn. `build` makes the net at step 0; `draw_on_device` does so
+a checkpoint, else of what `start` names, else as drawn. `build` makes the net at step 0; `init_on_device` does so
 without asking for room. `build_deferred` makes it without weights, which are drawn or read one by one when they are
 needed (`dumo.io.deferred`).
 """
@@ -28,12 +28,12 @@ from dumo.data import Images
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import to_float32
 from dumo.io.deferred import Deferred
-from dumo.io.weights import compare, load_checked, outline, sha256
+from dumo.io.weights import compare, header, load_checked, sha256
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.run.data import recorded_facts
 from dumo.run.folder import RunFolder
-from dumo.run.net import deferred_net, draw_net, require_room
+from dumo.run.net import deferred_net, init_net, require_room
 from dumo.runtime import dist, shell_path
 from dumo.runtime.device import choose_device
 from dumo.training import frozen
@@ -296,7 +296,7 @@ def load_net(run: Run, file: Path, device: torch.device | None) -> tuple[nn.Modu
     net, deferred_weights = build_deferred(run)
     trained_weights = frozen.trained_state_dict(net)
     # what is trained in 16 bits is sampled in float32
-    file_weights = {name: to_float32(x) for name, x in outline(file).items()}
+    file_weights = {name: to_float32(x) for name, x in header(file).items()}
     compare(file, file_weights, trained_weights, "the run", FIX)
     loaders: dict[str, Callable[[], Tensor]] = {}
     for name, x in load_checked(file).items():
@@ -326,13 +326,13 @@ def build(run: Run, device: torch.device | str = "cpu") -> nn.Module:
     Raises UserError, before it is made, if the device has less memory than that.
     """
     require_room(run, device)
-    return draw_on_device(run, device)
+    return init_on_device(run, device)
 
 
-def draw_on_device(run: Run, device: torch.device | str) -> nn.Module:
+def init_on_device(run: Run, device: torch.device | str) -> nn.Module:
     """The net as `build` makes it, for a caller that knows that the device has room for it."""
     if torch.device(device).type == "cpu" and not run.has_subject:
-        return draw_net(run)
+        return init_net(run)
     net, deferred_weights = build_deferred(run)
     return deferred_weights.fill(net, device)
 
@@ -407,7 +407,7 @@ def begin_or_resume(
     elif dist.world() > 1:
         net, deferred_weights = build_deferred(run)
     else:
-        net = draw_on_device(run, device)
+        net = init_on_device(run, device)
     if isinstance(net, Dualized) and not (run.start or chosen):
         net.refit(deferred_weights)
     state = begin_training(net, run.train, device, deferred_weights, restored=chosen is not None)

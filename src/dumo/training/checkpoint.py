@@ -537,7 +537,7 @@ def restore(checkpoint: Checkpoint, state: State) -> None:
     def require_fit() -> None:
         for part, tensors in parts.items():
             place = checkpoint.path / part
-            weights.compare(place, weights.outline(place), tensors, "the run", FIX)
+            weights.compare(place, weights.header(place), tensors, "the run", FIX)
         parts["optimizer"] = _empty_optimizer_state(checkpoint.path / "optimizer", state)
         frozen.require(state.frozen, checkpoint.facts.frozen, checkpoint.path)
 
@@ -583,7 +583,7 @@ def _empty_optimizer_state(place: Path, state: State) -> dict[str, Tensor]:
 
     Raises UserError if another optimizer wrote it.
     """
-    saved = weights.outline(place)
+    saved = weights.header(place)
     parameters = dict(state.net.named_parameters())
     names = {p: name for name, p in parameters.items()}
     templates: dict[str, Tensor] = {}

@@ -15,7 +15,7 @@ from dumo.nets.dit import DiT, DiTHead, Transformer
 from dumo.nets.embed import apply_rotary, rotary_tables
 from dumo.objectives import DuMo, FlowMatching, MeanFlow, Objective
 from dumo.run.cost import forward_flops
-from dumo.run.net import outline as outline_of_run
+from dumo.run.net import meta_net as outline_of_run
 from dumo.types import Needs, UserError
 from unit.nets.given import drawn, points
 
@@ -32,7 +32,7 @@ def count(net: nn.Module) -> int:
     return sum(p.numel() for p in net.parameters()) + positions.numel()
 
 
-def outline(spec: DiT, needs: Needs, shape: tuple[int, ...]) -> Transformer:
+def meta_net(spec: DiT, needs: Needs, shape: tuple[int, ...]) -> Transformer:
     """A net for the classes of ImageNet without numbers."""
     with torch.device("meta"):
         return spec.build(needs, shape, 1000)
@@ -53,13 +53,13 @@ def outline(spec: DiT, needs: Needs, shape: tuple[int, ...]) -> Transformer:
 )
 def test_sizes(spec: DiT, needs: Needs, shape: tuple[int, ...], millions: float) -> None:
     """The paper's 675 M, DiT's 33, 130, 458 and 675 M."""
-    assert round(count(outline(spec, needs, shape)) / 1e6, 3) == millions
+    assert round(count(meta_net(spec, needs, shape)) / 1e6, 3) == millions
 
 
 @pytest.mark.parametrize(("objective", "needs"), [(FlowMatching(), V), (DuMo(), VU)])
 def test_a_pass_of_xl_2_is_119_billion_multiply_adds(objective: Objective, needs: Needs) -> None:
     """DiT: 118.6. The second head costs 7 million."""
-    assert forward_flops(outline(DiT(), needs, LATENT), objective, LATENT) / 2 == pytest.approx(118.62e9, abs=5e6)
+    assert forward_flops(meta_net(DiT(), needs, LATENT), objective, LATENT) / 2 == pytest.approx(118.62e9, abs=5e6)
 
 
 def test_a_size_is_its_numbers() -> None:

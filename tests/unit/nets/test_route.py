@@ -18,7 +18,7 @@ from dumo.nets.dit import DiT, Transformer
 from dumo.nets.route import Route, TokenSplit
 from dumo.objectives import DuMo
 from dumo.run import cost
-from dumo.run.net import outline
+from dumo.run.net import meta_net
 from dumo.types import Frozen, Heads, Needs, frozen
 from unit.nets.given import Given, drawn, points
 
@@ -199,7 +199,7 @@ def test_a_guided_exact_step_of_xl_2_costs_less_than_two_thirds() -> None:
     assert routed.net.model_dump()["route"]["share"] == 0.5
     units, passes = [], []
     for run in (routed, dense):
-        given = outline(run), run.objective
+        given = meta_net(run), run.objective
         units.append(cost.forward_units(*given, run.path, (4, 32, 32)))
         passes.append(cost.forward_flops(*given, (4, 32, 32)))
     assert passes[0] == passes[1]

@@ -11,7 +11,7 @@ from dumo.plan import cluster, cost
 from dumo.plan.cost import LayoutMemory, count_cost, layouts
 from dumo.run import memory
 from dumo.run.cost import StepCost
-from dumo.run.net import make_flow, outline
+from dumo.run.net import make_flow, meta_net
 from dumo.run.weights import build
 from dumo.runtime.random import random_batch
 from dumo.training.frozen import trained_state_dict
@@ -40,7 +40,7 @@ def counted(run: Run, ranks: int = RANKS) -> LayoutMemory:
 
 def held(run: Run) -> memory.HeldBytes:
     """Bytes between steps, where each rank holds all."""
-    return memory.held_bytes(outline(run), run.train)
+    return memory.held_bytes(meta_net(run), run.train)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_bytes_of_moments_of_8_bits_and_weights_of_16() -> None:
 
 
 def test_what_is_counted_first_leaves_the_net_as_it_is() -> None:
-    net = outline(small("train.weights=bfloat16", "train.optimizer.kind=adamw8bit", "train.precision=bf16"))
+    net = meta_net(small("train.weights=bfloat16", "train.optimizer.kind=adamw8bit", "train.precision=bf16"))
     run = small()
     before = {name: (x.dtype, x.device) for name, x in net.named_parameters()}
     memory.held_bytes(net, run.train.model_copy(update={"weights": "bfloat16"}))
@@ -205,7 +205,7 @@ def test_the_memory_and_work_of_xl2() -> None:
     """118.62 G multiply-adds, 5.9 F a step (the tenth without labels needs no null pass), 240 epochs."""
     run = recipe("imagenet256-xl2")
     assert 40e9 < counted(run, 1).activations < 50e9  # 64 rows of 0.68 GB
-    step = cost.step_cost(outline(run), run.objective, run.path, run.data.shape)
+    step = cost.step_cost(meta_net(run), run.objective, run.path, run.data.shape)
     assert step.units == pytest.approx(5.9, abs=1e-3)
     assert step.flops * 600_000 * 512 == pytest.approx(2 * 118.62e9 * 5.9 * 600_000 * 512, rel=1e-3)
 

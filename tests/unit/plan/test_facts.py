@@ -13,7 +13,7 @@ from dumo.plan import facts
 from dumo.plan.facts import show
 from dumo.run import cost
 from dumo.run.cost import StepCost
-from dumo.run.net import num_parameters, outline
+from dumo.run.net import meta_net, num_parameters
 from dumo.run.random_net import cut_to_two_blocks
 from e2e.shell import call, refused, sets
 from recipe import recipe
@@ -74,7 +74,7 @@ def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
         assert isinstance(spec.net, Pretrained)
         spec = spec.model_copy(update={"net": spec.net.short(2)})
     examined_net = cut_to_two_blocks(spec.net)  # before training
-    assert outline(spec.model_copy(update={"net": examined_net}))
+    assert meta_net(spec.model_copy(update={"net": examined_net}))
     found = show(spec)
     json.dumps(found.spec, allow_nan=False)
     assert found.forward_units_per_step > 2
@@ -82,13 +82,13 @@ def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     if name in MILLIONS:
         millions, with_tables = MILLIONS[name]
         assert round(found.parameters / 1e6, 3) == millions
-        assert round(sum(x.numel() for x in outline(spec).state_dict().values()) / 1e6, 3) == with_tables
+        assert round(sum(x.numel() for x in meta_net(spec).state_dict().values()) / 1e6, 3) == with_tables
 
 
 @pytest.mark.slow
 def test_codes_count_as_the_weights_that_they_stand_for() -> None:
     words = ["net.kind=diffusers", "net.texts.kind=codes", "pipeline=sd3-digits", "net.lora.rank=4"]
-    coded, plain = (outline(load("digits", [*words, f"net.lora.frozen={coding}"])) for coding in ("int8", "float32"))
+    coded, plain = (meta_net(load("digits", [*words, f"net.lora.frozen={coding}"])) for coding in ("int8", "float32"))
     assert num_parameters(coded) == num_parameters(plain) != sum(p.numel() for p in coded.parameters())
 
 

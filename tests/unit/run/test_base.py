@@ -23,7 +23,7 @@ from dumo.flow.reading import available_readings
 from dumo.flow.slope import DualSlope
 from dumo.run import memory
 from dumo.run.folder import RunFolder
-from dumo.run.net import outline
+from dumo.run.net import meta_net
 from dumo.run.resolve import resolve
 from dumo.run.teacher import base_flow, open_teacher
 from dumo.run.weights import build, init_from, open_run
@@ -80,7 +80,7 @@ def test_weights_of_which_no_copies_fit_are_not_examined(monkeypatch: pytest.Mon
     """Where there is room to train an adapter of them; and that is said."""
     adapt(monkeypatch)
     run, lines = tiny("moons"), list[str]()
-    net = outline(run)
+    net = meta_net(run)
     whole = memory.weight_bytes(net) + float64.copied_bytes(net)
     monkeypatch.setattr("dumo.run.examination.total_memory", lambda device: whole)
     train(run, tmp_path / "all", print_line=lines.append)

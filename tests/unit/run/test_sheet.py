@@ -10,8 +10,8 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.report.sample import sample_to_files
 from dumo.run import sheet
-from dumo.run.net import draw_net
-from dumo.run.sheet import DrawSheets
+from dumo.run.net import init_net
+from dumo.run.sheet import RenderSheets
 from dumo.run.trainer import Trainer
 from dumo.run.weights import open_run
 from dumo.runtime import signals
@@ -60,7 +60,7 @@ def test_a_stop_leaves_the_same_sheets(tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("step", [4, 6])  # the last one ends by itself
-@pytest.mark.parametrize(("where", "what"), [(Trainer, "train_step"), (DrawSheets, "sample")])
+@pytest.mark.parametrize(("where", "what"), [(Trainer, "train_step"), (RenderSheets, "sample")])
 def test_a_signal_in_a_step_with_a_sheet_loses_none(
     where: object, what: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,7 +69,7 @@ def test_a_signal_in_a_step_with_a_sheet_loses_none(
 
     def stop(*given: object, **more: object) -> object:
         state = next(getattr(one, "state", one) for one in given if isinstance(one, Trainer | State))
-        if not raised and state.step == (step if where is DrawSheets else step - 1):
+        if not raised and state.step == (step if where is RenderSheets else step - 1):
             raised.append(step)
             signal.raise_signal(signal.SIGTERM)
         return work(*given, **more)
@@ -95,18 +95,18 @@ def test_what_goes_wrong_with_a_sheet_is_told_and_ends_nothing(tmp_path: Path, m
 
 def test_a_pass_has_as_many_rows_as_in_training(tmp_path: Path) -> None:
     run = tiny("moons", "[2]", "train.micro_batch=2")
-    state = begin(draw_net(run), run.train)
+    state = begin(init_net(run), run.train)
     rows: list[int] = []
     state.sampled_net.register_forward_hook(lambda net, inputs, heads: rows.append(len(inputs[0])))
-    assert len(DrawSheets(run).sample(state, nfe=1, count=7)) == 7
+    assert len(RenderSheets(run).sample(state, nfe=1, count=7)) == 7
     assert rows == [2, 2, 2, 1]
 
 
 def test_a_codec_that_is_not_there_is_refused_before_the_first_step() -> None:
     words = ["data.codec.weights=/not/there", "data.root=/nor/this"]
-    DrawSheets(load("cifar10-latents", words))
+    RenderSheets(load("cifar10-latents", words))
     with pytest.raises(FileNotFoundError, match="/not/there"):
-        DrawSheets(load("cifar10-latents", [*words, "train.sheets=100"]))
+        RenderSheets(load("cifar10-latents", [*words, "train.sheets=100"]))
 
 
 def test_of_many_classes_some_from_end_to_end() -> None:

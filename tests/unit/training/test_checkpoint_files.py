@@ -208,8 +208,8 @@ def test_weights_of_ranks_are_those_of_one_process(saved: Path) -> None:
     one, ranks = (saved / kind / "step-00000003/ema-0.99" for kind in ("one", "ranks"))
     assert same(weights.load(one), weights.load(ranks))
     assert weights.title(one) == weights.title(ranks) == "ema-0.99"
-    assert {name: x.shape for name, x in weights.outline(one).items()} == {
-        name: x.shape for name, x in weights.outline(ranks).items()
+    assert {name: x.shape for name, x in weights.header(one).items()} == {
+        name: x.shape for name, x in weights.header(ranks).items()
     }
     for place in (one, ranks):
         assert weights.sha256(place) == Checkpoint.read(place.parent).sha256(place.name)

@@ -14,7 +14,7 @@ from torch.func import jvp
 from dumo.config.load import load
 from dumo.nets.embed import SLOPE_TIMES, Scalars
 from dumo.run.memory import held_bytes
-from dumo.run.net import make_flow, outline
+from dumo.run.net import make_flow, meta_net
 from dumo.run.weights import build
 from dumo.runtime.random import random_batch, stream
 from dumo.training.duration import Duration
@@ -194,7 +194,7 @@ def test_filters_are_rows() -> None:
     ],
 )
 def test_matrices_are_those_of_blocks(recipe: str, more: list[str], taken: dict[str, int]) -> None:
-    net = outline(load(recipe, ["net.width=16", *(["net.depth=2"] if recipe != "cifar10-small" else []), *more]))
+    net = meta_net(load(recipe, ["net.width=16", *(["net.depth=2"] if recipe != "cifar10-small" else []), *more]))
     names = {p: name for name, p in net.named_parameters()}
     found = {names[p]: n for p, n in block_matrices(net).items()}
     assert all(name.startswith(("blocks.", "layers.")) for name in found)
@@ -317,7 +317,7 @@ def test_a_copy_takes_the_same_steps(spec: Muon | AdamW8bit, by: str) -> None:
 def test_its_memory_is_counted() -> None:
     """One number for each weight of a matrix, two of all else, and a count of steps."""
     run = load("moons", TINY)
-    net = outline(run)
+    net = meta_net(run)
     both = held_bytes(net, run.train).optimizer
     most = sum(p.nbytes for p in net.parameters())
     inside = sum(p.nbytes for p in block_matrices(net))

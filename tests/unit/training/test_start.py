@@ -13,7 +13,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from dumo.config.load import load
 from dumo.io.deferred import Deferred
 from dumo.plan.cluster import fake_ranks
-from dumo.run.net import outline
+from dumo.run.net import meta_net
 from dumo.training import layout
 from dumo.training.frozen import copy_net
 
@@ -24,7 +24,7 @@ def test_a_start_of_20_b_on_eight_ranks_sends_nothing_and_makes_each_tensor_once
     recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = load(recipe, ["train.share=8"])
-    net, weights, made, fake = outline(run), Deferred(), Counter[str](), FakeTensorMode(allow_non_fake_inputs=True)
+    net, weights, made, fake = meta_net(run), Deferred(), Counter[str](), FakeTensorMode(allow_non_fake_inputs=True)
 
     def make(name: str, like: Tensor) -> Tensor:
         made[name] += like.nbytes

@@ -59,7 +59,7 @@ def test_one_process_goes_on_from_adapters_of_two_ranks(met: Callable[[str], Pat
     folder = met("frozen")
     for share, reshard in CASES["frozen"].layouts:
         last = latest(folder / f"{share}-{reshard}")
-        assert not any("base" in name for name in weights.outline(last / "net"))
+        assert not any("base" in name for name in weights.header(last / "net"))
         state = begin(Adapted(seed=1), CASES["frozen"].spec)
         restore(last, state)
         again, two = tensors(state), safetensors.torch.load_file(folder / f"{share}-{reshard}.safetensors")
