@@ -17,18 +17,18 @@ POINTS = [
     ("dumo.run.folder:RunFolder.begin_at", 1),
     ("dumo.run.folder:RunFolder.write_run", 1),
     ("dumo.training.milestone:save_milestone", 1),
-    ("dumo.training.loop:train_step", 1),
+    ("dumo.run.trainer:Trainer.train_step", 1),
     ("dumo.training.log:append", 3),
     ("dumo.run.folder:RunFolder.save_if_best", 1),
-    ("dumo.run.journal:Journal.save_if_due", 2),
+    ("dumo.run.hooks:SaveCheckpoints.after_step", 2),
     ("dumo.run.folder:RunFolder.mark_checkpoint_written", 1),
     ("dumo.run.folder:RunFolder.save_if_best", 2),
-    ("dumo.run.journal:Journal.save_if_due", 4),
+    ("dumo.run.hooks:SaveCheckpoints.after_step", 4),
     ("dumo.training.checkpoint:write_state_file", 2),
     ("dumo.run.folder:RunFolder.mark_checkpoint_written", 2),
-    ("dumo.run.sheet:Sheets._render_sheet", 4),
+    ("dumo.run.sheet:RenderSheets._render_sheet", 4),
     ("dumo.training.checkpoint:Checkpoints.prune", 3),
-    ("dumo.run.train:_tell_end", 1),
+    ("dumo.run.hooks:Hook.after_training", 1),
 ]
 KILL = """
 import importlib, os, signal

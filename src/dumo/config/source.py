@@ -45,7 +45,7 @@ ORIGIN_KEY = "origin"  # the checkpoint of another run that it began from (`Orig
 RESOLVED_KEY = "resolved"  # the fields that were found when the run was opened (`dumo.run.resolve`)
 # The keys in `resolved` besides the fields.
 CODE_KEY = "code"  # hashes of the code of classes from outside, by name
-DATA_KEY = "data"  # the standard deviation and the fingerprint of the data (`dumo.run.data.DataNote`)
+DATA_KEY = "data"  # the standard deviation and the fingerprint of the data (`dumo.run.data.DataFacts`)
 # The key of a recipe that names its group (`dumo.config.recipes`).
 GROUP_KEY = "group"
 

@@ -6,7 +6,7 @@ Along the flow x_t moves with velocity w. Go back from t by d, to l = t - d and 
 
 In a target u* = w - (l - r) du/dt it says: go back by d along w, then jump the rest as the net would. The target's
 rounding grows as (l - r) / d, the gain. With a short d it needs fp32, as a central difference does: losses ask for
-that by `dumo.flow.precision.require_precise_passes`.
+that by `dumo.flow.compatibility.require_precise_passes`.
 """
 
 import torch

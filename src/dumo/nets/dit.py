@@ -268,7 +268,7 @@ class Transformer(nn.Module):
             late_embedding = late_embedding + class_or_text_embedding
         return embedding, late_embedding
 
-    def after_step(self) -> None:
+    def normalize_weights(self) -> None:
         """Scale rows back to length 1, where magnitudes are preserved. Training calls this after each update."""
         if self.preserved:
             normalize_rows(self)
@@ -319,4 +319,4 @@ class Transformer(nn.Module):
                 for layer in module.zero_layers:
                     nn.init.zeros_(layer.weight)
                     nn.init.zeros_(layer.bias)
-        self.after_step()
+        self.normalize_weights()

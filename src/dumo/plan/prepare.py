@@ -55,7 +55,7 @@ _MODULE_FIELDS: Fields = {
 
 @dataclass(frozen=True)
 class Prepared:
-    """What to train, and where: `dumo.run.trainer.open_trainer` takes all of it."""
+    """What to train, and where. `dumo.run.trainer.open_trainer` takes path, run, changes and origin."""
 
     # The run's folder.
     path: Path

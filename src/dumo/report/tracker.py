@@ -72,9 +72,9 @@ class SendRows(Hook):
 
     def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
         """Send the row of this step, if it has one, with its speed."""
-        row = trainer.log.row
+        row = trainer.write_log.row
         if row:
-            self.tracker.log(numbers_by_name(trainer.progress.meter.add_speed(row)), step=row["step"])
+            self.tracker.log(numbers_by_name(trainer.show_progress.meter.add_speed(row)), step=row["step"])
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a training does besides its steps: progress, scores, log, milestones, checkpoints, sheets of samples.
+"""Hooks: the work around optimizer steps, such as progress, scores, the log, checkpoints and sheets of samples.
 
 `Trainer` calls every hook before its first step, after each step, and after its last one, in this order:
 
@@ -171,7 +171,9 @@ class SaveMilestones(Hook):
 
     def before_training(self, trainer: "Trainer") -> None:
         """Write a milestone of the present step that is missing, such as that of step 0."""
-        if trainer.state.step not in milestone.milestones(trainer.folder.path / "milestones"):
+        folder = trainer.folder.path / "milestones"
+        # Rank 0 looks for all: it may write before a slower rank has looked.
+        if agreement.on_main_rank(lambda: trainer.state.step not in milestone.milestones(folder)):
             self._save_if_due(trainer)
 
     def after_step(self, trainer: "Trainer", metrics: StepMetrics) -> None:
@@ -196,10 +198,10 @@ class SaveCheckpoints(Hook):
         self.ledger = ledger
         self.is_slope_examined = False
         self.has_saved = False
-        # When the last checkpoint was taken, in seconds of the monotonic clock.
+        # When training began or the last checkpoint was taken, in seconds of the monotonic clock.
         self.last_saved = time.monotonic()
 
-    def is_due(self, trainer: "Trainer") -> bool:
+    def is_due_by_clock(self, trainer: "Trainer") -> bool:
         """Whether a checkpoint is due by this rank's clock, or the last one could not be written.
 
         All ranks share a failure, so rank 0 brings all of them to the save that raises it. A run by the clock saves its
@@ -213,10 +215,11 @@ class SaveCheckpoints(Hook):
         return minutes is not None and time.monotonic() - self.last_saved >= SECONDS_PER_MINUTE * minutes
 
     def before_training(self, trainer: "Trainer") -> None:
-        """Make up for what a stop left undone: compare du/dt, and save the last checkpoint if no step is left.
+        """Redo what an interrupted run missed: the comparison of du/dt, and the last checkpoint if no step is left.
 
         Raises Stopped if a rank has received a signal already: there is nothing to save.
         """
+        self.last_saved = time.monotonic()
         for signal_number in agreement.gather_results(signals.poll):
             if signal_number:
                 raise signals.Stopped(signal_number)

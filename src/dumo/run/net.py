@@ -110,7 +110,7 @@ def require_room(run: Run, device: torch.device | str) -> None:
 def require_room_to_train(
     run: Run, device: torch.device | str, net_outline: nn.Module, *, rows: int, share: int = 1
 ) -> None:
-    """Raise UserError if a device has too little memory to train the net with `rows` rows at a time.
+    """Raise UserError if a device has too little memory to train the net on batches of `rows` rows.
 
     `net_outline` is the net on the meta device. Weights, gradients, optimizer and averages are split into `share`
     parts; rows count with their noise. Activations come on top (`dumo show --cost`).

@@ -1,6 +1,6 @@
-"""What disk and machine say of a run: asked once, when it is opened, and recorded in its run.yaml as `resolved`.
+"""Resolve what only files can tell of a run (classes, captions, hashes), and record it in run.yaml as `resolved`.
 
-When a run is opened for training, `run.job` calls:
+When a run is opened for training, `Trainer.__init__` calls:
 
 1. `find_commits` and `with_commits`, which write the commit into names on the Hub, `fetch_files`, which downloads what
    training reads there, and `with_absolute_paths`, which writes out where things lie
@@ -64,9 +64,8 @@ def resolve(run: Run) -> Run:
     """Fill in what only files can tell, and record it under `resolved`.
 
     That is: classes, names and captions' digest of the data, the pipeline's schedule, and a hash of the code of every
-    class from outside. What is not there yet is skipped, and a resolved run,
-    as one read from its folder, is returned as it is. Raises UserError where what is found contradicts the spec, or the
-    net does not fit.
+    class from outside. What is not there yet is skipped, and a resolved run, as one read from its folder, is returned
+    as it is. Raises UserError if what is found contradicts the spec, or the network does not fit.
     """
     data = run.data
     path = run.path

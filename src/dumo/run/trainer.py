@@ -4,9 +4,9 @@
         trainer.train()
 
 This file reads in the order of events. `Trainer.__init__` builds everything, or restores it from the newest whole
-checkpoint, and refuses what cannot be trained; into the run's folder it writes nothing but missing caches. `train` is
-the first to write: it brings the folder to the step of the checkpoint, then takes steps (`train_step`) and calls hooks
-(`dumo.run.hooks`) until the duration of the run is over.
+checkpoint, and refuses what cannot be trained. It writes missing caches and, for a new run from the checkpoint of
+another, where it begins from and a copy of the checkpoint. `train` brings the folder to the step of the checkpoint,
+then takes steps (`train_step`) and calls hooks (`dumo.run.hooks`) until the run's duration is over.
 
 On several ranks, every rank runs every line. Rank 0 alone locks the folder, writes and prints. Whatever may fail on one
 rank runs inside `agreement`, so that it fails on all of them.
@@ -93,7 +93,7 @@ def open_trainer(
     """Join the ranks, lock the run's folder at `path`, and open a `Trainer` in it. Every rank must enter it.
 
     - `run`: what to train; None: the run that the folder holds, with `changes` (each `a.b=c`).
-    - The other arguments are those of `Trainer`.
+    - `origin`, `device`, `print_line`, `bar`, `began`: as `Trainer` takes them.
 
     The ranks meet before the folder is locked, so that all of them hear if it is refused, and the folder is locked
     before anything in it is read.
@@ -116,10 +116,10 @@ class Trainer:
     - `origin`: the checkpoint of another run that a new run begins from.
     - `print_line`: called with lines for the user, on rank 0.
     - `bar`: shows progress, on rank 0.
-    - `began`: from when the time of a run by the clock counts, by `stopwatch.wall_clock`.
+    - `began`: when `train.minutes` began to count, in seconds of `stopwatch.wall_clock`.
 
     Raises UserError if the run does not fit the machine or its ranks, if the folder holds another run, if the data have
-    changed, or if du/dt is not the derivative.
+    changed, or if the configured du/dt deviates from the exact derivative.
     """
 
     def __init__(
@@ -139,8 +139,8 @@ class Trainer:
         self.device = choose_device(device)
         require_same_on_all_ranks(run)
 
-        # Download what the run names on the Hub, on rank 0, from whose cache the others read. This is no time of
-        # training.
+        # Download what the run names on the Hub, on rank 0, from whose cache the others read. This does not count
+        # towards train.minutes.
         recorded_run = folder.run if folder.text and folder.text.hash else None
         fetching_began = stopwatch.wall_clock()
         commits = agreement.on_main_rank(lambda: find_commits(run, recorded_run))
@@ -163,13 +163,13 @@ class Trainer:
         agreement.on_main_rank(lambda: self._copy_origin(origin), is_long=True)
         checkpoint = folder.newest_checkpoint()
 
-        # Refuse another run, and a duration that is over, before anything expensive is done.
+        # Refuse another run, and a duration shorter than what is trained already, before anything expensive is done.
         agreement.on_each_rank(lambda: folder.require_same_config(run, checkpoint))
         recorded = recorded_run.train if recorded_run else None
         Duration.resolve(config, recorded, checkpoint.facts if checkpoint else None)
 
-        # Encode missing latents and texts, which is no time of training, before the network takes the memory. Open the
-        # data.
+        # Encode missing latents and texts before the network takes the memory; this does not count towards
+        # train.minutes. Open the data.
         encoding_began = stopwatch.wall_clock()
         encode_what_is_missing(run, device=device, bar=bar, print_line=self.print_line)
         began += stopwatch.wall_clock() - encoding_began
@@ -206,13 +206,14 @@ class Trainer:
         self.loss: Loss = run.objective.loss
 
         # Make the hooks, in the order in which they are called (`dumo.run.hooks`).
-        self.progress = ShowProgress(self)
-        self.validation = Validation.open(self)
-        self.log = WriteLog(self.validation)
-        self.checkpoints = SaveCheckpoints(ledger_of(self.data))
-        self.hooks: list[Hook] = [self.progress, self.log, SaveMilestones(), self.checkpoints, RenderSheets(run)]
-        if self.validation:
-            self.hooks.insert(1, self.validation)
+        self.show_progress = ShowProgress(self)
+        validation = Validation.open(self)
+        self.write_log = WriteLog(validation)
+        self.save_checkpoints = SaveCheckpoints(ledger_of(self.data))
+        self.hooks: list[Hook] = [self.show_progress]
+        if validation:
+            self.hooks.append(validation)
+        self.hooks += [self.write_log, SaveMilestones(), self.save_checkpoints, RenderSheets(run)]
 
     def _copy_origin(self, origin: Origin | None) -> None:
         """Record which checkpoint of another run this one begins from, and copy it, on rank 0."""
@@ -250,8 +251,8 @@ class Trainer:
         with (
             self.folder.checkpoints,
             Prefetch(self.read_batch, last=last_step, depth=BATCHES_AHEAD) as batches,
-            Prefetch(self.draw_noise, last=last_step) as draws,
-            self.progress.shown(self),
+            Prefetch(self.make_draws, last=last_step) as draws,
+            self.show_progress.shown(self),
             product_precision(config.precision, self.device),
         ):
             # Take steps. After the hooks, one of which saves checkpoints, end if the run diverged or was asked to stop.
@@ -259,7 +260,7 @@ class Trainer:
                 batch = [to_device(part, self.device) for part in batches(state.step)]
                 step_draws = draws(state.step)
                 timing = self.clock.read() if self.clock else None
-                checkpoint_due = self.checkpoints.is_due(self)
+                checkpoint_due = self.save_checkpoints.is_due_by_clock(self)
                 metrics = self.train_step(batch, step_draws, timing=timing, checkpoint_due=checkpoint_due)
                 for hook in self.hooks:
                     hook.after_step(self, metrics)
@@ -340,7 +341,7 @@ class Trainer:
         parts = self.source.batch(step, self.config.batch, self.config.seed, self.rows)
         return [pin(part) for part in parts] if self.device.type == "cuda" else parts
 
-    def draw_noise(self, step: int) -> Draws:
+    def make_draws(self, step: int) -> Draws:
         """Draw this rank's random numbers of a step; for a GPU in pinned memory. Any thread may call it."""
         shape = self.run.data.shape
         if isinstance(self.source, Bucketed):
@@ -425,7 +426,7 @@ class Trainer:
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("ratio", 1.0)
         state.optimizer.step()
-        normalize_weights = getattr(state.net, "after_step", None)
+        normalize_weights = getattr(state.net, "normalize_weights", None)
         if normalize_weights:
             normalize_weights()
         for average in state.averages.values():

@@ -67,7 +67,7 @@ class Validation(Hook):
     def after_step(self, trainer: "Trainer", metrics: StepMetrics) -> None:
         """Score the weights after this step if it is due, and keep them if they are the best.
 
-        No score is made of samples that cannot be scored, as of weights that have diverged: then a warning says why.
+        If the samples cannot be scored, as of weights that have diverged, print a warning and continue without a score.
         """
         self.scores = {}
         if metrics.step % trainer.run.evaluate.every:
@@ -112,7 +112,7 @@ class Validation(Hook):
             self.trainer.print_line(f"warning: step {step:,} is not judged: {error}")
             return {}
         finally:
-            self.trainer.progress.meter.leave_out(wall_clock() - started)
+            self.trainer.show_progress.meter.leave_out(wall_clock() - started)
         leading_metric = next(iter(all_scores))
         scores = {leading_metric: all_scores[leading_metric]}
         error_name = f"{leading_metric}_sd"

@@ -420,8 +420,8 @@ class Checkpoints:
             kept.append(good)
             warnings.warn(
                 f"{self.folder}: the loss has risen to more than {FAR:g} times its lowest, so {good.path.name}, from "
-                "before, is kept, too. To go on from it:  "
-                f"dumo train {shell_path(self.folder.parent)} --from {good.facts.step}",
+                "before, is kept, too. To begin a new run from it:  "
+                f"dumo train {shell_path(self.folder.parent)} --from {good.facts.step} --out NEW",
                 stacklevel=2,
             )
         for path_step, path in paths_by_step(self.folder).items():

@@ -211,7 +211,7 @@ def test_a_checkpoint_with_a_number_that_is_none_is_not_gone_on_from(moons: Path
 def test_by_the_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = tiny("train.steps=5", "train.save_every=5")
     calls = iter([False, True, False, False, False])
-    monkeypatch.setattr(SaveCheckpoints, "is_due", lambda *_: next(calls))
+    monkeypatch.setattr(SaveCheckpoints, "is_due_by_clock", lambda *_: next(calls))
     train(run, tmp_path / "run")
     assert steps(tmp_path / "run") == [2, 5]  # in the step that it falls into
 
@@ -220,8 +220,8 @@ def test_by_the_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_what_is_due(minutes: str, passed: int, due: bool, tmp_path: Path) -> None:
     run = tiny(f"train.save_minutes={minutes}")
     with open_trainer(tmp_path / "run", run, device="cpu") as trainer:
-        trainer.checkpoints.last_saved = time.monotonic() - passed
-        assert trainer.checkpoints.is_due(trainer) == due
+        trainer.save_checkpoints.last_saved = time.monotonic() - passed
+        assert trainer.save_checkpoints.is_due_by_clock(trainer) == due
 
 
 @pytest.mark.nightly
