@@ -463,6 +463,8 @@ def train(
         )
         with opened as trainer, tracked(trainer, track), called_back(trainer, callbacks):
             trainer.train()
+        # Free the network and the optimizer before the trained weights are loaded.
+        del trainer
         return load(prepared.path, device=device)
 
 

@@ -67,19 +67,24 @@ def require_tracker(name: str) -> None:
 class SendRows(Hook):
     """Sends each row of the log to a tracker, after the checkpoint: a slow network must not delay what is saved."""
 
-    def __init__(self, tracker: Tracker) -> None:
-        self.tracker = tracker
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.tracker: Tracker | None = None
+
+    def before_training(self, trainer: Trainer) -> None:
+        """Open the run of the tracker, or resume it, once the folder holds the run."""
+        self.tracker = open_tracker(self.name, trainer.folder.path, trainer.run, trainer.state.step)
 
     def after_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
         """Send the row of this step, if it has one, with its speed."""
         row = trainer.write_log.row
-        if row:
+        if row and self.tracker:
             self.tracker.log(numbers_by_name(trainer.show_progress.meter.add_speed(row)), step=row["step"])
 
 
 @contextmanager
 def tracked(trainer: Trainer, name: str | None) -> Generator[None, None, None]:
-    """Send the log of a training to a tracker, whose run is opened, or resumed, and finished at the end.
+    """Send the log of a training to a tracker, whose run is finished at the end.
 
     Does nothing without a name, and on ranks other than the first. Raises UserError as `require_tracker`.
     """
@@ -87,12 +92,13 @@ def tracked(trainer: Trainer, name: str | None) -> Generator[None, None, None]:
         yield
         return
     require_tracker(name)
-    tracker = open_tracker(name, trainer.folder.path, trainer.run, trainer.state.step)
-    trainer.hooks.append(SendRows(tracker))
+    hook = SendRows(name)
+    trainer.hooks.append(hook)
     try:
         yield
     finally:
-        tracker.finish()
+        if hook.tracker:
+            hook.tracker.finish()
 
 
 def open_tracker(name: str, folder: Path, run: Run, step: int) -> Tracker:

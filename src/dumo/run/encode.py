@@ -182,8 +182,8 @@ def encode(
     """Make this rank's shards of the cache, with mirrored images where data are flipped.
 
     `store`, `dtype` and `shard_rows` are fields of the `CachePlan`. None: a cache that is begun keeps its own; a new
-    one takes the plan's defaults. Raises UserError if the images or the codec cannot be opened, a field of the plan is refused, or the folder holds something else,
-    or a cache of other images.
+    one takes the plan's defaults. Raises UserError if the images or the codec cannot be opened, a field of the plan is
+    refused, or the folder holds something else, or a cache of other images.
     """
     torch_device = choose_device(device)
     images = data.images

@@ -13,7 +13,8 @@ Other parts of a run add teacher.json and pairs/ (`dumo.run.teacher`), speed.jso
 commands make, such as samples/ and report.html.
 
 A training locks the folder, compares the run with what is there (`require_resumable`, `require_same_config`), and then
-brings the folder to the step from which it resumes (`begin_at`). Until then nothing is written but the lock.
+brings the folder to the step from which it resumes (`begin_at`). Until then nothing is written but the lock and, for a
+run that begins from a checkpoint of another, where it begins from and a copy of that checkpoint.
 """
 
 import json

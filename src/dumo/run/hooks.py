@@ -7,7 +7,7 @@
    the checkpoint, because a run that resumes at this step does not score it again.
 3. `WriteLog`: a checkpoint lists the size and digest of the log, up to this row.
 4. `SaveMilestones`.
-5. `SaveCheckpoints`, after everything that a run which resumes at this step will not do again.
+5. `SaveCheckpoints`, after all work of this step that a resumed run would not repeat.
 6. `RenderSheets` (`dumo.run.sheet`): slow, and redrawn by a resumed run. A thread writes the checkpoint meanwhile.
 7. Further hooks, such as a tracker (`dumo.report.tracker`) and the callbacks of `dumo.train`.
 

@@ -8,13 +8,15 @@ checkpoint, and refuses what cannot be trained. It writes missing caches and, fo
 another, where it begins from and a copy of the checkpoint. `train` brings the folder to the step of the checkpoint,
 then takes steps (`train_step`) and calls hooks (`dumo.run.hooks`) until the run's duration is over.
 
-On several ranks, every rank runs every line. Rank 0 alone locks the folder, writes and prints. Whatever may fail on one
-rank runs inside `agreement`, so that it fails on all of them.
+On several ranks, every rank runs every line. Rank 0 alone locks the folder, writes and prints. What may fail on one
+rank while the run is opened or a checkpoint is saved runs inside `agreement`, so that it fails on all of them; inside a
+step torchrun stops the others.
 
 A batch and its random numbers depend on the number of the step alone. So N steps, a stop and M more steps equal N + M
 steps, skipped ones included, and both may be made ahead of the step, by any thread. The gradient is that of the mean
-loss over the global batch: a micro-batch adds the gradient of its sum divided by the batch size, and ranks are added up
-after the last one. So the split changes rounding only, and two ranks equal one rank with two micro-batches to the bit.
+loss over the global batch: each micro-batch adds the gradient of its sum times ranks / batch, and gradients are
+averaged over ranks after the last one. So the split changes rounding only, and two ranks equal one rank with two
+micro-batches to the bit.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -60,7 +62,7 @@ from dumo.runtime import dist, shell_path, stopwatch
 from dumo.runtime.device import choose_device
 from dumo.runtime.limits import STEPS
 from dumo.runtime.progress import Bar, ignore_line, no_bar
-from dumo.runtime.signals import Stopped
+from dumo.runtime.signals import Stopped, uninterrupted
 from dumo.runtime.text import duration_text, minutes_text
 from dumo.runtime.threads import cores, restored_threads, set_threads
 from dumo.training import agreement, layout
@@ -159,8 +161,11 @@ class Trainer:
         self.run = run = with_hashes(run, recorded_run)
         self.config = config = run.train
 
-        # Choose the newest whole checkpoint. A new run from another's copies it, once it is recorded where it began.
-        agreement.on_main_rank(lambda: self._copy_origin(origin), is_long=True)
+        # Choose the newest whole checkpoint. A run started with --from first copies its source checkpoint.
+        agreement.on_main_rank(folder.require_resumable)
+        if origin:
+            agreement.on_main_rank(lambda: folder.begin_from(origin, run))
+        agreement.on_main_rank(folder.copy_origin, is_long=True)
         checkpoint = folder.newest_checkpoint()
 
         # Refuse another run, and a duration shorter than what is trained already, before anything expensive is done.
@@ -179,7 +184,7 @@ class Trainer:
         examination.examine(run, self.device).require()
 
         # Build the network from the run's seed, its averages and the optimizer, and load the checkpoint; if a value of
-        # it is not finite, the one before. How long the run trains is a function of the checkpoint that was loaded.
+        # it is not finite, the one before. The duration is resolved again, because an older one may have been loaded.
         self.state, self.resumed_from = begin_or_resume(run, folder.checkpoints, self.device, checkpoint)
         facts = self.resumed_from.facts if self.resumed_from else None
         self.state.duration = Duration.resolve(config, recorded, facts)
@@ -214,13 +219,6 @@ class Trainer:
         if validation:
             self.hooks.append(validation)
         self.hooks += [self.write_log, SaveMilestones(), self.save_checkpoints, RenderSheets(run)]
-
-    def _copy_origin(self, origin: Origin | None) -> None:
-        """Record which checkpoint of another run this one begins from, and copy it, on rank 0."""
-        self.folder.require_resumable()
-        if origin:
-            self.folder.begin_from(origin, self.run)
-        self.folder.copy_origin()
 
     # ----------------------------------------------------------------------------------------------------------- train
 
@@ -417,7 +415,9 @@ class Trainer:
             state.duration = replace(state.duration, timing=metrics.timing)
         if not metrics.is_finite:
             state.skips += 1
-            return replace(metrics, skipped=find_bad_rows(metrics, t, c, terms))
+            # A stop that is asked for meanwhile waits until the checkpoint of this step is saved.
+            with uninterrupted():
+                return replace(metrics, skipped=find_bad_rows(metrics, t, c, terms))
         state.skips = 0
 
         # Update the weights, then their averages. A network may bring its weights back to a norm after each update.

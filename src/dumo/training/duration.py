@@ -1,8 +1,8 @@
 """How long a run trains: by its steps, or by the clock.
 
-`train.steps` and `train.minutes` are totals, so the same command may be typed again, by torchrun or Slurm too: it makes
-what is left. A run with `train.minutes` ends by the clock. Its learning rate falls with time, and its number of steps
-is not known before it ends.
+`train.steps` and `train.minutes` are totals: the same command typed again, also by a restart of torchrun or Slurm,
+continues to that total. A run with `train.minutes` ends by the clock. Its learning rate falls with time, and its number
+of steps is not known before it ends.
 
 `Duration.resolve` decides how long a run trains when it is started. `Clock.read` gives the `Timing` of a run by the
 clock before each step, on rank 0, whose clock counts for all ranks. `Timing` is part of a checkpoint, so a resumed run
@@ -42,7 +42,7 @@ FIRST_SAVE_SHARE = 0.1
 
 
 class Timing(BaseModel):
-    """How far a run by the clock is, after a step."""
+    """How far a run by the clock is, as read before the last step."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -178,7 +178,7 @@ class Clock:
         self.save_seconds = self.seconds() - began
 
     def read(self) -> Timing:
-        """Read the clock before a step and return the timing; it is over if there is no time for another step."""
+        """Read the clock before a step and return the timing; share 1 means that the step about to run is the last."""
         seconds = self.seconds()
         # What came before the first reading was no step.
         previous = seconds

@@ -27,7 +27,7 @@ from dumo.training.ema import AverageKey, MovingAverage
 from dumo.training.spec import Train
 from dumo.types import UserError
 
-# all ours
+# Our choice, not from the paper.
 DECAY = 0.95  # d
 FAR = 10.0  # times the lowest level: guidance, growing targets and noise move it less
 _LEAST_ERROR = 1e-12  # smaller errors count as this one, because their logarithms would say nothing
@@ -62,7 +62,7 @@ class Trend(BaseModel):
 
 @dataclass
 class State:
-    """A run between two steps. No generator state: every draw is keyed by (seed, step)."""
+    """The state of a training after a step. It holds no generator state: every draw is keyed by (seed, step)."""
 
     net: nn.Module
     optimizer: torch.optim.Optimizer
