@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Discriminator, Field, Tag
 
 from dumo.objectives.alpha_flow import AlphaFlow
+from dumo.objectives.base import ObjectiveSpec
 from dumo.objectives.cmt import CMT
 from dumo.objectives.consistency import Consistency
 from dumo.objectives.critic import Critic
@@ -32,7 +33,7 @@ from dumo.objectives.soflow import SoFlow
 from dumo.objectives.tbsm import TBSM
 from dumo.objectives.twinflow import TwinFlow
 from dumo.objectives.ucgm import UCGM
-from dumo.types.outside import BUNDLED, OUTSIDE, ObjectiveSpec, Outside, branch
+from dumo.types.outside import BUNDLED, OUTSIDE, Outside, branch
 
 BundledObjective = Annotated[
     AlphaFlow

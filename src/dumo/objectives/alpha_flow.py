@@ -23,18 +23,34 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 
-from dumo.flow.compatibility import require_precise_passes
-from dumo.flow.guide import Guide, Interval
-from dumo.flow.reading import mean_velocity
-from dumo.flow.residual import adaptive_l2, clipped_share
-from dumo.flow.secant import earlier_mean_velocity
-from dumo.flow.slope import JvpSlope, Slope
-from dumo.flow.times import LogitNormal, Pair, Times
+from dumo.objectives.base import (
+    Frozen,
+    Guide,
+    Interval,
+    JvpSlope,
+    LogitNormal,
+    Needs,
+    Net,
+    NoisyBatch,
+    ObjectiveSpec,
+    Pair,
+    Readings,
+    Sample,
+    Slope,
+    Terms,
+    Times,
+    adaptive_l2,
+    clipped_share,
+    earlier_mean_velocity,
+    lift,
+    mean_square,
+    mean_velocity,
+    require_precise_passes,
+)
 from dumo.runtime.limits import require_order
-from dumo.types import Frozen, Needs, Net, NoisyBatch, Readings, Sample, Spec, Terms, lift, mean_square
 
 
-class AlphaFlow(Spec):
+class AlphaFlow(ObjectiveSpec):
     """Mean velocity from t to r, with a share of rows at r = t. Defaults: XL/2 of its `experiments-alphaflow.yaml`."""
 
     gamma: ClassVar[float] = 25.0  # how steeply alpha falls

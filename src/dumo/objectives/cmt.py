@@ -17,26 +17,26 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 
-from dumo.flow.reading import mean_velocity
-from dumo.flow.times import Grid
-from dumo.objectives.dumo import DuMo
-from dumo.types import (
+from dumo.objectives.base import (
     FromTeacher,
     Frozen,
+    Grid,
     Needs,
     Net,
     NoisyBatch,
+    ObjectiveSpec,
     Readings,
     Sample,
-    Spec,
     Terms,
     Time,
     lift,
     mean_square,
+    mean_velocity,
 )
+from dumo.objectives.dumo import DuMo
 
 
-class CMT(Spec):
+class CMT(ObjectiveSpec):
     """Regression on a teacher's trajectories, before the net is trained by another objective."""
 
     beta: ClassVar[float] = 0.7  # weight of the velocity where there is one, as DuMo

@@ -34,27 +34,31 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 
-from dumo.flow.compatibility import require_precise_passes
-from dumo.flow.reading import jump_to_data
-from dumo.flow.residual import clipped_share, huber
-from dumo.flow.times import EDM_SD, KARRAS_ROOTS, LogitNormal, Times, karras_root, karras_time
-from dumo.runtime.limits import FACTOR, STEPS, require_order
-from dumo.types import (
+from dumo.flow.times import EDM_SD, KARRAS_ROOTS, karras_root, karras_time
+from dumo.objectives.base import (
     STRAIGHT,
     Formulas,
     FromTeacher,
     Frozen,
+    LogitNormal,
     Needs,
     Net,
     NoisyBatch,
+    ObjectiveSpec,
     Readings,
     Spec,
     Terms,
     Time,
+    Times,
+    clipped_share,
     frozen,
+    huber,
+    jump_to_data,
     lift,
     mean_square,
+    require_precise_passes,
 )
+from dumo.runtime.limits import FACTOR, STEPS, require_order
 
 _BOUNDARY = 0.3  # weight of rows at `low`: TCM
 _LOG_NORMAL = LogitNormal(mean=-1.1 + log(2), std=2.0)  # sigma = exp(N(-1.1, 4)) on data of standard deviation 0.5
@@ -145,7 +149,7 @@ class Equal(Spec):
 Discretization = Annotated[Equal | KarrasGrid | Ratio, Field(discriminator="kind")]
 
 
-class Consistency(Spec):
+class Consistency(ObjectiveSpec):
     """The flow map to the data, from pairs of neighbouring times; theta^- is the run's `train.ref`.
 
     A discretization takes t and the share of the training that is done; it returns t, which may move, and r < t, ever

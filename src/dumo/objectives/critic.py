@@ -26,11 +26,10 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from dumo.autodiff.dual import pair, primal, teach_others
-from dumo.flow import dropout
 from dumo.flow.linearize import tangent_or_zeros
-from dumo.flow.noise import Noise
+from dumo.objectives.base import Needs, Net, Noise, NoisyBatch, PerSample, Sample, Terms, dropout, lift
 from dumo.objectives.pull import Pull
-from dumo.types import Array, Needs, Net, NoisyBatch, PerSample, Sample, Terms, lift
+from dumo.types import Array
 
 WEIGHT = 0.02  # of the pull; ours
 FIT = 0.3  # of the critic's own loss; ours

@@ -33,9 +33,8 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from dumo.flow.residual import descent_error
+from dumo.objectives.base import Cond, Needs, Net, NoisyBatch, PerSample, Sample, Terms, descent_error, mean_square
 from dumo.objectives.pull import Pull
-from dumo.types import Cond, Needs, Net, NoisyBatch, PerSample, Sample, Terms, mean_square
 
 WEIGHT = 0.05  # of the pull; ours
 RADII = 0.02, 0.05, 0.2  # R, in units of the mean distance; theirs

@@ -11,15 +11,29 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from dumo.flow.guide import Guide
-from dumo.flow.reading import velocity_and_jump
-from dumo.flow.residual import clipped_share, head_gap
-from dumo.flow.slope import CentralSlope, Slope
-from dumo.flow.times import Beta, Times
-from dumo.types import STRAIGHT, Frozen, Needs, Net, NoisyBatch, Readings, Spec, Terms, lift, mean_square
+from dumo.objectives.base import (
+    STRAIGHT,
+    Beta,
+    CentralSlope,
+    Frozen,
+    Guide,
+    Needs,
+    Net,
+    NoisyBatch,
+    ObjectiveSpec,
+    Readings,
+    Slope,
+    Terms,
+    Times,
+    clipped_share,
+    head_gap,
+    lift,
+    mean_square,
+    velocity_and_jump,
+)
 
 
-class DuMo(Spec):
+class DuMo(ObjectiveSpec):
     """Velocity and flow map, both regressed on every sample."""
 
     kind: Literal["dumo"] = "dumo"

@@ -16,17 +16,31 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from dumo.flow.guide import Guide
-from dumo.flow.reading import mean_velocity
-from dumo.flow.residual import adaptive_l2, clipped_share
-from dumo.flow.slope import CentralSlope, Slope
-from dumo.flow.times import Jumps, Times
-from dumo.types import STRAIGHT, Frozen, Needs, Net, NoisyBatch, Readings, Spec, Terms, lift, mean_square
+from dumo.objectives.base import (
+    STRAIGHT,
+    CentralSlope,
+    Frozen,
+    Guide,
+    Jumps,
+    Needs,
+    Net,
+    NoisyBatch,
+    ObjectiveSpec,
+    Readings,
+    Slope,
+    Terms,
+    Times,
+    adaptive_l2,
+    clipped_share,
+    lift,
+    mean_square,
+    mean_velocity,
+)
 
 FLOOR = 0.01  # c of MeanFlow's Eq. 22, as its code has it on ImageNet
 
 
-class DuMoAny(Spec):
+class DuMoAny(ObjectiveSpec):
     """Velocity and mean velocity, both regressed on every sample."""
 
     kind: Literal["dumo_any"] = "dumo_any"

@@ -23,26 +23,28 @@ import torch
 from pydantic import Field, model_validator
 
 from dumo.flow.likelihood import diagonal
-from dumo.flow.noise import Signs
-from dumo.flow.reading import mean_velocity
-from dumo.flow.residual import clipped_share
-from dumo.flow.slope import CentralSlope, Slope
-from dumo.flow.times import Jumps, Times
-from dumo.types import (
+from dumo.objectives.base import (
+    CentralSlope,
     Cond,
     Formulas,
     Frozen,
+    Jumps,
     Needs,
     Net,
     NoisyBatch,
+    ObjectiveSpec,
     PerSample,
     Readings,
     Sample,
-    Spec,
+    Signs,
+    Slope,
     Terms,
     Time,
+    Times,
+    clipped_share,
     lift,
     mean_square,
+    mean_velocity,
 )
 
 V_WEIGHT = 0.55  # of the mean squares of each head in the loss; ours
@@ -50,7 +52,7 @@ U_WEIGHT = 0.35
 G_WEIGHT = 0.1
 
 
-class F2D2(Spec):
+class F2D2(ObjectiveSpec):
     """Velocity, mean velocity and divergence, all regressed on every sample."""
 
     kind: Literal["f2d2"] = "f2d2"

@@ -20,15 +20,32 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from dumo.flow.guide import Guide, Interval
-from dumo.flow.reading import jump_to_data
-from dumo.flow.residual import adaptive_l2, clipped_share, cosine_distance
-from dumo.flow.slope import JvpSlope, Slope
-from dumo.flow.times import Arctan, Times
-from dumo.types import Frozen, Needs, Net, NoisyBatch, Readings, Sample, Spec, Terms, Time, lift, mean_square
+from dumo.objectives.base import (
+    Arctan,
+    Frozen,
+    Guide,
+    Interval,
+    JvpSlope,
+    Needs,
+    Net,
+    NoisyBatch,
+    ObjectiveSpec,
+    Readings,
+    Sample,
+    Slope,
+    Terms,
+    Time,
+    Times,
+    adaptive_l2,
+    clipped_share,
+    cosine_distance,
+    jump_to_data,
+    lift,
+    mean_square,
+)
 
 
-class FACM(Spec):
+class FACM(ObjectiveSpec):
     """Velocity and flow map of one head: which one, the sign of the time says."""
 
     power: ClassVar[float] = 0.5  # p of the adaptive weight of u, of mean squares; theirs

@@ -8,12 +8,23 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from dumo.flow.guide import Guide
-from dumo.flow.times import Times, Uniform
-from dumo.types import STRAIGHT, Frozen, Needs, Net, NoisyBatch, Readings, Spec, Terms, mean_square
+from dumo.objectives.base import (
+    STRAIGHT,
+    Frozen,
+    Guide,
+    Needs,
+    Net,
+    NoisyBatch,
+    ObjectiveSpec,
+    Readings,
+    Terms,
+    Times,
+    Uniform,
+    mean_square,
+)
 
 
-class FlowMatching(Spec):
+class FlowMatching(ObjectiveSpec):
     """The velocity alone: many passes to sample, and the yardstick for every v head."""
 
     kind: Literal["flow_matching"] = "flow_matching"

@@ -35,23 +35,25 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from dumo.flow.linearize import heads_and_end_derivatives
-from dumo.flow.noise import Noise
-from dumo.flow.residual import adaptive_l2, descent_error
-from dumo.flow.times import LogitNormal, Uniform
-from dumo.types import (
+from dumo.objectives.base import (
     Cond,
     FromTeacher,
     Frozen,
+    LogitNormal,
     Needs,
     Net,
+    Noise,
     NoisyBatch,
+    ObjectiveSpec,
     PerSample,
     Readings,
     Sample,
-    Spec,
     Terms,
     Time,
+    Uniform,
+    adaptive_l2,
+    descent_error,
+    heads_and_end_derivatives,
     lift,
     mean_square,
 )
@@ -64,7 +66,7 @@ GROUP = 8  # neighbouring rows over which (5) takes its means; ours
 FIT = 0.3  # weight of w's own loss; ours, as `match`
 
 
-class FreeFlow(Spec):
+class FreeFlow(ObjectiveSpec):
     """The map from noise to data in one pass, by the teacher's velocity along it and at its samples."""
 
     kind: Literal["freeflow"] = "freeflow"

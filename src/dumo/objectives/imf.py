@@ -22,15 +22,32 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 
-from dumo.flow import dropout
-from dumo.flow.reading import mean_velocity
-from dumo.flow.residual import adaptive_l2, clipped_share
-from dumo.flow.slope import JvpSlope, Slope
-from dumo.flow.times import LogitNormal, Pair, Times, Uniform
-from dumo.types import Frozen, Needs, Net, NoisyBatch, Readings, Sample, Spec, Terms, Time, lift, mean_square
+from dumo.objectives.base import (
+    Frozen,
+    JvpSlope,
+    LogitNormal,
+    Needs,
+    Net,
+    NoisyBatch,
+    ObjectiveSpec,
+    Pair,
+    Readings,
+    Sample,
+    Slope,
+    Terms,
+    Time,
+    Times,
+    Uniform,
+    adaptive_l2,
+    clipped_share,
+    dropout,
+    lift,
+    mean_square,
+    mean_velocity,
+)
 
 
-class ImprovedMeanFlow(Spec):
+class ImprovedMeanFlow(ObjectiveSpec):
     """Mean velocity from t to r and, on every row, the velocity, both guided as the knobs say."""
 
     power: ClassVar[float] = 1.0  # p of MeanFlow's Eq. 22, for both heads

@@ -24,27 +24,29 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dumo.flow.reading import mean_velocity
-from dumo.flow.times import Below, Groups, Uniform
-from dumo.types import (
+from dumo.objectives.base import (
+    Below,
     Formulas,
     FromTeacher,
     Frozen,
+    Groups,
     Needs,
     Net,
     NoisyBatch,
+    ObjectiveSpec,
     PerSample,
     Readings,
-    Spec,
     Terms,
     Time,
+    Uniform,
     lift,
+    mean_velocity,
 )
 
 NEAREST = 1e-4  # q is at least so far below t, if r is
 
 
-class IMM(Spec):
+class IMM(ObjectiveSpec):
     """Jumps from t to r, by samples; constants of the authors' for ImageNet at 256 (as others made them out)."""
 
     gap: ClassVar[float] = 160 / 2**12  # from t down to q, in t / (1 - t); 160 / 2^15 on CIFAR-10

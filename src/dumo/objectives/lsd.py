@@ -25,18 +25,32 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from dumo.flow import dropout
-from dumo.flow.guide import Guide
-from dumo.flow.linearize import heads_and_end_derivatives
-from dumo.flow.reading import mean_velocity
-from dumo.flow.times import Pair, Times, Uniform
-from dumo.types import STRAIGHT, Frozen, Needs, Net, NoisyBatch, Readings, Sample, Spec, Terms, lift, mean_square
-from dumo.types.rows import index
+from dumo.objectives.base import (
+    STRAIGHT,
+    Frozen,
+    Guide,
+    Needs,
+    Net,
+    NoisyBatch,
+    ObjectiveSpec,
+    Pair,
+    Readings,
+    Sample,
+    Terms,
+    Times,
+    Uniform,
+    dropout,
+    heads_and_end_derivatives,
+    index,
+    lift,
+    mean_square,
+    mean_velocity,
+)
 
 BETA = 0.7  # weight of the velocity where it has a head, as DuMo
 
 
-class LSD(Spec):
+class LSD(ObjectiveSpec):
     """Mean velocity from t to r by its derivative in r, and the velocity, at r = t or by a head of its own."""
 
     kind: Literal["lsd"] = "lsd"

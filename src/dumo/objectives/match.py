@@ -21,11 +21,19 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from dumo.flow.noise import Noise
-from dumo.flow.residual import descent_error
-from dumo.flow.times import Uniform
+from dumo.objectives.base import (
+    Needs,
+    Net,
+    Noise,
+    NoisyBatch,
+    PerSample,
+    Sample,
+    Terms,
+    Uniform,
+    descent_error,
+    mean_square,
+)
 from dumo.objectives.pull import Pull
-from dumo.types import Needs, Net, NoisyBatch, PerSample, Sample, Terms, mean_square
 
 WEIGHT = 0.05  # of the pull; ours
 FIT = 0.3  # of w's own loss; ours

@@ -16,12 +16,30 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from dumo.flow.guide import Guide, Interval
-from dumo.flow.reading import mean_velocity
-from dumo.flow.residual import adaptive_l2, clipped_share, normalized_l2
-from dumo.flow.slope import JvpSlope, Slope
-from dumo.flow.times import LogitNormal, Pair, Times
-from dumo.types import STRAIGHT, Frozen, Needs, Net, NoisyBatch, Readings, Spec, Terms, lift, mean_square
+from dumo.objectives.base import (
+    STRAIGHT,
+    Frozen,
+    Guide,
+    Interval,
+    JvpSlope,
+    LogitNormal,
+    Needs,
+    Net,
+    NoisyBatch,
+    ObjectiveSpec,
+    Pair,
+    Readings,
+    Slope,
+    Spec,
+    Terms,
+    Times,
+    adaptive_l2,
+    clipped_share,
+    lift,
+    mean_square,
+    mean_velocity,
+    normalized_l2,
+)
 
 
 class Line(Spec):
@@ -37,7 +55,7 @@ class Line(Spec):
         return (1 - done) * self.first + done * self.last
 
 
-class MeanFlow(Spec):
+class MeanFlow(ObjectiveSpec):
     """Mean velocity from t to r, with a share of the rows at r = t."""
 
     kind: Literal["meanflow"] = "meanflow"

@@ -30,19 +30,20 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from dumo.flow.times import Grid, Uniform
-from dumo.types import (
+from dumo.objectives.base import (
     Cond,
     FromTeacher,
     Frozen,
+    Grid,
     Needs,
     Net,
     NoisyBatch,
+    ObjectiveSpec,
     Readings,
     Sample,
-    Spec,
     Terms,
     Time,
+    Uniform,
     UserError,
     lift,
     mean_square,
@@ -89,7 +90,7 @@ class Policy:
         return x
 
 
-class PiFlow(Spec):
+class PiFlow(ObjectiveSpec):
     """Imitation of a teacher's velocity along the net's own policy; a pass for each segment."""
 
     kind: Literal["pi_flow"] = "pi_flow"

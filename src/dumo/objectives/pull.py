@@ -14,22 +14,36 @@ far off gains nothing (ours). So every step uses every head, in one backward pas
 DuMo's part is without guidance: guided samples are distributed otherwise than the data.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 
-from dumo.flow.reading import velocity_and_jump
-from dumo.flow.residual import clipped_share
-from dumo.flow.slope import CentralSlope, Slope
-from dumo.flow.times import Beta, Times
-from dumo.types import Frozen, Needs, Net, NoisyBatch, Readings, Sample, Spec, Terms, frozen, lift, mean_square
+from dumo.objectives.base import (
+    Beta,
+    CentralSlope,
+    Frozen,
+    Needs,
+    Net,
+    NoisyBatch,
+    ObjectiveSpec,
+    Readings,
+    Sample,
+    Slope,
+    Terms,
+    Times,
+    clipped_share,
+    frozen,
+    lift,
+    mean_square,
+    velocity_and_jump,
+)
 
 BETA = 0.7  # weight of the velocity in DuMo's part of the loss, Tab. 3
 
 
-class Pull(Spec, ABC):
+class Pull(ObjectiveSpec):
     """The base of `Match`, `Critic` and `Drift`: DuMo's loss and one-pass samples. Each of them defines `pull`."""
 
     own_heads: ClassVar[tuple[str, ...]] = ()  # by which the pull learns

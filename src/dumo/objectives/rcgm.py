@@ -18,16 +18,29 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from dumo.flow.compatibility import require_precise_passes
-from dumo.flow.guide import Guide
-from dumo.flow.reading import mean_velocity
-from dumo.flow.residual import clipped_share
-from dumo.flow.times import Below, Times, Uniform
+from dumo.objectives.base import (
+    Below,
+    Frozen,
+    Guide,
+    Needs,
+    Net,
+    NoisyBatch,
+    ObjectiveSpec,
+    Readings,
+    Sample,
+    Terms,
+    Times,
+    Uniform,
+    clipped_share,
+    lift,
+    mean_square,
+    mean_velocity,
+    require_precise_passes,
+)
 from dumo.runtime.limits import BLOCKS
-from dumo.types import Frozen, Needs, Net, NoisyBatch, Readings, Sample, Spec, Terms, lift, mean_square
 
 
-class RCGM(Spec):
+class RCGM(ObjectiveSpec):
     """Mean velocity from t to r, by N jumps of theta^-. Defaults: the tutorial of TwinFlow, `tutorials/mnist`."""
 
     signed: ClassVar[bool] = False  # whether the net takes negative times, too

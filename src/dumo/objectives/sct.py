@@ -26,20 +26,22 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from dumo.flow.slope import JvpSlope, Slope
-from dumo.flow.times import Arctan, Times
-from dumo.types import (
+from dumo.objectives.base import (
+    Arctan,
     Cond,
     Formulas,
     Frozen,
+    JvpSlope,
     Needs,
     Net,
     NoisyBatch,
+    ObjectiveSpec,
     Readings,
     Sample,
-    Spec,
+    Slope,
     Terms,
     Time,
+    Times,
     lift,
     mean_square,
 )
@@ -47,7 +49,7 @@ from dumo.types import (
 EDGE = 1e-4  # radians from both ends of the path where 1 / tan(theta) is held; of FastGen's `sCM.py`, at pi / 2
 
 
-class SCT(Spec):
+class SCT(ObjectiveSpec):
     """The direction f on the circle that x_t lies on, and the log of its error's variance, by time."""
 
     floor: ClassVar[float] = 0.2  # c: its 0.1 for data of standard deviation 0.5, here 1

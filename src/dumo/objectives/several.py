@@ -15,14 +15,30 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from dumo.flow import dropout
-from dumo.flow.guide import Guide
-from dumo.flow.reading import mean_velocity
-from dumo.flow.residual import clipped_share
-from dumo.flow.slope import CentralSlope, Slope
-from dumo.flow.times import Below, Beta, Times
-from dumo.types import Cond, Frozen, Needs, Net, NoisyBatch, Readings, Sample, Spec, Terms, Time, lift, mean_square
-from dumo.types.rows import index
+from dumo.objectives.base import (
+    Below,
+    Beta,
+    CentralSlope,
+    Cond,
+    Frozen,
+    Guide,
+    Needs,
+    Net,
+    NoisyBatch,
+    ObjectiveSpec,
+    Readings,
+    Sample,
+    Slope,
+    Terms,
+    Time,
+    Times,
+    clipped_share,
+    dropout,
+    index,
+    lift,
+    mean_square,
+    mean_velocity,
+)
 
 V_WEIGHT = 0.7  # of the mean squares of each head in the loss: DuMo's beta, Tab. 3
 U_WEIGHT = 0.15  # ours, the paper is silent
@@ -30,7 +46,7 @@ M_WEIGHT = 0.15  # ours
 _ROWS_TRIED = 1000  # a distribution of times must set a row with r = t apart among this many; ours
 
 
-class Several(Spec):
+class Several(ObjectiveSpec):
     """Velocity, flow map to the data and mean velocity, all regressed on every sample."""
 
     kind: Literal["several"] = "several"

@@ -17,13 +17,26 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from dumo.flow import dropout
 from dumo.flow.times import Dyadic
-from dumo.types import Cond, Frozen, Needs, Net, NoisyBatch, Readings, Sample, Spec, Terms, Time, lift, mean_square
-from dumo.types.rows import index
+from dumo.objectives.base import (
+    Cond,
+    Frozen,
+    Needs,
+    Net,
+    NoisyBatch,
+    ObjectiveSpec,
+    Readings,
+    Sample,
+    Terms,
+    Time,
+    dropout,
+    index,
+    lift,
+    mean_square,
+)
 
 
-class Shortcut(Spec):
+class Shortcut(ObjectiveSpec):
     """Steps of 2^-k, learned from the finest up. Guidance acts in the first doubling, and the others inherit it."""
 
     clip: ClassVar[float] = 4.0  # bound of x' and u*: `targets_shortcut.py`, for data of about unit size

@@ -23,16 +23,31 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from dumo.flow.compatibility import require_precise_passes
-from dumo.flow.guide import Guide
-from dumo.flow.reading import mean_velocity
-from dumo.flow.residual import adaptive_l2, clipped_share
-from dumo.flow.secant import earlier_mean_velocity
-from dumo.flow.times import LogitNormal, Pair, Times
-from dumo.types import Cond, Frozen, Needs, Net, NoisyBatch, Readings, Sample, Spec, Terms, lift, mean_square
+from dumo.objectives.base import (
+    Cond,
+    Frozen,
+    Guide,
+    LogitNormal,
+    Needs,
+    Net,
+    NoisyBatch,
+    ObjectiveSpec,
+    Pair,
+    Readings,
+    Sample,
+    Terms,
+    Times,
+    adaptive_l2,
+    clipped_share,
+    earlier_mean_velocity,
+    lift,
+    mean_square,
+    mean_velocity,
+    require_precise_passes,
+)
 
 
-class SoFlow(Spec):
+class SoFlow(ObjectiveSpec):
     """Mean velocity from t to r by a secant, with a share of the rows at r = t.
 
     Defaults are those of the authors' `imagenet.yaml`.

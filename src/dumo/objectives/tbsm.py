@@ -28,16 +28,28 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from dumo.flow import dropout
-from dumo.flow.noise import Noise
-from dumo.flow.reading import jump_to_data
-from dumo.flow.times import Uniform
-from dumo.types import FromTeacher, Frozen, Needs, Net, NoisyBatch, Readings, Sample, Spec, Terms, lift, mean_square
+from dumo.objectives.base import (
+    FromTeacher,
+    Frozen,
+    Needs,
+    Net,
+    Noise,
+    NoisyBatch,
+    ObjectiveSpec,
+    Readings,
+    Sample,
+    Terms,
+    Uniform,
+    dropout,
+    jump_to_data,
+    lift,
+    mean_square,
+)
 
 FLOOR = 1e-6  # added to a distance that is divided by; theirs
 
 
-class TBSM(Spec):
+class TBSM(ObjectiveSpec):
     """The map from noise to data in one pass, by one attraction and one repulsion a row."""
 
     kind: Literal["tbsm"] = "tbsm"

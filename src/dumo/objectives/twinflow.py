@@ -18,13 +18,24 @@ from typing import ClassVar, Literal
 
 import torch
 
-from dumo.flow.compatibility import require_precise_passes
-from dumo.flow.noise import Noise
-from dumo.flow.reading import mean_velocity
-from dumo.flow.residual import clipped_share, descent_error
-from dumo.flow.times import Uniform
+from dumo.objectives.base import (
+    Frozen,
+    Needs,
+    Net,
+    Noise,
+    NoisyBatch,
+    Readings,
+    Sample,
+    Terms,
+    Uniform,
+    clipped_share,
+    descent_error,
+    frozen,
+    mean_square,
+    mean_velocity,
+    require_precise_passes,
+)
 from dumo.objectives.rcgm import RCGM
-from dumo.types import Frozen, Needs, Net, NoisyBatch, Readings, Sample, Terms, frozen, mean_square
 
 
 class TwinFlow(RCGM):

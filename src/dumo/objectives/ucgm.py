@@ -28,31 +28,34 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from dumo.flow.compatibility import require_precise_passes
-from dumo.flow.reading import jump_to_data
-from dumo.flow.residual import clipped_share, huber
-from dumo.flow.slope import CentralSlope, Slope
-from dumo.flow.times import Beta, Times
-from dumo.types import (
+from dumo.objectives.base import (
     STRAIGHT,
+    Beta,
+    CentralSlope,
     Frozen,
     Needs,
     Net,
     NoisyBatch,
+    ObjectiveSpec,
     Readings,
     Sample,
-    Spec,
+    Slope,
     Terms,
     Time,
+    Times,
+    clipped_share,
     frozen,
+    huber,
+    jump_to_data,
     lift,
     mean_square,
+    require_precise_passes,
 )
 
 QUARTER = 1.57  # pi / 2 as the authors round it: so the weight is not quite 0 at t = 1
 
 
-class UCGM(Spec):
+class UCGM(ObjectiveSpec):
     """One head of one time. Defaults: `configs/training_few_steps/in1k256_tit_xl_sdvae.yaml`, less its teacher.
 
     That guides there, going past it by 2; dumo's `teacher` is not extrapolated.

@@ -1,7 +1,8 @@
 """Classes of a user's own in a run: a `kind` may be `module:Class`, the name of any class that Python can import.
 
-The class derives from a base below (`ObjectiveSpec`, `NetSpec`, `DataSpec`, `SolverSpec`) or from a spec of dumo's, and
-its `kind` is its name. A field that takes such classes is a union of two branches, which `branch` tells apart:
+The class derives from a base (`NetSpec`, `DataSpec`, `SolverSpec` below, `dumo.objectives.base.ObjectiveSpec`) or from
+a spec of dumo's, and its `kind` is its name. A field that takes such classes is a union of two branches, which `branch`
+tells apart:
 
     BundledNet = Annotated[DiT | MLP, Field(discriminator="kind"), Tag(BUNDLED)]
     OutsideNet = Annotated[NetSpec, Outside(NetSpec, BundledNet), Tag(OUTSIDE)]
@@ -31,7 +32,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema, to_json
 from torch import nn
 
-from dumo.types import Cond, Frozen, Needs, Net, NoisyBatch, Objective, Path, Readings, Sample, Spec, Terms, UserError
+from dumo.types import Cond, Needs, Objective, Path, Readings, Sample, Spec, UserError
 
 # The branches of a union, which stand in the location of an error
 BUNDLED = "bundled"
@@ -138,27 +139,6 @@ def make_objective(objective: str | Mapping[str, Any] | Objective) -> Objective:
 def _objective_adapter() -> TypeAdapter[Objective]:
     """The union of all objectives that ship with dumo. They are imported by name, because they build on this module."""
     return TypeAdapter(import_module("dumo.objectives").BundledObjective)
-
-
-class ObjectiveSpec(Spec, ABC):
-    """The base of an objective from outside. See `dumo.types.Objective`."""
-
-    kind: str
-    times: Any  # the law of (t, r): any of `dumo.flow.times`, or a `TimeLaw` of one's own
-    drop: float = Field(default=0.0, ge=0, le=1)  # the probability that a row's condition is dropped
-
-    @property
-    @abstractmethod
-    def needs(self) -> Needs:
-        """What it says of itself to the code that builds, checks and samples (`dumo.types.Needs`)."""
-
-    @abstractmethod
-    def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """The loss of each row of a batch (`dumo.types.Objective.loss`). Pure: draws and changes nothing."""
-
-    @abstractmethod
-    def readings(self, net: Net) -> Readings:
-        """What a net that was trained so can tell a solver. Does not call the net."""
 
 
 class NetSpec(Spec, ABC):
