@@ -5,8 +5,7 @@ Those of `contract.outside` stand for what users write: they are tested as ours 
 
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from contract.outside import Outside
 from dumo.flow.slope import DualSlope, Slope
@@ -67,28 +66,6 @@ def nets() -> list[Net]:
     small = {cls: SMALL | OWN.get(kind(cls), {}) for cls in members(Net) if kind(cls) not in GIVEN}
     found = [cls(**{k: v for k, v in small[cls].items() if k in cls.model_fields}) for cls in small]
     return sorted(found, key=lambda net: kind(net) != "mlp")
-
-
-def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every parameter anew: a net that starts at zero has u = du/dt = 0, and would pass everything."""
-    g = torch.Generator().manual_seed(seed)
-    for p in net.parameters():
-        size = p[0].numel() ** -0.5 if p.ndim > 1 else 0.1
-        p.data = torch.randn(p.shape, generator=g, dtype=torch.float64).to(p) * size
-    return net
-
-
-class Counted(nn.Module):
-    """A net that counts its passes, with gradients and without."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net, self.graded, self.still = net, 0, 0
-
-    def forward(self, x: Tensor, c: Tensor, /, **inputs: Tensor) -> tuple[Tensor, ...]:
-        graded = torch.is_grad_enabled()
-        self.graded, self.still = self.graded + graded, self.still + (not graded)
-        return self.net(x, c, **inputs)
 
 
 def step(objective: Objective, net: nn.Module, b: NoisyBatch) -> Terms:

@@ -4,34 +4,36 @@ None is in a union of the package; the last four stand in a run by `kind: module
 them those of the theory, run on these as on ours.
 """
 
-from math import prod
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Generator, Tensor, nn
+from torch import Generator
 
-from dumo.flow.reading import mean_velocity
-from dumo.flow.slope import DualSlope, Slope
-from dumo.flow.times import Number
 from dumo.io.source import TensorData
-from dumo.types import (
+from dumo.objectives.base import (
     Cond,
+    DualSlope,
     Frozen,
     Needs,
     Net,
     NoisyBatch,
-    Path,
+    Number,
+    ObjectiveSpec,
     PerSample,
     Readings,
     Sample,
+    Slope,
     Terms,
     Time,
     TimeLaw,
     lift,
     mean_square,
+    mean_velocity,
 )
-from dumo.types.outside import DataSpec, NetSpec, ObjectiveSpec, SolverSpec
+from dumo.testing.network import TinyNet
+from dumo.types import Path
+from dumo.types.outside import DataSpec, NetSpec, SolverSpec
 
 
 class Alternate(TimeLaw):
@@ -96,32 +98,14 @@ class Outside(ObjectiveSpec):
         return mean_velocity(net)
 
 
-class Plain(nn.Module):
-    """A net of one hidden layer that knows nothing of the package: it takes and gives what it is asked for."""
-
-    def __init__(self, needs: Needs, shape: tuple[int, ...], classes: int, width: int = 8) -> None:
-        super().__init__()
-        self.names = needs.names
-        self.label = nn.Embedding(classes + 1, width)
-        self.inner = nn.Linear(prod(shape) + len(self.names), width)
-        self.heads = nn.ModuleList(nn.Linear(width, prod(shape)) for _ in needs.heads)
-        self.gauges = nn.ModuleList(nn.Linear(width, 1) for _ in needs.gauges)
-
-    def forward(self, x: Tensor, c: Tensor, /, **inputs: Tensor) -> tuple[Tensor, ...]:
-        told = [inputs[name].unsqueeze(1).to(x.dtype) for name in self.names]
-        h = torch.tanh(self.inner(torch.cat([x.flatten(1), *told], 1)) + self.label(c))
-        heads = (head(h).view(x.shape) for head in self.heads)
-        return (*heads, *(gauge(h).squeeze(1) for gauge in self.gauges))
-
-
 class PlainNet(NetSpec):
     """What builds it."""
 
     kind: Literal["contract.outside:PlainNet"] = "contract.outside:PlainNet"
 
-    def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> Plain:
+    def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> TinyNet:
         """A net with the inputs, heads and gauges of `needs`."""
-        return Plain(needs, shape, classes)
+        return TinyNet(needs, shape, classes)
 
 
 class Bars(DataSpec):

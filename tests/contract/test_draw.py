@@ -1,15 +1,14 @@
 """What every objective's record keeps: keyed by row, so that any share of it has the same rows."""
 
-from dataclasses import fields
-
 import pytest
 import torch
-from torch import Tensor
 
 from contract.case import name, objectives
 from contract.drawn import counting
 from dumo.flow.noise import Noise, Signs, draw
 from dumo.flow.path import Linear
+from dumo.testing import properties
+from dumo.testing.properties import tensors_of
 from dumo.types import NoisyBatch, Objective
 
 each = pytest.mark.parametrize("objective", list(objectives(drop=0.4)), ids=name)
@@ -25,27 +24,18 @@ def rows(objective: Objective, step: int = 3, seed: int = 0, first: int = 0, n: 
     )
 
 
-def tensors(b: NoisyBatch) -> dict[str, Tensor]:
-    return {f.name: v for f in fields(b) if isinstance(v := getattr(b, f.name), Tensor)} | dict(b.drawn)
-
-
 @each
 def test_shares_of_the_draw_are_the_whole(objective: Objective) -> None:
-    whole = tensors(rows(objective))
-    for cut in ([12, 12], [1, 7, 16], [24]):
-        firsts = [sum(cut[:i]) for i in range(len(cut))]
-        parts = [tensors(rows(objective, first=first, n=n)) for first, n in zip(firsts, cut, strict=True)]
-        for key, v in whole.items():
-            assert torch.equal(torch.cat([p[key] for p in parts]), v), key
+    properties.draws_are_keyed_by_row(objective)
 
 
 @each
 def test_draws_are_keyed_by_seed_and_step(objective: Objective) -> None:
     state = torch.get_rng_state()
-    base, again = tensors(rows(objective)), tensors(rows(objective))
+    base, again = tensors_of(rows(objective)), tensors_of(rows(objective))
     assert all(torch.equal(v, again[key]) for key, v in base.items())
     one_time = {"t"} if len(base["t"].unique()) == 1 else set[str]()  # of a law that has nothing to draw
-    for other in (tensors(rows(objective, step=4)), tensors(rows(objective, seed=1))):
+    for other in (tensors_of(rows(objective, step=4)), tensors_of(rows(objective, seed=1))):
         for key in {"t", "z", "kept", "x_t", *rows(objective).drawn} - one_time:
             assert not torch.equal(base[key], other[key]), key
     assert torch.equal(state, torch.get_rng_state())

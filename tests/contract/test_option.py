@@ -22,8 +22,9 @@ from dumo.config.spec import Run
 from dumo.data import Memory
 from dumo.nets import ModuleSpec
 from dumo.objectives import Objective
+from dumo.objectives.base import ObjectiveSpec
 from dumo.types import PINNED, Spec
-from dumo.types.outside import DataSpec, NetSpec, ObjectiveSpec, SolverSpec, members
+from dumo.types.outside import DataSpec, NetSpec, SolverSpec, members
 from recipe import recipe
 
 OBJECTIVES = members(Objective)

@@ -100,7 +100,7 @@ def test_code_is_known_by_what_it_does(text: str, same: bool, tmp_path: Path, mo
         ("__main__:Nothing", "__main__:Nothing"),
         ("torch:Tensor", "torch:Tensor"),
         ("dumo.objectives:DuMo", "dumo.objectives:DuMo"),
-        ("contract.outside:PlainNet", "dumo.types.outside.ObjectiveSpec"),
+        ("contract.outside:PlainNet", "dumo.objectives.base.ObjectiveSpec"),
         ('"os:"', "os:"),
         ('":"', ":"),
     ],

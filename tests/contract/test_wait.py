@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from contract.case import name, nets, one_each, randomise
+from contract.case import name, nets, one_each
 from dumo.flow import module
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.noise import draw, path_velocity
 from dumo.flow.path import Linear
 from dumo.flow.slope import JvpSlope
 from dumo.objectives import DuMo
+from dumo.testing.network import randomise
 from dumo.training.spec import Train
 from dumo.training.state import begin
 from dumo.types import Objective

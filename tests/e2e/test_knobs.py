@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from contract.case import randomise
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.config.teacher import Teacher
@@ -17,6 +16,7 @@ from dumo.run import teacher
 from dumo.run.examination import examine
 from dumo.run.sampler import sampler_of
 from dumo.run.weights import build
+from dumo.testing.network import randomise
 from dumo.types import frozen
 
 SMALL = ["net.width=16", "net.depth=1", "sample.nfe=[1]"]

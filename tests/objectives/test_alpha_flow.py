@@ -13,7 +13,8 @@ from dumo.flow.guide import Guide
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.flow.times import Pair
 from dumo.objectives import AlphaFlow
-from theory.exact import APART, PRODUCT, Exact, Flow, column, drawn, gaussian, gradient, record
+from dumo.testing.exact import APART, ExactNet, Flow, column, exact_batch, gaussian, gradient
+from theory.exact import PRODUCT, drawn
 from theory.formula import GUIDES, Polynomial, agree, changed, guided, half, passes, rows
 
 MIXED = Pair(velocity_ratio=0.25)
@@ -72,8 +73,8 @@ def test_gradient_vanishes_with_alpha(flow: Flow, guide: Guide) -> None:
     found = []
     for progress in (0.55, 0.58, 0.61, 0.64):
         o = changed(AlphaFlow, floor=1e6, clip=inf)(times=MIXED, guide=guide, drop=0.2, **WIDE)
-        b, alpha = replace(record(o, flow), progress=progress), o.alpha(progress)
-        found.append((alpha, (gradient(o, Exact(flow, o.needs), b) / alpha**2).norm()))
+        b, alpha = replace(exact_batch(o, flow), progress=progress), o.alpha(progress)
+        found.append((alpha, (gradient(o, ExactNet(flow, o.needs), b) / alpha**2).norm()))
     for (large, coarse), (small, fine) in pairwise(found):
         assert abs((coarse / fine).log() / log(large / small) - 1) < 0.2
 
@@ -83,7 +84,7 @@ def test_it_rests_at_the_flow_when_alpha_is_zero_and_elsewhere_before(slope: Dua
     """At the start it is flow matching along trajectories: u* = v* on rows of r < t, too, which no u obeys."""
     for flow, guide in ((PRODUCT, Guide()), (gaussian(DUMO), DUMO)):
         o = AlphaFlow(times=MIXED, guide=guide, drop=0.2, slope=slope)
-        net, b = Exact(flow, o.needs), record(o, flow)
+        net, b = ExactNet(flow, o.needs), exact_batch(o, flow)
         assert gradient(o, net, replace(b, progress=1.0)).abs().max() < 1e-12
         assert gradient(o, net, replace(b, progress=0.0)).abs().max() > 1e-3
 

@@ -19,8 +19,9 @@ from dumo.flow.times import Grid
 from dumo.objectives import CMT
 from dumo.run import teacher
 from dumo.runtime.progress import no_bar
+from dumo.testing.exact import APART, ExactNet, Flow, column, gradient
 from dumo.types import NoisyBatch, Readings, UserError
-from theory.exact import APART, PRODUCT, Exact, Flow, column, gradient
+from theory.exact import PRODUCT
 from theory.formula import Polynomial, agree
 from unit.run.known import shift, tiny
 
@@ -64,7 +65,7 @@ def test_formula(of: str) -> None:
 def test_the_flow_is_at_rest_on_its_own_trajectories(of: str, flow: Flow) -> None:
     """Row by row; off it the gradient of every head is not zero."""
     objective = CMT.model_validate({"of": of})
-    b, net = record(objective, flow), Exact(flow, objective.needs)
+    b, net = record(objective, flow), ExactNet(flow, objective.needs)
     assert step(objective, net, b).loss.max() < 1e-20
     net.probe.data += 0.1
     assert gradient(objective, net, b).abs().min() > 1e-3

@@ -13,9 +13,10 @@ from dumo.config.load import load
 from dumo.flow.times import Karras
 from dumo.objectives import Consistency
 from dumo.objectives.consistency import Discretization, Equal, KarrasGrid, Ratio
+from dumo.testing.exact import APART, ExactNet, Flow, column, exact_batch, gaussian, gradient, stiffness
 from dumo.training.ema import Ema, MovingAverage
 from dumo.types import NoisyBatch, Spec, UserError
-from theory.exact import APART, PRODUCT, Exact, Flow, column, falls, gaussian, gradient, record, stiffness
+from theory.exact import PRODUCT, falls
 from theory.formula import Polynomial, agree, half, passes
 
 AUTHORS = {  # with their constants; the distance of CM is LPIPS, here l2, its second choice
@@ -34,8 +35,8 @@ L2 = Consistency(soft=None)
 
 
 def rows(objective: Consistency, progress: float) -> NoisyBatch:
-    """A record with slopes as they fall, of which v_t is given to x and z; no corners."""
-    b = record(objective, gaussian(), 64)
+    """A batch with slopes as they fall, of which v_t is given to x and z; no corners."""
+    b = exact_batch(objective, gaussian(), 64)
     return replace(b, v_t=b.z - b.x, teacher=None, progress=progress)[5:]
 
 
@@ -117,7 +118,7 @@ def test_the_first_stage_stays() -> None:
 def test_gradient_vanishes_with_the_step(flow: Flow, weighted: bool, order: int) -> None:
     """Along the velocity the secant is off by O(t - r); unweighted, the gradient has a factor t (t - r) besides."""
     objectives = [at_steps(L2.model_copy(update={"weighted": weighted}), q) for q in (250, 500, 1000, 2000)]
-    left = [gradient(o, Exact(flow, o.needs), record(o, flow)).abs() for o in objectives]
+    left = [gradient(o, ExactNet(flow, o.needs), exact_batch(o, flow)).abs() for o in objectives]
     assert falls(left, order)
 
 
@@ -126,7 +127,7 @@ def test_on_a_grid_it_vanishes_too(flow: Flow) -> None:
     """There t moves to the end of its step, and x_t with it."""
     grids = [KarrasGrid(first=n, last=n) for n in (100, 400, 1600)]
     objectives = [L2.model_copy(update={"discretization": grid, "weighted": False}) for grid in grids]
-    left = [gradient(o, Exact(flow, o.needs), record(o, flow)).abs() for o in objectives]
+    left = [gradient(o, ExactNet(flow, o.needs), exact_batch(o, flow)).abs() for o in objectives]
     assert falls(left, 4, within=0.4)  # each a quarter of the one before
 
 
@@ -136,7 +137,7 @@ def test_slopes_that_scatter_cancel_as_steps_get_short(flow: Flow) -> None:
     sums = []
     for q in (500, 1000, 2000):
         o = at_steps(L2, q)
-        net, b = Exact(flow, o.needs), record(o, flow)
+        net, b = ExactNet(flow, o.needs), exact_batch(o, flow)
         off = torch.randn(b.x.shape, generator=torch.Generator().manual_seed(5), dtype=b.x.dtype)
         one, other = (gradient(o, net, replace(b, v_t=b.v_t + sign * off)) for sign in (1, -1))
         assert one.abs().max() > 1e-3
@@ -147,7 +148,7 @@ def test_slopes_that_scatter_cancel_as_steps_get_short(flow: Flow) -> None:
 @each_flow
 def test_descent_leads_back_to_the_flow(flow: Flow) -> None:
     o = at_steps(L2, 256)
-    pull = stiffness(o, Exact(flow, o.needs), record(o, flow))
+    pull = stiffness(o, ExactNet(flow, o.needs), exact_batch(o, flow))
     assert torch.linalg.eigvals(pull).real.min() > 0.05
 
 

@@ -6,7 +6,8 @@ import torch
 from contract.case import step
 from dumo.flow.slope import JvpSlope
 from dumo.objectives.critic import CENTRE, FIT, FLOOR, SLOPES, WEIGHT, Critic, reverse_gradient
-from theory.exact import PRODUCT, D, Exact, Gaussian, Product, column, drawn, gaussian, gradient, record
+from dumo.testing.exact import D, ExactNet, Gaussian, column, exact_batch, gaussian, gradient
+from theory.exact import PRODUCT, Product, drawn
 from theory.formula import Polynomial
 from theory.pulled import adds, moves_samples_back, width_gradient
 
@@ -55,8 +56,8 @@ def test_reversal_is_the_same_whatever_the_loss_is_multiplied_by(scale: float) -
 @pytest.mark.slow
 @pytest.mark.parametrize("flow", [gaussian(), PRODUCT])
 def test_a_flat_critic_moves_nothing(flow: Gaussian | Product) -> None:
-    b = record(CRITIC, flow, 64)
-    assert not gradient(CRITIC, Exact(flow, CRITIC.needs), b)[:2].abs().max() > 1e-10
+    b = exact_batch(CRITIC, flow, 64)
+    assert not gradient(CRITIC, ExactNet(flow, CRITIC.needs), b)[:2].abs().max() > 1e-10
 
 
 def test_samples_of_another_width_are_moved_back() -> None:

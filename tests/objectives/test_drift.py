@@ -9,9 +9,10 @@ from contract.case import step
 from dumo.config.load import load
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.objectives.drift import RADII, WEIGHT, Drift, drift
+from dumo.testing.exact import D
 from dumo.training.micro_batch import rows_kept_together
 from dumo.types import UserError
-from theory.exact import D, drawn
+from theory.exact import drawn
 from theory.formula import Polynomial, passes
 from theory.pulled import adds, moves_samples_back
 

@@ -5,7 +5,7 @@ import pytest
 from dumo.flow.guide import Guide
 from dumo.flow.slope import JvpSlope
 from dumo.objectives import DuMo
-from theory.exact import column
+from dumo.testing.exact import column
 from theory.formula import GUIDES, Polynomial, agree, guided, half, rows
 
 

@@ -3,13 +3,15 @@
 import pytest
 import torch
 
-from contract.case import nets, randomise, step
+from contract.case import nets, step
 from dumo.config.load import load
 from dumo.flow.guide import Guide
 from dumo.flow.slope import JvpSlope
 from dumo.flow.times import Jumps
 from dumo.objectives import DuMo, DuMoAny
-from theory.exact import D, column, drawn
+from dumo.testing.exact import D, column
+from dumo.testing.network import randomise
+from theory.exact import drawn
 from theory.formula import GUIDES, Told, agree, guided, half, rows
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from dumo.flow.slope import DualSlope, JvpSlope, Slope
 from dumo.objectives import F2D2
-from theory.exact import column
+from dumo.testing.exact import column
 from theory.formula import Told, agree, half, rows
 
 

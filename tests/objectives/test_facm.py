@@ -11,8 +11,9 @@ from torch.nn.functional import cosine_similarity
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.objectives import FACM
+from dumo.testing.exact import APART, ExactNet, Flow, column, exact_batch, gaussian, gradient
 from dumo.types import Frozen
-from theory.exact import APART, PRODUCT, Exact, Flow, column, gaussian, gradient, plane, record
+from theory.exact import PRODUCT, plane
 from theory.formula import Polynomial, changed, gradients, guided, half, rows
 
 NONE, OWN = Guide(), Guide(omega=1.75, interval=Interval(high=0.875))
@@ -46,7 +47,7 @@ def test_formula(guide: Guide, switches: dict[str, float | None], cls: type[FACM
 
 
 def at_rest(o: FACM, flow: Flow, n: int = 256) -> float:
-    return gradient(o, Exact(flow, o.needs), record(o, flow, n)).abs().max().item()
+    return gradient(o, ExactNet(flow, o.needs), exact_batch(o, flow, n)).abs().max().item()
 
 
 @pytest.mark.slow

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from contract.case import step
 from dumo.config.load import load
 from dumo.objectives import FreeFlow, freeflow
+from dumo.testing.exact import APART, D, ExactNet, Flow, column, exact_batch, gaussian, gradient, growth
 from dumo.types import Heads, UserError
-from theory.exact import APART, PRODUCT, D, Exact, Flow, column, drawn, gaussian, gradient, growth, record
+from theory.exact import PRODUCT, drawn
 from theory.formula import Polynomial, agree, gradients, passes
 
 OBJECTIVE = FreeFlow(drop=0.3)
@@ -66,7 +67,7 @@ def test_agrees_with_the_paper() -> None:
 @pytest.mark.parametrize("flow", [gaussian(), APART, PRODUCT], ids=["gaussian", "apart", "mixture"])
 def test_it_rests_at_the_flow(flow: Flow) -> None:
     """Row by row for u; for w on average only, which is the next test's. Off the flow it moves."""
-    net, b = Exact(flow, OBJECTIVE.needs), record(OBJECTIVE, flow, 64)
+    net, b = ExactNet(flow, OBJECTIVE.needs), exact_batch(OBJECTIVE, flow, 64)
     assert gradient(OBJECTIVE, net, b)[0].abs().max() < 1e-10
     net.probe.data[0] = torch.tensor([0.1, -0.1], dtype=D)
     assert gradient(OBJECTIVE, net, b)[0].abs().min() > 1e-3
@@ -77,7 +78,7 @@ def test_the_head_of_samples_rests_at_the_flow() -> None:
     every = torch.tensor(list(product((1, -1), repeat=3)), dtype=D)
     z, z_again, _ = (column(a).repeat(1, 2) for a in every.T)
     b = drawn(OBJECTIVE, 8, teacher=True)
-    net = Exact(gaussian(), OBJECTIVE.needs)
+    net = ExactNet(gaussian(), OBJECTIVE.needs)
     for t in (0.0, 0.3, 1.0):
         laws = {**b.drawn, "w.z": z_again, "w.t": torch.full_like(b.t, t)}
         at = replace(b, z=z, c=0 * b.c, drawn=laws)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.flow.times import Pair
 from dumo.objectives import ImprovedMeanFlow
+from dumo.testing.exact import APART, D, ExactNet, Flow, column, exact_batch, gaussian, gradient
 from dumo.types import Heads, NoisyBatch
-from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, plane, record
+from theory.exact import PRODUCT, plane
 from theory.formula import Polynomial, agree, changed, half, rows
 
 EVEN = Pair(velocity_ratio=0.5)
@@ -73,9 +74,9 @@ def test_formula(w: float | None, power: float, floor: float) -> None:
 
 
 def at_rest(o: ImprovedMeanFlow, flow: Flow, n: int = 256, **drawn: float) -> float:
-    b = record(o, flow, n)
+    b = exact_batch(o, flow, n)
     b = replace(b, drawn={**b.drawn, **{name: torch.full_like(b.t, value) for name, value in drawn.items()}})
-    return gradient(o, Exact(flow, o.needs), b).abs().max().item()
+    return gradient(o, ExactNet(flow, o.needs), b).abs().max().item()
 
 
 @pytest.mark.slow

@@ -8,15 +8,15 @@ from torch import Tensor
 
 from dumo.flow.times import Below, Groups, Uniform
 from dumo.objectives import IMM
+from dumo.testing.exact import APART, D, ExactNet, Gaussian, column, exact_batch, table
 from dumo.types import Frozen, NoisyBatch
-from theory.exact import APART, D, Exact, Gaussian, column, record, table
 from theory.formula import Polynomial, agree, changed
 
 ONE = Gaussian(table([0.5, 0.5])[0], table([0.3, 0.3])[0])  # one class
 
 
 def rows(objective: IMM, n: int = 24) -> NoisyBatch:
-    return replace(record(objective, APART, n), teacher=None)
+    return replace(exact_batch(objective, APART, n), teacher=None)
 
 
 @pytest.mark.parametrize(("size", "constants"), [(4, {}), (3, {"gap": 160 / 2**15, "a": 1.0, "b": 5.0})])
@@ -71,7 +71,7 @@ def test_q_lies_between(o: IMM) -> None:
 def pulls(off: Tensor, size: int = 4, gap: float = 0.2) -> tuple[Tensor, Tensor]:
     """The gradient on a probe that is off the flow, and its error: of 16,000 rows in 40 pieces."""
     o = changed(IMM, gap=gap)(times=changed(Groups, size=size)(of=Below(of=Uniform(low=0.2, high=0.8))), drop=0.0)
-    net, b = Exact(ONE, o.needs), record(o, ONE, 16000)
+    net, b = ExactNet(ONE, o.needs), exact_batch(o, ONE, 16000)
     net.probe.data = off.view(1, 2)
     loss = o.loss(net, Frozen(net), b).loss.view(40, -1).mean(1)
     found = torch.stack([torch.autograd.grad(part, net.probe, retain_graph=True)[0][0] for part in loss])

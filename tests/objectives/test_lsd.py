@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.case import randomise, step
+from contract.case import step
 from dumo.autodiff.dual import Dual
 from dumo.config.load import load
 from dumo.flow.guide import Guide
@@ -16,8 +16,10 @@ from dumo.flow.times import Below, Pair
 from dumo.nets import DiT
 from dumo.objectives import LSD
 from dumo.objectives.lsd import BETA
+from dumo.testing.exact import APART, D, ExactNet, Flow, column, exact_batch, gaussian, gradient
+from dumo.testing.network import randomise
 from dumo.types import Heads, NoisyBatch
-from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record
+from theory.exact import PRODUCT
 from theory.formula import GUIDES, agree, guided, passes, rows
 
 SPREAD = Pair(velocity_ratio=0.25)  # three quarters of the rows have r < t
@@ -112,7 +114,7 @@ FLOWS = [gaussian(), APART, PRODUCT]
 def test_two_heads_rest_at_the_flow(flow: Flow) -> None:
     """One net does, too: see tests/theory/test_fixed_point.py."""
     objective = LSD(times=SPREAD, drop=0.2, two_heads=True)
-    net, b = Exact(flow, objective.needs), record(objective, flow)
+    net, b = ExactNet(flow, objective.needs), exact_batch(objective, flow)
     assert gradient(objective, net, b).abs().max() < 1e-12
     net.probe.data[:] = torch.tensor([0.1, -0.1], dtype=D)
     assert gradient(objective, net, b).abs().min() > 1e-3

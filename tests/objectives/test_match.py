@@ -15,8 +15,9 @@ from dumo.nets.dit import DiT
 from dumo.objectives import DuMo
 from dumo.objectives.match import FIT, WEIGHT, Match, sid_loss
 from dumo.run.cost import forward_units
+from dumo.testing.exact import D, ExactNet, Gaussian, column, exact_batch, gaussian, gradient, growth
 from dumo.types import Frozen
-from theory.exact import PRODUCT, D, Exact, Gaussian, Product, column, drawn, gaussian, gradient, growth, record
+from theory.exact import PRODUCT, Product, drawn
 from theory.formula import Polynomial, passes
 from theory.pulled import added, adds, moves_samples_back, width_gradient
 
@@ -83,8 +84,8 @@ def test_the_rest_is_dumo_to_the_bit() -> None:
 @pytest.mark.parametrize("objective", [MATCH, SID], ids=["DMD2", "SiD"])
 def test_it_rests_at_the_flow(flow: Gaussian | Product, objective: Match) -> None:
     """Row by row for v and u; for w on average only, which is the next test's."""
-    b = record(objective, flow, 64)
-    assert gradient(objective, Exact(flow, objective.needs), b)[:2].abs().max() < 1e-10
+    b = exact_batch(objective, flow, 64)
+    assert gradient(objective, ExactNet(flow, objective.needs), b)[:2].abs().max() < 1e-10
 
 
 def test_the_head_of_samples_rests_at_the_flow() -> None:
@@ -94,7 +95,7 @@ def test_the_head_of_samples_rests_at_the_flow() -> None:
     b = drawn(MATCH, 4, progress=1.0)
     for t in (0.0, 0.3, 1.0):
         at = replace(b, z=z, c=0 * b.c, drawn={"w.z": z_own, "w.t": torch.full_like(b.t, t)})
-        net = Exact(gaussian(), MATCH.needs)
+        net = ExactNet(gaussian(), MATCH.needs)
         (left,) = torch.autograd.grad(step(MATCH, net, at).parts["w"].mean(), net.probe)
         assert left.abs().max() < 1e-12
         same = replace(at, drawn={**at.drawn, "w.z": z})

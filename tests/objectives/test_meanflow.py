@@ -12,7 +12,7 @@ from dumo.flow.slope import DualSlope
 from dumo.flow.times import Pair
 from dumo.objectives import MeanFlow
 from dumo.objectives.meanflow import Line
-from theory.exact import APART, Exact, column, gradient, record
+from dumo.testing.exact import APART, ExactNet, column, exact_batch, gradient
 from theory.formula import GUIDES, Polynomial, agree, guided, half, rows
 
 
@@ -49,7 +49,7 @@ def test_formula_of_ayf() -> None:
 
 @pytest.mark.parametrize("k", [1.0, 0.99])
 def test_ayf_rests_at_the_flow_of_its_teacher(k: float) -> None:
-    """Whose velocity the record has; with k below 1 that is only nearly so: it is of the size of 1 - k."""
+    """Whose velocity the batch has; with k below 1 that is only nearly so: it is of the size of 1 - k."""
     objective = MeanFlow(
         guide=Guide(),
         power=0,
@@ -58,7 +58,7 @@ def test_ayf_rests_at_the_flow_of_its_teacher(k: float) -> None:
         slope=DualSlope(),
         times=Pair(velocity_ratio=0),
     )
-    left = gradient(objective, Exact(APART, objective.needs), record(objective, APART)).abs().max()
+    left = gradient(objective, ExactNet(APART, objective.needs), exact_batch(objective, APART)).abs().max()
     assert left < 1e-12 if k == 1 else 1e-4 < left < 0.2
 
 
@@ -73,7 +73,7 @@ def test_the_adaptive_metric_shifts_the_rest_where_slopes_are_skewed(power: floa
     """MeanFlow's own limit (its Eq. 22): small residuals weigh more, so it seeks not the mean slope but one nearer to
     the mode. Slopes of +2 with probability 1/3 and of -1 with 2/3 about the mean show it; p = 0 rests at the mean."""
     o = MeanFlow(power=power, guide=Guide(), times=Pair(velocity_ratio=0.5))
-    net, b = Exact(APART, o.needs), record(o, APART)
+    net, b = ExactNet(APART, o.needs), exact_batch(o, APART)
     high, low = (gradient(o, net, replace(b, v_t=b.v_t + off)) for off in (2, -1))
     assert high.abs().max() > 0.1
     assert bool((high / 3 + 2 * low / 3).abs().max() < 1e-12) == rests

@@ -10,8 +10,9 @@ from dumo.config.load import load
 from dumo.flow.times import Grid
 from dumo.objectives import PiFlow
 from dumo.objectives.pi_flow import Policy
+from dumo.testing.exact import APART, D, Flow, column
 from dumo.types import Frozen, Heads, NoisyBatch, UserError
-from theory.exact import APART, PRODUCT, D, Flow, column, drawn
+from theory.exact import PRODUCT, drawn
 from theory.formula import Polynomial, gradients
 
 each_flow = pytest.mark.parametrize("flow", [APART, PRODUCT], ids=["gaussian", "mixture"])

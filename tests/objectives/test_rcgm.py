@@ -10,7 +10,8 @@ import torch
 from dumo.flow.guide import Guide
 from dumo.flow.times import Pair
 from dumo.objectives import RCGM
-from theory.exact import APART, PRODUCT, Exact, Flow, column, falls, gaussian, gradient, record, stiffness
+from dumo.testing.exact import APART, ExactNet, Flow, column, exact_batch, gaussian, gradient, stiffness
+from theory.exact import PRODUCT, falls
 from theory.formula import GUIDES, Polynomial, agree, changed, guided, half, rows
 
 MIXED = Pair(velocity_ratio=0.25)
@@ -46,14 +47,14 @@ def test_gradient_vanishes_with_the_step(flow: Flow, guide: Guide, order: int) -
     left = []
     for h in (0.02, 0.01, 0.005, 0.0025):
         o = changed(RCGM, step=h, clip=inf)(times=MIXED, guide=guide, drop=0.2, order=order)
-        b = record(o, flow, 128)
+        b = exact_batch(o, flow, 128)
         b = replace(b, r=torch.where(b.t - b.r < 0.02, b.t, b.r))  # the same rows within h of t for all h
-        left.append(gradient(o, Exact(flow, o.needs), b).norm())
+        left.append(gradient(o, ExactNet(flow, o.needs), b).norm())
     assert falls(left, 1)
     assert left[-1] < 2e-2
 
 
 def test_descent_leads_back_to_the_flow() -> None:
     o = RCGM(times=MIXED, guide=Guide(), order=2)
-    pull = stiffness(o, Exact(PRODUCT, o.needs), record(o, PRODUCT, 64))
+    pull = stiffness(o, ExactNet(PRODUCT, o.needs), exact_batch(o, PRODUCT, 64))
     assert torch.linalg.eigvals(pull).real.min() > 0.1

@@ -11,8 +11,9 @@ from dumo.flow.path import Trig
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.flow.solver import Restart
 from dumo.objectives import SCT
+from dumo.testing.exact import APART, D, ExactNet, Flow, exact_batch, gaussian, gradient
 from dumo.types import Frozen, Heads, NoisyBatch
-from theory.exact import APART, PRODUCT, D, Exact, Flow, gaussian, gradient, record
+from theory.exact import PRODUCT
 from theory.formula import Polynomial, agree, changed
 
 
@@ -29,8 +30,8 @@ class Gauged(nn.Module):
 
 
 def rows(o: SCT, flow: Flow, progress: float, n: int = 64) -> NoisyBatch:
-    """A record of the circle, v_t as it falls."""
-    b = replace(record(o, flow, n), progress=progress)
+    """A batch of the circle, v_t as it falls."""
+    b = replace(exact_batch(o, flow, n), progress=progress)
     x_t, v_t = Trig().at(b.x, b.z, b.t)
     return replace(b, x_t=x_t, v_t=v_t)
 
@@ -66,7 +67,7 @@ def test_formula(progress: float, warmup: float, grown: float, floor: float, wei
 def taught(flow: Flow, progress: float = 1.0, weigh: bool = True) -> Tensor:
     """The gradient at the exact flow, v_t being its mean."""
     o = SCT(slope=DualSlope(), weigh=weigh)
-    return gradient(o, Exact(flow, o.needs), replace(record(o, flow), progress=progress))
+    return gradient(o, ExactNet(flow, o.needs), replace(exact_batch(o, flow), progress=progress))
 
 
 @pytest.mark.slow
@@ -78,7 +79,7 @@ def test_it_rests_at_the_flow_after_the_warm_up(flow: Flow) -> None:
     assert taught(flow, 0.0).abs().max() > 1e-2
 
 
-class Tangent(Exact):
+class Tangent(ExactNet):
     """The mean direction of the path, dx_t/dtheta, in place of that to the data."""
 
     def direction(self, flow: Flow, x: Tensor, c: Tensor, t: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ class Tangent(Exact):
 def test_before_the_warm_up_it_is_flow_matching() -> None:
     """It rests where f is the mean of dx_t/dtheta: sCM's stand-in for beginning with a trained diffusion model."""
     o = SCT()
-    b = replace(record(o, APART), progress=0.0)
+    b = replace(exact_batch(o, APART), progress=0.0)
     assert gradient(o, Tangent(APART, o.needs), b).abs().max() < 1e-12
 
 
@@ -109,7 +110,7 @@ def test_the_gauge_settles_at_the_log_of_what_it_divides() -> None:
 def test_the_circle_leads_to_the_data() -> None:
     """From any time, and by two jumps with fresh noise between: samples of the data's width."""
     o, flow = SCT(), gaussian()
-    readings = o.readings(Exact(flow, o.needs))
+    readings = o.readings(ExactNet(flow, o.needs))
     assert readings.velocity is None
     n, g = 20_000, torch.Generator().manual_seed(0)
     z, again = torch.randn(2, n, 2, generator=g, dtype=D)

@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.case import nets, randomise, step
+from contract.case import nets, step
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.times import Below, Beta, Dyadic, Pair, Uniform
 from dumo.objectives import DuMo, Several
+from dumo.testing.exact import D, ExactNet, column, exact_batch, gaussian, gradient
+from dumo.testing.network import randomise
 from dumo.types import Frozen, NoisyBatch
-from theory.exact import D, Exact, column, drawn, gaussian, gradient, record
+from theory.exact import drawn
 from theory.formula import GUIDES, Told, agree, guided, half
 
 NONE, GUIDED = Guide(), Guide(zeta=0.55)
@@ -81,7 +83,7 @@ def test_the_parts_of_v_and_u_are_dumo_s_to_the_bit(slope: Slope, guide: Guide) 
 def test_without_a_step_m_learns_the_velocity(third: str) -> None:
     """Where r = t its gradient is flow matching's times its weight, as v's is."""
     objective, flow = several(third, times=HALF), gaussian()
-    net, b = Exact(flow, objective.needs), record(objective, flow)
+    net, b = ExactNet(flow, objective.needs), exact_batch(objective, flow)
     net.probe.data = torch.tensor([0.3, -0.2], dtype=D).expand(3, 2).clone()
     grad = gradient(objective, net, replace(b, r=b.t, moving=None))
     assert grad[0].abs().min() > 0.01

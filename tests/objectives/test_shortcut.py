@@ -13,9 +13,10 @@ from dumo.flow.path import Linear
 from dumo.flow.solver import Euler, Hop, check
 from dumo.flow.times import Dyadic
 from dumo.objectives import Shortcut
+from dumo.testing.exact import D, ExactNet, column, gaussian
 from dumo.types import Heads, NoisyBatch, Readings, UserError
 from theory import exact
-from theory.exact import D, Exact, column, drawn, falls, gaussian
+from theory.exact import drawn, falls
 from theory.formula import Polynomial, agree, changed
 
 LEVELS = 7
@@ -69,7 +70,7 @@ class TeacherVelocity(nn.Module):
     def __init__(self, objective: Shortcut, levels: int) -> None:
         super().__init__()
         self.levels, guided = levels, gaussian(Guide(omega=objective.scale))
-        self.plain, self.guided = (Exact(flow, objective.needs) for flow in (gaussian(), guided))
+        self.plain, self.guided = (ExactNet(flow, objective.needs) for flow in (gaussian(), guided))
 
     def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, k: Tensor) -> Heads:
         (plain,), (guided,) = (net(x, c, t=t, k=k) for net in (self.plain, self.guided))

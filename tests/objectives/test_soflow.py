@@ -10,8 +10,9 @@ from contract.case import step
 from dumo.flow.guide import Guide
 from dumo.flow.times import Pair
 from dumo.objectives import SoFlow
+from dumo.testing.exact import APART, ExactNet, Flow, column, exact_batch, gaussian, gradient, stiffness
 from dumo.types import NoisyBatch
-from theory.exact import APART, PRODUCT, Exact, Flow, column, drawn, falls, gaussian, gradient, record, stiffness
+from theory.exact import PRODUCT, drawn, falls
 from theory.formula import Polynomial, agree, changed, half, passes, rows
 
 MIXED = Pair(velocity_ratio=0.25)
@@ -55,14 +56,14 @@ def test_gradient_vanishes_with_the_step(flow: Flow, guide: Guide) -> None:
         o = changed(SoFlow, min_step=1e-9, fade_start=0.9999999)(
             times=MIXED, guide=guide, drop=0.2, first=q, last=q, power=0.0
         )
-        left.append(gradient(o, Exact(flow, o.needs), record(o, flow)).norm())
+        left.append(gradient(o, ExactNet(flow, o.needs), exact_batch(o, flow)).norm())
     assert falls(left, 1)
     assert left[-1] < 2e-3
 
 
 def test_descent_leads_back_to_the_flow() -> None:
     o = SoFlow(times=MIXED, guide=Guide(), last=0.1)
-    pull = stiffness(o, Exact(PRODUCT, o.needs), record(o, PRODUCT))
+    pull = stiffness(o, ExactNet(PRODUCT, o.needs), exact_batch(o, PRODUCT))
     assert torch.linalg.eigvals(pull).real.min() > 0.1
 
 

@@ -10,8 +10,9 @@ from contract.case import step
 from dumo.config.load import load
 from dumo.objectives import TBSM
 from dumo.objectives.tbsm import bearing
+from dumo.testing.exact import D, ExactNet, Flow, column, gaussian
 from dumo.types import Heads, NoisyBatch, UserError
-from theory.exact import PRODUCT, D, Exact, Flow, column, drawn, gaussian
+from theory.exact import PRODUCT, drawn
 from theory.formula import Polynomial, agree, gradients, passes
 
 OBJECTIVE = TBSM(drop=0.3)
@@ -51,7 +52,7 @@ def test_a_bearing_has_one_length_whatever_the_distance() -> None:
     assert torch.equal(found[0], x[0])
 
 
-def exchanged(b: NoisyBatch, net: Exact, flow: Flow) -> tuple[NoisyBatch, NoisyBatch]:
+def exchanged(b: NoisyBatch, net: ExactNet, flow: Flow) -> tuple[NoisyBatch, NoisyBatch]:
     """Rows whose data are made of noise by the flow, and the rows in which data and negative have changed places."""
     one = torch.ones_like(b.t)
     p_z = torch.randn(b.x.shape, generator=torch.Generator().manual_seed(4), dtype=D)
@@ -64,7 +65,7 @@ def exchanged(b: NoisyBatch, net: Exact, flow: Flow) -> tuple[NoisyBatch, NoisyB
 def test_it_rests_where_samples_are_the_data(flow: Flow) -> None:
     """Of a mixture, too: what a row meets may as well be the other way round, and both gradients add up to nothing."""
     objective = TBSM()
-    net = Exact(flow, objective.needs)
+    net = ExactNet(flow, objective.needs)
     one, other = (
         gradients(step(objective, net, rows).loss, net)[0] for rows in exchanged(drawn(objective, 64, flow), net, flow)
     )
@@ -74,7 +75,7 @@ def test_it_rests_where_samples_are_the_data(flow: Flow) -> None:
 
 def test_a_sample_meets_nothing_at_all_where_both_are_one() -> None:
     objective = TBSM()
-    net, b = Exact(gaussian(), objective.needs), drawn(objective)
+    net, b = ExactNet(gaussian(), objective.needs), drawn(objective)
     at_one = replace(b, x=gaussian().carry(b.drawn["n.z"].to(D), b.c, torch.ones_like(b.t), torch.zeros_like(b.t)))
     assert step(objective, net, at_one).loss.max() < 1e-20
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from contract.case import step
 from dumo.flow.guide import Guide, Interval
 from dumo.objectives import TwinFlow
+from dumo.testing.exact import D, ExactNet, column, gaussian, growth
 from dumo.types import Heads, NoisyBatch
-from theory.exact import D, Exact, column, drawn, falls, gaussian, growth
+from theory.exact import drawn, falls
 from theory.formula import Polynomial, agree, changed, guided, half
 
 GUIDES = [Guide(), Guide(omega=0.8, zeta=0.55, interval=Interval(low=0.2, high=0.8))]
@@ -69,7 +70,7 @@ def test_all_but_the_twin_rest_with_the_step() -> None:
     left: list[Tensor] = []
     for h in (0.02, 0.01, 0.005):
         o = changed(TwinFlow, clip=inf, step=h)(guide=Guide())
-        parts = step(o, Exact(gaussian(), o.needs), drawn(o, 128, teacher=True)).parts
+        parts = step(o, ExactNet(gaussian(), o.needs), drawn(o, 128, teacher=True)).parts
         assert max(parts[name].max() for name in ("flow", "rectify")) < 1e-20
         left.append(torch.stack([parts[name].mean().sqrt() for name in ("u", "one")]))
     assert falls(left, 1)
@@ -88,7 +89,7 @@ def test_the_twin_rests_at_the_flow_unless_samples_meet_their_own_noise(own: boo
     for t in (0.0, 0.3, 1.0):
         at = replace(b, z=z, c=0 * b.c).at(torch.full_like(b.t, t))
         at = replace(at, r=0 * at.t, drawn={**b.drawn, "z_twin": z if own else z_twin})
-        net = Exact(gaussian(), o.needs)
+        net = ExactNet(gaussian(), o.needs)
         (left,) = torch.autograd.grad(step(o, net, at).parts["twin"].mean(), net.probe)
         assert bool(left.abs().max() < 1e-12) != own
 
@@ -103,7 +104,7 @@ def test_the_twin_is_taught_by_no_teacher() -> None:
     assert (plain["one"] != taught["one"]).all()
 
 
-class TooWide(Exact):
+class TooWide(ExactNet):
     """The exact flow, but samples are `wide` times as wide, and the twin knows it."""
 
     wide = 1.5

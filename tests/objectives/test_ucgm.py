@@ -10,8 +10,9 @@ from torch import Tensor
 from dumo.flow.residual import huber, rmse
 from dumo.flow.slope import JvpSlope
 from dumo.objectives import UCGM
+from dumo.testing.exact import APART, D, ExactNet, Flow, column, exact_batch, gradient
 from dumo.types import Frozen, UserError
-from theory.exact import APART, PRODUCT, D, Exact, Flow, column, falls, gradient, record
+from theory.exact import PRODUCT, falls
 from theory.formula import Polynomial, agree, changed, half, rows
 
 
@@ -77,10 +78,10 @@ def test_gradient_vanishes_as_the_ratio_tends_to_1(flow: Flow) -> None:
     left = []
     for ratio in (0.96, 0.98, 0.99, 0.995):
         o = UCGM(ratio=ratio, drop=0.2)
-        left.append(gradient(o, Exact(flow, o.needs), record(o, flow)).norm())
+        left.append(gradient(o, ExactNet(flow, o.needs), exact_batch(o, flow)).norm())
     assert falls(left, 1)
     o = UCGM(slope=JvpSlope(), drop=0.2)
-    assert gradient(o, Exact(flow, o.needs), record(o, flow)).norm() < 1e-12
+    assert gradient(o, ExactNet(flow, o.needs), exact_batch(o, flow)).norm() < 1e-12
 
 
 def test_refusals() -> None:

@@ -9,10 +9,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from contract.case import Counted, nets, randomise, step
+from contract.case import nets, step
 from dumo.flow.guide import Guide, Interval
+from dumo.testing.exact import D, column, exact_batch, gaussian
+from dumo.testing.network import CountedNet, randomise
 from dumo.types import Frozen, Heads, NoisyBatch, Objective, Spec, Terms
-from theory.exact import D, column, gaussian, record
 
 T = TypeVar("T", bound=Spec)
 
@@ -46,8 +47,8 @@ class Polynomial(nn.Module):
 
 
 def rows(objective: Objective) -> NoisyBatch:
-    """A record with slopes as they fall."""
-    b = record(objective, gaussian(), 64)
+    """A batch with slopes as they fall."""
+    b = exact_batch(objective, gaussian(), 64)
     return replace(b, v_t=b.z - b.x)
 
 
@@ -107,7 +108,7 @@ def half(e: Tensor) -> Tensor:
 
 def passes(objective: Objective, b: NoisyBatch) -> tuple[int, int]:
     """The passes of a step with gradients and without."""
-    model = Counted(randomise(nets()[0].build(objective.needs, (2,), 3)).double())
+    model = CountedNet(randomise(nets()[0].build(objective.needs, (2,), 3)).double())
     step(objective, model, b)
     return model.graded, model.still
 

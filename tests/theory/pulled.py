@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from contract.case import step
 from dumo.objectives.pull import BETA, Pull
+from dumo.testing.exact import ExactNet, Gaussian, column, gaussian, growth
 from dumo.types import Heads, NoisyBatch
-from theory.exact import Exact, Gaussian, column, drawn, gaussian, growth
+from theory.exact import drawn
 from theory.formula import gradients
 
 
@@ -26,7 +27,7 @@ def adds(
         assert hand is None or torch.allclose(one, hand, rtol=1e-9, atol=near)
 
 
-class Wide(Exact):
+class Wide(ExactNet):
     """The exact flow of data, but samples are `wide` times as wide, and w and d know it."""
 
     wide = 1.0

@@ -17,13 +17,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from contract.case import name as named
-from contract.case import objectives, randomise
+from contract.case import objectives
 from dumo.flow.guide import Guide
 from dumo.flow.noise import draw, path_velocity
 from dumo.flow.path import Linear, Trig
 from dumo.flow.slope import DualSlope
 from dumo.nets import DiT
 from dumo.objectives import DuMo, MeanFlow, Objective, Several
+from dumo.testing.network import randomise
 from dumo.types import Frozen, Net, NoisyBatch, frozen
 from meeting import meeting
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.case import kind, objectives, randomise
+from contract.case import kind, objectives
 from dumo.flow.noise import draw
 from dumo.flow.path import FlowPath, Linear, Trig
 from dumo.flow.reading import jump_to_data
@@ -18,11 +18,12 @@ from dumo.flow.sampling import sample_with_noise
 from dumo.flow.solver import Restart
 from dumo.nets import DiT
 from dumo.objectives import SCT, Consistency
+from dumo.testing.exact import D, column
+from dumo.testing.network import randomise
 from dumo.training.spec import Train
 from dumo.training.state import begin
 from dumo.types import Frozen, Net, NoisyBatch, Objective, Readings, lift
 from objectives.test_consistency import AUTHORS
-from theory.exact import D, column
 from theory.formula import Polynomial
 from trained import ToyTrainer
 from unit.training.toy import flow_of

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from contract.case import SMALL, nets, randomise
+from contract.case import SMALL, nets
 from dumo.autodiff.dual import NoRule
 from dumo.flow import slope
 from dumo.nets import DiT
+from dumo.testing.network import randomise
 from dumo.types import Array, Frozen, Heads, Needs, UserError
 
 D = torch.float64

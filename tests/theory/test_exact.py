@@ -9,21 +9,8 @@ from torch import Tensor
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
 from dumo.objectives import MeanFlow
-from theory.exact import (
-    APART,
-    PRODUCT,
-    D,
-    Exact,
-    Flow,
-    Gaussian,
-    Mixture,
-    Product,
-    column,
-    gaussian,
-    integrate,
-    plane,
-    table,
-)
+from dumo.testing.exact import APART, D, ExactNet, Flow, Gaussian, column, gaussian, mean_velocity_head, table
+from theory.exact import PRODUCT, Mixture, Product, integrate, plane
 from theory.formula import Polynomial, rows
 
 GUIDE = Guide(omega=0.2, zeta=0.92, interval=Interval(low=0.1, high=0.75))
@@ -139,13 +126,13 @@ def test_data_have_the_laws_moments() -> None:
 
 
 def test_probes_move_each_head_alone() -> None:
-    net = Exact(APART, MeanFlow().needs)
+    net = ExactNet(APART, MeanFlow().needs)
     x, c, t, r = points(APART)
     (before,) = net(x, c, t=t, r=r)
     net.probe.data[0] = table([0.1, 0.2])[0]
     (after,) = net(x, c, t=t, r=r)
     assert torch.allclose(after - before, 0.1 + 0.2 * x, rtol=0, atol=1e-12)
-    assert torch.equal(Exact(APART, MeanFlow().needs).average(x, c, t, t), APART.guided(x, c, t))
+    assert torch.equal(mean_velocity_head(APART, x, c, t, t), APART.guided(x, c, t))
 
 
 def test_polynomial_slopes_are_right() -> None:

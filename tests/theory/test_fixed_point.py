@@ -15,20 +15,9 @@ from dumo.flow.slope import CentralSlope, JvpSlope
 from dumo.flow.times import Pair
 from dumo.objectives import MeanFlow
 from dumo.objectives import Objective as AnyObjective
-from theory.exact import (
-    APART,
-    PRODUCT,
-    Exact,
-    Flow,
-    Gaussian,
-    falls,
-    gaussian,
-    gradient,
-    plane,
-    record,
-    stiffness,
-    table,
-)
+from dumo.testing import properties
+from dumo.testing.exact import APART, ExactNet, Flow, Gaussian, exact_batch, gaussian, gradient, table
+from theory.exact import PRODUCT, falls, plane
 
 NONE, DUMO = Guide(), Guide(zeta=0.55)
 GUIDES = {  # by the word that stands in the name of a case
@@ -44,7 +33,7 @@ Case = tuple[AnyObjective, Flow]
 
 # Compared over a step of finite length, they rest at the flow to its order only: tests/objectives holds them to that.
 STEPS = {  # of a finite step, and so off the flow by an order of it: by kind, the test that says so
-    "cmt": "test_the_flow_is_at_rest_on_its_own_trajectories",  # which the record here has none of
+    "cmt": "test_the_flow_is_at_rest_on_its_own_trajectories",  # which the batch here has none of
     "consistency": "test_gradient_vanishes_with_the_step",
     "critic": "test_a_flat_critic_moves_nothing",  # whose head learns of samples, as those of other pulls
     "drift": "test_drift_rests_where_samples_are_the_data",
@@ -116,13 +105,13 @@ STRAIGHT = [
 @each(CLOSED)
 def test_gradient_vanishes_at_the_flow(objective: AnyObjective, flow: Flow) -> None:
     """Measured: at most 1e-14, where the bar is 1e-10."""
-    assert gradient(objective, Exact(flow, objective.needs), record(objective, flow)).abs().max() < 1e-12
+    properties.gradient_vanishes_at_the_flow(objective, flow)
 
 
 @each(STRAIGHT)
 def test_gradient_vanishes_with_the_square_of_the_step(objective: AnyObjective, flow: Flow) -> None:
     steps = [objective.model_copy(update={"slope": CentralSlope(h=h)}) for h in (0.04, 0.02, 0.01, 0.005)]
-    left = [gradient(o, Exact(flow, o.needs), record(o, flow)).abs() for o in steps]
+    left = [gradient(o, ExactNet(flow, o.needs), exact_batch(o, flow)).abs() for o in steps]
     moved = left[-1] > 1e-14  # a head without a derivative in its target rests exactly
     assert moved[-1].all()
     assert falls([size[moved] for size in left], 2)
@@ -131,17 +120,14 @@ def test_gradient_vanishes_with_the_square_of_the_step(objective: AnyObjective, 
 @pytest.mark.slow
 @each(RIDING)
 def test_descent_leads_back_to_the_flow(objective: AnyObjective, flow: Flow) -> None:
-    """Near the flow the gradient is linear in the displacement of the heads; all its eigenvalues are positive."""
-    pull = stiffness(objective, Exact(flow, objective.needs), record(objective, flow))
-    assert pull.diag().min() > 0.05  # F2D2's g has weight 0.1
-    assert torch.linalg.eigvals(pull).real.min() > 0.05
+    properties.descent_leads_back_to_the_flow(objective, flow)
 
 
 @each([(o, flow) for o, flow in RIDING if flow is APART and o.kind not in BENT])
 def test_gradient_is_the_mean_over_the_slopes(objective: AnyObjective, flow: Flow) -> None:
     """Targets are affine in v_t, so one slope and its mirror image about the mean pull apart equally."""
     objective = objective.model_copy(update={"power": 0.0} if "power" in type(objective).model_fields else {})
-    net, b = Exact(flow, objective.needs), record(objective, flow)
+    net, b = ExactNet(flow, objective.needs), exact_batch(objective, flow)
     off = torch.randn(b.x.shape, generator=torch.Generator().manual_seed(5), dtype=b.x.dtype)
     one, other = (gradient(objective, net, replace(b, v_t=b.v_t + sign * off)) for sign in (1, -1))
     assert one.abs().max() > 1e-3
@@ -153,7 +139,7 @@ def test_another_guidance_scale_is_not_at_rest() -> None:
     """A velocity guided too little is pulled one way, one guided too much the other."""
     for o, _ in [(o, flow) for o, flow in cases((gaussian(DUMO), DUMO)) if isinstance(o.needs.guide, Guide)]:
         flows = [gaussian(Guide(zeta=zeta)) for zeta in (0.3, 0.7)]
-        little, much = (gradient(o, Exact(f, o.needs), record(o, f))[0, 1] for f in flows)
+        little, much = (gradient(o, ExactNet(f, o.needs), exact_batch(o, f))[0, 1] for f in flows)
         assert little < -1e-3
         assert much > 1e-3
 
@@ -163,16 +149,16 @@ def test_dropped_rows_learn_the_null_flow() -> None:
     """Rows without their label are not guided: a guide that moved them would move the fixed point."""
     for o, flow in cases((gaussian(DUMO), DUMO)):
         o = o.model_copy(update={"drop": 1.0})
-        b = record(o, flow)
+        b = exact_batch(o, flow)
         assert not b.kept.any()
-        assert gradient(o, Exact(flow, o.needs), b).abs().max() < 1e-12
+        assert gradient(o, ExactNet(flow, o.needs), b).abs().max() < 1e-12
 
 
 @pytest.mark.nightly
 @each(IN_THE_PLANE)
 def test_gradient_vanishes_in_the_plane(objective: AnyObjective, flow: Flow) -> None:
     """A mixture in two dimensions, guided: the flow by Runge and Kutta, to which the bar of 1e-10 applies."""
-    assert gradient(objective, Exact(flow, objective.needs), record(objective, flow, 64)).abs().max() < 1e-10
+    assert gradient(objective, ExactNet(flow, objective.needs), exact_batch(objective, flow, 64)).abs().max() < 1e-10
 
 
 def test_what_has_a_finite_step_is_held_to_its_order_elsewhere() -> None:
@@ -185,5 +171,5 @@ def test_what_has_a_finite_step_is_held_to_its_order_elsewhere() -> None:
 
 
 def test_corners_of_time_are_in_the_record() -> None:
-    b = record(MeanFlow(), gaussian())
+    b = exact_batch(MeanFlow(), gaussian())
     assert torch.equal(torch.stack([b.t[:3], b.r[:3]]), table([1.0, 0.0, 1.0], [0.0, 0.0, 1.0]))

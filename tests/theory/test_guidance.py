@@ -7,15 +7,16 @@ from dumo.flow.guide import CFG, Guide, Interval
 from dumo.flow.path import Linear
 from dumo.flow.solver import Euler, Heun, Solver
 from dumo.objectives import DuMo, FlowMatching, Objective
+from dumo.testing.exact import D, ExactNet, column, exact_batch, gaussian, table
 from dumo.types import Readings
-from theory.exact import D, Exact, column, gaussian, plane, record, table
+from theory.exact import plane
 
 ALL, LATE = Interval(), Interval(low=0.2, high=0.75)
 
 
 def readings(objective: Objective, guidance: CFG, null: int = 3) -> Readings:
     """Of the Gaussians that no guidance has touched."""
-    return guidance(objective.readings(Exact(gaussian(), objective.needs)), null)
+    return guidance(objective.readings(ExactNet(gaussian(), objective.needs)), null)
 
 
 @pytest.mark.parametrize("interval", [ALL, LATE])
@@ -23,7 +24,7 @@ def readings(objective: Objective, guidance: CFG, null: int = 3) -> Readings:
 def test_a_guided_velocity_is_that_of_the_guided_flow(scale: float, interval: Interval) -> None:
     """The net trained on plain targets and guided when sampled; the flow that guidance in training settles at."""
     objective, flow = FlowMatching(drop=0.3), gaussian(Guide(omega=scale, interval=interval))
-    b, velocity = record(objective, flow), readings(objective, CFG(scale=scale, interval=interval)).velocity
+    b, velocity = exact_batch(objective, flow), readings(objective, CFG(scale=scale, interval=interval)).velocity
     found = velocity(b.x_t, b.t, b.c)
     assert (found - flow.guided(b.x_t, b.c, b.t)).abs().max() < 1e-12
     assert (found - flow.velocity(b.x_t, b.c, b.t)).abs().max() > 0.1
@@ -33,8 +34,8 @@ def test_a_guided_velocity_is_that_of_the_guided_flow(scale: float, interval: In
 
 def test_a_guided_velocity_of_mixtures() -> None:
     objective, flow, guided = FlowMatching(drop=0.3), plane(), plane(Guide(zeta=0.6))
-    b = record(objective, flow, 64)
-    velocity = CFG(scale=2.5)(objective.readings(Exact(flow, objective.needs)), flow.classes).velocity
+    b = exact_batch(objective, flow, 64)
+    velocity = CFG(scale=2.5)(objective.readings(ExactNet(flow, objective.needs)), flow.classes).velocity
     assert (velocity(b.x_t, b.t, b.c) - guided.guided(b.x_t, b.c, b.t)).abs().max() < 1e-12
 
 

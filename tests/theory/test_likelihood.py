@@ -11,8 +11,9 @@ from dumo.flow.path import FlowPath, Linear, Trig
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver
 from dumo.objectives import F2D2
 from dumo.runtime.random import stream
+from dumo.testing.exact import APART, D, ExactNet, Gaussian, OnTrig, opaque
 from dumo.types import Readings, UserError
-from theory.exact import APART, PRODUCT, D, Exact, Gaussian, Mixture, OnTrig, Product, opaque, plane
+from theory.exact import PRODUCT, Mixture, Product, plane
 from tiers import tiered
 
 FLOW = plane()
@@ -74,7 +75,7 @@ def test_axes_are_exact_and_signs_are_in_the_mean() -> None:
 def climber(flow: Gaussian | Product) -> Readings:
     """What a net says that knows the flow, and how volume grows on it."""
     objective = F2D2()
-    return objective.readings(Exact(flow, objective.needs))
+    return objective.readings(ExactNet(flow, objective.needs))
 
 
 @pytest.mark.parametrize("passes", [1, 3])

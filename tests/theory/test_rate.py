@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from contract.case import randomise
 from dumo.autodiff import dual
 from dumo.autodiff.dual import Dual
 from dumo.flow.linearize import heads_and_end_derivatives
 from dumo.nets import MLP, DiT
+from dumo.testing.network import randomise
 from dumo.types import Array, Heads, Needs
 from theory.test_dual import BATCH, CLASSES, NEEDS, SHAPE, SIZES, D, each_net, error, made, record
 from unit.autodiff.test_rule import RULED, Shapes, directions, function, moving, operands, ride

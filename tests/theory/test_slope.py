@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from contract.case import members
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
+from dumo.testing.exact import D, column
 from dumo.types import Frozen, Heads
-from theory.exact import D, column, falls
+from theory.exact import falls
 
 
 class Wave(nn.Module):

@@ -23,8 +23,8 @@ from dumo.flow.slope import DualSlope
 from dumo.objectives import FACM, DuMo, FlowMatching, Objective
 from dumo.run.folder import RunFolder
 from dumo.run.teacher import base_flow
+from dumo.testing.exact import APART, ExactNet, exact_batch
 from dumo.types import Frozen, Heads, NoisyBatch, Readings, TeacherVelocity, UserError
-from theory.exact import APART, Exact, record
 from theory.test_fixed_point import BENT, STEPS
 
 ROWS = 12  # half of them are taught; the first are at the corners of time
@@ -33,7 +33,7 @@ ROWS = 12  # half of them are taught; the first are at the corners of time
 class UnderAdapters(nn.Module):
     """A net that knows its flow, under adapters that change it; `base()` turns them off."""
 
-    def __init__(self, net: Exact) -> None:
+    def __init__(self, net: ExactNet) -> None:
         super().__init__()
         self.net = net
         self.on = True
@@ -52,7 +52,7 @@ class UnderAdapters(nn.Module):
 
 def run_of(objective: Objective) -> TeacherVelocity:
     return teacher_velocity(
-        Flow(Exact(APART, objective.needs), objective, direct=True, classes=APART.classes).readings()
+        Flow(ExactNet(APART, objective.needs), objective, direct=True, classes=APART.classes).readings()
     )
 
 
@@ -63,7 +63,7 @@ def of_function() -> TeacherVelocity:
 def untuned() -> TeacherVelocity:
     run = load("moons", ["data.labelled=true"])
     return teacher_velocity(
-        base_flow(Teacher(kind="base"), run, UnderAdapters(Exact(APART, FlowMatching().needs))).readings()
+        base_flow(Teacher(kind="base"), run, UnderAdapters(ExactNet(APART, FlowMatching().needs))).readings()
     )
 
 
@@ -73,7 +73,7 @@ def under_a_subject(folder: Path, monkeypatch: pytest.MonkeyPatch) -> TeacherVel
     monkeypatch.setattr(type(run), "has_subject", True)
     subject = run.model_copy(update={"start": Start(source=str(folder))})
     return teacher_velocity(
-        base_flow(Teacher(kind="base"), subject, UnderAdapters(Exact(APART, FACM().needs))).readings()
+        base_flow(Teacher(kind="base"), subject, UnderAdapters(ExactNet(APART, FACM().needs))).readings()
     )
 
 
@@ -107,7 +107,7 @@ def test_rows_that_a_teacher_answers_move_no_head(
     """The others do: their v_t is one of many."""
     objective, teacher = case
     velocity = TEACHERS[teacher](tmp_path, monkeypatch)
-    b = record(objective, APART, ROWS)
+    b = exact_batch(objective, APART, ROWS)
     rows = torch.arange(ROWS) % 2 == 0
     v_t = torch.where(rows[:, None], velocity(b.x_t, b.t, b.c, b.z - b.x), b.z - b.x)
     b = replace(b, v_t=v_t, teacher=velocity, teacher_rows=rows)
@@ -118,7 +118,7 @@ def test_rows_that_a_teacher_answers_move_no_head(
 
 def by_row(objective: Objective, b: NoisyBatch) -> Tensor:
     """The gradient of each row's loss by what each of its heads is off, (rows, heads)."""
-    net = Exact(APART, objective.needs)
+    net = ExactNet(APART, objective.needs)
     found: list[Tensor] = []
     for row in torch.eye(ROWS, dtype=torch.float64):
         net.zero_grad()

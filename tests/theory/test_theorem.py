@@ -21,8 +21,9 @@ from torch import Tensor
 from dumo.flow.residual import descent_error
 from dumo.flow.slope import JvpSlope
 from dumo.objectives import UCGM, FlowMatching
+from dumo.testing.exact import column
 from dumo.types import Frozen, mean_square
-from theory.exact import column, falls
+from theory.exact import falls
 from theory.formula import Polynomial, gradients, rows
 
 NEAR = (0.04, 0.02, 0.01, 0.005)  # of 0 or 1

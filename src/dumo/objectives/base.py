@@ -145,7 +145,7 @@ __all__ = [
 class ObjectiveSpec(Spec, ABC):
     """The base of an objective: how a network is trained, and how a solver reads it afterwards."""
 
-    kind: str
+    kind: Any  # its name, as a Literal: `module:Class`, or a word for one that ships with dumo
     times: Any  # the law of (t, r): any of `Times`, or a `TimeLaw` of one's own
     drop: float = Field(default=0.0, ge=0, le=1)  # the probability that a row's condition is dropped
 

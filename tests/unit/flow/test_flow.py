@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import dumo
-from contract.case import members, randomise
+from contract.case import members
 from contract.own import Encoder, Numbers, Patches, Perceptron, Text, UNet
 from dumo.autodiff import dual
 from dumo.flow.adapter import Condition, NetAdapter
@@ -25,6 +25,7 @@ from dumo.flow.times import Jumps
 from dumo.nets import DiT
 from dumo.objectives import DuMoAny, Objective
 from dumo.runtime.random import noise
+from dumo.testing.network import randomise
 from dumo.types import Frozen, Needs, NoisyBatch, UserError
 from tiers import tiered
 

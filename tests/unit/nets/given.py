@@ -5,9 +5,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from contract.case import randomise
 from dumo.nets import Net
 from dumo.nets.rows import Rows
+from dumo.testing.network import randomise
 from dumo.types import Needs, Spec
 from rows_given import given_rows
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.case import randomise
 from dumo.flow.path import Linear
 from dumo.nets.block import BlockSizes, Modulation
 from dumo.nets.dit import DiT
 from dumo.nets.magnitude import MagnitudePreservingBlock, UnitRowLinear, blend
 from dumo.objectives import DuMo
+from dumo.testing.network import randomise
 from dumo.training.optim import AdamW
 from dumo.training.spec import Train
 from dumo.training.state import begin

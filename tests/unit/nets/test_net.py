@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.case import kind, nets, randomise
+from contract.case import kind, nets
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets import DiT, Net
 from dumo.nets.unet import UNet
 from dumo.objectives import MeanFlow
+from dumo.testing.network import randomise
 from dumo.types import Frozen, Needs
 from dumo.types import Net as AnyNet
 from unit.nets.given import Given

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.case import randomise
 from dumo.flow.guide import CFG, Guide
 from dumo.flow.noise import draw
 from dumo.flow.path import Linear
@@ -19,6 +18,7 @@ from dumo.nets.dit import DiT, Transformer
 from dumo.nets.rows import Rows
 from dumo.nets.textblock import TextBlock
 from dumo.objectives import DuMo
+from dumo.testing.network import randomise
 from dumo.types import Frozen, Needs, Spec
 from unit.nets.given import Given, Labels, drawn, points
 

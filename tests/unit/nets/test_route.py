@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.case import randomise
 from dumo.config.load import load
 from dumo.flow import dropout
 from dumo.flow.dropout import keys, using
@@ -19,6 +18,7 @@ from dumo.nets.route import Route, TokenSplit
 from dumo.objectives import DuMo
 from dumo.run import cost
 from dumo.run.net import meta_net
+from dumo.testing.network import randomise
 from dumo.types import Frozen, Heads, Needs, frozen
 from unit.nets.given import Given, drawn, points
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from contract.case import randomise
 from dumo.flow import dropout
 from dumo.flow.dropout import keys, using
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.nets import unet
 from dumo.nets.unet import BlockSpec, ResidualBlock, UNet, UNetModule, block_specs
+from dumo.testing.network import randomise
 from dumo.types import Frozen, Heads, Needs
 from unit.nets.given import drawn, points
 

@@ -27,10 +27,11 @@ from dumo.run.net import meta_net
 from dumo.run.resolve import resolve
 from dumo.run.teacher import base_flow, open_teacher
 from dumo.run.weights import build, init_from, open_run
+from dumo.testing.exact import APART, ExactNet, Flow
 from dumo.training.duration import Duration
 from dumo.training.state import State
 from dumo.types import Cond, FromTeacher, Frozen, Heads, Sample, Time, UserError
-from theory.exact import APART, PRODUCT, Exact, Flow
+from theory.exact import PRODUCT
 from trained import train
 from unit.run.adapted import adapt, apart
 from unit.run.known import TINY, same, tiny
@@ -154,7 +155,7 @@ LEARNS_VELOCITY = sorted(  # kinds that a subject may be taught by; no net of a 
 class OnFewStepRun(nn.Module):
     """A few-step run's net, which knows its flow, under a subject's adapters, which change it; `base()` has none."""
 
-    def __init__(self, few_step: Exact) -> None:
+    def __init__(self, few_step: ExactNet) -> None:
         super().__init__()
         self.few_step, self.on = few_step, True
 
@@ -182,7 +183,7 @@ def test_prior_rows_learn_the_velocity_of_the_few_step_runs_flow(
     few_step = load(str(tmp_path))
     monkeypatch.setattr(Run, "has_subject", True)
     subject = few_step.model_copy(update={"start": Start(source=str(tmp_path))})
-    net = OnFewStepRun(Exact(flow, few_step.objective.needs))
+    net = OnFewStepRun(ExactNet(flow, few_step.objective.needs))
     known = open_teacher(Teacher(kind="base"), subject, State(net, SGD(net.parameters()), Duration(1)), CPU)
 
     c = torch.arange(64) % flow.classes
@@ -200,7 +201,7 @@ def test_a_few_step_run_that_is_guided_is_not_guided_once_more(tmp_path: Path, m
     run = tiny("moons", "data.labelled=true", "objective={kind: rcgm}", "sample.solver={kind: hop}")
     RunFolder(tmp_path).write_run(run)
     subject = run.model_copy(update={"start": Start(source=str(tmp_path))})
-    net = OnFewStepRun(Exact(APART, run.objective.needs))
+    net = OnFewStepRun(ExactNet(APART, run.objective.needs))
     with pytest.raises(UserError):
         open_teacher(
             Teacher(kind="base", guide=CFG(scale=2.0)), subject, State(net, SGD(net.parameters()), Duration(1)), CPU

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch._dynamo.utils import counters
 
-from contract.case import nets, one_each, randomise
+from contract.case import nets, one_each
 from dumo.autodiff import tape
 from dumo.config import recipes
 from dumo.config.load import load
@@ -25,6 +25,7 @@ from dumo.nets.route import Route
 from dumo.run.net import make_flow
 from dumo.run.weights import build
 from dumo.runtime.random import random_batch
+from dumo.testing.network import randomise
 from dumo.training.compile import compile_loss
 from dumo.training.spec import Compile
 from dumo.training.state import begin
