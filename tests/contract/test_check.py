@@ -12,7 +12,7 @@ SAMPLES = {"gradient_vanishes_at_the_flow", "one_pass_has_gradients"}
 LACKS = {
     "cmt": STEP,
     "consistency": STEP,
-    "critic": SAMPLES | {"descent_leads_back_to_the_flow"},  # the critic at the flow has nothing to tell apart
+    "critic": SAMPLES,
     "drift": SAMPLES,
     "facm": {"one_pass_has_gradients"},  # a pass for the velocity, and one for the jump
     "freeflow": SAMPLES,

@@ -17,9 +17,9 @@ from torch import Generator, Tensor
 
 from docs.page import blocks, lines
 from docs.turn import tier
-from dumo.flow import times
 from dumo.lab.plan import read_plan
-from dumo.objectives import DuMo
+from dumo.objectives import DuMo, base
+from dumo.testing import CheckError
 from dumo.types import Spec
 from e2e.shell import TINY, call, sets
 from forked import ENVIRONMENT
@@ -59,14 +59,14 @@ def photos(folder: Path) -> None:
 
 def test_a_law_of_t_alone_is_of_the_class_that_the_page_names() -> None:
     page = (PAGES / "own-objective.md").read_text(encoding="utf-8")
-    named = re.search(r"To draw t alone, [^|]*subclass `(\w+)` of `dumo\.flow\.times`", page)
+    named = re.search(r"To draw t alone, [^|]*subclass `(\w+)`", page)
     assert named
-    base: type[Spec] = getattr(times, named[1])
+    cls: type[Spec] = getattr(base, named[1])
 
     def one(self: Spec, n: int, g: Generator) -> Tensor:
         return torch.full((n,), 0.5)
 
-    law = type("Half", (base,), {"one": one})
+    law = type("Half", (cls,), {"one": one})
     own = type("Own", (DuMo,), {"__annotations__": {"times": law}, "times": law()})
     t, r = own().times(3, Generator())
     assert (t.tolist(), r.tolist()) == ([0.5] * 3, [0.0] * 3)
@@ -123,12 +123,29 @@ def test_a_paper(here: Path) -> None:
 
 
 @tier("own-objective")
-def test_an_objective(here: Path) -> None:
+def test_an_objective_in_a_file_of_ones_own(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file passes the check and trains by the commands; with the sign of its target flipped it fails the check."""
+    file, check, *_ = blocks(PAGES / "own-objective.md", "python")
+    (here / "mine.py").write_text(file, encoding="utf-8")
+    (here / "mine_wrong.py").write_text(file.replace("v_hat - v_star", "v_hat + v_star"), encoding="utf-8")
+    monkeypatch.syspath_prepend(str(here))
+    exec(check, {})
+    with pytest.raises(CheckError, match="gradient_vanishes_at_the_flow"):
+        exec(check.replace("from mine import", "from mine_wrong import"), {})
+
+    train, sample = (line for line in lines(PAGES / "own-objective.md", "bash") if line.startswith("PYTHONPATH=. dumo"))
+    for line, small in ((train, TINY), (sample, ())):
+        done = call(*shlex.split(line)[2:], *small)
+        assert done.code == 0, (line, done)
+
+
+@tier("own-objective")
+def test_an_objective_in_the_package(here: Path) -> None:
     """In a copy of the tree: with file and lines it trains; a law holds it, and breaks with its sign flipped."""
     for name in ("src", "tests"):
         shutil.copytree(ROOT / name, here / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", here)
-    code, line, member = blocks(PAGES / "own-objective.md", "python")
+    _, _, code, line, member = blocks(PAGES / "own-objective.md", "python")
     room = here / "src/dumo/objectives"
     listed = (room / "__init__.py").read_text(encoding="utf-8")
     wrong = {"AnyStep": "AnyWrong", "any_step": "any_wrong", "v_star - lift": "v_star + lift"}

@@ -28,7 +28,7 @@ from dumo.types import Frozen, Heads, NoisyBatch, Readings, Terms, UserError
 SHAPE = (2, 4, 4)
 CLASSES = 3
 MAX_EXACT_GRADIENT = 1e-12  # at the exact flow: measured at most 1e-14
-MIN_STIFFNESS = 0.05  # a head of weight 0.1 has 0.1
+MIN_STIFFNESS = 1e-3  # of a head of weight 1 it is about 1
 MAX_BF16_ERROR = 0.01  # of the loss of a batch; measured at most 0.002, and 0.04 for a central difference
 
 
