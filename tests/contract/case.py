@@ -5,13 +5,11 @@ Those of `contract.outside` stand for what users write: they are tested as ours 
 
 from collections.abc import Iterator
 
-from torch import nn
-
 from contract.outside import Outside
 from dumo.flow.slope import DualSlope, Slope
 from dumo.nets import Net
 from dumo.objectives import Drift, DuMo, Objective
-from dumo.types import Frozen, NoisyBatch, Spec, Terms
+from dumo.types import Spec
 from dumo.types.outside import members as members
 
 # What a net has of these is set so.
@@ -66,8 +64,3 @@ def nets() -> list[Net]:
     small = {cls: SMALL | OWN.get(kind(cls), {}) for cls in members(Net) if kind(cls) not in GIVEN}
     found = [cls(**{k: v for k, v in small[cls].items() if k in cls.model_fields}) for cls in small]
     return sorted(found, key=lambda net: kind(net) != "mlp")
-
-
-def step(objective: Objective, net: nn.Module, b: NoisyBatch) -> Terms:
-    """The loss of a record, theta^- being the net itself."""
-    return objective.loss(net, Frozen(net), b)

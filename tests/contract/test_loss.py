@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from contract.case import name, nets, objectives, one_each, step
+from contract.case import name, nets, objectives, one_each
 from contract.outside import PlainNet
 from dumo.flow.compatibility import MAX_GAIN
 from dumo.flow.guide import Guide
@@ -16,7 +16,7 @@ from dumo.nets import Net
 from dumo.objectives import DuMo, MeanFlow, Objective
 from dumo.testing import properties
 from dumo.testing.network import CountedNet, randomise
-from dumo.testing.properties import CLASSES, SHAPE, random_batch
+from dumo.testing.properties import CLASSES, SHAPE, loss_of, random_batch
 from dumo.types import UserError
 from tiers import tiered
 
@@ -76,7 +76,7 @@ COUNTS = [  # passes with gradients, and without; test_cost counts those of furt
 @pytest.mark.parametrize(("objective", "graded", "still"), COUNTS)
 def test_passes_are_as_many_as_documented(objective: Objective, graded: int, still: int) -> None:
     model = CountedNet(built(objective, nets()[0]))
-    step(objective, model, random_batch(objective))
+    loss_of(objective, model, random_batch(objective))
     assert (model.graded, model.still) == (graded, still)
 
 
@@ -138,9 +138,9 @@ def test_bf16_is_served_or_refused(objective: Objective, net: Net, bf16_data: bo
         with torch.autocast("cpu", torch.bfloat16):
             if refused(objective):
                 with pytest.raises(UserError, match="fp32"):
-                    step(objective, model, b)
+                    loss_of(objective, model, b)
             else:
-                loss = step(objective, model, b).loss
+                loss = loss_of(objective, model, b).loss
                 assert loss.isfinite().all()
                 loss.mean().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
@@ -152,4 +152,4 @@ def test_differences_are_refused_below_fp32_without_autocast(objective: Objectiv
     model = built(objective, nets()[0]).to(dtype)
     b = properties.cast_batch(random_batch(objective), dtype, times=dtype)
     with pytest.raises(UserError, match="fp32"):
-        step(objective, model, b)
+        loss_of(objective, model, b)

@@ -8,12 +8,12 @@ from math import exp, inf, log
 import pytest
 import torch
 
-from contract.case import step
 from dumo.flow.guide import Guide
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.flow.times import Pair
 from dumo.objectives import AlphaFlow
 from dumo.testing.exact import APART, ExactNet, Flow, column, exact_batch, gaussian, gradient
+from dumo.testing.properties import loss_of
 from theory.exact import PRODUCT, drawn
 from theory.formula import GUIDES, Polynomial, agree, changed, guided, half, passes, rows
 
@@ -95,7 +95,7 @@ def test_passes_follow_the_training_and_nothing_else(progress: float, graded: in
     o = AlphaFlow(guide=Guide(), slope=DualSlope(), **WIDE)
     b, net = drawn(o, 8, progress=progress), Polynomial(1)
     assert passes(o, b) == (graded, still)
-    assert torch.allclose(step(o, net, b).loss, step(o, net, replace(b, moving=None)).loss, rtol=1e-8)
+    assert torch.allclose(loss_of(o, net, b).loss, loss_of(o, net, replace(b, moving=None)).loss, rtol=1e-8)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from typing import get_args
 import pytest
 import torch
 
-from contract.case import step
 from dumo.config.load import load
 from dumo.flow.noise import add_noise, draw, make_draws
 from dumo.flow.path import Linear
@@ -20,6 +19,7 @@ from dumo.objectives import CMT
 from dumo.run import teacher
 from dumo.runtime.progress import no_bar
 from dumo.testing.exact import APART, ExactNet, Flow, column, gradient
+from dumo.testing.properties import loss_of
 from dumo.types import NoisyBatch, Readings, UserError
 from theory.exact import PRODUCT
 from theory.formula import Polynomial, agree
@@ -66,7 +66,7 @@ def test_the_flow_is_at_rest_on_its_own_trajectories(of: str, flow: Flow) -> Non
     """Row by row; off it the gradient of every head is not zero."""
     objective = CMT.model_validate({"of": of})
     b, net = record(objective, flow), ExactNet(flow, objective.needs)
-    assert step(objective, net, b).loss.max() < 1e-20
+    assert loss_of(objective, net, b).loss.max() < 1e-20
     net.probe.data += 0.1
     assert gradient(objective, net, b).abs().min() > 1e-3
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from contract.case import step
 from dumo.flow.slope import JvpSlope
 from dumo.objectives.critic import CENTRE, FIT, FLOOR, SLOPES, WEIGHT, Critic, reverse_gradient
 from dumo.testing.exact import D, ExactNet, Gaussian, column, exact_batch, gaussian, gradient
+from dumo.testing.properties import loss_of
 from theory.exact import PRODUCT, Product, drawn
 from theory.formula import Polynomial
 from theory.pulled import adds, moves_samples_back, width_gradient
@@ -29,7 +29,7 @@ def test_by_hand(progress: float) -> None:
     g = column((fake - real).sigmoid()) * (a[1] + 2 * a[3] * made)
     up = (g / (g.square().mean(1, keepdim=True).sqrt() + FLOOR)).detach()
     pull = WEIGHT * ((u - u.detach() + up) ** 2).sum(1) / 2 if progress >= 0.5 else none
-    terms = step(CRITIC, net, b)
+    terms = loss_of(CRITIC, net, b)
     assert torch.allclose(terms.parts["d"], pairs, rtol=1e-12, atol=0)
     told = (slopes[0] + slopes[1])[::4].repeat_interleave(4)
     assert torch.allclose(terms.notes["slopes_d"], told, rtol=1e-10, atol=0)

@@ -5,11 +5,11 @@ from itertools import product
 import pytest
 import torch
 
-from contract.case import step
 from dumo.config.load import load
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.objectives.drift import RADII, WEIGHT, Drift, drift
 from dumo.testing.exact import D
+from dumo.testing.properties import loss_of
 from dumo.training.micro_batch import rows_kept_together
 from dumo.types import UserError
 from theory.exact import drawn
@@ -89,7 +89,7 @@ def test_by_hand() -> None:
     u = net(b.z, b.c, t=0 * b.t + 1)[1]
     v, force = drift((b.z - u).detach(), b.x, b.c, RADII, 8)
     loss = WEIGHT * ((u - u.detach() + v) ** 2).sum(1) / 2
-    assert torch.equal(step(objective, net, b).notes["force"], force)
+    assert torch.equal(loss_of(objective, net, b).notes["force"], force)
     adds(objective, net, b, loss)
     assert passes(objective.model_copy(update={"slope": DualSlope()}), b) == (2, 0)
 

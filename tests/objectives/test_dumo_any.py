@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from contract.case import nets, step
+from contract.case import nets
 from dumo.config.load import load
 from dumo.flow.guide import Guide
 from dumo.flow.slope import JvpSlope
@@ -11,6 +11,7 @@ from dumo.flow.times import Jumps
 from dumo.objectives import DuMo, DuMoAny
 from dumo.testing.exact import D, column
 from dumo.testing.network import randomise
+from dumo.testing.properties import loss_of
 from theory.exact import drawn
 from theory.formula import GUIDES, Told, agree, guided, half, rows
 
@@ -36,7 +37,7 @@ def test_only_the_rows_that_jump_are_derived() -> None:
     b, sizes = drawn(objective), list[int]()
     model = randomise(nets()[0].build(objective.needs, (2,), 3)).double()
     model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    step(objective, model, b)
+    loss_of(objective, model, b)
     assert sizes == [64, 16]
 
 

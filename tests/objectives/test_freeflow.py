@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.case import step
 from dumo.config.load import load
 from dumo.objectives import FreeFlow, freeflow
 from dumo.testing.exact import APART, D, ExactNet, Flow, column, exact_batch, gaussian, gradient, growth
+from dumo.testing.properties import loss_of
 from dumo.types import Heads, UserError
 from theory.exact import PRODUCT, drawn
 from theory.formula import Polynomial, agree, gradients, passes
@@ -82,10 +82,10 @@ def test_the_head_of_samples_rests_at_the_flow() -> None:
     for t in (0.0, 0.3, 1.0):
         laws = {**b.drawn, "w.z": z_again, "w.t": torch.full_like(b.t, t)}
         at = replace(b, z=z, c=0 * b.c, drawn=laws)
-        (left,) = torch.autograd.grad(step(OBJECTIVE, net, at).parts["w"].mean(), net.probe)
+        (left,) = torch.autograd.grad(loss_of(OBJECTIVE, net, at).parts["w"].mean(), net.probe)
         assert left.abs().max() < 1e-12
         same_noise = replace(at, drawn={**laws, "w.z": z})
-        (left,) = torch.autograd.grad(step(OBJECTIVE, net, same_noise).parts["w"].mean(), net.probe)
+        (left,) = torch.autograd.grad(loss_of(OBJECTIVE, net, same_noise).parts["w"].mean(), net.probe)
         assert left.abs().max() > 1e-3
 
 
@@ -106,7 +106,7 @@ def test_samples_of_another_width_are_corrected(width: float, sign: int, monkeyp
     monkeypatch.setattr(freeflow, "CORRECTED", 1.0)
     net, b = Wide(width), drawn(OBJECTIVE, 256, teacher=True)
     b = replace(b, c=torch.ones_like(b.c))
-    (grad,) = gradients(step(OBJECTIVE, net, b).loss, net)
+    (grad,) = gradients(loss_of(OBJECTIVE, net, b).loss, net)
     if sign:
         assert sign * grad > 0.01
     else:
@@ -116,7 +116,7 @@ def test_samples_of_another_width_are_corrected(width: float, sign: int, monkeyp
 def test_of_the_data_nothing_is_read() -> None:
     net, b = Polynomial(2), drawn(OBJECTIVE, 16, teacher=True)
     other = replace(b, x=b.x + 1, x_t=b.x_t - 2, v_t=0 * b.v_t)
-    assert torch.allclose(step(OBJECTIVE, net, b).loss, step(OBJECTIVE, net, other).loss, rtol=1e-12)
+    assert torch.allclose(loss_of(OBJECTIVE, net, b).loss, loss_of(OBJECTIVE, net, other).loss, rtol=1e-12)
 
 
 def test_passes() -> None:

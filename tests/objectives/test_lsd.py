@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.case import step
 from dumo.autodiff.dual import Dual
 from dumo.config.load import load
 from dumo.flow.guide import Guide
@@ -18,6 +17,7 @@ from dumo.objectives import LSD
 from dumo.objectives.lsd import BETA
 from dumo.testing.exact import APART, D, ExactNet, Flow, column, exact_batch, gaussian, gradient
 from dumo.testing.network import randomise
+from dumo.testing.properties import loss_of
 from dumo.types import Heads, NoisyBatch
 from theory.exact import PRODUCT
 from theory.formula import GUIDES, agree, guided, passes, rows
@@ -151,7 +151,7 @@ def test_two_heads_have_no_derivative_in_the_trunk(two_heads: bool) -> None:
     for block in net.get_submodule("blocks").children():
         block.register_forward_pre_hook(lambda _, inputs: has_dual.append(any(isinstance(a, Dual) for a in inputs)))
     x, c = torch.ones(2, 1, 4, 4), torch.zeros(2, dtype=torch.long)
-    step(objective, net, draw(objective, Linear(), x, c, 3, seed=0, step=0))
+    loss_of(objective, net, draw(objective, Linear(), x, c, 3, seed=0, step=0))
     assert any(has_dual) is not two_heads
 
 

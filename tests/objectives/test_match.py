@@ -7,7 +7,6 @@ from itertools import product
 import pytest
 import torch
 
-from contract.case import step
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope, JvpSlope
@@ -16,6 +15,7 @@ from dumo.objectives import DuMo
 from dumo.objectives.match import FIT, WEIGHT, Match, sid_loss
 from dumo.run.cost import forward_units
 from dumo.testing.exact import D, ExactNet, Gaussian, column, exact_batch, gaussian, gradient, growth
+from dumo.testing.properties import loss_of
 from dumo.types import Frozen
 from theory.exact import PRODUCT, Product, drawn
 from theory.formula import Polynomial, passes
@@ -34,7 +34,7 @@ def test_by_hand(progress: float) -> None:
     gap, fit = (w - v).detach(), ((w - z + made) ** 2).sum(1) / 2
     pull = ((u - u.detach() + gap) ** 2).sum(1) / 2
     loss = FIT * fit + (WEIGHT * pull if progress >= 0.5 else 0)
-    terms = step(MATCH, net, b)
+    terms = loss_of(MATCH, net, b)
     assert torch.allclose(terms.parts["w"], fit, rtol=1e-12, atol=0)
     assert torch.allclose(terms.notes["pull_w"], (gap**2).sum(1) / 2, rtol=1e-12, atol=0)
     adds(MATCH, net, b, loss)
@@ -52,7 +52,7 @@ def test_by_identity_by_hand() -> None:
     product = ((w - v) * (z - made - v) - 1.2 * (w - v) ** 2).sum(1) / 2
     distance = (column(t) * (z - made - v)).abs().sum(1).detach() / 2
     loss = FIT * fit + WEIGHT * t**2 * product / distance
-    terms = step(SID, net, b)
+    terms = loss_of(SID, net, b)
     assert torch.allclose(terms.notes["pull_w"], ((w - v) ** 2).sum(1) / 2, rtol=1e-12, atol=0)
     adds(SID, net, b, FIT * fit, moved_as=loss, near=1e-12)
 
@@ -96,10 +96,10 @@ def test_the_head_of_samples_rests_at_the_flow() -> None:
     for t in (0.0, 0.3, 1.0):
         at = replace(b, z=z, c=0 * b.c, drawn={"w.z": z_own, "w.t": torch.full_like(b.t, t)})
         net = ExactNet(gaussian(), MATCH.needs)
-        (left,) = torch.autograd.grad(step(MATCH, net, at).parts["w"].mean(), net.probe)
+        (left,) = torch.autograd.grad(loss_of(MATCH, net, at).parts["w"].mean(), net.probe)
         assert left.abs().max() < 1e-12
         same = replace(at, drawn={**at.drawn, "w.z": z})
-        (left,) = torch.autograd.grad(step(MATCH, net, same).parts["w"].mean(), net.probe)
+        (left,) = torch.autograd.grad(loss_of(MATCH, net, same).parts["w"].mean(), net.probe)
         assert left.abs().max() > 1e-3
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from contract.case import step
 from dumo.flow.guide import Guide
 from dumo.flow.slope import DualSlope
 from dumo.flow.times import Pair
 from dumo.objectives import MeanFlow
 from dumo.objectives.meanflow import Line
 from dumo.testing.exact import APART, ExactNet, column, exact_batch, gradient
+from dumo.testing.properties import loss_of
 from theory.formula import GUIDES, Polynomial, agree, guided, half, rows
 
 
@@ -40,7 +40,7 @@ def test_formula_of_ayf() -> None:
         e = u - (b.v_t - k * column(b.t - b.r) * net.slope(0, b.x_t, b.t, b.r, b.v_t))
         s = (e**2).mean(1)
         agree(objective, net, b, s / (s.sqrt() + 0.1).detach(), {"u": s}, clipped_share=half(e))
-        found = step(objective, net, b).loss.sum()
+        found = loss_of(objective, net, b).loss.sum()
         (u,) = net(b.x_t, b.c, t=b.t, r=b.r)
         pulled = ((u - (u - e / (s.sqrt() + 0.1)[:, None]).detach()) ** 2).mean(1).sum()
         for mine, theirs in zip(*(torch.autograd.grad(y, net.a) for y in (found, pulled)), strict=True):

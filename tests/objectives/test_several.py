@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.case import nets, step
+from contract.case import nets
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.times import Below, Beta, Dyadic, Pair, Uniform
 from dumo.objectives import DuMo, Several
 from dumo.testing.exact import D, ExactNet, column, exact_batch, gaussian, gradient
 from dumo.testing.network import randomise
+from dumo.testing.properties import loss_of
 from dumo.types import Frozen, NoisyBatch
 from theory.exact import drawn
 from theory.formula import GUIDES, Told, agree, guided, half
@@ -75,7 +76,7 @@ def test_the_parts_of_v_and_u_are_dumo_s_to_the_bit(slope: Slope, guide: Guide) 
     one, two = (randomise(nets()[0].build(o.needs, (2,), 3)).double() for o in (dumo, three))
     one.load_state_dict({k: v for k, v in two.state_dict().items() if k in one.state_dict()})
     b = drawn(three)
-    expected, found = step(dumo, one, b), step(three, two, b)
+    expected, found = loss_of(dumo, one, b), loss_of(three, two, b)
     assert all(torch.equal(found.parts[name], expected.parts[name]) for name in ("v", "u"))
 
 

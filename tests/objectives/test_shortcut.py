@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.case import step
 from dumo.config.load import load
 from dumo.flow.guide import CFG, Guide
 from dumo.flow.path import Linear
 from dumo.flow.solver import Euler, Hop, check
 from dumo.flow.times import Dyadic
 from dumo.objectives import Shortcut
+from dumo.testing import exact
 from dumo.testing.exact import D, ExactNet, column, gaussian
+from dumo.testing.properties import loss_of
 from dumo.types import Heads, NoisyBatch, Readings, UserError
-from theory import exact
 from theory.exact import drawn, falls
 from theory.formula import Polynomial, agree, changed
 
@@ -87,14 +87,14 @@ def test_only_the_first_doubling_is_off_and_by_the_order_of_its_step(
     """
     off: list[Tensor] = []
     for levels in (5, 6, 7, 8):
-        monkeypatch.setattr(exact, "LEVELS", levels)
+        monkeypatch.setattr(exact, "FINEST_STEP", levels)
         objective = changed(Shortcut, clip=100.0)(times=changed(Dyadic, levels=levels)(), scale=scale, drop=0.2)
         net, b = TeacherVelocity(objective, levels), drawn(objective, 512, teacher=True)
         finest = b.t - b.r == 2.0 ** (1 - levels)
-        loss = step(objective, net, b).loss
+        loss = loss_of(objective, net, b).loss
         assert loss[~finest].max() < 1e-20
         first = replace(b.at((16 * b.t).ceil() / 16), r=(16 * b.t).ceil() / 16 - 2.0 ** (1 - levels))
-        off.append(step(objective, net, first).loss.sqrt())
+        off.append(loss_of(objective, net, first).loss.sqrt())
     assert falls([size.mean() for size in off], 1)
 
 

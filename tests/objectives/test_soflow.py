@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.case import step
 from dumo.flow.guide import Guide
 from dumo.flow.times import Pair
 from dumo.objectives import SoFlow
 from dumo.testing.exact import APART, ExactNet, Flow, column, exact_batch, gaussian, gradient, stiffness
+from dumo.testing.properties import loss_of
 from dumo.types import NoisyBatch
 from theory.exact import PRODUCT, drawn, falls
 from theory.formula import Polynomial, agree, changed, half, passes, rows
@@ -81,4 +81,4 @@ def test_the_secant_is_of_the_moving_rows_alone() -> None:
         o = SoFlow(times=Pair(velocity_ratio=ratio), guide=Guide())
         b, net = drawn(o, 8), Polynomial(1)
         assert passes(o, b) == (1, number)
-        assert torch.allclose(step(o, net, b).loss, step(o, net, replace(b, moving=None)).loss, rtol=1e-9)
+        assert torch.allclose(loss_of(o, net, b).loss, loss_of(o, net, replace(b, moving=None)).loss, rtol=1e-9)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.case import step
 from dumo.config.load import load
 from dumo.objectives import TBSM
 from dumo.objectives.tbsm import bearing
 from dumo.testing.exact import D, ExactNet, Flow, column, gaussian
+from dumo.testing.properties import loss_of
 from dumo.types import Heads, NoisyBatch, UserError
 from theory.exact import PRODUCT, drawn
 from theory.formula import Polynomial, agree, gradients, passes
@@ -67,7 +67,8 @@ def test_it_rests_where_samples_are_the_data(flow: Flow) -> None:
     objective = TBSM()
     net = ExactNet(flow, objective.needs)
     one, other = (
-        gradients(step(objective, net, rows).loss, net)[0] for rows in exchanged(drawn(objective, 64, flow), net, flow)
+        gradients(loss_of(objective, net, rows).loss, net)[0]
+        for rows in exchanged(drawn(objective, 64, flow), net, flow)
     )
     assert one.abs().max() > 1e-3
     assert (one + other).abs().max() < 1e-12
@@ -77,7 +78,7 @@ def test_a_sample_meets_nothing_at_all_where_both_are_one() -> None:
     objective = TBSM()
     net, b = ExactNet(gaussian(), objective.needs), drawn(objective)
     at_one = replace(b, x=gaussian().carry(b.drawn["n.z"].to(D), b.c, torch.ones_like(b.t), torch.zeros_like(b.t)))
-    assert step(objective, net, at_one).loss.max() < 1e-20
+    assert loss_of(objective, net, at_one).loss.max() < 1e-20
 
 
 class Wide(nn.Module):
@@ -94,14 +95,14 @@ class Wide(nn.Module):
 @pytest.mark.parametrize(("width", "sign"), [(1.5, 1), (0.6, -1)])
 def test_samples_of_another_width_are_moved_back(width: float, sign: int) -> None:
     net = Wide(width)
-    (grad,) = gradients(step(TBSM(), net, drawn(TBSM(), 512)).loss, net)
+    (grad,) = gradients(loss_of(TBSM(), net, drawn(TBSM(), 512)).loss, net)
     assert sign * grad > 0.02
 
 
 def test_what_comes_with_the_data_is_not_what_samples_are_made_of() -> None:
     """Noise that is tied to data, by a coupling or a teacher, would make a regression of it."""
     net, b = Polynomial(1), drawn(OBJECTIVE)
-    assert torch.equal(step(OBJECTIVE, net, b).loss, step(OBJECTIVE, net, replace(b, z=b.x, x_t=b.x)).loss)
+    assert torch.equal(loss_of(OBJECTIVE, net, b).loss, loss_of(OBJECTIVE, net, replace(b, z=b.x, x_t=b.x)).loss)
 
 
 def test_passes() -> None:

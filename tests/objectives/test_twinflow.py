@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.case import step
 from dumo.flow.guide import Guide, Interval
 from dumo.objectives import TwinFlow
 from dumo.testing.exact import D, ExactNet, column, gaussian, growth
+from dumo.testing.properties import loss_of
 from dumo.types import Heads, NoisyBatch
 from theory.exact import drawn, falls
 from theory.formula import Polynomial, agree, changed, guided, half
@@ -70,7 +70,7 @@ def test_all_but_the_twin_rest_with_the_step() -> None:
     left: list[Tensor] = []
     for h in (0.02, 0.01, 0.005):
         o = changed(TwinFlow, clip=inf, step=h)(guide=Guide())
-        parts = step(o, ExactNet(gaussian(), o.needs), drawn(o, 128, teacher=True)).parts
+        parts = loss_of(o, ExactNet(gaussian(), o.needs), drawn(o, 128, teacher=True)).parts
         assert max(parts[name].max() for name in ("flow", "rectify")) < 1e-20
         left.append(torch.stack([parts[name].mean().sqrt() for name in ("u", "one")]))
     assert falls(left, 1)
@@ -90,14 +90,14 @@ def test_the_twin_rests_at_the_flow_unless_samples_meet_their_own_noise(own: boo
         at = replace(b, z=z, c=0 * b.c).at(torch.full_like(b.t, t))
         at = replace(at, r=0 * at.t, drawn={**b.drawn, "z_twin": z if own else z_twin})
         net = ExactNet(gaussian(), o.needs)
-        (left,) = torch.autograd.grad(step(o, net, at).parts["twin"].mean(), net.probe)
+        (left,) = torch.autograd.grad(loss_of(o, net, at).parts["twin"].mean(), net.probe)
         assert bool(left.abs().max() < 1e-12) != own
 
 
 def test_the_twin_is_taught_by_no_teacher() -> None:
     """A teacher knows the data's velocity, not that of the samples."""
     o, net = changed(TwinFlow, clip=inf)(guide=Guide()), Polynomial(1)
-    plain, taught = (step(o, net, drawn(o, 16, teacher=teacher)).parts for teacher in (False, True))
+    plain, taught = (loss_of(o, net, drawn(o, 16, teacher=teacher)).parts for teacher in (False, True))
     assert torch.equal(plain["twin"], taught["twin"])
     assert torch.equal(plain["rectify"], taught["rectify"])
     assert (plain["flow"] != taught["flow"]).all()
@@ -123,5 +123,5 @@ def test_samples_of_another_width_are_pulled_back(wide: float, sign: int) -> Non
     o = TwinFlow(guide=Guide(), drop=0.0)
     net, b = TooWide(gaussian(), o.needs), drawn(o, 256)
     net.wide = wide
-    (pull,) = torch.autograd.grad(step(o, net, b).parts["rectify"].mean(), net.probe)
+    (pull,) = torch.autograd.grad(loss_of(o, net, b).parts["rectify"].mean(), net.probe)
     assert pull[0, 1] * sign > 1e-2

@@ -9,10 +9,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from contract.case import nets, step
+from contract.case import nets
 from dumo.flow.guide import Guide, Interval
 from dumo.testing.exact import D, column, exact_batch, gaussian
 from dumo.testing.network import CountedNet, randomise
+from dumo.testing.properties import loss_of
 from dumo.types import Frozen, Heads, NoisyBatch, Objective, Spec, Terms
 
 T = TypeVar("T", bound=Spec)
@@ -109,7 +110,7 @@ def half(e: Tensor) -> Tensor:
 def passes(objective: Objective, b: NoisyBatch) -> tuple[int, int]:
     """The passes of a step with gradients and without."""
     model = CountedNet(randomise(nets()[0].build(objective.needs, (2,), 3)).double())
-    step(objective, model, b)
+    loss_of(objective, model, b)
     return model.graded, model.still
 
 

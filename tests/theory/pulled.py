@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from contract.case import step
 from dumo.objectives.pull import BETA, Pull
 from dumo.testing.exact import ExactNet, Gaussian, column, gaussian, growth
+from dumo.testing.properties import loss_of
 from dumo.types import Heads, NoisyBatch
 from theory.exact import drawn
 from theory.formula import gradients
@@ -13,7 +13,7 @@ from theory.formula import gradients
 
 def added(objective: Pull, net: nn.Module, b: NoisyBatch) -> Tensor:
     """What the pull adds to the loss of each row."""
-    terms = step(objective, net, b)
+    terms = loss_of(objective, net, b)
     return terms.loss - (BETA * terms.parts["v"] + (1 - BETA) * terms.parts["u"])
 
 
