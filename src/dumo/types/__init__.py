@@ -9,8 +9,8 @@ In the order of a training step:
 3. an `Objective` makes `Terms` of it, a loss for each row, with a `Net` and, as theta^-, a `Frozen` one;
 4. of the trained net it makes `Readings`, which a solver calls.
 
-All of it is public: classes of users derive from `Spec`, `TimeLaw` and the bases in `outside`. Knows no other
-subpackage.
+All of it is public: classes of users derive from `Spec`, `TimeLaw`, the bases in `outside` and
+`dumo.objectives.base.ObjectiveSpec`. Knows no other subpackage.
 """
 
 from abc import ABC, abstractmethod
