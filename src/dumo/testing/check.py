@@ -36,7 +36,7 @@ def check_objective(
     """Check that an objective keeps its contract, and that its formulas hold. It takes about a second.
 
         check_objective(Robust())
-        check_objective(Robust(guide=Guide(zeta=0.5)))      # each option needs a call of its own
+        check_objective(Robust(floor=0.1))      # each option needs a call of its own; guidance is tried by itself
         check_objective(Steps(), skip=["gradient_vanishes_at_the_flow"])    # it is at the flow only up to its step
 
     objective: with the options to check. A slope that is a difference is replaced by an exact one at the exact flow.
