@@ -18,7 +18,7 @@ from dumo.config.load import load
 
 READERS = re.compile(r"\$|mine:|any_step|=sd35")  # values that are files or classes of the reader's
 # What stands for something of the reader's.
-NAMES = {"RECIPE": "digits", "K/N": "0/2", "FILE": "f", "N": "1", "NAME": "fig3"}
+NAMES = {"RECIPE": "digits", "K/N": "0/2", "FILE": "f", "N": "1", "STEP": "1", "NAME": "fig3"}
 
 
 def check(words: list[str]) -> None:

@@ -150,7 +150,7 @@ def test_how_much_is_far_and_how_much_is_guided(
 
 def test_the_length_of_a_run_that_ends_by_the_clock_is_said() -> None:
     shown = call("show", "moons", *sets("net.width=16", "train.minutes=9.8"))
-    assert "9.8 minutes; train.steps is a guess" in " ".join(shown.out.split())
+    assert "9.8 minutes; train.steps only scales the warmup" in " ".join(shown.out.split())
 
 
 @pytest.mark.nightly
