@@ -89,7 +89,8 @@ def said(*words: object) -> tuple[Done, str]:
 
 def test_folders_are_classes_by_name(run: Path) -> None:
     found = yaml.safe_load((run / "run.yaml").read_text())["resolved"]
-    assert found == {"data.classes": 4, "data.names": list(CLASSES)}
+    assert found["data.classes"] == 4
+    assert found["data.names"] == list(CLASSES)
     spec = load(str(run))
     assert [spec.conditions.name(k) for k in range(4)] == list(CLASSES)
     assert [spec.conditions.index(name) for name in ("fish", " zoo birds", "3")] == [2, 3, 3]

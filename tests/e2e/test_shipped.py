@@ -50,7 +50,7 @@ CASES = {
 }
 WORDS = {  # what a run lacks, by run and command
     DIGITS: {"encode": "not on latents", "train": ""},
-    CIFAR10: {"encode": "DUMO_DATA is not set", "train": "runs/latents/cifar10-taef2"},
+    CIFAR10: {"encode": "on the Hub", "train": "on the Hub"},
 }
 
 
