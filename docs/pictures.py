@@ -25,7 +25,8 @@ from dumo.lab.reproduce import VIEWS, View
 from dumo.lab.table import main_score
 from dumo.report import chart
 from dumo.run.judge import reference_data
-from dumo.run.weights import OpenedRun, open_run
+from dumo.run.trained import TrainedRun
+from dumo.run.weights import load_run
 from dumo.runtime.text import nfe_text
 
 DOCS = Path(__file__).parent
@@ -39,15 +40,15 @@ NUM_TEST_IMAGES = 1000  # among which the first of each class is shown
 # ------------------------------------------------------------------------------------------------------------ front.png
 
 
-def sample_each_class(opened: OpenedRun, *passes: int) -> dict[str, Tensor]:
+def sample_each_class(trained: TrainedRun, *passes: int) -> dict[str, Tensor]:
     """Samples by each number of passes, one of each class, from the first seeds: samples are not cherry-picked."""
     labels = labels_in_turn(NUM_CLASSES, NUM_CLASSES)
-    return {nfe_text(n): opened.sampler.sample(labels, nfe=n).x for n in passes}
+    return {nfe_text(n): trained.make_samples(labels, nfe=n).x for n in passes}
 
 
-def first_of_each_class(opened: OpenedRun) -> Tensor:
+def first_of_each_class(trained: TrainedRun) -> Tensor:
     """The first real image of each class among some of the test images."""
-    x, c = reference_data(opened.run.data, "test").reference(NUM_TEST_IMAGES, seed=0)
+    x, c = reference_data(trained.spec.data, "test").reference(NUM_TEST_IMAGES, seed=0)
     first_rows = [int((c == label).nonzero()[0]) for label in range(NUM_CLASSES)]
     return x[torch.tensor(first_rows)]
 
@@ -68,8 +69,8 @@ def draw_panel(panel: SubFigure, title: str, class_names: Sequence[str], images_
 
 def draw_front() -> None:
     """Draw samples of both models side by side, into front.png."""
-    digits = open_run("digits-trained", device="cpu")
-    cifar = open_run("cifar10-trained", device="cpu")
+    digits = load_run("digits-trained", device="cpu")
+    cifar = load_run("cifar10-trained", device="cpu")
     figure = Figure((16, 4), dpi=100, layout="constrained")
     left, right = figure.subfigures(1, 2)
     draw_panel(left, "Digits, 8 × 8", DIGITS, sample_each_class(digits, 1, 2, 4, 50))

@@ -19,7 +19,7 @@ from dumo.evaluation.stored import StoredFeatures
 from dumo.export.write import export
 from dumo.io import trained
 from dumo.run.judge import reference_data
-from dumo.run.weights import open_run
+from dumo.run.weights import load_run
 
 # The images of a reference that does not ship with dumo, by the protocol's kind.
 REFERENCE_IMAGES = {"cifar10-features": "CIFAR-10's 10,000 test images"}
@@ -28,14 +28,14 @@ REFERENCE_IMAGES = {"cifar10-features": "CIFAR-10's 10,000 test images"}
 def ship(run_folder: str, name: str) -> None:
     """Export the run to the folder NAME among those that ship with dumo, and evaluate it there."""
     # Export the weights in half precision.
-    opened = open_run(run_folder, device="cpu")
-    folder = export(opened, trained.folder(name), dtype="float16", name=name)
+    run = load_run(run_folder, device="cpu")
+    folder = export(run, trained.folder(name), dtype="float16", name=name)
 
     # Store the features of the images that an evaluation compares with, if these do not ship with dumo.
-    evaluation = opened.run.evaluate
+    evaluation = run.spec.evaluate
     images = REFERENCE_IMAGES.get(evaluation.protocol.kind)
     if images is not None:
-        reference = reference_data(opened.run.data, evaluation.split)
+        reference = reference_data(run.spec.data, evaluation.split)
         assert reference.size is not None
         x, c = reference.reference(reference.size, evaluation.seed)
         features = StoredFeatures.of(features_of(x), c, images=images, features_sha256=cifar10.sha256)

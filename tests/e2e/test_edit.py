@@ -9,8 +9,8 @@ from PIL import Image
 
 from dumo.export.card import PROMPT
 from dumo.nets.rows import Texts
-from dumo.run.prompt import conditions_of_prompts
-from dumo.run.weights import open_run
+from dumo.run import prompt
+from dumo.run.weights import load_run
 from e2e.shell import call, refused, sets
 from stock.case import CAPTIONS, EDITED, FULL, SHORT, Case
 
@@ -28,7 +28,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 def texts_of(case: Case) -> Texts:
     """The rows of the run."""
-    texts = case.opened.sampler.texts
+    texts = prompt.texts_of(case.opened.net)
     assert texts
     return texts
 
@@ -38,22 +38,23 @@ def test_the_card_makes_dumos_edits(case: Case) -> None:
 
 
 def test_an_edit_depends_on_its_image(case: Case) -> None:
-    sampler, other = case.opened.sampler, case.folder / "before" / "0.png"
+    other = case.folder / "before" / "0.png"
     noise = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(0))
     one, two = (
-        case.dumo_image([noise], c=conditions_of_prompts(sampler, [PROMPT], image)) for image in (case.image, other)
+        case.dumo_image([noise], c=case.opened.conditions(prompts=[PROMPT], source=image))
+        for image in (case.image, other)
     )
     assert (one - two).norm() / one.norm() > 0.01
 
 
 def test_the_rows_are_what_the_pipeline_makes_of_the_images(case: Case) -> None:
     """Also of a prompt, and where they are looked up on disk."""
-    pipe, sampler = case.pipeline(), case.opened.sampler
-    mapped = open_run(str(case.run), ["net.texts.memory=0"], device="cpu").sampler
+    pipe = case.pipeline()
+    mapped = load_run(str(case.run), ["net.texts.memory=0"], device="cpu")
     files = [*(case.folder / "before" / f"{i}.png" for i in range(len(CAPTIONS))), case.image]
-    for where in (sampler, mapped):
+    for where in (case.opened, mapped):
         assert where.texts
-        c = torch.cat([torch.arange(len(CAPTIONS)), conditions_of_prompts(where, [PROMPT], case.image)])
+        c = torch.cat([torch.arange(len(CAPTIONS)), where.conditions(prompts=[PROMPT], source=case.image)])
         rows = where.texts.sources(c)
         assert rows is not None
         for row, file in zip(rows, files, strict=True):
@@ -64,7 +65,7 @@ def test_the_rows_are_what_the_pipeline_makes_of_the_images(case: Case) -> None:
 
 
 def test_names_are_texts(case: Case) -> None:
-    conditions = case.opened.sampler.conditions
+    conditions = case.opened.spec.conditions
     assert [conditions.name(k) for k in range(conditions.count)] == [*CAPTIONS]
 
 

@@ -23,8 +23,7 @@ from dumo.export.model import INDEX, ExportedModel
 from dumo.flow.sampling import integrate
 from dumo.flow.solver import Euler
 from dumo.report.card import sample_settings
-from dumo.run.prompt import conditions_of_prompts
-from dumo.run.weights import open_run
+from dumo.run.weights import load_run
 from e2e.shell import call, files, finish, refused, sets, start
 from forked import ENVIRONMENT
 from hub import serving
@@ -227,9 +226,9 @@ def test_the_velocity_is_an_ordinary_flow_model(sd3: Case) -> None:
     assert isinstance(call_of_card, ast.Call)
     arguments = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call_of_card.keywords}
     image = pipe(**arguments, sigmas=[1, 0.75, 0.5, 0.25], latents=z, output_type="latent").images
-    sampler = sd3.opened.sampler
-    c = conditions_of_prompts(sampler, [PROMPT])
-    ours = integrate(sampler.flow.readings(), sampler.flow.path, Euler(), c, 4, lambda _: z)[1]
+    trained = sd3.opened
+    c = trained.conditions(prompts=[PROMPT])
+    ours = integrate(trained.readings, trained.spec.path, Euler(), c, 4, lambda _: z)[1]
     torch.testing.assert_close(image, ours, rtol=0, atol=1e-5)
 
 
@@ -373,8 +372,8 @@ TEXT = r"&lt;img src=x&gt; \[a\](b) \`c\` \*d\*\|"
 def test_what_an_evaluation_says_is_text_on_the_card(trained: dict[str, Path], here: Path) -> None:
     """Its file may be somebody else's."""
     run = shutil.copytree(trained["digits"], here / "run")
-    opened = open_run(run)
-    card = {**sample_settings(opened), "codec": None, "samples": EVIL}
+    opened = load_run(run)
+    card = {**sample_settings(opened, opened.spec), "codec": None, "samples": EVIL}
     scores = {"nfe": 1, "solver": EVIL, EVIL: 0.5, "fd_grey": 12.3}
     report = {"step": 20, "protocol": EVIL, "results": [scores], "contrast": [], "card": card}
     (run / EVALUATION_FILE).write_text(json.dumps(report), encoding="utf-8")
@@ -440,7 +439,7 @@ def test_a_killed_export_leaves_no_folder_of_its_name(trained: dict[str, Path], 
 def test_the_card_says_what_was_measured_of_these_weights_alone(sd3: Case, tmp_path: Path) -> None:
     run, file = sd3.folder / "run", sd3.folder / "run" / EVALUATION_FILE
     scores: dict[str, Any] = {"nfe": 1, "solver": "restart", "fd_grey": 12.345}
-    card = {**sample_settings(sd3.opened), "codec": None, "samples": 500}
+    card = {**sample_settings(sd3.opened, sd3.opened.spec), "codec": None, "samples": 500}
     for sha256, there in ((sd3.opened.sha256, True), ("0" * 64, False)):
         report = {"step": 2, "protocol": "digits", "results": [scores], "contrast": []}
         file.write_text(json.dumps({**report, "card": {**card, "weights_sha256": sha256}}), encoding="utf-8")

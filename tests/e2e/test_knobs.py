@@ -14,7 +14,8 @@ from dumo.flow.path import Linear
 from dumo.lab.bench import PlainStep, slope_error
 from dumo.run import teacher
 from dumo.run.examination import examine
-from dumo.run.sampler import sampler_of
+from dumo.run.folder import RunFolder
+from dumo.run.trained import TrainedRun
 from dumo.run.weights import build
 from dumo.testing.network import randomise
 from dumo.types import frozen
@@ -32,15 +33,16 @@ def test_samples_follow_the_knobs(tmp_path: Path) -> None:
     runs = [guided(), guided("sample.knobs.w=8"), guided("sample.knobs={w: 2, low: 0.1, high: 0.9}")]
     net = randomise(build(runs[0]))
     c = torch.arange(4)
-    one, same, other = (torch.cat([part.x for part in sampler_of(run, net.eval()).batches(c, nfe=1)]) for run in runs)
+    trained = [TrainedRun(run, RunFolder(Path("x")), net.eval()) for run in runs]
+    one, same, other = (of.make_samples(c, nfe=1).x for of in trained)
     assert torch.equal(one, same)
     assert not torch.allclose(one, other)
 
 
 def test_a_teacher_has_the_knobs_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
     run = guided("sample.knobs.w=2")
-    opened = SimpleNamespace(run=run, net=build(run), file=Path("x"))
-    monkeypatch.setattr(teacher, "open_run", lambda *_, **__: opened)
+    opened = SimpleNamespace(spec=run, net=build(run), file=Path("x"))
+    monkeypatch.setattr(teacher, "load_run", lambda *_, **__: opened)
     monkeypatch.setattr(teacher.weights, "sha256", lambda _: "0")
     flow, _ = teacher._run_flow(Teacher(kind="run", source="x"), run.data, run.path, torch.device("cpu"))
     assert flow.knobs == run.sample.knobs

@@ -17,7 +17,7 @@ from dumo.flow.module import Flow
 from dumo.flow.noise import PRIOR, add_noise, make_draws
 from dumo.flow.reading import readings_of, teacher_velocity
 from dumo.io.weights import load
-from dumo.run.weights import open_run
+from dumo.run.weights import load_run
 from dumo.runtime.random import random_row_mask
 from dumo.types import frozen
 from e2e.shell import call, refused, sets, together
@@ -75,7 +75,7 @@ def sd3(tmp_path_factory: pytest.TempPathFactory) -> Personal:
 
 def test_it_begins_as_the_few_step_run_and_trains_its_own_adapters_alone(sd3: Personal) -> None:
     """Which are all that its checkpoints hold; without them it is the few-step run's net, head by head, to the bit."""
-    before, after = open_run(str(sd3.few), device="cpu"), open_run(str(sd3.run), device="cpu")
+    before, after = load_run(str(sd3.few), device="cpu"), load_run(str(sd3.run), device="cpu")
     held = load(after.file)
     assert held.keys() == {n for n in after.net.state_dict() if ".subject." in n}
     assert all(x.any() for name, x in held.items() if "lora_B" in name and "attn.to_q" in name)
@@ -93,7 +93,7 @@ def test_it_begins_as_the_few_step_run_and_trains_its_own_adapters_alone(sd3: Pe
 
 def test_a_share_of_every_batch_is_what_the_few_step_run_made(sd3: Personal) -> None:
     """Half of each; each part goes through its own images, none left out; some rows of a batch are those of all."""
-    opened = open_run(str(sd3.run), device="cpu").run
+    opened = load_run(str(sd3.run), device="cpu").spec
     source, texts = opened.data.open(), opened.conditions.names
     seen = Counter[str]()
     for step in range(12):
@@ -110,8 +110,8 @@ def test_a_share_of_every_batch_is_what_the_few_step_run_made(sd3: Personal) -> 
 
 def test_the_few_step_runs_own_images_ask_nothing_of_it(sd3: Personal) -> None:
     """Before the first step they have no loss of velocity, at any time, however guided; photographs have."""
-    opened = open_run(str(sd3.few), device="cpu")
-    net, run = opened.net, opened.run
+    opened = load_run(str(sd3.few), device="cpu")
+    net, run = opened.net, opened.spec
     teacher = teacher_velocity(readings_of(run.objective, net))
     x, c, _ = torch.randn(4, *run.data.shape), torch.tensor([0, 1, 2, 0]), None
     objective = run.objective.model_copy(update={"guide": Guide(zeta=0.8)})

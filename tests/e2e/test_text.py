@@ -22,7 +22,6 @@ from dumo.io.weights import load
 from dumo.report.name import name_part
 from dumo.report.sample import sample_to_files
 from dumo.run.encode import encoding_work
-from dumo.run.prompt import conditions_of_prompts, names_of_conditions
 from dumo.run.sample_files import write_samples
 from e2e.shell import call, files
 
@@ -59,10 +58,10 @@ def test_a_prompt_that_is_a_caption_is_that_caption_and_another_one_is_told_apar
             if "read" in name or "pool" in name or "heads" in name:
                 p.copy_(torch.linspace(-0.3, 0.3, p.numel()).view(p.shape))
     asked = ["seven", "the digit 7", "a red seven", "seven", "a red seven"]
-    c = conditions_of_prompts(run.opened.sampler, asked)
+    c = run.conditions(prompts=asked)
     assert c.tolist() == [21, 22, 31, 21, 31]  # 3 captions of a class; 30 is no caption
-    assert conditions_of_prompts(run.opened.sampler, ["two", "a red seven", "a blue seven"]).tolist() == [6, 31, 32]
-    assert names_of_conditions(run.opened.sampler, c) == asked
+    assert run.conditions(prompts=["two", "a red seven", "a blue seven"]).tolist() == [6, 31, 32]
+    assert run.names_of_conditions(c) == asked
     images = run.sample(prompts=["seven", "a red seven"], nfe=1)
     assert torch.equal(images[0], run.sample([21, 3], nfe=1)[0])
     noises = run.sample(prompts=["seven", "seven"], nfe=1)
@@ -125,7 +124,7 @@ def test_a_folder_of_images_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: p
 
 
 def test_other_prompts_and_other_images_that_are_edited_are_other_files(home: Path, tmp_path: Path) -> None:
-    opened = dumo.load(home / "run").opened
+    opened = dumo.load(home / "run")
     files: set[Path] = set()
     for text in ("a dog", "a dog!", "\N{DOG}", "\N{CAT}"):
         files.update(sample_to_files(opened, tmp_path, count=1, nfe=[1], prompts=[text]))

@@ -30,8 +30,8 @@ from dumo.flow.path import Diffusion
 from dumo.flow.sampling import integrate
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES, unpack_latents
-from dumo.run.prompt import conditions_of_prompts
-from dumo.run.weights import OpenedRun, open_run
+from dumo.run.trained import TrainedRun
+from dumo.run.weights import load_run
 from e2e.shell import Done, call, sets
 from forked import ENVIRONMENT
 from pipelines import PIPELINES, SIDE, save
@@ -236,9 +236,9 @@ class Case:
         return self.folder / out
 
     @cached_property
-    def opened(self) -> OpenedRun:
+    def opened(self) -> TrainedRun:
         """The run, opened on the CPU."""
-        return open_run(str(self.run), device="cpu")
+        return load_run(str(self.run), device="cpu")
 
     # ------------------------------------------------------------------------------------------ the card's images
 
@@ -278,17 +278,17 @@ class Case:
 
         c: conditions (1,); None: of the card's prompt. passes: None: as many as noises.
         """
-        sampler = self.opened.sampler
-        readings = sampler.flow.readings(guide=sampler.spec.guide.model_copy(update={"scale": scale}))
+        trained = self.opened
+        readings = trained.flow.readings(guide=trained.spec.sample.guide.model_copy(update={"scale": scale}))
         if c is None:
-            c = conditions_of_prompts(sampler, [PROMPT], self.image)
+            c = trained.conditions(prompts=[PROMPT], source=self.image)
         z = [self._unpack_noise(noise) for noise in noises]
-        _, x = integrate(readings, sampler.flow.path, sampler.spec.solver, c, passes or len(z), z.__getitem__)
-        return sampler.decode(x)
+        _, x = integrate(readings, trained.spec.path, trained.spec.sample.solver, c, passes or len(z), z.__getitem__)
+        return trained.decode(x)
 
     def _unpack_noise(self, noise: Tensor) -> Tensor:
         """A pipeline's noise, which may be packed into tokens, as dumo's, (1, c, h, w)."""
-        channels, height, width = self.opened.sampler.data.shape
+        channels, height, width = self.opened.spec.data.shape
         net = self.opened.net
         assert isinstance(net, Dualized)
         if noise.ndim == 3:
@@ -345,11 +345,11 @@ class Case:
         if self.image:
             arguments |= {"image": Image.open(self.image), "max_area": SIDE**2}
         if passes:
-            sampler = self.opened.sampler
-            times = sampler.spec.solver.times(passes)
-            if isinstance(sampler.flow.path, Diffusion):
-                times = sampler.flow.path.nearest_indices(times)
-            arguments |= self.stock.arguments(times, embedded=getattr(self.opened.run.net, "guidance", None))
+            trained = self.opened
+            times = trained.spec.sample.solver.times(passes)
+            if isinstance(trained.spec.path, Diffusion):
+                times = trained.spec.path.nearest_indices(times)
+            arguments |= self.stock.arguments(times, embedded=getattr(self.opened.spec.net, "guidance", None))
         return arguments
 
     def pipeline_latent(self, pipe: Any, passes: int | None, *, seed: int = 7, **overrides: Any) -> Tensor:  # noqa: ANN401

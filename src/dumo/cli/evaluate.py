@@ -93,7 +93,7 @@ def evaluate(
 
     from dumo.report import evaluate, score
     from dumo.report import images as image_report
-    from dumo.run.weights import open_run
+    from dumo.run.weights import load_run
     from dumo.runtime import dist
 
     with dist.join():
@@ -109,9 +109,9 @@ def evaluate(
                 bar=bar,
             )
         elif run_folder is not None:
-            opened = open_run(run_folder, set_ or [], weights=weights, device=device)
+            trained = load_run(run_folder, set_ or [], weights=weights, device=device)
             passes = parse_integers(nfe, "--nfe")
-            report = evaluate.evaluate(opened, nfe=passes, seed=seed, solver=solver, bar=bar)
+            report = evaluate.evaluate(trained, nfe=passes, seed=seed, solver=solver, bar=bar)
         else:
             raise typer.BadParameter("name a run's folder, or images by --images")
     if not is_main:

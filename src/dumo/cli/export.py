@@ -73,7 +73,7 @@ def export(
     Example:  dumo export runs/digits digits-export
     """
     from dumo.export import hub, write
-    from dumo.run.weights import open_run
+    from dumo.run.weights import load_run
     from dumo.runtime import dist, signals
 
     # Check what needs no run.
@@ -86,9 +86,9 @@ def export(
 
     # Open the run, and write it.
     passes = parse_integers(nfe, "--nfe") or ()
-    opened = open_run(run_folder, set_ or [], weights=weights, device="cpu")
+    trained = load_run(run_folder, set_ or [], weights=weights, device="cpu")
     exported = write.export(
-        opened, target, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone
+        trained, target, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone
     )
     out.print(str(exported), soft_wrap=True)
 

@@ -94,28 +94,28 @@ def sample(
     from dumo.report import gallery
     from dumo.report.benchmark import LAYOUTS, make_images
     from dumo.report.sample import DEFAULT_COUNT, sample_to_files
-    from dumo.run.weights import open_run
+    from dumo.run.weights import load_run
     from dumo.runtime import dist
 
     if checkpoints:
         dist.require_one_process("dumo sample --checkpoints")
     with dist.join():
-        opened = open_run(run_folder, set_ or [], weights=weights, device=device)
-        folder = folder or opened.output_folder / "samples"
+        trained = load_run(run_folder, set_ or [], weights=weights, device=device)
+        folder = folder or trained.folder / "samples"
         passes = parse_integers(nfe, "--nfe")
-        classes = parse_classes(labels, opened.sampler.conditions)
+        classes = parse_classes(labels, trained.spec.conditions)
         if checkpoints:
             steps = None if checkpoints == "all" else parse_integers(checkpoints, "--checkpoints")
             panels = gallery.trajectories(
-                opened, nfe=passes, steps=steps, count=count, only=classes, seed=seed, bar=bar
+                trained, nfe=passes, steps=steps, count=count, only=classes, seed=seed, bar=bar
             )
             files = gallery.write_trajectories(folder, panels)
         elif prompts and form in LAYOUTS:
-            files = make_images(opened, form, prompts, folder, nfe=passes, seed=seed, solver=solver, bar=bar)
+            files = make_images(trained, form, prompts, folder, nfe=passes, seed=seed, solver=solver, bar=bar)
         else:
             texts = [row.text for row in read_prompts(prompts)] if prompts else prompt or []
             files = sample_to_files(
-                opened,
+                trained,
                 folder,
                 form=form,
                 count=count or len(texts) or max(DEFAULT_COUNT, len(classes or ())),

@@ -37,8 +37,7 @@ from dumo.flow.solver import can_make
 from dumo.io.trained import SHIPPED_PREFIX
 from dumo.report.card import is_card_of, read_report
 from dumo.run.resolve import places, without_path, without_paths
-from dumo.run.sampler import Sampler
-from dumo.run.weights import OpenedRun
+from dumo.run.trained import TrainedRun, net_shape
 from dumo.runtime import version
 from dumo.runtime.text import escape_line
 from dumo.types import UserError
@@ -100,24 +99,24 @@ class Provenance:
         return ""
 
     @classmethod
-    def of(cls, opened: OpenedRun) -> "Provenance":
+    def of(cls, trained: TrainedRun) -> "Provenance":
         """Return that of an opened run. An evaluation of other weights or other sampling settings is left out."""
-        run = opened.run
+        run = trained.spec
         baked = dict[str, float]()
         target_scale = GuidanceScale.of(run.objective.needs).scale
         if target_scale != 1:
             baked["its target"] = target_scale
         if run.teacher and run.teacher.guide.scale != 1:
             baked["its teacher"] = run.teacher.guide.scale
-        file = opened.find_output(EVALUATION_FILE)
+        file = trained.find_output(EVALUATION_FILE)
         report = read_report(file) if file.is_file() else None
-        if report and not is_card_of(report["card"], opened):
+        if report and not is_card_of(report["card"], trained):
             report = None
         return cls(
             run=run,
-            step=opened.step,
-            weights=without_path(opened.weights),
-            sha256=opened.sha256,
+            step=trained.step,
+            weights=without_path(trained.weights),
+            sha256=trained.sha256,
             baked=baked,
             report=report,
         )
@@ -136,11 +135,10 @@ def tuned_card(
     alone, which then replace those of another pipeline.
     """
     # Show the call for the most frequent of several image sizes.
-    sizes = _image_counts(exported.sampler.data)
+    sizes = _image_counts(exported.run.data)
     if sizes:
-        most_frequent = next(iter(sizes))
-        exported = replace(exported, sampler=replace(exported.sampler, size=most_frequent))
-    sampler = exported.sampler
+        exported = replace(exported, size=next(iter(sizes)))
+    run = exported.run
 
     # Find out which parts of which pipeline the code of the card opens.
     source_parts = [*stock.parts]
@@ -160,7 +158,7 @@ def tuned_card(
     else:
         head_text = "u, the flow map: a pass jumps to the data"
     body = _render(
-        sampler,
+        run,
         provenance,
         name,
         rows=rows,
@@ -169,7 +167,7 @@ def tuned_card(
         stock=stock,
         codes=exported.class_embeddings,
         calls=_pipeline_calls(exported, stock),
-        is_guided=_is_guided(stock, sampler),
+        is_guided=_is_guided(stock, run),
         scheduler=scheduler[1],
         has_own_scheduler=scheduler == JUMP_SCHEDULER,
         absent_arguments="".join(f", {part}=None" for part in exported.spec.pipeline.absent_parts),
@@ -220,22 +218,22 @@ def license_metadata(facts: Mapping[str, str]) -> dict[str, str]:
     return metadata
 
 
-def _is_guided(stock: StockPipeline, sampler: Sampler) -> bool:
+def _is_guided(stock: StockPipeline, run: Run) -> bool:
     """Whether samples are guided by an argument of the pipeline."""
-    return sampler.spec.guide.scale != 1 and stock.guide_argument is not None
+    return run.sample.guide.scale != 1 and stock.guide_argument is not None
 
 
 def _pipeline_calls(exported: ExportedModel, stock: StockPipeline) -> list[tuple[str, str]]:
     """The arguments of each call of the pipeline as text, and a comment on it."""
     condition = _image_arguments(exported, stock)
     embedded = exported.net.guidance
-    scale = exported.sampler.spec.guide.scale
+    scale = exported.run.sample.guide.scale
     # A velocity is sampled at the pipeline's own times.
     if exported.head == "v":
         guidance = stock.guidance_arguments(embedded=embedded, scale=scale)
         return [(", ".join([*condition, *_keywords(guidance)]), "")]
     calls: list[tuple[str, str]] = []
-    reachable = [n for n in _PASS_COMMENTS if can_make(exported.solver, exported.sampler.available_readings, n)]
+    reachable = [n for n in _PASS_COMMENTS if can_make(exported.solver, exported.run.readings, n)]
     for passes in exported.nfe or reachable:
         times = exported.pipeline_times(passes)
         arguments = [*condition, *_keywords(stock.arguments(times, embedded=embedded, scale=scale))]
@@ -252,9 +250,9 @@ def _keywords(arguments: Mapping[str, Any]) -> list[str]:
 
 def _image_arguments(exported: ExportedModel, stock: StockPipeline) -> list[str]:
     """The arguments that ask for an image of a prompt, or of a class, at the size that the run has."""
-    sampler = exported.sampler
-    pixels = sampler.data.codec.factor if isinstance(sampler.data, Latents) else stock.pixels_per_latent
-    height, width = (pixels * n for n in sampler.shape[1:])
+    data = exported.run.data
+    pixels = data.codec.factor if isinstance(data, Latents) else stock.pixels_per_latent
+    height, width = (pixels * n for n in net_shape(data, exported.size)[1:])
     arguments = list[str]()
     if stock.takes_image:
         arguments += ["image=source", f"max_area={height * width}"]
@@ -262,7 +260,7 @@ def _image_arguments(exported: ExportedModel, stock: StockPipeline) -> list[str]
         arguments.append("**embeds")
     else:
         arguments.append(f'prompt="{PROMPT}"')
-        if stock.guided_by_negative and _is_guided(stock, sampler):
+        if stock.guided_by_negative and _is_guided(stock, exported.run):
             arguments.append('negative_prompt=""')
     arguments += [f"height={height}", f"width={width}", *stock.extra_arguments]
     # A model that came alone has no decoder.
@@ -271,14 +269,13 @@ def _image_arguments(exported: ExportedModel, stock: StockPipeline) -> list[str]
     return arguments
 
 
-def own_card(opened: OpenedRun, provenance: Provenance, name: str, *, dtype: str, has_pipeline: bool) -> str:
+def own_card(trained: TrainedRun, provenance: Provenance, name: str, *, dtype: str, has_pipeline: bool) -> str:
     """The card of a run with a network of its own: a folder called `name`, its weights in `dtype`.
 
     `has_pipeline` says whether diffusers opens the folder, too.
     """
-    sampler = opened.sampler
-    run = opened.run
-    argument, value = _condition_argument(sampler)
+    run = trained.spec
+    argument, value = _condition_argument(run)
     pipeline_arguments = {
         "labels": f"class_labels={value}",
         "prompts": f"prompt={value}",
@@ -286,7 +283,7 @@ def own_card(opened: OpenedRun, provenance: Provenance, name: str, *, dtype: str
     }
     rows = _score_rows(provenance)
     body = _render(
-        sampler,
+        run,
         provenance,
         name,
         rows=rows,
@@ -294,24 +291,24 @@ def own_card(opened: OpenedRun, provenance: Provenance, name: str, *, dtype: str
         exported=None,
         arguments=f"{argument}={value}",
         pipeline_arguments=pipeline_arguments[argument],
-        nfe=sampler.spec.nfe[0],
+        nfe=run.sample.nfe[0],
         trusts_code=names_code(run),
         has_pipeline=has_pipeline,
         places=_places_to_sample(run),
-        labels=label_list(sampler),
-        parameters=sum(p.numel() for p in opened.net.parameters()),
+        labels=label_list(run),
+        parameters=sum(p.numel() for p in trained.net.parameters()),
         stored_dtype=dtype,
     )
     metadata: dict[str, Any] = {"library_name": "dumo", "tags": ["dumo"]}
-    if sampler.is_image:
-        reads_texts = sampler.conditions.captions is not None
+    if trained.makes_images:
+        reads_texts = run.conditions.captions is not None
         metadata["pipeline_tag"] = "text-to-image" if reads_texts else "unconditional-image-generation"
     return _with_head(body, metadata, name, provenance, rows)
 
 
-def _condition_argument(sampler: Sampler) -> tuple[str, str]:
+def _condition_argument(run: Run) -> tuple[str, str]:
     """The argument of `sample` that asks for images of two classes, of captions, or of nothing; and its value."""
-    conditions = sampler.conditions
+    conditions = run.conditions
     if not conditions.count:
         return "count", "2"
     numbers = [0, conditions.count // 2]
@@ -333,10 +330,10 @@ def _places_to_sample(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def label_list(sampler: Sampler) -> str:
+def label_list(run: Run) -> str:
     """The labels of classes, with their names if they have some: "0 to 9", or "0 airplane, 1 automobile"."""
-    count = sampler.conditions.count
-    names = sampler.conditions.names
+    count = run.conditions.count
+    names = run.conditions.names
     if not count:
         return "none: there are no classes"
     if not names or names == tuple(map(str, range(count))):
@@ -344,18 +341,18 @@ def label_list(sampler: Sampler) -> str:
     return ", ".join(f"{k} {_escape_markup(name)}" for k, name in enumerate(names))
 
 
-def _render(sampler: Sampler, provenance: Provenance, name: str, *, rows: list[Any], **values: object) -> str:
+def _render(run: Run, provenance: Provenance, name: str, *, rows: list[Any], **values: object) -> str:
     """The body of a card: the template filled with these values and those that all cards have."""
     return (
         _templates()
         .get_template("card.md.j2")
         .render(
-            sampler=sampler,
+            run=run,
             provenance=provenance,
             name=name,
             rows=rows,
             scores=_score_names(rows),
-            method=method(sampler.flow.objective),
+            method=method(run.objective),
             **values,
         )
     )

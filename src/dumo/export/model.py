@@ -18,6 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dumo.config.spec import Run
+from dumo.data.pixel import Size
 from dumo.encoders.part import DIFFUSERS, find_weights
 from dumo.encoders.pipeline import TRANSFORMER, weights_name
 from dumo.export.scheduler import restart_for_scheduler
@@ -29,7 +31,6 @@ from dumo.nets import Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.nets.gap import FixedTimes
 from dumo.nets.rows import Codes
-from dumo.run.sampler import Sampler
 from dumo.types import Cond, Heads, Objective, Sample, Time, UserError
 
 # The dtypes in which weights are written.
@@ -46,7 +47,7 @@ Head = Literal["u", "v"]
 class ExportedModel:
     """One head of a tuned net, to be exported: u jumps to the data, v is the velocity of a flow."""
 
-    sampler: Sampler
+    run: Run
     spec: Pretrained
     net: Dualized
     head: Head
@@ -55,18 +56,20 @@ class ExportedModel:
     dtype: str = "float32"
     # Leave out the adapters of the few-step run, for use on top of that run's export.
     subject_only: bool = False
+    # The size of the images that its card shows how to make; None: the square.
+    size: Size | None = None
 
     @property
     def makes_hops(self) -> bool:
         """Whether its passes are those of Hop, of a net of two times."""
-        return bool(self.nfe) and isinstance(self.sampler.spec.solver, Hop)
+        return bool(self.nfe) and isinstance(self.run.sample.solver, Hop)
 
     @property
     def pass_intervals(self) -> list[tuple[float, float]]:
         """The times (t, r) from and to which each pass goes, t falling. Raises UserError if one t has two r."""
         end_by_start: dict[float, float] = {}
         for n in sorted(self.nfe):
-            starts = self.sampler.flow.path.nearest_net_times(self._start_times(n))
+            starts = self.run.path.nearest_net_times(self._start_times(n))
             ends = [*starts[1:], 0.0] if self.makes_hops else [0.0] * n
             for t, r in zip(starts, ends, strict=True):
                 other_r = end_by_start.setdefault(t, r)
@@ -84,7 +87,7 @@ class ExportedModel:
         if not self.nfe:
             return None
         t, r = zip(*self.pass_intervals, strict=True)
-        path = self.sampler.flow.path
+        path = self.run.path
         if isinstance(path, Diffusion):
             model_times = torch.tensor([float(index) for index in path.nearest_indices(t)])
         else:
@@ -125,7 +128,7 @@ class ExportedModel:
 
         A Hop is replaced by a Restart that begins at its start. Raises UserError if no scheduler imitates the solver.
         """
-        solver = self.sampler.spec.solver
+        solver = self.run.sample.solver
         if self.nfe and isinstance(solver, Hop):
             return Restart(m=solver.start / 2, start=solver.start)
         return restart_for_scheduler(solver)
@@ -133,7 +136,7 @@ class ExportedModel:
     def pipeline_times(self, passes: int) -> Sequence[float]:
         """The times at which passes begin, as the pipeline counts them: sigmas, or indices of a diffusion's table."""
         times = self._start_times(passes)
-        path = self.sampler.flow.path
+        path = self.run.path
         return path.nearest_indices(times) if isinstance(path, Diffusion) else times
 
     @property
@@ -217,7 +220,7 @@ class ExportedModel:
 
 
 def choose_exported_model(
-    sampler: Sampler, spec: Pretrained, head: Head, nfe: tuple[int, ...], dtype: str
+    run: Run, spec: Pretrained, net: Dualized, head: Head, nfe: tuple[int, ...], dtype: str
 ) -> ExportedModel:
     """Take one head of a pretrained model for export. A flow map of two times is fixed to `nfe` passes.
 
@@ -225,27 +228,23 @@ def choose_exported_model(
     that the run does not sample by, or reads at other times than a stock model, and for passes that the solver cannot
     make.
     """
-    net = sampler.net
-    assert isinstance(net, Dualized)
-    solver = sampler.spec.solver
-    if head == "v" and net.gap is not None and not _reads_velocity_at_rest(sampler.flow.objective):
+    solver = run.sample.solver
+    if head == "v" and net.gap is not None and not _reads_velocity_at_rest(run.objective):
         raise UserError(
-            f"objective '{sampler.flow.objective.kind}' reads its velocity at another r than t, at which it would be "
+            f"objective '{run.objective.kind}' reads its velocity at another r than t, at which it would be "
             "exported: export head u"
         )
-    if head == "v" and sampler.available_readings.velocity and head_of(sampler.flow.objective, "velocity") != head:
-        raise UserError(
-            f"objective '{sampler.flow.objective.kind}' reads its velocity by another head than v: export head u"
-        )
+    if head == "v" and run.readings.velocity and head_of(run.objective, "velocity") != head:
+        raise UserError(f"objective '{run.objective.kind}' reads its velocity by another head than v: export head u")
     if net.gap is None or head == "v":
-        return ExportedModel(sampler=sampler, spec=spec, net=net, head=head, dtype=dtype)
+        return ExportedModel(run=run, spec=spec, net=net, head=head, dtype=dtype)
     if net.diffusion and isinstance(solver, Hop):
         raise UserError(
             "sample.solver is hop, and no stock scheduler makes such steps with a diffusion model: set "
             "sample.solver.kind=restart"
         )
     if isinstance(solver, Hop):
-        hop_head = head_of(sampler.flow.objective, "flow_map")
+        hop_head = head_of(run.objective, "flow_map")
         if hop_head != head:
             raise UserError(
                 f"sample.solver is hop, which reads head {hop_head}, and head {head} is exported: set "
@@ -257,7 +256,7 @@ def choose_exported_model(
         # Raises if the solver does not make n passes.
         num_steps(solver, n)
     distinct_nfe = tuple(sorted(set(nfe)))
-    return ExportedModel(sampler=sampler, spec=spec, net=net, head=head, nfe=distinct_nfe, dtype=dtype)
+    return ExportedModel(run=run, spec=spec, net=net, head=head, nfe=distinct_nfe, dtype=dtype)
 
 
 def _reads_velocity_at_rest(objective: Objective) -> bool:
@@ -285,7 +284,7 @@ def require_pipeline(exported: ExportedModel, *, lora: bool = False) -> StockPip
         raise UserError(f"no stock pipeline calls a {exported.model_class} as this run does: export to safetensors")
     if lora and exported.spec.lora is None:
         raise UserError("net.lora is null: all weights were tuned, which no LoRA holds: export to diffusers")
-    scale = exported.sampler.spec.guide.scale
+    scale = exported.run.sample.guide.scale
     if exported.head == "u" and scale != 1 and stock.rescales_guidance:
         raise UserError(
             f"sample.guide.scale is {scale:g}, and {stock.pipeline} rescales what it guides, so its images would "

@@ -20,27 +20,27 @@ from dumo.io.read import write_json
 from dumo.io.weights import unshared, write_weights
 from dumo.run.folder import EXPORTED_WEIGHTS
 from dumo.run.resolve import without_paths
-from dumo.run.weights import OpenedRun
+from dumo.run.trained import TrainedRun
 from dumo.training.frozen import trained_state_dict
 
 _PIPELINE = Path(__file__).parent / "shipped" / "pipeline.py"
 
 
-def write(opened: OpenedRun, provenance: card.Provenance, out: Path, name: str, *, dtype: str) -> None:
+def write(trained: TrainedRun, provenance: card.Provenance, out: Path, name: str, *, dtype: str) -> None:
     """Write the run into the empty folder `out`, which will be called `name`; weights are rounded to `dtype`."""
     # Write the run, and the weights that its samples are made with.
-    run = without_paths(opened.run)
+    run = without_paths(trained.spec)
     (out / RUN_FILE).write_text(dump(run, {HASH_KEY: config_hash(run)}), encoding="utf-8")
-    weights = unshared(trained_state_dict(opened.net))
+    weights = unshared(trained_state_dict(trained.net))
     for weight_name, weight in weights.items():
         if weight.is_floating_point():
             weights[weight_name] = weight.to(getattr(torch, dtype))
-    write_weights(out / EXPORTED_WEIGHTS, weights, kind="export", step=opened.step, run=config_hash(run))
+    write_weights(out / EXPORTED_WEIGHTS, weights, kind="export", step=trained.step, run=config_hash(run))
 
     # Write what diffusers and a reader need to open it. A pipeline makes images, and runs no code of a user's.
-    has_pipeline = opened.sampler.is_image and not names_code(run)
+    has_pipeline = trained.makes_images and not names_code(run)
     if has_pipeline:
         shutil.copy(_PIPELINE, out)
         write_json(out / "model_index.json", {"_class_name": [_PIPELINE.stem, "DumoPipeline"]})
-    text = card.own_card(opened, provenance, name, dtype=dtype, has_pipeline=has_pipeline)
+    text = card.own_card(trained, provenance, name, dtype=dtype, has_pipeline=has_pipeline)
     (out / "README.md").write_text(text, encoding="utf-8")

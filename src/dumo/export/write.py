@@ -36,7 +36,9 @@ from dumo.io import file as files
 from dumo.io.read import read_json, write_json
 from dumo.io.weights import PICKLES, unshared
 from dumo.nets import Pretrained
-from dumo.run.weights import OpenedRun, build
+from dumo.nets.dualized import Dualized
+from dumo.run.trained import TrainedRun
+from dumo.run.weights import build, load_run
 from dumo.runtime import signals
 from dumo.training.frozen import trained_state_dict
 from dumo.types import Objective, UserError
@@ -55,7 +57,7 @@ _SOURCE_ONLY_KEYS = ("_name_or_path", "_use_default_values", "dmd2_")
 
 
 def export(
-    opened: OpenedRun,
+    trained: TrainedRun,
     out: Path,
     *,
     to: str = "diffusers",
@@ -76,31 +78,34 @@ def export(
     - `nfe` are the numbers of passes to which a network of two times is fixed.
     - `alone` leaves out the few-step adapters below those of a subject.
 
-    `name` is what the card opens, OWNER/NAME on the Hub; None takes the name of `out`. Raises UserError for an unknown
-    option, if `out` exists, and if no stock program samples as the run does; OSError if nothing can be written. Nothing
-    is written then.
+    A run on another device is opened again on the CPU. `name` is what the card opens, OWNER/NAME on the Hub; None takes
+    the name of `out`. Raises UserError for an unknown option, if `out` exists, and if no stock program samples as the
+    run does; OSError if nothing can be written. Nothing is written then.
     """
     # Check the options, and what the run has to export.
     require_known("form of export", to, FORMS)
     require_known("treatment of parts", parts, PARTS)
     require_known("dtype", dtype, DTYPES)
     require_vacant(out)
-    if alone and not (opened.run.has_subject and to in ("lora", "comfyui")):
+    if alone and not (trained.spec.has_subject and to in ("lora", "comfyui")):
         raise UserError(
             "alone writes the adapters of a subject without those of its few-step run: it needs a run with "
             "net.lora.subject, exported to lora or comfyui"
         )
+    if trained.device.type != "cpu":
+        trained = load_run(trained.source, trained.overrides, weights=trained.given_weights, device="cpu")
     exported: ExportedModel | None = None
-    if isinstance(opened.run.net, Pretrained):
-        exported = _exported_model(opened, to, head=head, nfe=nfe, dtype=dtype, alone=alone)
+    if isinstance(trained.spec.net, Pretrained):
+        exported = _exported_model(trained, to, head=head, nfe=nfe, dtype=dtype, alone=alone)
     elif to != "diffusers" or head is not None or nfe:
+        kind = trained.spec.net.kind
         raise UserError(
-            f"net.kind is {opened.run.net.kind}, which is exported whole, with all heads and for any number of passes: "
+            f"net.kind is {kind}, which is exported whole, with all heads and for any number of passes: "
             "leave out to, head and nfe"
         )
 
     # Write it.
-    provenance = card.Provenance.of(opened)
+    provenance = card.Provenance.of(trained)
     card_name = name or out.name
     with files.atomic_write(out) as temporary:
         if exported is not None and to in FILE_FORMS:
@@ -108,7 +113,7 @@ def export(
             return out
         temporary.mkdir()
         if exported is None:
-            own.write(opened, provenance, temporary, card_name, dtype=dtype)
+            own.write(trained, provenance, temporary, card_name, dtype=dtype)
             return out
         if to == "lora":
             lora.write(exported, provenance, temporary, card_name, dtype=dtype)
@@ -126,35 +131,34 @@ def require_vacant(out: Path) -> None:
 
 
 def _exported_model(
-    opened: OpenedRun, to: str, *, head: str | None, nfe: Sequence[int], dtype: str, alone: bool
+    trained: TrainedRun, to: str, *, head: str | None, nfe: Sequence[int], dtype: str, alone: bool
 ) -> ExportedModel:
     """The head of a pretrained model to export. Raises UserError as `export`."""
-    sampler = opened.sampler
-    spec = opened.run.net
+    spec = trained.spec.net
     assert isinstance(spec, Pretrained)
-    path = sampler.flow.path
+    path = trained.spec.path
     if path != Linear() and not isinstance(path, Diffusion):
         raise UserError(
             f"path is {path.kind} with sd {path.sd:g}, and stock schedulers know the path x_t = (1 - t) x + t z alone: "
             "train with path.kind=linear and path.sd=1, or sample it by dumo sample"
         )
-    if to in ("diffusers", "safetensors"):
-        sampler = replace(sampler, flow=sampler.flow.with_net(_net_with_uncoded_base(opened, spec)))
-    chosen_head = _choose_head(sampler.flow.objective, head)
+    net = _net_with_uncoded_base(trained, spec) if to in ("diffusers", "safetensors") else trained.net
+    assert isinstance(net, Dualized)
+    chosen_head = _choose_head(trained.spec.objective, head)
     # A LoRA is rounded alone, without what it is added to.
     model_dtype = "float32" if to in ("lora", "comfyui") else dtype
-    exported = choose_exported_model(sampler, spec, chosen_head, tuple(nfe), model_dtype)
+    exported = choose_exported_model(trained.spec, spec, net, chosen_head, tuple(nfe), model_dtype)
     return replace(exported, subject_only=alone)
 
 
-def _net_with_uncoded_base(opened: OpenedRun, spec: Pretrained) -> nn.Module:
+def _net_with_uncoded_base(trained: TrainedRun, spec: Pretrained) -> nn.Module:
     """The net of a run. A base that is held in few bits is read again as it is stored, so adapters can be added."""
     uncoded_spec = spec.with_uncoded_weights()
     if uncoded_spec is spec:
-        return opened.net
-    net = build(opened.run.model_copy(update={"net": uncoded_spec}), opened.device)
+        return trained.net
+    net = build(trained.spec.model_copy(update={"net": uncoded_spec}), trained.device)
     # Assign the trained weights, so that memory holds them once.
-    net.load_state_dict(trained_state_dict(opened.net), strict=False, assign=True)
+    net.load_state_dict(trained_state_dict(trained.net), strict=False, assign=True)
     return net.eval()
 
 
@@ -202,7 +206,7 @@ def _write_pipeline(
     index: dict[str, Any] = read_index(source) if source else {"_class_name": stock.pipeline}
     if source and parts != "none":
         exported.spec.pipeline.verify()
-        require_own_autoencoder(exported.sampler.data)
+        require_own_autoencoder(exported.run.data)
     exported.build_model().save_pretrained(out / exported.component_name)
     index[exported.component_name] = ["diffusers", exported.model_class]
     if exported.head == "u":

@@ -52,11 +52,11 @@ def sample_sheets(results: Sequence[Result]) -> Image.Image:
 
 def _sheet(result: Result) -> Image.Image:
     """Two rows of samples in the fewest passes: a class to a column, with its name. Of many classes every n-th one."""
-    run = result.trained.run
+    run = result.trained.spec
     # The passes as they were asked for: those of a row also count the ones of guidance.
     nfe = result.report["card"]["nfe"][0]
     c = run.conditions.of_labels(spread_evenly(_COLUMNS, max(run.data.labels, 1)))
-    samples = result.trained.sampler.sample(c.repeat(2), nfe=nfe)
+    samples = result.trained.make_samples(c.repeat(2), nfe=nfe)
     names = [run.conditions.name(k) for k in c.tolist()] if run.data.labels else []
     cells = [picture.sheet(image, 1) for image in picture.to_rows(samples.x).split(1)]
     return picture.labelled_grid(cells, _COLUMNS, names, gap=2)

@@ -44,8 +44,9 @@ from dumo.report import compare
 from dumo.report.evaluate import current_report, evaluate
 from dumo.run import encode
 from dumo.run.resolve import resolve
+from dumo.run.trained import TrainedRun
 from dumo.run.trainer import open_trainer
-from dumo.run.weights import OpenedRun, open_run
+from dumo.run.weights import load_run
 from dumo.runtime import signals
 from dumo.runtime.progress import Bar
 from dumo.training.state import Diverged
@@ -74,9 +75,9 @@ class Result:
     device: str = "auto"
 
     @cached_property
-    def trained(self) -> OpenedRun:
+    def trained(self) -> TrainedRun:
         """The trained run with its weights."""
-        return open_run(self.folder, device=self.device)
+        return load_run(self.folder, device=self.device)
 
 
 def finish_all(
@@ -139,8 +140,8 @@ def read_result(cell: Cell, cells_folder: Path, device: str) -> Result | None:
     folder = cell_folder(cell, cells_folder)
     if not (folder / EVALUATION_FILE).is_file():
         return None
-    trained = open_run(folder, device=device)
-    if trained.step != cell.spec.train.steps or _settings(trained.run) != _settings(cell.spec):
+    trained = load_run(folder, device=device)
+    if trained.step != cell.spec.train.steps or _settings(trained.spec) != _settings(cell.spec):
         return None
     report = current_report(trained)
     if report is None:
@@ -235,7 +236,7 @@ def finish(run: Run, folder: Path, *, device: str) -> None:
     assert prepared.run
     with open_trainer(prepared.path, prepared.run, device=device) as trainer:
         trainer.train()
-    trained = open_run(folder, device=device)
+    trained = load_run(folder, device=device)
     if current_report(trained) is None:
         evaluate(trained)
 
@@ -321,7 +322,7 @@ def _save_model(result: Result, parent: Path, cut: float | None) -> Path:
         return folder
     net = result.trained.net
     if cut is not None:
-        run = result.trained.run
+        run = result.trained.spec
         net = _low_pass(run.objective, run.data, _save_model(result, parent, None), cut)
     assert isinstance(net, Dualized)
     net.single_head_model("v").save_pretrained(folder)

@@ -58,13 +58,13 @@ def fig3_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
 
     Samples are of the arm's first seed.
     """
-    real, _ = results[0].trained.run.data.open().reference(4000, 0)
+    real, _ = results[0].trained.spec.data.open().reference(4000, 0)
     panels: dict[str, Image.Image] = {}
     for result, *_ in group_by_arm(results):
         ratio = result.cell.labels["velocity_ratio"]
         mmd2 = result.report["results"][0]["mmd2"]
         title = "DuMo" if ratio is None else f"MeanFlow, velocity ratio {ratio:g}"
-        samples = result.trained.sampler.sample(sampling.labels_in_turn(2000, 0), nfe=1).x
+        samples = result.trained.make_samples(sampling.labels_in_turn(2000, 0), nfe=1).x
         panels[f"{title}\nMMD² {mmd2:.2g}"] = picture.scatter(real, {"": samples})
     panels["grey: data\nred: samples at 1 NFE"] = picture.scatter(real, {"": real[:0]})
     path = folder / "fig3.png"
@@ -115,15 +115,15 @@ def fig5_table(plan: Plan, results: list[Result]) -> list[Row]:
 def _distances_by_milestone(result: Result) -> Iterator[Row]:
     """A row for each milestone of a run, sampling mode and number of passes, with the first distance to the data."""
     trained = result.trained
-    spec = trained.run
-    evaluator = evaluator_of(trained.sampler, spec.evaluate, no_bar)
+    spec = trained.spec
+    evaluator = evaluator_of(spec, spec.evaluate, trained.device, no_bar)
     c = spec.evaluate.protocol.labels(spec.data.classes)
     for step, file in gallery.milestone_files(trained.folder, trained.step).items():
         milestone = gallery.open_milestone(trained, step, file)
-        for mode in gallery.choose_modes(milestone.sampler, _FIG5_PASSES):
+        for mode in gallery.choose_modes(spec, _FIG5_PASSES):
             for nfe in _FIG5_PASSES:
                 solver = mode.solver_for(nfe)
-                scores = evaluate.score_passes(milestone.sampler, evaluator, solver, nfe, c, spec.evaluate.seed)
+                scores = evaluate.score_passes(milestone, evaluator, solver, nfe, c, spec.evaluate.seed)
                 first_distance = next(name for name in scores if name not in ("nfe", "solver"))
                 columns = {name: scores[name] for name in ("nfe", "solver", first_distance)}
                 yield {"reading": mode.letter, "step": step, **columns}

@@ -58,7 +58,7 @@ def _no_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
 
 def _draw_samples(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
     """Write a picture of samples of all arms if the plan asks for it and they are images; return its path."""
-    if not plan.samples or not all(result.trained.sampler.is_image for result in results):
+    if not plan.samples or not all(result.trained.makes_images for result in results):
         return []
     path = folder / f"{plan.name}-samples.png"
     picture.write_picture(path, arm_picture.sample_sheets(results))

@@ -19,9 +19,8 @@ from PIL import Image
 
 from dumo.encoders.caption import Prompt, read_prompts
 from dumo.io import file, picture
-from dumo.report.sample import sampling_changes, with_sampling_options
-from dumo.run.prompt import conditions_of_prompts
-from dumo.run.weights import OpenedRun
+from dumo.report.sample import sampling_changes, sampling_settings
+from dumo.run.trained import TrainedRun
 from dumo.runtime import dist, signals
 from dumo.runtime.progress import Bar, no_bar
 
@@ -30,7 +29,7 @@ IMAGES_PER_PROMPT = 4
 
 
 def make_images(
-    opened: OpenedRun,
+    trained: TrainedRun,
     layout: str,
     source: Path,
     folder: Path,
@@ -46,11 +45,11 @@ def make_images(
     use, and FileExistsError if a folder exists: an evaluator would read whatever is in it.
     """
     prompts = read_prompts(source)
-    sampler = with_sampling_options(opened.sampler, nfe=nfe, seed=seed, solver=solver)
-    c = conditions_of_prompts(sampler, [prompt.text for prompt in prompts]).repeat_interleave(IMAGES_PER_PROMPT)
-    solver_kind = sampler.spec.solver.kind
-    name_parts = [source.stem, *sampling_changes(opened, sampler.spec)]
-    folders = [folder / "-".join([layout, solver_kind, f"nfe{n}", *name_parts]) for n in sampler.spec.nfe]
+    spec = sampling_settings(trained.spec, nfe=nfe, seed=seed, solver=solver)
+    c = trained.conditions(prompts=[prompt.text for prompt in prompts]).repeat_interleave(IMAGES_PER_PROMPT)
+    solver_kind = spec.solver.kind
+    name_parts = [source.stem, *sampling_changes(trained, spec)]
+    folders = [folder / "-".join([layout, solver_kind, f"nfe{n}", *name_parts]) for n in spec.nfe]
     if dist.is_main():
         for image_folder in folders:
             image_folder.mkdir(parents=True)
@@ -58,13 +57,14 @@ def make_images(
 
     own_prompts = list(range(dist.rank(), len(prompts), dist.world()))
     indices = [IMAGES_PER_PROMPT * i + j for i in own_prompts for j in range(IMAGES_PER_PROMPT)]
-    for n, image_folder in zip(sampler.spec.nfe, folders, strict=True):
+    for n, image_folder in zip(spec.nfe, folders, strict=True):
         with bar(f"sampling, {solver_kind} at {n}", len(c)) as tick:
             remaining_prompts = iter(own_prompts)
             # A batch may end within a prompt.
             pending: list[torch.Tensor] = []
             done = 0
-            for batch in sampler.batches(c, nfe=n, indices=indices) if indices else ():
+            batches = trained.make_batches(c, nfe=n, seed=spec.seed, solver=spec.solver, indices=indices)
+            for batch in batches:
                 signals.check()
                 pending += picture.to_rows(batch.x)
                 while len(pending) >= IMAGES_PER_PROMPT:

@@ -20,8 +20,8 @@ from dumo.flow.solver import Euler, Heun, Solver
 from dumo.io.read import read_json
 from dumo.io.weights import title
 from dumo.run.resolve import without_paths
-from dumo.run.sampler import Sampler
-from dumo.run.weights import OpenedRun, sampled_part
+from dumo.run.trained import TrainedRun
+from dumo.run.weights import sampled_part
 from dumo.runtime.device import software_versions
 from dumo.types import UserError
 
@@ -48,25 +48,24 @@ MEASURE_FIELDS = (
 )
 
 
-def make_card(opened: OpenedRun, facts: Mapping[str, str], samples: int) -> Card:
-    """The card of a run that is evaluated as its config says, by this many samples and an evaluator of these facts."""
-    run = opened.run
-    codec = opened.sampler.codec
+def make_card(trained: TrainedRun, run: Run, facts: Mapping[str, str], samples: int) -> Card:
+    """The card of a run that is evaluated as `run` says, by this many samples and an evaluator of these facts."""
+    codec = trained.codec
     return {
         "protocol": run.evaluate.protocol.name,
         "protocol_settings": protocol_settings(run),
         "samples": samples,
         **facts,
         "data": without_paths(run).shown_data.model_dump(mode="json"),
-        "data_sd": opened.data_sd,
+        "data_sd": trained.data_sd,
         "path": run.path.model_dump(mode="json"),
         "codec": None if codec is None else codec.codec.facts() | {"sha256": codec.sha256},
-        "weights": opened.weights,
-        "step": opened.step,
-        "ema": _ema_decay(opened),
-        **sample_settings(opened),
-        **judging_settings(opened.sampler, run.evaluate),
-        "device": opened.device.type,
+        "weights": trained.weights,
+        "step": trained.step,
+        "ema": _ema_decay(trained),
+        **sample_settings(trained, run),
+        **judging_settings(run),
+        "device": trained.device.type,
         "versions": software_versions(),
     }
 
@@ -92,33 +91,33 @@ def measure(card: Card) -> Card:
     return fields
 
 
-def sample_settings(opened: OpenedRun) -> Card:
-    """The part of a card that says which samples of a given number of passes were measured."""
-    sampler = opened.sampler
-    spec = sampler.spec
+def sample_settings(trained: TrainedRun, run: Run) -> Card:
+    """The part of a card that says which samples, made as `run` says, were measured by a given number of passes."""
+    spec = run.sample
     return {
-        "weights_sha256": opened.sha256,
+        "weights_sha256": trained.sha256,
         "solver": spec.solver.model_dump(mode="json"),
         "guide": spec.guide.model_dump(mode="json"),
-        "knobs": {**sampler.flow.objective.needs.knobs, **spec.knobs},
-        "precision": sampler.precision,
+        "knobs": run.knobs,
+        "precision": run.precision,
     }
 
 
-def is_card_of(card: Mapping[str, Any], opened: OpenedRun) -> bool:
+def is_card_of(card: Mapping[str, Any], trained: TrainedRun) -> bool:
     """Whether a card is of the weights of an opened run, sampled as it samples now."""
-    return all(card.get(field) == value for field, value in sample_settings(opened).items())
+    return all(card.get(field) == value for field, value in sample_settings(trained, trained.spec).items())
 
 
-def judging_settings(sampler: Sampler, evaluation: Evaluation) -> Card:
+def judging_settings(run: Run) -> Card:
     """The part of a card that the config of an evaluation decides."""
+    evaluation = run.evaluate
     fields: Card = {
-        "labels": labels_text(sampler.data, evaluation),
+        "labels": labels_text(run.data, evaluation),
         "nfe": sorted(set(evaluation.nfe)),
-        "contrast": contrast_passes(sampler, evaluation),
+        "contrast": contrast_passes(run),
         "seed": evaluation.seed,
     }
-    if sampler.flow.objective.needs.compares_rows:
+    if run.objective.needs.compares_rows:
         # The loss compares samples with data, so their distances are no judges of the run.
         fields["trained_on"] = SAMPLE_SPACE
     return fields
@@ -149,11 +148,12 @@ def labels_text(data: Data, evaluation: Evaluation) -> str:
     return in_turn
 
 
-def contrast_passes(sampler: Sampler, evaluation: Evaluation) -> list[int]:
+def contrast_passes(run: Run) -> list[int]:
     """The numbers of passes of the contrast; [] if there is none."""
+    evaluation = run.evaluate
     if isinstance(evaluation.protocol, LikelihoodProtocol):
         return [evaluation.protocol.passes]
-    if not evaluation.contrast or not sampler.available_readings.velocity or sampler.spec.solver.kind == "euler":
+    if not evaluation.contrast or not run.readings.velocity or run.sample.solver.kind == "euler":
         return []
     return sorted({*evaluation.contrast, *evaluation.nfe})
 
@@ -171,9 +171,9 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
-def _ema_decay(opened: OpenedRun) -> float | None:
+def _ema_decay(trained: TrainedRun) -> float | None:
     """The decay of the average that the weights are, by its part of a checkpoint; None if it is no average by decay."""
-    part = title(opened.file) if opened.given_weights else sampled_part(opened.run.train)
+    part = title(trained.file) if trained.given_weights else sampled_part(trained.spec.train)
     _, prefix, decay = part.partition("ema-")
     is_number = decay.replace(".", "", 1).isdecimal()
     return float(decay) if prefix and is_number else None

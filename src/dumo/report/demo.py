@@ -21,10 +21,10 @@ from dumo.config.fit import may_have_classes
 from dumo.flow.compatibility import why_unguided
 from dumo.io import picture
 from dumo.report.gallery import TAUGHT_BY_LETTER, sampling_modes
-from dumo.report.sample import guide_of, repeat_conditions
-from dumo.run.prompt import conditions_of_prompts
+from dumo.run.prompt import texts_of
 from dumo.run.sample_files import data_points
-from dumo.run.weights import OpenedRun, open_run
+from dumo.run.trained import TrainedRun
+from dumo.run.weights import load_run
 from dumo.runtime import require, signals
 from dumo.types import UserError
 
@@ -49,36 +49,35 @@ CSS = """
 
 def open_demo(
     folders: Sequence[str], overrides: Sequence[str] = (), *, weights: str | None = None, device: str = "auto"
-) -> list[OpenedRun]:
+) -> list[TrainedRun]:
     """Open the runs of a page. Raises UserError if their classes differ, for then a class means two things."""
-    runs = [open_run(folder, overrides, weights=weights, device=device) for folder in folders]
+    runs = [load_run(folder, overrides, weights=weights, device=device) for folder in folders]
     classes: list[object] = []
     for run in runs:
-        conditions = run.sampler.conditions
+        conditions = run.spec.conditions
         classes.append("captions" if conditions.captions else (conditions.count, conditions.names))
     if any(other != classes[0] for other in classes):
         raise UserError(f"{' and '.join(folders)} have different classes: give runs of the same data, or one run")
     return runs
 
 
-def build_page(runs: Sequence[OpenedRun]) -> "gr.Blocks":
+def build_page(runs: Sequence[TrainedRun]) -> "gr.Blocks":
     """Lay out the page of one run or several. The defaults of the fields are those of the first run."""
     # Gradio reads the environment when it is imported.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     gr: Any = require("gradio", "demo", "dumo demo")
-    first = runs[0].sampler
-    letters = [letter for letter in TAUGHT_BY_LETTER if any(letter in sampling_modes(run.sampler) for run in runs)]
+    first = runs[0]
+    letters = [letter for letter in TAUGHT_BY_LETTER if any(letter in sampling_modes(run.spec) for run in runs)]
     can_guide = any(
-        why_unguided(run.sampler.flow.objective, run.run.training_guidance, has_null=may_have_classes(run.sampler.data))
-        is None
+        why_unguided(run.spec.objective, run.spec.training_guidance, has_null=may_have_classes(run.spec.data)) is None
         for run in runs
     )
-    titles = [run.output_folder.name for run in runs]
+    titles = [run.folder.name for run in runs]
 
     with gr.Blocks(title=f"{' and '.join(titles)} · dumo", analytics_enabled=False) as blocks:
         # The fields.
         with gr.Row():
-            conditions = first.conditions
+            conditions = first.spec.conditions
             if conditions.captions:
                 condition = gr.Textbox(next(iter(conditions.words), ""), label="prompt", scale=3)
             elif 0 < conditions.count <= MAX_LISTED_CLASSES:
@@ -86,13 +85,13 @@ def build_page(runs: Sequence[OpenedRun]) -> "gr.Blocks":
                 condition = gr.Dropdown([("all, in turn", ""), *names], value="", label="class")
             else:
                 condition = gr.Textbox("", label="class, by name or number", visible=conditions.count > 0)
-            count = gr.Slider(1, MAX_IMAGES, 16, step=1, label="images", visible=first.is_image)
-            seed = gr.Number(first.spec.seed, label="seed", precision=0, minimum=0, maximum=2**31 - 1)
+            count = gr.Slider(1, MAX_IMAGES, 16, step=1, label="images", visible=first.makes_images)
+            seed = gr.Number(first.spec.sample.seed, label="seed", precision=0, minimum=0, maximum=2**31 - 1)
         with gr.Row():
-            nfe = gr.Slider(1, MAX_PASSES, min(first.spec.nfe[0], MAX_PASSES), step=1, label="NFE")
+            nfe = gr.Slider(1, MAX_PASSES, min(first.spec.sample.nfe[0], MAX_PASSES), step=1, label="NFE")
             mode_choices = [(f"{TAUGHT_BY_LETTER[letter]}: {letter}", letter) for letter in letters]
             mode = gr.Radio(mode_choices, value=letters[0], label="sample by", visible=len(letters) > 1)
-            scale = first.spec.guide.scale
+            scale = first.spec.sample.guide.scale
             top = max(scale, MAX_GUIDANCE)
             guidance = gr.Slider(min(scale, 1.0), top, scale, step=0.1, label="guidance scale", visible=can_guide)
         button = gr.Button("Make", variant="primary")
@@ -103,7 +102,7 @@ def build_page(runs: Sequence[OpenedRun]) -> "gr.Blocks":
             for run, title in zip(runs, titles, strict=True):
                 with gr.Column():
                     parameters = sum(parameter.numel() for parameter in run.net.parameters())
-                    gr.Markdown(f"### {title}\n{run.run.about}. Step {run.step:,}, {parameters:,} parameters.")
+                    gr.Markdown(f"### {title}\n{run.spec.about}. Step {run.step:,}, {parameters:,} parameters.")
                     gallery = gr.Gallery(
                         label=title, height="auto", object_fit="contain", format="png", interactive=False
                     )
@@ -125,35 +124,35 @@ def build_page(runs: Sequence[OpenedRun]) -> "gr.Blocks":
 
 
 def sample(
-    opened: OpenedRun, condition: str, count: int, seed: int, nfe: int, letter: str, scale: float
+    trained: TrainedRun, condition: str, count: int, seed: int, nfe: int, letter: str, scale: float
 ) -> tuple[list[tuple[Image.Image, str]], str]:
     """Sample a run as `dumo sample` does. Returns pictures with captions, one of many points, and what they took.
 
     `condition` is a prompt, or the name or number of a class; "" is all classes in turn. `letter` is that of a sampling
     mode (`dumo.report.gallery.sampling_modes`). Raises UserError for what the run was not taught.
     """
-    sampler = opened.sampler
-    conditions = sampler.conditions
-    count = count if sampler.is_image else picture.SCATTER_POINTS
+    conditions = trained.spec.conditions
+    count = count if trained.makes_images else picture.SCATTER_POINTS
     if conditions.captions:
-        if sampler.texts:
-            sampler.texts.forget(MAX_ENCODED_PROMPTS - 1)
-        c = repeat_conditions(conditions_of_prompts(sampler, [condition]), count)
+        texts = texts_of(trained.net)
+        if texts:
+            texts.forget(MAX_ENCODED_PROMPTS - 1)
+        c = trained.conditions(None, count, prompts=[condition])
     else:
         is_chosen = conditions.count and condition.strip()
-        c = conditions.in_turn(count, [conditions.index(condition)] if is_chosen else None)
-    modes = sampling_modes(sampler)
+        c = trained.conditions([condition] if is_chosen else None, count)
+    modes = sampling_modes(trained.spec)
     if letter not in modes:
-        raise UserError(f"objective {sampler.flow.objective.kind} of {opened.output_folder} teaches no {letter}")
+        raise UserError(f"objective {trained.spec.objective.kind} of {trained.folder} teaches no {letter}")
     solver = modes[letter].solver_for(nfe)
-    guide = sampler.spec.guide
+    guide = trained.spec.sample.guide
     if scale != guide.scale:
-        guide = guide_of(sampler, opened.run.training_guidance, scale)
+        guide = trained.guide_of(scale)
     began = time.perf_counter()
-    samples = sampler.sample(c, nfe=nfe, seed=seed, solver=solver, guide=guide)
+    samples = trained.make_samples(c, nfe=nfe, seed=seed, solver=solver, guide=guide)
     note = f"{samples.nfe} NFE, {time.perf_counter() - began:.2g} s"
-    if not sampler.is_image:
-        points = data_points(sampler.data, sampler.spec.seed)
+    if not trained.makes_images:
+        points = data_points(trained.spec.data, trained.spec.sample.seed)
         return [(picture.scatter(points, {"": samples.x}), "")], note
     # Small images are enlarged, so that their pixels stay squares.
     factor = picture.readable_scale(samples.x.shape[-1])

@@ -9,14 +9,13 @@ of the same name. `current_report` reads a report back if it is of the same weig
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dumo.config.spec import Evaluation, Sampling
+from dumo.config.spec import Evaluation, Run, Sampling
 from dumo.evaluation.likelihood import LikelihoodEvaluator
 from dumo.evaluation.own import OwnMetric, OwnMetricsEvaluator
 from dumo.evaluation.protocol import Evaluator
@@ -36,10 +35,9 @@ from dumo.report.card import (
     sample_settings,
 )
 from dumo.report.name import Fields, changed_parts, flatten
-from dumo.report.sample import chosen_solver
 from dumo.run.judge import evaluator_of, sample_conditions
-from dumo.run.sampler import Sampler
-from dumo.run.weights import OpenedRun, require_trained_images
+from dumo.run.trained import TrainedRun, choose_solver
+from dumo.run.weights import require_trained_images
 from dumo.runtime import dist
 from dumo.runtime.device import software_versions
 from dumo.runtime.progress import Bar, no_bar
@@ -50,7 +48,7 @@ PATH_FIELDS = ("protocol.reference", "protocol.model")
 
 
 def evaluate(
-    opened: OpenedRun,
+    trained: TrainedRun,
     *,
     nfe: Sequence[int] | None = None,
     seed: int | None = None,
@@ -69,14 +67,12 @@ def evaluate(
 
     Raises UserError as the solvers and the protocol do, and OSError, before any work, if the folder is not writable.
     """
-    opened = with_evaluation_options(opened, nfe=nfe, seed=seed, solver=solver)
-    run = opened.run
-    sampler = opened.sampler
+    run = evaluation_settings(trained.spec, nfe=nfe, seed=seed, solver=solver)
     protocol = run.evaluate.protocol
     if protocol.reads_data:
-        require_trained_images(opened)
+        require_trained_images(trained)
     # Open the reference and whatever computes the scores.
-    evaluator = evaluator_of(sampler, run.evaluate, bar, _stored_reference(opened))
+    evaluator = evaluator_of(run, run.evaluate, trained.device, bar, _stored_reference(trained))
     if metrics:
         dist.require_one_process("a metric of your own")
         if isinstance(evaluator, LikelihoodEvaluator):
@@ -85,22 +81,22 @@ def evaluate(
 
     # Sample and score.
     c = sample_conditions(run.data, run.evaluate)
-    settings = judging_settings(sampler, run.evaluate)
+    settings = judging_settings(run)
 
     def score_all(solver: Solver, passes: Sequence[int]) -> list[Row]:
-        return [score_passes(sampler, evaluator, solver, n, c, run.evaluate.seed, bar) for n in passes]
+        return [score_passes(trained, evaluator, solver, n, c, run.evaluate.seed, bar) for n in passes]
 
     results = score_all(run.sample.solver, settings["nfe"])
     contrast = score_all(contrast_solver(protocol), settings["contrast"])
     baselines = evaluator.baselines()
 
     # Write the report.
-    path = report_path(opened)
+    path = report_path(trained, run)
     report: dict[str, Any] = {
-        "run": str(opened.output_folder),
+        "run": str(trained.folder),
         "file": str(path),
-        "step": opened.step,
-        "weights": opened.weights,
+        "step": trained.step,
+        "weights": trained.weights,
         "protocol": protocol.name,
         "samples": len(c),
         "seed": run.evaluate.seed,
@@ -108,7 +104,7 @@ def evaluate(
         "results": results,
         "contrast": contrast,
         "baselines": baselines,
-        "card": make_card(opened, evaluator.facts, len(c)),
+        "card": make_card(trained, run, evaluator.facts, len(c)),
         "versions": software_versions(),
     }
     if dist.is_main():
@@ -121,33 +117,32 @@ def evaluate(
     return report
 
 
-def with_evaluation_options(
-    opened: OpenedRun, *, nfe: Sequence[int] | None, seed: int | None, solver: Solver | str | None = None
-) -> OpenedRun:
-    """The run as it is to be evaluated; None keeps what the run has.
+def evaluation_settings(
+    run: Run, *, nfe: Sequence[int] | None, seed: int | None, solver: Solver | str | None = None
+) -> Run:
+    """The run's settings with what a user asked for; None keeps what the run has.
 
     Raises UserError for passes or a solver that its objective did not teach.
     """
-    run = opened.run
-    solver_spec = chosen_solver(run.sample, solver)
+    chosen_solver = choose_solver(run.sample, solver)
     passes = tuple(nfe or run.evaluate.nfe)
     if seed is None:
         seed = run.evaluate.seed
-    check(solver_spec, run.readings, *passes)
-    sampling = run.sample.model_copy(update={"solver": solver_spec})
+    check(chosen_solver, run.readings, *passes)
+    sampling = run.sample.model_copy(update={"solver": chosen_solver})
     evaluation = run.evaluate.model_copy(update={"nfe": passes, "seed": seed})
-    return replace(opened, run=run.model_copy(update={"sample": sampling, "evaluate": evaluation}))
+    return run.model_copy(update={"sample": sampling, "evaluate": evaluation})
 
 
-def _stored_reference(opened: OpenedRun) -> Path | None:
+def _stored_reference(trained: TrainedRun) -> Path | None:
     """The features of the reference that ship with the run; None if there are none, or for another reference."""
-    file = opened.folder / STORED_FILE
-    is_own_reference = opened.run.evaluate.split == opened.run_as_saved.evaluate.split
+    file = trained.run_folder.path / STORED_FILE
+    is_own_reference = trained.spec.evaluate.split == trained.spec_as_saved.evaluate.split
     return file if is_own_reference and file.is_file() else None
 
 
 def score_passes(
-    sampler: Sampler, evaluator: Evaluator, solver: Solver, nfe: int, c: Tensor, seed: int, bar: Bar = no_bar
+    trained: TrainedRun, evaluator: Evaluator, solver: Solver, nfe: int, c: Tensor, seed: int, bar: Bar = no_bar
 ) -> Row:
     """Make samples of the conditions c (n,), or likelihoods of the data, by `nfe` passes of a solver, and score them.
 
@@ -155,10 +150,10 @@ def score_passes(
     """
     if isinstance(evaluator, LikelihoodEvaluator):
         work = "likelihoods"
-        batches = likelihoods(sampler, evaluator, solver, nfe)
+        batches = likelihoods(trained, evaluator, solver, nfe)
     else:
         work = "sampling"
-        batches = sampler.batches(c, nfe=nfe, seed=seed, solver=solver)
+        batches = trained.make_batches(c, nfe=nfe, seed=seed, solver=solver)
     total = len(c)
     passes_of_batches: list[int] = []
     with bar(f"{work}, {solver.kind} at {nfe}", total) as tick:
@@ -176,50 +171,53 @@ def score_passes(
     return {"nfe": passes_of_batches[0], "solver": solver.kind, **scores}
 
 
-def likelihoods(sampler: Sampler, evaluator: LikelihoodEvaluator, solver: Solver, nfe: int) -> Iterator[Batch]:
+def likelihoods(trained: TrainedRun, evaluator: LikelihoodEvaluator, solver: Solver, nfe: int) -> Iterator[Batch]:
     """log p(x | c) in nats of this rank's share of the data, instead of samples; passes in fp32.
 
     Raises UserError as the solver does.
     """
-    net = sampler.net
-    device = sampler.device
-    readings = sampler.flow.readings(guide=CFG())
+    net = trained.net
+    device = trained.device
+    readings = trained.flow.readings(guide=CFG())
     rows_of_rank = torch.arange(dist.rank(), len(evaluator.x), dist.world())
-    for rows in rows_of_rank.split(sampler.rows):
+    for rows in rows_of_rank.split(trained.rows_per_pass):
         x = evaluator.x[rows].to(device)
         c = evaluator.c[rows].to(device)
         directions = [e.to(x) for e in evaluator.directions(rows.tolist())] or axes(x)
         with eval_mode(net), counting_passes(net) as rows_per_pass, in_precision(net, "fp32", device):
-            log_p = log_likelihood(readings, sampler.flow.path, solver, x, c, nfe, directions)
+            log_p = log_likelihood(readings, trained.spec.path, solver, x, c, nfe, directions)
         yield Batch(rows, log_p.cpu(), sum(rows_per_pass) // len(rows))
 
 
-def current_report(opened: OpenedRun) -> dict[str, Any] | None:
+def current_report(trained: TrainedRun) -> dict[str, Any] | None:
     """The report of a run, if it is of these weights and settings; None otherwise.
 
     Whether the data, the features and the versions are those of the report is not checked.
     """
-    path = opened.find_output(report_path(opened).name)
+    path = trained.find_output(report_path(trained, trained.spec).name)
     if not path.is_file():
         return None
     report = read_report(path)
     expected = {
-        "protocol": opened.run.evaluate.protocol.name,
-        "protocol_settings": protocol_settings(opened.run),
-        **sample_settings(opened),
-        **judging_settings(opened.sampler, opened.run.evaluate),
+        "protocol": trained.spec.evaluate.protocol.name,
+        "protocol_settings": protocol_settings(trained.spec),
+        **sample_settings(trained, trained.spec),
+        **judging_settings(trained.spec),
     }
     is_current = all(report["card"].get(field) == value for field, value in expected.items())
     return report if is_current else None
 
 
-def report_path(opened: OpenedRun) -> Path:
-    """Where the report of a run belongs: evaluation.json, or a name with the settings that differ from its run.yaml."""
-    run_as_saved = opened.run_as_saved
+def report_path(trained: TrainedRun, run: Run) -> Path:
+    """Where the report of an evaluation as `run` says belongs.
+
+    That is evaluation.json, or a name with the settings that differ from those of the run's run.yaml.
+    """
+    run_as_saved = trained.spec_as_saved
     saved_fields = _named_fields(run_as_saved.sample, run_as_saved.evaluate)
-    opened_fields = _named_fields(opened.run.sample, opened.run.evaluate)
-    parts = ["evaluation", *changed_parts(opened, saved_fields, opened_fields)]
-    return opened.output_folder / f"{'-'.join(parts)}.json"
+    opened_fields = _named_fields(run.sample, run.evaluate)
+    parts = ["evaluation", *changed_parts(trained, saved_fields, opened_fields)]
+    return trained.folder / f"{'-'.join(parts)}.json"
 
 
 def _named_fields(sampling: Sampling, evaluation: Evaluation) -> Fields:

@@ -14,15 +14,15 @@ from PIL import Image
 from torch import Tensor
 
 from dumo.config import word
+from dumo.config.spec import Run
 from dumo.flow.reading import head_of
 from dumo.flow.sampling import Samples
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver, can_make, check
 from dumo.io import picture
-from dumo.report.sample import require_count
 from dumo.run.folder import require_own_file
 from dumo.run.sample_files import data_points
-from dumo.run.sampler import Sampler
-from dumo.run.weights import OpenedRun, load_net
+from dumo.run.trained import TrainedRun
+from dumo.run.weights import load_net
 from dumo.runtime.progress import Bar, no_bar
 from dumo.training.milestone import milestones
 from dumo.types import UserError
@@ -61,20 +61,20 @@ class SamplingMode:
 Panels = Mapping[SamplingMode, Mapping[int, Image.Image]]
 
 
-def sampling_modes(sampler: Sampler, velocity_solver: Euler | Heun | None = None) -> dict[str, SamplingMode]:
+def sampling_modes(run: Run, velocity_solver: Euler | Heun | None = None) -> dict[str, SamplingMode]:
     """The modes that the objective taught, by letter. v takes the steps of `velocity_solver`, by default Euler's.
 
     u jumps by the run's own solver if that jumps, otherwise by the first solver that jumps as the objective taught.
     """
-    objective = sampler.flow.objective
+    objective = run.objective
     modes: dict[str, SamplingMode] = {}
-    for solver in (sampler.spec.solver, Restart(), Hop()):
-        if solver.uses != "velocity" and getattr(sampler.available_readings, solver.uses):
+    for solver in (run.sample.solver, Restart(), Hop()):
+        if solver.uses != "velocity" and getattr(run.readings, solver.uses):
             head = _head_name(head_of(objective, solver.uses))
             heads = f"{head} heads" if " and " in head else f"{head} head"
             modes["u"] = SamplingMode("u", head, f"{heads}, jumps ({solver.kind})", solver)
             break
-    if sampler.available_readings.velocity:
+    if run.readings.velocity:
         head = _head_name(head_of(objective, "velocity"))
         if head == "v":
             origin = "v head"
@@ -97,22 +97,22 @@ def solver_title(solver: Solver) -> str:
     return solver.kind.replace("_", " ").title()
 
 
-def reachable_passes(nfe: Iterable[int], sampler: Sampler, modes: Iterable[SamplingMode]) -> list[int]:
+def reachable_passes(nfe: Iterable[int], run: Run, modes: Iterable[SamplingMode]) -> list[int]:
     """The numbers of passes among `nfe` that all these modes can make; the run's own if there are none."""
     modes = list(modes)
-    reachable = [n for n in nfe if all(can_make(mode.solver_for(n), sampler.available_readings, n) for mode in modes)]
-    return reachable or list(sampler.spec.nfe)
+    reachable = [n for n in nfe if all(can_make(mode.solver_for(n), run.readings, n) for mode in modes)]
+    return reachable or list(run.sample.nfe)
 
 
 def sample_by_nfe(
-    sampler: Sampler, mode: SamplingMode, passes: Sequence[int], c: Tensor, seed: int | None = None
+    trained: TrainedRun, mode: SamplingMode, passes: Sequence[int], c: Tensor, seed: int | None = None
 ) -> dict[int, Samples]:
     """Sample the conditions c (n,) by one mode, from the same noise at each number of passes."""
-    return {n: sampler.sample(c, nfe=n, seed=seed, solver=mode.solver_for(n)) for n in passes}
+    return {n: trained.make_samples(c, nfe=n, seed=seed, solver=mode.solver_for(n)) for n in passes}
 
 
 def trajectories(
-    opened: OpenedRun,
+    trained: TrainedRun,
     *,
     nfe: Sequence[int] | None = None,
     steps: Sequence[int] | None = None,
@@ -130,30 +130,28 @@ def trajectories(
 
     Raises UserError, before any work, for a step, label or nfe that the run does not have.
     """
-    sampler = opened.sampler
-    files = milestone_files(opened.folder, opened.step, steps)
-    modes = choose_modes(sampler, nfe)
-    passes = nfe or reachable_passes(PASSES, sampler, modes)
-    chosen = only or ()
+    run = trained.spec
+    files = milestone_files(trained.run_folder.path, trained.step, steps)
+    modes = choose_modes(run, nfe)
+    passes = nfe or reachable_passes(PASSES, run, modes)
     if count is None:
-        count = max(DEFAULT_COUNT if sampler.is_image else picture.SCATTER_POINTS, len(chosen))
-    require_count(count, chosen, "labels")
-    c = sampler.conditions.in_turn(count, only)
+        count = max(DEFAULT_COUNT if trained.makes_images else picture.SCATTER_POINTS, len(only or ()))
+    c = trained.conditions(only, count)
 
     # The names of the rows, and the data behind points.
     background = None
     row_names = [str(k) for k in range(count)]
-    if not sampler.is_image:
-        background = data_points(sampler.data, sampler.spec.seed)
+    if not trained.makes_images:
+        background = data_points(run.data, run.sample.seed)
         row_names = [""]
-    elif sampler.conditions.count:
-        row_names = [sampler.conditions.name(k) for k in c.tolist()]
+    elif run.conditions.count:
+        row_names = trained.names_of_conditions(c)
 
     panels: dict[SamplingMode, dict[int, Image.Image]] = {mode: {} for mode in modes}
     done = 0
     with bar("sampling trajectories", len(files) * len(modes) * sum(passes)) as tick:
         for step, file in files.items():
-            milestone = open_milestone(opened, step, file).sampler
+            milestone = open_milestone(trained, step, file)
             for mode in modes:
                 columns: dict[str, list[Image.Image]] = {}
                 for n, samples in sample_by_nfe(milestone, mode, passes, c, seed).items():
@@ -212,25 +210,25 @@ def milestone_files(folder: Path, last: int, steps: Sequence[int] | None = None)
     return {step: files[step] for step in steps}
 
 
-def open_milestone(opened: OpenedRun, step: int, file: Path | None) -> OpenedRun:
+def open_milestone(trained: TrainedRun, step: int, file: Path | None) -> TrainedRun:
     """The run with the weights of a milestone, in `file`; None: the run as it is opened.
 
     Raises UserError if the weights do not fit the run, or are not that milestone's.
     """
     if file is None:
-        return opened
-    require_own_file(file, opened.run, "milestone", step)
-    net, _ = load_net(opened.run, file, opened.device)
-    return replace(opened, net=net, step=step, weights=str(file.relative_to(opened.folder)))
+        return trained
+    require_own_file(file, trained.spec, "milestone", step)
+    net, _ = load_net(trained.spec, file, trained.device)
+    return replace(trained, net=net, step=step, weights=str(file.relative_to(trained.run_folder.path)))
 
 
-def choose_modes(sampler: Sampler, nfe: Sequence[int] | None) -> list[SamplingMode]:
+def choose_modes(run: Run, nfe: Sequence[int] | None) -> list[SamplingMode]:
     """The sampling modes that are taught, u before v, which takes Heun's steps.
 
     Raises UserError for a number of passes that one of them cannot make.
     """
-    modes = [*sampling_modes(sampler, Heun()).values()]
+    modes = [*sampling_modes(run, Heun()).values()]
     for n in nfe or ():
         for mode in modes:
-            check(mode.solver_for(n), sampler.available_readings, n)
+            check(mode.solver_for(n), run.readings, n)
     return modes

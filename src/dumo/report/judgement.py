@@ -13,7 +13,7 @@ from dumo.config.place import EVALUATION_FILE, OTHER_EVALUATIONS
 from dumo.config.word import BASELINES, merits, word
 from dumo.report import score
 from dumo.report.card import is_card_of, read_report
-from dumo.run.weights import OpenedRun
+from dumo.run.trained import TrainedRun
 
 # A report with what a page says about it, as `read_judgements` returns it.
 Judgement = dict[str, Any]
@@ -21,7 +21,7 @@ Judgement = dict[str, Any]
 ResultRow = tuple[str, int, list[str]]
 
 
-def read_judgements(opened: OpenedRun) -> list[Judgement]:
+def read_judgements(trained: TrainedRun) -> list[Judgement]:
     """The evaluations of a run's weights, sampled as the run samples now: by its own settings, then by others.
 
     Each report has, in addition,
@@ -31,14 +31,14 @@ def read_judgements(opened: OpenedRun) -> list[Judgement]:
     - `sentence`: how near the samples are to the data; `notes`: how they were measured
     - `biased`: the scores that the run was trained on
     """
-    paths = [opened.find_output(EVALUATION_FILE), *sorted(opened.output_folder.glob(OTHER_EVALUATIONS))]
+    paths = [trained.find_output(EVALUATION_FILE), *sorted(trained.folder.glob(OTHER_EVALUATIONS))]
     judgements: list[Judgement] = []
     for path in paths:
         if not path.is_file():
             continue
         report = read_report(path)
         card = report["card"]
-        if not is_card_of(card, opened):
+        if not is_card_of(card, trained):
             continue
         first_row = report["results"][0]
         columns = score.score_names(first_row, card)

@@ -9,7 +9,8 @@ from typing import Any
 from dumo.config.spec import Sampling
 from dumo.io import digest
 from dumo.io.weights import sha256, title
-from dumo.run.weights import OpenedRun, sampled_part
+from dumo.run.trained import TrainedRun
+from dumo.run.weights import sampled_part
 
 MAX_VALUE_LENGTH = 40
 
@@ -29,14 +30,14 @@ def flatten(tree: dict[str, Fields]) -> Fields:
     return {f"{spec}.{name}": value for spec, fields in tree.items() for name, value in fields.items()}
 
 
-def changed_parts(opened: OpenedRun, before: Fields, after: Fields) -> list[str]:
+def changed_parts(trained: TrainedRun, before: Fields, after: Fields) -> list[str]:
     """The parts of a name: fields whose value changed, and the weights if they are not those that the run shows."""
     parts = [name_part(field, value) for field, value in after.items() if before.get(field) != value]
-    default_weights = opened.run_folder.exported_weights
-    if opened.checkpoint:
-        default_weights = opened.checkpoint.path / sampled_part(opened.run.train)
-    if default_weights is None or not opened.file.samefile(default_weights):
-        parts.append(f"{title(opened.file)}-{sha256(opened.file)[:6]}")
+    default_weights = trained.run_folder.exported_weights
+    if trained.checkpoint:
+        default_weights = trained.checkpoint.path / sampled_part(trained.spec.train)
+    if default_weights is None or not trained.file.samefile(default_weights):
+        parts.append(f"{title(trained.file)}-{sha256(trained.file)[:6]}")
     return parts
 
 

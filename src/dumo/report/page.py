@@ -33,9 +33,8 @@ from dumo.report.figure import Panel, draw_panels
 from dumo.report.gallery import PASSES, reachable_passes, sample_by_nfe, sampling_modes
 from dumo.report.proximity import Proximity, measure_proximity
 from dumo.run.judge import missing_to_judge
-from dumo.run.prompt import conditions_of_prompts, names_of_conditions
-from dumo.run.sampler import Sampler
-from dumo.run.weights import OpenedRun, require_trained_images
+from dumo.run.trained import TrainedRun
+from dumo.run.weights import require_trained_images
 from dumo.runtime import shell_path
 from dumo.runtime.device import software_versions
 from dumo.runtime.progress import Bar, no_bar
@@ -98,32 +97,31 @@ class PageParts:
     evaluations: Sequence[judgement.Judgement] = ()
 
 
-def write(opened: OpenedRun, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> Path:
+def write(trained: TrainedRun, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> Path:
     """Write report.html into the run's folder, and return its path.
 
     A network that reads texts is sampled with these prompts, or with captions of its data. Raises UserError if the log
     or an evaluation is damaged, or if the run cannot read prompts.
     """
-    sampler = opened.sampler
 
     # Read the log, the evaluations and some images of the data.
-    rows = [row for row in log.read_log(opened.folder / LOG_FILE) if "skipped" not in row]
-    evaluations = judgement.read_judgements(opened)
-    data = _read_data(opened)
+    rows = [row for row in log.read_log(trained.run_folder.path / LOG_FILE) if "skipped" not in row]
+    evaluations = judgement.read_judgements(trained)
+    data = _read_data(trained)
 
     # Sample.
-    prompt_sheet = _prompt_sheet(sampler, prompts, bar)
-    samples, trajectories = make_samples(sampler, bar)
+    prompt_sheet = _prompt_sheet(trained, prompts, bar)
+    samples, trajectories = make_samples(trained, bar)
 
     # Draw the samples, and compare them with the data.
     def draw(samples_by_nfe: Mapping[int, Sample]) -> Pictures:
-        return {n: draw_samples(sampler, x, data.x) for n, x in samples_by_nfe.items()}
+        return {n: draw_samples(trained, x, data.x) for n, x in samples_by_nfe.items()}
 
     data_sheet = None
     neighbours = None
-    if sampler.is_image and data.x is not None and data.size is not None:
-        data_sheet = draw_samples(sampler, arrange_by_class(sampler, data.x, data.c), data.x)
-        neighbours = draw_nearest(sampler, samples[min(samples)], data.x)
+    if trained.makes_images and data.x is not None and data.size is not None:
+        data_sheet = draw_samples(trained, arrange_by_class(trained, data.x, data.c), data.x)
+        neighbours = draw_nearest(trained, samples[min(samples)], data.x)
     parts = PageParts(
         size=data.size,
         missing=data.missing,
@@ -138,8 +136,8 @@ def write(opened: OpenedRun, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
     )
 
     # Write the page.
-    path = opened.output_folder / "report.html"
-    file.write(path, render(opened, parts).encode())
+    path = trained.folder / "report.html"
+    file.write(path, render(trained, parts).encode())
     return path
 
 
@@ -157,43 +155,41 @@ class _DataRows:
     missing: str = ""
 
 
-def _read_data(opened: OpenedRun) -> _DataRows:
+def _read_data(trained: TrainedRun) -> _DataRows:
     """Some samples of the data, decoded; none if the images are elsewhere, or are not those of the training.
 
     Raises UserError if data that are on this machine cannot be read.
     """
-    sampler = opened.sampler
-    data_spec = squares(opened.run.data)
+    data_spec = squares(trained.spec.data)
     no_classes = torch.zeros(0, dtype=torch.long)
     try:
-        require_trained_images(opened)
+        require_trained_images(trained)
     except UserError as error:
         return _DataRows(None, no_classes, None, str(error))
     try:
         data = data_spec.open()
     except UserError as error:
-        images = shown_data(opened.run.data)
+        images = shown_data(trained.spec.data)
         are_elsewhere = isinstance(images, Images) and not images.is_here
-        if not are_elsewhere and not opened.is_only_read:
+        if not are_elsewhere and not trained.is_only_read:
             raise
         return _DataRows(None, no_classes, None, str(error))
-    x, c = data.reference(num_data_rows(sampler), sampler.spec.seed)
+    x, c = data.reference(num_data_rows(trained), trained.spec.sample.seed)
     if isinstance(data_spec, Latents):
-        x = sampler.decode(x)
+        x = trained.decode(x)
     return _DataRows(x, c, data.size)
 
 
-def num_data_rows(sampler: Sampler) -> int:
+def num_data_rows(trained: TrainedRun) -> int:
     """The number of samples that are read of data that are not in memory."""
-    return min(MAX_DATA_ROWS, MAX_DATA_PIXELS // prod(sampler.pixels[1:]))
+    return min(MAX_DATA_ROWS, MAX_DATA_PIXELS // prod(trained.spec.shown_shape[1:]))
 
 
-def render(opened: OpenedRun, parts: PageParts) -> str:
+def render(trained: TrainedRun, parts: PageParts) -> str:
     """The page as HTML, of these parts and of the run's fields. All that is put into it is escaped."""
-    run = opened.run
-    sampler = opened.sampler
+    run = trained.spec
     missing = missing_to_judge(run, parts.size)
-    if parts.missing and run.evaluate.protocol.reads_data and not opened.is_only_read:
+    if parts.missing and run.evaluate.protocol.reads_data and not trained.is_only_read:
         missing = "the images of the training"
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dumo.report", "."),
@@ -212,15 +208,15 @@ def render(opened: OpenedRun, parts: PageParts) -> str:
     )
     return environment.get_template("report.html.j2").render(
         run=run,
-        name=opened.folder.resolve().name,
-        step=opened.step,
-        next=_next_command(opened, parts.evaluations, missing),
-        image=sampler.is_image,
-        parameters=sum(parameter.numel() for parameter in opened.net.parameters()),
-        heads={letter: mode.head for letter, mode in sampling_modes(sampler).items()},
+        name=trained.run_folder.path.resolve().name,
+        step=trained.step,
+        next=_next_command(trained, parts.evaluations, missing),
+        image=trained.makes_images,
+        parameters=sum(parameter.numel() for parameter in trained.net.parameters()),
+        heads={letter: mode.head for letter, mode in sampling_modes(trained.spec).items()},
         method=word.method(run.objective),
-        names=_class_names(sampler),
-        data_name=_data_name(sampler),
+        names=_class_names(trained),
+        data_name=_data_name(trained),
         yaml=dump(run),
         versions=software_versions(),
         missing_to_judge=missing,
@@ -238,96 +234,96 @@ def _capitalize(title: str) -> str:
 
 
 def _next_command(
-    opened: OpenedRun, evaluations: Sequence[judgement.Judgement], missing: str | None
+    trained: TrainedRun, evaluations: Sequence[judgement.Judgement], missing: str | None
 ) -> tuple[str, str, str]:
     """Where the run stands, the command to type next, and what it does. `missing` is what an evaluation lacks."""
-    train = opened.run.train
-    name = str(opened.source) if opened.is_only_read else shell_path(opened.folder)
-    if train.minutes is None and opened.step < train.steps:
-        return f"Stopped at step {opened.step:,} of {train.steps:,}.", f"dumo train {name}", "resumes it"
+    train = trained.spec.train
+    name = str(trained.source) if trained.is_only_read else shell_path(trained.run_folder.path)
+    if train.minutes is None and trained.step < train.steps:
+        return f"Stopped at step {trained.step:,} of {train.steps:,}.", f"dumo train {name}", "resumes it"
     if not evaluations and not missing:
         return "Not evaluated yet.", f"dumo evaluate {name}", "scores it"
     sentences = [evaluation["sentence"] for evaluation in evaluations if evaluation["sentence"]]
     return " ".join(sentences[:1]), f"dumo sample {name}", "makes more samples"
 
 
-def column_conditions(sampler: Sampler) -> list[int]:
+def column_conditions(trained: TrainedRun) -> list[int]:
     """The condition of each column of a sheet: the first ten classes, or captions of them.
 
     Fewer than ten are repeated, each in columns side by side. [] without conditions.
     """
-    data = sampler.data
+    data = trained.spec.data
     count = min(data.labels or data.classes, COLUMNS)
-    conditions = sampler.conditions.in_turn(count).tolist() if data.labels else range(count)
+    conditions = trained.spec.conditions.in_turn(count).tolist() if data.labels else range(count)
     return [c for c in conditions for _ in range(COLUMNS // count)]
 
 
-def _num_columns(sampler: Sampler) -> int:
+def _num_columns(trained: TrainedRun) -> int:
     """The number of columns of a sheet."""
-    return len(column_conditions(sampler)) or COLUMNS
+    return len(column_conditions(trained)) or COLUMNS
 
 
-def _class_names(sampler: Sampler) -> list[str]:
+def _class_names(trained: TrainedRun) -> list[str]:
     """The names above a sheet, one for each class; [] for points."""
-    if not sampler.is_image:
+    if not trained.makes_images:
         return []
-    return [sampler.conditions.name(c) for c in dict.fromkeys(column_conditions(sampler))]
+    return [trained.spec.conditions.name(c) for c in dict.fromkeys(column_conditions(trained))]
 
 
-def _data_name(sampler: Sampler) -> str:
+def _data_name(trained: TrainedRun) -> str:
     """The name of the data: that of the folder of images, or their kind."""
-    images = shown_data(sampler.data)
+    images = shown_data(trained.spec.data)
     if isinstance(images, Images):
         return Path(images.root).name.lstrip("$")
-    return sampler.data.kind
+    return trained.spec.data.kind
 
 
-def make_samples(sampler: Sampler, bar: Bar) -> tuple[dict[int, Sample], dict[str, dict[int, Sample]]]:
+def make_samples(trained: TrainedRun, bar: Bar) -> tuple[dict[int, Sample], dict[str, dict[int, Sample]]]:
     """The samples of the sheets by number of passes, and those of the trajectories by mode and number of passes.
 
     Sheets are made by the run's own solver. A trajectory has as many images as a row of a sheet, or as many points as a
     sheet, and sample i starts from the same noise in all of them.
     """
-    count = ROWS * _num_columns(sampler) if sampler.is_image else picture.SCATTER_POINTS
-    classes = column_conditions(sampler) if sampler.is_image else range(min(sampler.data.classes, COLUMNS))
-    c = labels_in_turn(count, sampler.data.classes, classes or None)
-    row_c = c[: _num_columns(sampler)] if sampler.is_image else c
-    modes = sampling_modes(sampler).values()
-    passes = reachable_passes(PASSES, sampler, modes)
-    total = sum(sampler.spec.nfe) + len(modes) * sum(passes)
+    count = ROWS * _num_columns(trained) if trained.makes_images else picture.SCATTER_POINTS
+    classes = column_conditions(trained) if trained.makes_images else range(min(trained.spec.data.classes, COLUMNS))
+    c = labels_in_turn(count, trained.spec.data.classes, classes or None)
+    row_c = c[: _num_columns(trained)] if trained.makes_images else c
+    modes = sampling_modes(trained.spec).values()
+    passes = reachable_passes(PASSES, trained.spec, modes)
+    total = sum(trained.spec.sample.nfe) + len(modes) * sum(passes)
     with bar("sampling for the report", total) as tick:
-        sheets = {n: sampler.sample(c, nfe=n).x for n in sampler.spec.nfe}
-        done = sum(sampler.spec.nfe)
+        sheets = {n: trained.make_samples(c, nfe=n).x for n in trained.spec.sample.nfe}
+        done = sum(trained.spec.sample.nfe)
         tick(done, "sheets")
         trajectories: dict[str, dict[int, Sample]] = {}
         for mode in modes:
-            by_nfe = sample_by_nfe(sampler, mode, passes, row_c)
+            by_nfe = sample_by_nfe(trained, mode, passes, row_c)
             trajectories[mode.title] = {n: samples.x for n, samples in by_nfe.items()}
             done += sum(passes)
             tick(done, mode.title)
     return sheets, trajectories
 
 
-def draw_samples(sampler: Sampler, x: Sample, real: Real | None) -> Image.Image:
+def draw_samples(trained: TrainedRun, x: Sample, real: Real | None) -> Image.Image:
     """Draw samples (n, *pixels): images as a sheet, points in red before the data `real` in grey.
 
     The gaps of a sheet are transparent, since a page may be light or dark.
     """
-    if not sampler.is_image:
+    if not trained.makes_images:
         assert real is not None, "points are drawn from a distribution"
         return picture.scatter(real, {"": x})
-    return picture.sheet(picture.to_rows(x), _num_columns(sampler), gap=picture.GAP, clear=True)
+    return picture.sheet(picture.to_rows(x), _num_columns(trained), gap=picture.GAP, clear=True)
 
 
-def arrange_by_class(sampler: Sampler, x: Real, c: Tensor) -> Sample:
+def arrange_by_class(trained: TrainedRun, x: Real, c: Tensor) -> Sample:
     """The first images x (n, *pixels), of classes c (n,), in the order of a sheet, a column or more for each class.
 
     A class without images is grey. If no class of the sheet has any, the images keep their order.
     """
-    images_by_class = [x[c == label] for label in dict.fromkeys(column_conditions(sampler))]
+    images_by_class = [x[c == label] for label in dict.fromkeys(column_conditions(trained))]
     if not any(map(len, images_by_class)):
         return x[: ROWS * COLUMNS]
-    width = _num_columns(sampler) // len(images_by_class)  # columns of a class
+    width = _num_columns(trained) // len(images_by_class)  # columns of a class
     full_rows = [len(images) // width for images in images_by_class if len(images)]
     rows = max(1, min(ROWS, *full_rows))
     grey = torch.zeros_like(x[:1]).expand(rows * width, *x.shape[1:])
@@ -338,13 +334,13 @@ def arrange_by_class(sampler: Sampler, x: Real, c: Tensor) -> Sample:
     return torch.cat(blocks, 1).flatten(0, 1)
 
 
-def draw_nearest(sampler: Sampler, x: Sample, real: Real) -> NearestPictures:
+def draw_nearest(trained: TrainedRun, x: Sample, real: Real) -> NearestPictures:
     """Draw the first row of a sheet of samples x (n, *pixels), with the image of the data `real` nearest to each."""
-    proximity = measure_proximity(sampler.data, x, real, sampler.spec.seed)
-    count = min(_num_columns(sampler), len(x))
+    proximity = measure_proximity(trained.spec.data, x, real, trained.spec.sample.seed)
+    count = min(_num_columns(trained), len(x))
     return NearestPictures(
-        samples=draw_samples(sampler, x[:count], real),
-        nearest=draw_samples(sampler, proximity.nearest[:count], real),
+        samples=draw_samples(trained, x[:count], real),
+        nearest=draw_samples(trained, proximity.nearest[:count], real),
         proximity=proximity,
         count=count,
     )
@@ -374,15 +370,15 @@ def late_losses(rows: Sequence[log.Row]) -> dict[str, Any] | None:
     return {"first": late_rows[0]["step"], "logged": len(late_rows), "counts": counts.sum(0).tolist(), "bins": bins}
 
 
-def _prompt_sheet(sampler: Sampler, prompts: Sequence[str], bar: Bar) -> PromptSheet | None:
+def _prompt_sheet(trained: TrainedRun, prompts: Sequence[str], bar: Bar) -> PromptSheet | None:
     """What the network makes of these prompts, or of captions of its data if there are none; None without texts.
 
     Raises UserError for prompts that the network cannot read.
     """
-    conditions = sampler.conditions
+    conditions = trained.spec.conditions
     if prompts:
-        c = conditions_of_prompts(sampler, prompts)
-    elif conditions.captions is not None and sampler.is_image:
+        c = trained.conditions(prompts=prompts)
+    elif conditions.captions is not None and trained.makes_images:
         try:
             c = conditions.in_turn(NUM_CAPTIONS)
         except UserError:
@@ -390,15 +386,15 @@ def _prompt_sheet(sampler: Sampler, prompts: Sequence[str], bar: Bar) -> PromptS
             return None
     else:
         return None
-    reachable = [n for n in PROMPT_PASSES if can_make(sampler.spec.solver, sampler.available_readings, n)]
-    passes = reachable or list(sampler.spec.nfe)
+    reachable = [n for n in PROMPT_PASSES if can_make(trained.spec.sample.solver, trained.spec.readings, n)]
+    passes = reachable or list(trained.spec.sample.nfe)
     pixels_by_passes: list[Tensor] = []
     done = 0
     with bar("sampling prompts", sum(passes)) as tick:
         for n in passes:
-            pixels_by_passes.append(picture.to_rows(sampler.sample(c, nfe=n).x))
+            pixels_by_passes.append(picture.to_rows(trained.make_samples(c, nfe=n).x))
             done += n
             tick(done, "")
     pixels_by_prompt = torch.stack(pixels_by_passes, 1)  # (prompts, passes, ...)
     strips = [picture.sheet(pixels, len(passes), gap=picture.GAP) for pixels in pixels_by_prompt]
-    return PromptSheet(passes, list(zip(names_of_conditions(sampler, c), strips, strict=True)))
+    return PromptSheet(passes, list(zip(trained.names_of_conditions(c), strips, strict=True)))

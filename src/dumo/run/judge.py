@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dumo.config.conditions import Conditions, shown_data, squares
@@ -23,14 +24,15 @@ from dumo.evaluation import Context, LikelihoodProtocol
 from dumo.evaluation.photos import MAX_IMAGES, MIN_PHOTOS, SAMPLES_PER_CLASS
 from dumo.evaluation.protocol import Evaluator
 from dumo.io.source import DataSource
-from dumo.run.sampler import Sampler
 from dumo.runtime import signals
 from dumo.runtime.progress import Bar, Tick
 from dumo.types import UserError
 
 
-def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar, stored: Path | None = None) -> Evaluator:
-    """The evaluator of a run's protocol, with a bar while it reads the data.
+def evaluator_of(
+    run: Run, evaluation: Evaluation, device: torch.device, bar: Bar, stored: Path | None = None
+) -> Evaluator:
+    """The evaluator of a run by an evaluation's protocol, with a bar while it reads the data.
 
     `stored` is a file of features of the data (`dumo.evaluation.stored`). It is compared with only where the images are
     not on this machine, and ignored where they are.
@@ -38,7 +40,7 @@ def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar, stored: Pat
     Raises UserError where data or weights that the protocol needs are missing or damaged, and where the protocol is one
     of likelihood and the run has none. Raises Stopped after a signal.
     """
-    data = sampler.data
+    data = run.data
 
     def open_captions() -> tuple[DataSource, Tensor, list[str]]:
         images = squares(shown_data(data)).open()  # the images that people look at, cut to one size
@@ -46,7 +48,7 @@ def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar, stored: Pat
 
     with bar_while_reading(bar) as tick:
         if isinstance(evaluation.protocol, LikelihoodProtocol):
-            require_likelihood(sampler)
+            require_likelihood(run)
         if stored is not None and _has_images_here(data):
             stored = None
         open_reference = partial(reference_data, data, evaluation.split)
@@ -57,7 +59,7 @@ def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar, stored: Pat
             trained=trained_data(data, evaluation.split),
             classes=data.labels,
             seed=evaluation.seed,
-            device=sampler.device,
+            device=device,
             tick=tick,
             captions=open_captions,
             stored=stored,
@@ -139,22 +141,22 @@ def trained_data(data: Data, split: str | None) -> Callable[[], DataSource] | No
     return data.originals
 
 
-def require_likelihood(sampler: Sampler) -> None:
+def require_likelihood(run: Run) -> None:
     """Raise UserError where a run has no likelihood of the data that people look at.
 
     That is so for latents, for captions, under guidance, and where the solver cannot integrate from data to noise.
     """
     from dumo.flow.likelihood import climb_of
 
-    if isinstance(sampler.data, Latents):
+    if isinstance(run.data, Latents):
         raise UserError("protocol likelihood is of the data themselves, not of latents: choose another protocol")
-    if sampler.conditions.captions:
+    if run.conditions.captions:
         raise UserError("protocol likelihood knows classes, not captions: choose another protocol")
-    if sampler.spec.guide.active:
+    if run.sample.guide.active:
         raise UserError("protocol likelihood is of the flow without guidance: set sample.guide.scale=1")
     # raises UserError where the solver cannot read, off what the net was taught, the way from data to noise; the step
     # that it returns is made again when samples are judged
-    climb_of(sampler.spec.solver, sampler.available_readings)
+    climb_of(run.sample.solver, run.readings)
 
 
 @contextmanager

@@ -24,11 +24,10 @@ from dumo.flow import sampling
 from dumo.io.picture import SCATTER_POINTS
 from dumo.run.hooks import Hook
 from dumo.run.sample_files import write_samples
-from dumo.run.sampler import gather_samples, rank_indices, sampler_of
+from dumo.run.trained import TrainedRun, gather_samples
 from dumo.runtime import dist, signals
 from dumo.training import agreement
 from dumo.training.metrics import StepMetrics
-from dumo.training.state import State
 from dumo.types import Sample
 
 if TYPE_CHECKING:
@@ -87,38 +86,20 @@ class RenderSheets(Hook):
     def _render_sheet(self, trainer: "Trainer", file: Path, nfe: int) -> None:
         """Sample and draw one sheet. Every rank must call it. A full disk ends no training here."""
         run = self.run
-        state = trainer.state
-        x = self.sample(state, nfe, len(self.c))
+        trained = TrainedRun(run, trainer.folder, trainer.state.sampled_net, trainer.state.step)
+        x = self.sample(trained, nfe, len(self.c))
         if dist.is_main():
-            sampler = sampler_of(run, state.sampled_net)
-            rows = sampler.to_file_rows(sampler.decode(x))
+            rows = trained.to_file_rows(trained.decode(x))
             try:
                 write_samples(rows, self.c, file.with_suffix(""), "grid", run.data, run.sample.seed)
             except OSError as error:
                 trainer.print_line(f"warning: no sheet {file.stem}: {error}")
 
-    def sample(self, state: State, nfe: int, count: int) -> Sample:
+    def sample(self, trained: TrainedRun, nfe: int, count: int) -> Sample:
         """The first `count` samples (count, *shape), not decoded, on the CPU of rank 0. Every rank must call it."""
-        run = self.run
-        sampler = sampler_of(run, state.sampled_net)
-        indices = rank_indices(count)  # of this rank's images
-        with _without_compiling(run):
-            rank_batches = sampling.sample_batches(
-                sampler.net,
-                sampler.flow.readings(),
-                sampler.flow.path,
-                run.sample.solver,
-                self.c[torch.tensor(indices) % count],
-                nfe=nfe,
-                seed=run.sample.seed,
-                shape=run.data.shape,
-                indices=indices,
-                batch=sampler.rows,
-                device=sampler.device,
-                precision=sampler.precision,
-            )
-            batches = list(rank_batches)
-        return gather_samples(batches, run.data.shape).x[:count]
+        with _without_compiling(self.run):
+            batches = list(trained.make_batches(self.c[:count], nfe=nfe, decodes=False))
+        return gather_samples(batches, self.run.data.shape).x
 
 
 def _without_compiling(run: Run) -> AbstractContextManager[object]:

@@ -38,8 +38,8 @@ from dumo.io.read import read_json, write_json
 from dumo.io.source import DataSource, TensorData
 from dumo.io.table import Column, TableIndex
 from dumo.objectives.flow_matching import FlowMatching
-from dumo.run.sampler import max_rows_per_pass
-from dumo.run.weights import open_run
+from dumo.run.trained import max_rows_per_pass
+from dumo.run.weights import load_run
 from dumo.runtime import dist, signals
 from dumo.runtime.progress import Bar, print_line
 from dumo.runtime.random import noise
@@ -187,8 +187,8 @@ def _run_flow(teacher: Teacher, data: Data, path: FlowPath, device: torch.device
 
     Raises UserError where it knows other data, or cannot be guided as `teacher.guide` says.
     """
-    opened = open_run(teacher.source, device=str(device))
-    teacher_run = opened.run
+    trained = load_run(teacher.source, device=str(device))
+    teacher_run = trained.spec
     teacher_facts = _facts(teacher_run.data, teacher_run.path)
     facts = _facts(data, path)
     if None in (teacher_facts[_CODEC_HASH], facts[_CODEC_HASH]):  # one of them has not read its codec yet
@@ -202,8 +202,8 @@ def _run_flow(teacher: Teacher, data: Data, path: FlowPath, device: torch.device
         "teacher.guide.scale",
         teacher.source,
     )
-    flow = Flow(opened.net, teacher_run.objective, direct=True, classes=data.classes, knobs=teacher_run.sample.knobs)
-    return flow, weights.sha256(opened.file)
+    flow = Flow(trained.net, teacher_run.objective, direct=True, classes=data.classes, knobs=teacher_run.sample.knobs)
+    return flow, weights.sha256(trained.file)
 
 
 def _facts(data: Data, path: FlowPath) -> dict[str, object]:

@@ -17,7 +17,7 @@ from dumo.evaluation.protocol import Evaluator, Scores
 from dumo.flow.precision import product_precision
 from dumo.run.hooks import Hook
 from dumo.run.judge import evaluator_of, sample_conditions
-from dumo.run.sampler import Sampler, rank_indices, sampler_of
+from dumo.run.trained import TrainedRun
 from dumo.runtime import signals
 from dumo.runtime.progress import no_bar
 from dumo.runtime.stopwatch import wall_clock
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 class Validation(Hook):
     """Scores a run every `evaluate.every` steps, and keeps its best weights. `open` makes it."""
 
-    def __init__(self, trainer: "Trainer", *, sampler: Sampler, evaluator: Evaluator, conditions: Cond) -> None:
+    def __init__(self, trainer: "Trainer", *, trained: TrainedRun, evaluator: Evaluator, conditions: Cond) -> None:
         """`conditions` (n, ...) are those of the samples that are scored. For the others see `open`."""
         self.trainer = trainer
         self.settings = trainer.run.evaluate.validation
-        self.sampler = sampler
+        self.trained = trained
         self.evaluator = evaluator
         self.conditions = conditions
         # The leading score of the last step and, if it has one, its `_sd`; {} if it was not scored.
@@ -57,12 +57,12 @@ class Validation(Hook):
         if state.duration.timing is None and state.step // every == run.train.steps // every:
             return None
         settings = run.evaluate.validation
-        sampler = sampler_of(run, state.sampled_net)
+        trained = TrainedRun(run, trainer.folder, state.sampled_net, state.step)
         conditions = agreement.on_each_rank(lambda: sample_conditions(run.data, settings))
-        evaluator = agreement.on_each_rank(lambda: evaluator_of(sampler, settings, no_bar))
-        agreement.on_each_rank(lambda: sampler.codec)  # loaded now, because its weights may be missing
+        evaluator = agreement.on_each_rank(lambda: evaluator_of(run, settings, trained.device, no_bar))
+        agreement.on_each_rank(lambda: trained.codec)  # loaded now, because its weights may be missing
         agreement.on_main_rank(lambda: trainer.folder.find_best(run, state.step))
-        return cls(trainer, sampler=sampler, evaluator=evaluator, conditions=conditions)
+        return cls(trainer, trained=trained, evaluator=evaluator, conditions=conditions)
 
     def after_step(self, trainer: "Trainer", metrics: StepMetrics) -> None:
         """Score the weights after this step if it is due, and keep them if they are the best.
@@ -105,7 +105,7 @@ class Validation(Hook):
             with (
                 signals.uninterrupted(),
                 torch.compiler.set_stance("force_eager"),
-                product_precision("fp32", self.sampler.device),
+                product_precision("fp32", self.trained.device),
             ):
                 all_scores = self.evaluator.score(self.samples())
         except UserError as error:
@@ -122,11 +122,5 @@ class Validation(Hook):
 
     def samples(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's samples with their numbers, decoded."""
-        num_samples = len(self.conditions)
-        indices = rank_indices(num_samples)
-        # every rank makes as many, so the numbers may run past the last sample
-        conditions = self.conditions[torch.arange(indices.stop) % num_samples]
-        batches = self.sampler.batches(conditions, nfe=self.settings.nfe[0], seed=self.settings.seed, indices=indices)
-        for batch in batches:
-            is_judged = batch.index < num_samples
-            yield batch.index[is_judged], batch.x[is_judged]
+        for batch in self.trained.make_batches(self.conditions, nfe=self.settings.nfe[0], seed=self.settings.seed):
+            yield batch.index, batch.x

@@ -1,6 +1,6 @@
 """A run's net with its weights: drawn, of its own folder, of another run, or of a published file.
 
-To sample or judge, `open_run` reads a run's folder. To train, `begin_or_resume` returns the state to go on from: of
+To sample or judge, `load_run` reads a run's folder. To train, `begin_or_resume` returns the state to go on from: of
 a checkpoint, else of what `start` names, else as drawn. `build` makes the net at step 0; `init_on_device` does so
 without asking for room. `build_deferred` makes it without weights, which are drawn or read one by one when they are
 needed (`dumo.io.deferred`).
@@ -8,10 +8,9 @@ needed (`dumo.io.deferred`).
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +27,13 @@ from dumo.data import Images
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import to_float32
 from dumo.io.deferred import Deferred
-from dumo.io.weights import compare, header, load_checked, sha256
+from dumo.io.weights import compare, header, load_checked
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.run.data import recorded_facts
 from dumo.run.folder import RunFolder
 from dumo.run.net import deferred_net, init_net, require_room
+from dumo.run.trained import TrainedRun
 from dumo.runtime import dist, shell_path
 from dumo.runtime.device import choose_device
 from dumo.training import frozen
@@ -50,9 +50,6 @@ from dumo.training.state import State
 from dumo.training.state import begin as begin_training
 from dumo.types import Spec, UserError
 
-if TYPE_CHECKING:
-    from dumo.run.sampler import Sampler
-
 # Weights that an objective asks for: the net of another may lack them.
 _OPTIONAL_PREFIXES = ("heads.", "gauges.", "scalars.", "own.", "gap.")
 # Weights of heads: a subject's run must have those of its few-step run.
@@ -63,91 +60,19 @@ _SAME_FUNCTION_FIELDS = ("net.checkpoint", "net.dropout", "net.route", "net.rout
 _SUBJECT_FIELDS = ("net.lora.subject", "net.lora.frozen", "net.texts.identity")
 
 
-@dataclass(frozen=True)
-class OpenedRun:
-    """A run's folder, opened to read: the net that is sampled (the first average), and its step."""
-
-    run: Run
-    run_folder: RunFolder
-    net: nn.Module
-    step: int
-    weights: str  # the file, or part of a checkpoint, they came from, relative to the run's folder if it lies inside
-    file: Path = Path()  # that file or folder
-    checkpoint: Checkpoint | None = None  # the last one that is whole; None: there is none, and other weights are taken
-    listed_sha256: str | None = None  # what the checkpoint lists for these weights; None: it lists none
-    deferred_weights: Deferred = field(default_factory=Deferred)  # reads the weights of a net opened without `fill`
-    overrides: tuple[str, ...] = ()  # what was set to look at it, each a.b=c
-    given_weights: str | None = None  # what `open_run` was given in place of the last checkpoint's; None: nothing
-    own_output: Path | None = None  # where commands write, of a run that is only read; None: into its folder
-    lasting_name: str | None = None  # what opens a run that is only read; None: its folder
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder. Some are only read: see `output_folder`."""
-        return self.run_folder.path
-
-    @property
-    def is_only_read(self) -> bool:
-        """Whether the run comes with dumo, or is on the Hub."""
-        return self.own_output is not None
-
-    @property
-    def source(self) -> str | Path:
-        """What opens this run again: its folder, or the name of a run that is only read."""
-        return self.lasting_name or self.folder
-
-    @property
-    def output_folder(self) -> Path:
-        """The folder that commands write into, and whose name the run goes by."""
-        return self.own_output or self.folder
-
-    def find_output(self, name: str) -> Path:
-        """The file of this name that a command wrote; where none did, the one in the run's folder."""
-        file = self.output_folder / name
-        return file if file.is_file() else self.folder / name
-
-    @property
-    def run_as_saved(self) -> Run:
-        """The run as its folder has it, without what was set to look at it."""
-        return self.run_folder.run or self.run
-
-    @property
-    def data_sd(self) -> float | None:
-        """The standard deviation of the data, as training has measured it."""
-        facts = recorded_facts(self.run_as_saved)
-        return facts.sd if facts else None
-
-    @cached_property
-    def sha256(self) -> str:
-        """The weights' SHA-256; where listed, known even after a concurrent training has removed the checkpoint."""
-        return self.listed_sha256 or sha256(self.file)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the net is."""
-        return next(self.net.parameters()).device
-
-    @cached_property
-    def sampler(self) -> "Sampler":
-        """The net with all that its samples depend on."""
-        from dumo.run.sampler import sampler_of
-
-        return sampler_of(self.run, self.net)
-
-
-def open_run(
+def load_run(
     source: str | Path,
     overrides: Sequence[str] = (),
     *,
     weights: str | None = None,
     device: str = "auto",
     fill: bool = True,
-) -> OpenedRun:
+) -> TrainedRun:
     """Open a run's folder, or by name a run that comes with dumo or is on the Hub, to sample or judge it.
 
     `weights` is a file, or a part of a checkpoint, to take in place of
     the last checkpoint's sampled weights. Where reading fails, and a training has written or removed checkpoints
-    meanwhile, the last one of now is taken. Without `fill`, `OpenedRun.deferred_weights` reads weights later, but
+    meanwhile, the last one of now is taken. Without `fill`, `TrainedRun.deferred_weights` reads weights later, but
     those of a user's own net are read at once. Raises UserError where `source` is no run's folder, or has no checkpoint
     that is whole, unless `weights` are given.
     """
@@ -166,10 +91,10 @@ def open_run(
     while True:
         steps_before = run_folder.checkpoints.steps()
         try:
-            opened = _open_weights(run, run_folder, weights, choose_device(device), fill=fill)
+            trained = _open_weights(run, run_folder, weights, choose_device(device), fill=fill)
             own_output = None if output == folder else output
             return replace(
-                opened,
+                trained,
                 overrides=tuple(overrides),
                 own_output=own_output,
                 lasting_name=shipped.lasting_name(source),
@@ -193,14 +118,14 @@ def _require_trained(run_folder: RunFolder, run: Run) -> None:
         _require_trained_images(run_folder, run)
 
 
-def require_trained_images(opened: OpenedRun) -> None:
+def require_trained_images(trained: TrainedRun) -> None:
     """Raise UserError where the images of a run in pixels are others than it was trained on, by names and sizes.
 
     Images that are not here, and those of a run that is only read, are not looked at.
     """
-    images = opened.run.data
-    if isinstance(images, Images) and images.is_here and not opened.is_only_read:
-        _require_trained_images(opened.run_folder, opened.run)
+    images = trained.spec.data
+    if isinstance(images, Images) and images.is_here and not trained.is_only_read:
+        _require_trained_images(trained.run_folder, trained.spec)
 
 
 def _require_trained_images(run_folder: RunFolder, run: Run) -> None:
@@ -220,8 +145,8 @@ def _require_trained_images(run_folder: RunFolder, run: Run) -> None:
 
 def _open_weights(
     run: Run, run_folder: RunFolder, weights: str | None, device: torch.device, *, fill: bool
-) -> OpenedRun:
-    """The run with the weights of its last checkpoint or export, or of the file `weights`. Raises as `open_run`."""
+) -> TrainedRun:
+    """The run with the weights of its last checkpoint or export, or of the file `weights`. Raises as `load_run`."""
     # find the file
     folder = run_folder.path
     sampled = sampled_part(run.train)
@@ -267,8 +192,8 @@ def _open_weights(
             f"{run_folder.checkpoints.folder}"
         )
     step = last_step if weights is None and last else step_of(file, last_step)
-    return OpenedRun(
-        run=run,
+    return TrainedRun(
+        spec=run,
         run_folder=run_folder,
         net=net,
         step=step,
@@ -348,15 +273,15 @@ def build_deferred(run: Run) -> tuple[nn.Module, Deferred]:
     return net, deferred_weights
 
 
-def few_step_run(run: Run) -> OpenedRun:
+def few_step_run(run: Run) -> TrainedRun:
     """The few-step run under adapters for a subject, its weights not read yet.
 
     Raises UserError where it is none, has another net, or other weights than when the subject's run began.
     """
     start = run.start
     assert start, "a run without one has no subject"
-    source = open_run(start.source, device="cpu", fill=False)
-    _require_net(source.run, start, run.net, run.path, (*_SAME_FUNCTION_FIELDS, *_SUBJECT_FIELDS))
+    source = load_run(start.source, device="cpu", fill=False)
+    _require_net(source.spec, start, run.net, run.path, (*_SAME_FUNCTION_FIELDS, *_SUBJECT_FIELDS))
     if start.sha256 not in (None, source.sha256):
         raise UserError(
             f"start.source: {start.source} has other weights ({source.weights}) than when this run began: put back "
@@ -377,19 +302,19 @@ def _load_few_step_run(run: Run, net: nn.Module, deferred_weights: Deferred) -> 
     differing_heads = sorted(heads ^ source_heads)
     if differing_heads:
         raise UserError(
-            f"start: {source.folder} and this run differ in {differing_heads[0]}: take the objective of that run, "
-            f"objective.kind={source.run.objective.kind}"
+            f"start: {source.run_folder.path} and this run differ in {differing_heads[0]}: take the objective of that "
+            f"run, objective.kind={source.spec.objective.kind}"
         )
     loaders = {name: partial(source.deferred_weights.materialize, x) for name, x in source_weights.items()}
     _load_state(net, deferred_weights, loaders)
-    source_spec = source.run.net
+    source_spec = source.spec.net
     spec = run.net
     assert isinstance(source_spec, Pretrained)
     assert isinstance(spec, Pretrained)
     if source_spec.lora and spec.lora and source_spec.lora.frozen == spec.lora.frozen:
         assert source.checkpoint, "it was opened with the weights of its checkpoint"
         frozen_digest = frozen.digest(net, deferred_weights.materialize, without=source_weights)
-        frozen.require(frozen_digest, source.checkpoint.facts.frozen, source.folder)
+        frozen.require(frozen_digest, source.checkpoint.facts.frozen, source.run_folder.path)
 
 
 def begin_or_resume(
@@ -479,8 +404,8 @@ def _open_source_weights(start: Start, net: Net, path: FlowPath) -> tuple[dict[s
 
     Raises UserError where they make another function of this net, or on this path.
     """
-    source = open_run(start.source, device="cpu", fill=False)
-    _require_net(source.run, start, net, path, _SAME_FUNCTION_FIELDS)
+    source = load_run(start.source, device="cpu", fill=False)
+    _require_net(source.spec, start, net, path, _SAME_FUNCTION_FIELDS)
     return source.net.state_dict(), source.deferred_weights
 
 

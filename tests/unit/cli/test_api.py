@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dumo
-from dumo.cli.api import TrainedRun
 from dumo.config.load import load
 from dumo.flow.solver import Restart
 from dumo.io import trained
 from dumo.io.weights import load as load_weights
 from dumo.report.evaluate import report_path
-from dumo.report.sample import DEFAULT_COUNT, sample_to_files
+from dumo.report.sample import sample_to_files
+from dumo.run.trained import DEFAULT_COUNT, TrainedRun
 from dumo.types import Readings, UserError
 from e2e.shell import call
 from e2e.test_start import HEAVY
@@ -120,7 +120,7 @@ def test_samples_are_those_of_the_command(digits: TrainedRun, moons: TrainedRun,
     assert np.array_equal(
         np.stack([image.convert("RGB") for image in pictures]), made(digits, 2, "--labels", "3,5", "--seed", "4")
     )
-    raw = digits.opened.sampler.sample(torch.tensor([3, 5]), nfe=2, seed=4).x
+    raw = digits.make_samples(torch.tensor([3, 5]), nfe=2, seed=4).x
     assert torch.equal(x, raw.clamp(-1, 1))
     points = moons.sample(count=5, nfe=2)
     assert torch.equal(points, torch.from_numpy(made(moons, 5)))
@@ -135,7 +135,7 @@ def test_samples_by_default(digits: TrainedRun) -> None:
     assert torch.equal(same, digits.sample([7, 7], nfe=own.nfe[0], seed=own.seed, solver=own.solver.kind))
     assert torch.equal(digits.sample(count=3), digits.sample(torch.arange(3)))
     assert (
-        len(digits.opened.sampler.sample(torch.tensor([10]), nfe=1).x) == 1
+        len(digits.make_samples(torch.tensor([10]), nfe=1).x) == 1
     )  # no class is a condition by its number, one past the last, as the net has it
     assert not torch.equal(same, digits.sample(labels=7, count=2, solver="euler"))
     for seven in (torch.tensor(7), np.array(7), np.int64(7)):  # a number out of a tensor or an array
@@ -151,7 +151,7 @@ def test_a_count_that_leaves_some_out_is_refused_from_python_and_the_command_lin
     done = call("sample", digits.folder, "--labels", "3,5", "--count", 1, "--out", tmp_path / "samples")
     assert (done.code, said in done.err, (tmp_path / "samples").exists()) == (2, True, False)
     with pytest.raises(dumo.UserError, match="count = 1 is less than the 2 prompts"):
-        sample_to_files(digits.opened, tmp_path / "samples", count=1, prompts=["a dog", "a cat"])
+        sample_to_files(digits, tmp_path / "samples", count=1, prompts=["a dog", "a cat"])
 
 
 def test_classes_have_the_names_that_labels_take(digits: TrainedRun, moons: TrainedRun) -> None:
@@ -194,14 +194,14 @@ def test_runs_are_compared_as_by_the_command(digits: TrainedRun) -> None:
 def test_a_run_opened_otherwise_is_compared_by_its_own_evaluation(digits: TrainedRun, tmp_path: Path) -> None:
     folder = shutil.copytree(digits.folder, tmp_path / "run")
     run = dumo.load(folder, device="cpu")
-    other = dumo.load(folder, weights=run.opened.checkpoint.path / "net", device="cpu")
+    other = dumo.load(folder, weights=run.checkpoint.path / "net", device="cpu")
     known_report = trained.folder("digits-trained") / "evaluation.json"
-    shutil.copy(known_report, report_path(run.opened))
+    shutil.copy(known_report, report_path(run, run.spec))
     with pytest.raises(dumo.UserError, match=r"evaluation-net-\w+\.json is not there: call evaluate\(\) of this run"):
         dumo.compare([run, other])
-    shutil.copy(known_report, report_path(other.opened))
+    shutil.copy(known_report, report_path(other, other.spec))
     names = [row["run"] for row in dumo.compare([run, other])["rows"]]
-    assert {*names} == {str(folder), str(report_path(other.opened))}
+    assert {*names} == {str(folder), str(report_path(other, other.spec))}
 
 
 @pytest.mark.slow
@@ -217,7 +217,7 @@ def test_a_run_is_exported_as_by_the_command(digits: TrainedRun, tmp_path: Path)
 
 def test_the_weights_that_were_given_are_exported(digits: TrainedRun, tmp_path: Path) -> None:
     file = tmp_path / "doubled.safetensors"
-    save_file({name: 2 * x for name, x in load_weights(digits.opened.file).items()}, file)
+    save_file({name: 2 * x for name, x in load_weights(digits.file).items()}, file)
     out = dumo.load(digits.folder, weights=file, device="cpu").export(tmp_path / "out")
     [exported] = out.glob("*.safetensors")
     for name, x in load_file(exported).items():
@@ -251,7 +251,7 @@ def test_a_run_says_what_it_is_and_goes_on(digits: TrainedRun, moons: TrainedRun
     assert (digits.step, digits.device.type, digits.codec, digits.net.training) == (2, "cpu", None, False)
     assert digits.spec == load(str(digits.folder))
     last = digits.folder / "checkpoints/step-00000002/net"
-    assert dumo.load(digits.folder, weights=last).opened.weights == str(last)
+    assert dumo.load(digits.folder, weights=last).weights == str(last)
     again = dumo.train(moons.folder, {"train.steps": 3})
     assert (again.step, again.folder) == (3, moons.folder)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dumo
-from dumo.cli.api import TrainedRun
+from dumo.run.trained import TrainedRun
 from e2e.shell import call, tree
 
 REFUSALS = [
@@ -81,8 +81,8 @@ API_REFUSALS: list[tuple[Callable[[TrainedRun], object], str, type[Exception]]] 
     (lambda run: run.sample(noise=NOISE[:, 0]), "noise", dumo.UserError),
     (lambda run: run.sample([3, 12]), "12", dumo.UserError),
     (lambda run: run.sample(-1), "-1", dumo.UserError),
-    (lambda run: run.opened.sampler.sample(torch.tensor([0, 12]), nfe=1), "12", dumo.UserError),
-    (lambda run: run.opened.sampler.sample(torch.tensor([-1]), nfe=1), "-1", dumo.UserError),
+    (lambda run: run.make_samples(torch.tensor([0, 12]), nfe=1), "12", dumo.UserError),
+    (lambda run: run.make_samples(torch.tensor([-1]), nfe=1), "-1", dumo.UserError),
     # What Python and the packages below refuse.
     (lambda run: run.sample("12"), "'12'", dumo.UserError),
     (lambda run: run.sample([1.5]), "float", TypeError),

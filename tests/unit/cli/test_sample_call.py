@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import dumo
-from dumo.cli.api import TrainedRun
 from dumo.data import Memory
 from dumo.flow.path import Linear
+from dumo.run.trained import TrainedRun
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_an_int_is_the_number_of_a_class_and_a_text_its_name(run: TrainedRun) ->
     names = tuple(str(number) for number in range(1, 11))
     data = Memory(name="numbered", shape=(1, 8, 8), classes=10, names=names, digest="")
     spec = run.spec.model_copy(update={"data": data})
-    numbered = TrainedRun(replace(run.opened, run=spec))
+    numbered = replace(run, spec=spec)
     x = numbered.sample([0, 1, np.int64(9)], nfe=1)
     assert torch.equal(x, run.sample([0, 1, 9], nfe=1))
     assert torch.equal(x, numbered.sample(["1", "2", "10"], nfe=1))

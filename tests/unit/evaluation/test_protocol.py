@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dumo.config.load import load
@@ -19,7 +19,6 @@ from dumo.evaluation.frechet import Moments, frechet_distance, pixel_frechet
 from dumo.evaluation.mmd import gaussian_mmd
 from dumo.evaluation.wholeset import Reference
 from dumo.run.judge import evaluator_of, trained_data
-from dumo.run.sampler import sampler_of
 from dumo.runtime.progress import no_bar
 from dumo.runtime.random import stream
 from dumo.types import UserError
@@ -170,7 +169,7 @@ def test_a_report_says_which_split_samples_are_compared_with(tmp_path: Path) -> 
         Image.fromarray(image).save(file)
     data = [f"data.root={tmp_path}", "data.side=8", "data.split=train", "data.classes=0", "data.count=21"]
     run = load("my-images", [*data, "evaluate.split=test", "evaluate.protocol={kind: photos, samples: 20}"])
-    evaluator = evaluator_of(sampler_of(run, nn.Identity()), run.evaluate, no_bar)
+    evaluator = evaluator_of(run, run.evaluate, torch.device("cpu"), no_bar)
     assert evaluator.facts["reference"] == "24 of 24 images of split test"
     assert evaluator.facts["copies"] == "looked for among 21 of 21 images that were trained on"
 

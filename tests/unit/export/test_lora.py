@@ -42,9 +42,9 @@ def tuned(name: str, *, lora: bool = True, subject: int | None = None) -> tuple[
     for path, p in net.named_parameters():
         if p.requires_grad or (subject and any(part in path for part in ("heads.", "timestep_embedder.", ".lora_"))):
             p.data += 0.1 * torch.randn(p.shape, generator=g)
-    sampler: Any = SimpleNamespace(spec=SimpleNamespace(guide=SimpleNamespace(scale=1.0)))
+    run: Any = SimpleNamespace(sample=SimpleNamespace(guide=SimpleNamespace(scale=1.0)))
     read = spec.model_copy(update={"texts": PipelineTexts(root="texts")})  # as is one that was tuned on captions
-    return before, ExportedModel(sampler, read.within(Pipeline(source="sd3-digits")), net, "u")
+    return before, ExportedModel(run, read.within(Pipeline(source="sd3-digits")), net, "u")
 
 
 @pytest.mark.filterwarnings("ignore:.*FluxPosEmbed", "ignore:.*merg")
@@ -128,11 +128,11 @@ def of_unet(model: Any, row: Family, *, convolutions: bool) -> tuple[dict[str, t
     for p in net.parameters():
         if p.requires_grad:
             p.data += 0.1 * torch.randn(p.shape, generator=g)
-    sampler: Any = SimpleNamespace(spec=SimpleNamespace(guide=SimpleNamespace(scale=1.0)))
+    run: Any = SimpleNamespace(sample=SimpleNamespace(guide=SimpleNamespace(scale=1.0)))
     read = spec.model_copy(update={"texts": PipelineTexts(root="texts")})
     small = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     pipeline = Pipeline(source="stabilityai/stable-diffusion-xl-base-1.0" if row is SDXL else small)
-    return before, ExportedModel(sampler, read.within(pipeline), net, "u")
+    return before, ExportedModel(run, read.within(pipeline), net, "u")
 
 
 @pytest.mark.slow

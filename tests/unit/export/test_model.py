@@ -69,21 +69,20 @@ def test_the_dtype_of_a_model_is_that_of_most_of_its_numbers(tmp_path: Path) -> 
 
 
 def test_a_hop_ends_where_the_next_begins() -> None:
-    sampler: Any = SimpleNamespace(spec=SimpleNamespace(solver=Hop()), flow=SimpleNamespace(path=Linear()))
+    run: Any = SimpleNamespace(sample=SimpleNamespace(solver=Hop()), path=Linear())
     none: Any = None
-    two = ExportedModel(sampler, spec=none, net=none, head="u", nfe=(2,))
+    two = ExportedModel(run, spec=none, net=none, head="u", nfe=(2,))
     assert two.pass_intervals == [(1.0, 0.5), (0.5, 0.0)]
 
 
 def test_a_card_has_no_call_whose_times_were_not_taught() -> None:
-    sampler: Any = SimpleNamespace(
-        spec=Sampling(solver=Restart(m=0.7)), flow=SimpleNamespace(path=Linear()), data=None, shape=(4, 8, 8)
-    )
+    sample = Sampling(solver=Restart(m=0.7))
+    run: Any = SimpleNamespace(sample=sample, path=Linear(), data=SimpleNamespace(shape=(4, 8, 8)))
     net: Any = SimpleNamespace(guidance=None)
     spec: Any = SimpleNamespace(texts=None, pipeline=SimpleNamespace(is_published=True))
     for lowest, passes in ((0.0, ["one pass", "two", "four"]), (0.7, ["one pass", "two"])):
-        sampler.available_readings = Readings(lowest=lowest)
-        calls = _pipeline_calls(ExportedModel(sampler, spec, net, "u"), PIPELINE_BY_MODEL["SD3Transformer2DModel"])
+        run.readings = Readings(lowest=lowest)
+        calls = _pipeline_calls(ExportedModel(run, spec, net, "u"), PIPELINE_BY_MODEL["SD3Transformer2DModel"])
         assert [comment for _, comment in calls] == passes
 
 
@@ -166,9 +165,9 @@ def test_a_distilled_klein_is_guided_by_no_argument(is_distilled: bool, tmp_path
     (tmp_path / "transformer").mkdir()
     config = {"_class_name": FLUX2, "guidance_embeds": False}
     (tmp_path / "transformer/config.json").write_text(json.dumps(config), encoding="utf-8")
-    sampler: Any = SimpleNamespace(spec=SimpleNamespace(guide=SimpleNamespace(scale=2.0)))
+    run: Any = SimpleNamespace(sample=SimpleNamespace(guide=SimpleNamespace(scale=2.0)))
     net: Any = SimpleNamespace(model=type(FLUX2, (), {})())
-    exported = ExportedModel(sampler, of(tmp_path), net, "u")
+    exported = ExportedModel(run, of(tmp_path), net, "u")
     assert exported.stock is not None
     if is_distilled:
         assert exported.stock.arguments([1.0]) == {"sigmas": [1.0]}

@@ -17,7 +17,7 @@ from dumo.export.stock import PIPELINE_BY_MODEL
 from dumo.export.write import export, other_parts, read_index, require_own_autoencoder, require_vacant
 from dumo.flow.path import Linear
 from dumo.flow.solver import Hermite, Hop
-from dumo.run.weights import open_run
+from dumo.run.weights import load_run
 from dumo.types import UserError
 
 NAME = "digits-trained"
@@ -25,22 +25,22 @@ NAME = "digits-trained"
 
 def of_own(folder: Path, **options: Any) -> None:  # noqa: ANN401
     """Export a run of dumo's own network with these options."""
-    export(open_run(NAME, device="cpu"), folder / "out", **options)
+    export(load_run(NAME, device="cpu"), folder / "out", **options)
 
 
 def of_pipeline(name: str, *, lora: bool = False, has_lora: bool = True, scale: float = 1.0) -> None:
     """Ask for the pipeline of a tuned model that is sampled with this guidance."""
-    sampler: Any = SimpleNamespace(spec=SimpleNamespace(guide=SimpleNamespace(scale=scale)))
+    run: Any = SimpleNamespace(sample=SimpleNamespace(guide=SimpleNamespace(scale=scale)))
     spec: Any = SimpleNamespace(lora=SimpleNamespace() if has_lora else None)
-    model = SimpleNamespace(sampler=sampler, spec=spec, head="u", stock=PIPELINE_BY_MODEL.get(name), model_class=name)
+    model = SimpleNamespace(run=run, spec=spec, head="u", stock=PIPELINE_BY_MODEL.get(name), model_class=name)
     require_pipeline(model, lora=lora)  # pyright: ignore[reportArgumentType], a stand-in
 
 
 def hop_of_two_lengths(_: Path) -> None:
     """One and two passes of a hop begin at the same time and end at two."""
-    sampler: Any = SimpleNamespace(spec=SimpleNamespace(solver=Hop()), flow=SimpleNamespace(path=Linear()))
+    run: Any = SimpleNamespace(sample=SimpleNamespace(solver=Hop()), path=Linear())
     none: Any = None
-    model = ExportedModel(sampler, spec=none, net=none, head="u", nfe=(2,))
+    model = ExportedModel(run, spec=none, net=none, head="u", nfe=(2,))
     _ = replace(model, nfe=(1, 2)).pass_intervals
 
 

@@ -263,7 +263,7 @@ def test_what_is_measured_otherwise_is_measured_again(tmp_path: Path, steps: lis
     assert finished(tmp_path).report == first.report
     for more in ("evaluate.protocol.samples=21", "evaluate.seed=1", "evaluate.nfe=[2]", "sample.solver.m=0.4"):
         found = finished(tmp_path, more)
-        spec, report = found.trained.run, found.report
+        spec, report = found.trained.spec, found.report
         assert (report["samples"], report["seed"]) == (spec.evaluate.protocol.samples, spec.evaluate.seed)
         assert report["solver"] == spec.sample.solver.model_dump()
         assert [row["nfe"] for row in report["results"]] == list(spec.evaluate.nfe)
@@ -275,8 +275,8 @@ def test_what_is_measured_otherwise_is_measured_again(tmp_path: Path, steps: lis
 def test_a_cell_that_was_trained_on_with_other_settings_is_refused(tmp_path: Path) -> None:
     """It is no longer the run of its arm."""
     first = finished(tmp_path)
-    changed = first.trained.run.train.model_copy(update={"steps": 6, "clip": 0.5})
-    train(first.trained.run.model_copy(update={"train": changed}), first.folder, device="cpu")
+    changed = first.trained.spec.train.model_copy(update={"steps": 6, "clip": 0.5})
+    train(first.trained.spec.model_copy(update={"train": changed}), first.folder, device="cpu")
     with pytest.raises(UserError):
         finished(tmp_path)
 

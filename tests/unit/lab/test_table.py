@@ -14,8 +14,7 @@ from dumo.lab import arm_picture, fig4b, paper, table
 from dumo.lab.cell import Result
 from dumo.lab.plan import Cell, read_plan
 from dumo.run.folder import RunFolder
-from dumo.run.sampler import Sampler
-from dumo.run.weights import OpenedRun
+from dumo.run.trained import TrainedRun
 from dumo.types import Cond
 
 NET = torch.nn.Identity()
@@ -29,7 +28,7 @@ def result(
     name = "-".join(map(str, labels.values()))
     found = {"step": 1, "results": rows, "contrast": [], **report}
     made = Result(Cell(f"{name}-{seed}", spec, labels), Path("x"), found)
-    made.__dict__["trained"] = OpenedRun(spec, RunFolder(Path("x")), NET, 1, "w")
+    made.__dict__["trained"] = TrainedRun(spec, RunFolder(Path("x")), NET, 1, "w")
     return made
 
 
@@ -179,12 +178,12 @@ def test_samples_are_best_first_below_their_names(monkeypatch: pytest.MonkeyPatc
     seen: list[Any] = []
     passes: list[int] = []
 
-    def sample(sampler: Sampler, c: Cond, nfe: int) -> Samples:
+    def sample(trained: TrainedRun, c: Cond, nfe: int) -> Samples:
         passes.append(nfe)
         return Samples(torch.zeros(len(c), 1, 8, 8), nfe)
 
     monkeypatch.setattr(arm_picture.picture, "labelled_grid", lambda cells, columns, titles, gap: seen.append(titles))
-    monkeypatch.setattr(Sampler, "sample", sample)
+    monkeypatch.setattr(TrainedRun, "make_samples", sample)
     card = {"nfe": [1]}
     results = [result({"arm": name}, 0, [row(2, far)], card=card) for name, far in (("x", 3.0), ("y", 2.0))]
     arm_picture.sample_sheets(results)
@@ -201,11 +200,11 @@ def test_a_sheet_has_ten_columns_of_however_many_classes(
 ) -> None:
     made_of: list[int] = []
 
-    def sample(sampler: Sampler, c: Cond, nfe: int) -> Samples:
+    def sample(trained: TrainedRun, c: Cond, nfe: int) -> Samples:
         made_of.extend(c.tolist())
         return Samples(torch.zeros(len(c), 3, 64, 64), nfe)
 
-    monkeypatch.setattr(Sampler, "sample", sample)
+    monkeypatch.setattr(TrainedRun, "make_samples", sample)
     sheet = arm_picture._sheet(result({"arm": "x"}, 0, [row(1, 1.0)], source, card={"nfe": [1]}))
     assert made_of == [*shown, *shown]
     assert sheet.width == 10 * 66 - 2

@@ -11,13 +11,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 import dumo
-from dumo.cli.api import TrainedRun
 from dumo.data import Digits, Moons
 from dumo.data import memory as of_data
 from dumo.flow.guide import Guide
 from dumo.nets import module as of_nets
 from dumo.objectives import FlowMatching, MeanFlow
 from dumo.plan.prepare import prepare
+from dumo.run.trained import TrainedRun
 from dumo.runtime import signals
 from dumo.runtime.progress import no_bar
 from dumo.training.metrics import StepMetrics

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dumo.report.demo import open_demo, sample, tunnel_text
-from dumo.run.weights import open_run
+from dumo.run.weights import load_run
 from dumo.types import UserError
 from trained import train
 from unit.run import known
@@ -21,10 +21,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_pictures_are_those_of_dumo_sample(folder: Path) -> None:
-    opened = open_run(str(folder), device="cpu")
+    opened = load_run(str(folder), device="cpu")
     pictures, note = sample(opened, "3", count=2, seed=5, nfe=2, letter="v", scale=1.0)
     assert note.startswith("2 NFE, ")
-    x = opened.sampler.sample(torch.tensor([3, 3]), nfe=2, seed=5).x
+    x = opened.make_samples(torch.tensor([3, 3]), nfe=2, seed=5).x
     expected = ((x[1, 0] + 1) * 127.5).round().clamp(0, 255).byte().numpy()
     image, caption = pictures[1]
     assert caption == "3"
@@ -35,14 +35,14 @@ def test_pictures_are_those_of_dumo_sample(folder: Path) -> None:
 
 def test_a_persons_guidance_is_heeded(tmp_path: Path) -> None:
     train(known.tiny("digits", "objective.drop=0.1"), tmp_path / "digits")
-    opened = open_run(str(tmp_path / "digits"), device="cpu")
+    opened = load_run(str(tmp_path / "digits"), device="cpu")
     notes = [sample(opened, "3", 1, 0, 1, "u", scale)[1] for scale in (1.0, 3.0)]
     assert [note.split(",")[0] for note in notes] == ["1 NFE", "2 NFE"]
 
 
 def test_points_are_one_picture(tmp_path: Path) -> None:
     train(known.tiny("moons"), tmp_path / "moons")
-    pictures, _ = sample(open_run(str(tmp_path / "moons"), device="cpu"), "", 16, 0, 1, "u", 1.0)
+    pictures, _ = sample(load_run(str(tmp_path / "moons"), device="cpu"), "", 16, 0, 1, "u", 1.0)
     assert len(pictures) == 1
 
 
@@ -54,7 +54,7 @@ def test_what_a_run_was_not_taught_is_refused(
     condition: str, letter: str, scale: float, name: str, folder: Path
 ) -> None:
     with pytest.raises(UserError, match=name):
-        sample(open_run(str(folder), device="cpu"), condition, 1, 0, 1, letter, scale)
+        sample(load_run(str(folder), device="cpu"), condition, 1, 0, 1, letter, scale)
 
 
 def test_runs_of_other_classes_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from dumo.config.load import load
 from dumo.io import weights
 from dumo.report.card import contrast_passes, read_report
 from dumo.report.evaluate import current_report, evaluate, report_path
 from dumo.report.name import name_part
-from dumo.run.sampler import sampler_of
-from dumo.run.weights import OpenedRun, open_run
+from dumo.run.trained import TrainedRun
+from dumo.run.weights import load_run
 from trained import train
 from unit.run.known import Seen, tiny
 from unit.training.by_path import latest
@@ -37,8 +36,8 @@ def files(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("evaluation*.json")}
 
 
-def open_folder(folder: Path, *overrides: str, weights: str | None = None) -> OpenedRun:
-    return open_run(str(folder), overrides, weights=weights, device="cpu")
+def open_folder(folder: Path, *overrides: str, weights: str | None = None) -> TrainedRun:
+    return load_run(str(folder), overrides, weights=weights, device="cpu")
 
 
 @pytest.mark.slow
@@ -46,7 +45,7 @@ def test_a_report_is_of_this_run_and_repeats(folder: Path) -> None:
     opened = open_folder(folder)
     report = evaluate(opened)
     assert report["file"] == str(folder / "evaluation.json")
-    assert [row["nfe"] for row in report["results"]] == list(opened.run.evaluate.nfe)
+    assert [row["nfe"] for row in report["results"]] == list(opened.spec.evaluate.nfe)
     assert {row["solver"] for row in report["contrast"]} == {"euler"}
     assert json.loads((folder / "evaluation.json").read_text()) == report == read_report(folder / "evaluation.json")
     assert evaluate(opened) == report
@@ -61,8 +60,8 @@ def test_precision_is_that_of_training_unless_another_is_asked_for(folder: Path)
     assert (plain["card"]["precision"], low["card"]["precision"]) == ("fp32", "bf16")
     assert files(folder) == {"evaluation.json", "evaluation-precisionbf16.json"}
     assert plain["results"] != low["results"]
-    train_low = opened.run.train.model_copy(update={"precision": "bf16"})
-    asked = opened.run.model_copy(update={"train": train_low, "sample": open_folder(folder).run.sample})
+    train_low = opened.spec.train.model_copy(update={"precision": "bf16"})
+    asked = opened.spec.model_copy(update={"train": train_low, "sample": open_folder(folder).spec.sample})
     assert asked.precision == "bf16"
 
 
@@ -128,9 +127,11 @@ def test_settings_of_a_solver_have_the_files_that_the_page_compares(own_solver: 
     _, setting, _ = next(line for line in page.splitlines() if "sample.solver" in line and "$m" in line).split('"')
     pattern = page.partition("dumo compare runs/photos/")[2].partition("`")[0]
     train(tiny("moons", f"sample.solver={{kind: {own_solver}}}", "train.steps=2"), tmp_path / "run")
-    path = report_path(open_folder(tmp_path / "run", setting.replace("$m", "0.3")))
+    opened = open_folder(tmp_path / "run", setting.replace("$m", "0.3"))
+    path = report_path(opened, opened.spec)
     assert path.match(pattern)
-    assert not report_path(open_folder(tmp_path / "run")).match(pattern)
+    opened = open_folder(tmp_path / "run")
+    assert not report_path(opened, opened.spec).match(pattern)
 
 
 def test_a_name_has_the_sign_of_a_number() -> None:
@@ -145,7 +146,7 @@ def test_v_stands_beside_at_the_passes_that_are_wanted() -> None:
         ("digits-flow-matching", ["evaluate.contrast=[1, 50]"], []),  # its own solver is the contrast
     ):
         run = load(recipe, words)
-        assert contrast_passes(sampler_of(run, nn.Identity()), run.evaluate) == passes
+        assert contrast_passes(run) == passes
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ from dumo.config.load import load
 from dumo.flow.solver import Euler, Heun, Hop, Restart
 from dumo.io import picture
 from dumo.report import gallery
-from dumo.run.sampler import Sampler, sampler_of
-from dumo.run.weights import OpenedRun, open_run
+from dumo.run.trained import TrainedRun
+from dumo.run.weights import load_run
 from dumo.types import UserError
 from trained import train
 from unit.run.known import Seen
@@ -22,18 +22,18 @@ TINY += ["train.optimizer.lr=0.02", "train.milestones=[0,6]"]
 SIDE, GAP = 64, 6  # of a cell, of what is between
 
 
-def trained(folder: Path, recipe: str, *more: str) -> OpenedRun:
+def trained(folder: Path, recipe: str, *more: str) -> TrainedRun:
     train(load(recipe, [*TINY, *more]), folder)
-    return open_run(str(folder))
+    return load_run(str(folder))
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> OpenedRun:
+def digits(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
     return trained(tmp_path_factory.mktemp("run") / "digits", "digits")
 
 
 @pytest.fixture(scope="module")
-def moons(tmp_path_factory: pytest.TempPathFactory) -> OpenedRun:
+def moons(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
     return trained(tmp_path_factory.mktemp("run") / "moons", "moons")
 
 
@@ -43,25 +43,20 @@ def cell(panel: Image.Image, row: int, column: int, rows: int, columns: int) -> 
     return np.asarray(panel.crop((right - SIDE, low - SIDE, right, low)))
 
 
-def shown(one: OpenedRun, number: int, label: int, **asked: object) -> np.ndarray:
+def shown(one: TrainedRun, number: int, label: int, **asked: object) -> np.ndarray:
     """The pixels of an image made alone."""
     c = torch.full((number + 1,), label)
-    (part,) = one.sampler.batches(c, indices=[number], **asked)
+    (part,) = one.make_batches(c, indices=[number], **asked)
     return np.asarray(picture.sheet(picture.to_rows(part.x), 1))
 
 
-def stages(one: OpenedRun, steps: list[int] | None = None) -> dict[int, Path | None]:
+def stages(one: TrainedRun, steps: list[int] | None = None) -> dict[int, Path | None]:
     """Those of a run's folder."""
     return gallery.milestone_files(one.folder, one.step, steps)
 
 
-def made_of(recipe: str, *fields: str) -> Sampler:
-    """A recipe's sampler, of no net."""
-    return sampler_of(load(recipe, fields), torch.nn.Identity())
-
-
 @pytest.mark.nightly
-def test_every_cell_is_its_image(digits: OpenedRun) -> None:
+def test_every_cell_is_its_image(digits: TrainedRun) -> None:
     """Rows are images, columns are passes, and the noise of a row is the same by any reading, after any step."""
     panels = gallery.trajectories(digits, nfe=(1, 2, 5), count=3, only=[7, 4], seed=5)
     u, v = panels
@@ -77,7 +72,7 @@ def test_every_cell_is_its_image(digits: OpenedRun) -> None:
                     assert np.abs(cell(panel, i, j, 3, 3).astype(int) - alone).max() <= 1  # rounding
 
 
-def test_steps_differ_and_the_last_is_the_checkpoint(digits: OpenedRun) -> None:
+def test_steps_differ_and_the_last_is_the_checkpoint(digits: TrainedRun) -> None:
     assert [path and path.name for path in stages(digits).values()] == [
         "step-00000000.safetensors", "step-00000006.safetensors", None,
     ]  # fmt: skip
@@ -106,64 +101,65 @@ def test_steps_differ_and_the_last_is_the_checkpoint(digits: OpenedRun) -> None:
 )
 def test_readings_are_those_that_were_taught(recipe: str, u: str | None, v: str | None) -> None:
     """Their titles name the head that is read."""
-    found = {letter: one.title for letter, one in gallery.sampling_modes(made_of(*recipe.split())).items()}
+    name, *fields = recipe.split()
+    found = {letter: one.title for letter, one in gallery.sampling_modes(load(name, fields)).items()}
     assert found == {letter: title for letter, title in (("u", u), ("v", v)) if title}
 
 
 def test_a_run_is_sampled_by_the_readings_that_were_taught() -> None:
-    assert gallery.sampling_modes(made_of("digits-meanflow"))["u"].solver == Hop()
-    assert gallery.sampling_modes(made_of("digits", "sample.solver.m=0.3"))["u"].solver == Restart(m=0.3)
-    flow = made_of("digits-flow-matching")
+    assert gallery.sampling_modes(load("digits-meanflow"))["u"].solver == Hop()
+    assert gallery.sampling_modes(load("digits", ["sample.solver.m=0.3"]))["u"].solver == Restart(m=0.3)
+    flow = load("digits-flow-matching")
     assert [one.letter for one in gallery.choose_modes(flow, [1, 3])] == ["v"]
-    assert [one.letter for one in gallery.choose_modes(made_of("digits-sct"), None)] == ["u"]
+    assert [one.letter for one in gallery.choose_modes(load("digits-sct"), None)] == ["u"]
 
 
 def test_passes_by_default_are_those_that_can_be_made() -> None:
     """Shortcut knows jumps of powers of two, so 50 are out of its reach; where none is left, the run's own do."""
-    halves = made_of("digits-shortcut")
+    halves = load("digits-shortcut")
     ways = gallery.choose_modes(halves, None)
     assert gallery.reachable_passes(gallery.PASSES, halves, ways) == [1, 2, 4, 8, 16]
     assert gallery.reachable_passes((1,), halves, ways) == [1]
     with pytest.raises(UserError, match="never teaches"):
         gallery.choose_modes(halves, [50])
-    late = made_of("digits-shortcut", "sample.solver.start=0.75", "sample.nfe=[3]", "evaluate.nfe=[6]")
+    late = load("digits-shortcut", ["sample.solver.start=0.75", "sample.nfe=[3]", "evaluate.nfe=[6]"])
     assert gallery.reachable_passes(gallery.PASSES, late, gallery.choose_modes(late, None)) == [3]
     for recipe in ("digits", "digits-imm", "digits-cm", "digits-sct", "digits-flow-matching"):
-        there = made_of(recipe)
+        there = load(recipe)
         assert gallery.reachable_passes(gallery.PASSES, there, gallery.choose_modes(there, None)) == [*gallery.PASSES]
-    heun = made_of("digits", "sample.solver.kind=heun", "sample.nfe=[2]", "evaluate.nfe=[2]")
+    heun = load("digits", ["sample.solver.kind=heun", "sample.nfe=[2]", "evaluate.nfe=[2]"])
     assert gallery.reachable_passes(gallery.PASSES, heun, gallery.choose_modes(heun, None)) == [
         *gallery.PASSES
     ]  # odd by Euler
 
 
 def test_heun_where_it_can_and_euler_elsewhere() -> None:
-    _, v = gallery.choose_modes(made_of("digits"), [1, 2])
+    _, v = gallery.choose_modes(load("digits"), [1, 2])
     assert [v.solver_for(n) for n in (1, 2, 3, 50)] == [Euler(), Heun(), Euler(), Heun()]
 
 
-def test_all_labels_that_are_asked_for_have_a_row(digits: OpenedRun) -> None:
+def test_all_labels_that_are_asked_for_have_a_row(digits: TrainedRun) -> None:
     panels, _ = gallery.trajectories(digits, nfe=(1,), steps=[12], only=range(10)).values()
     eight, _ = gallery.trajectories(digits, nfe=(1,), steps=[12]).values()
     assert panels[12].height > eight[12].height
 
 
 @pytest.mark.slow
-def test_nothing_is_made_of_what_cannot_be(digits: OpenedRun, moons: OpenedRun) -> None:
+def test_nothing_is_made_of_what_cannot_be(digits: TrainedRun, moons: TrainedRun) -> None:
     for wrong in ({"nfe": [1, 0]}, {"steps": [5]}, {"only": [10]}, {"only": [7, 4], "count": 1}):
         with pytest.raises(UserError):
             gallery.trajectories(digits, **wrong)
 
 
 @pytest.mark.slow
-def test_points_are_scattered_in_one_row(moons: OpenedRun) -> None:
+def test_points_are_scattered_in_one_row(moons: TrainedRun) -> None:
     panels = gallery.trajectories(moons, nfe=(1, 2), steps=[12], count=50)
     for row in panels.values():
         assert row[12].width == 2 * 450 + GAP
         assert row[12].height < 600
 
 
-def test_files_say_what_they_are(digits: OpenedRun, tmp_path: Path) -> None:
+def test_files_say_what_they_are(digits: TrainedRun, tmp_path: Path) -> None:
     panels = gallery.trajectories(digits, nfe=(1, 2), count=2)
     files = gallery.write_trajectories(tmp_path, panels)
     steps = ("00000000", "00000006", "00000012")
@@ -180,7 +176,7 @@ def test_files_say_what_they_are(digits: OpenedRun, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_work_is_watched(digits: OpenedRun) -> None:
+def test_work_is_watched(digits: TrainedRun) -> None:
     gallery.trajectories(digits, nfe=(1, 2), count=1, bar=(seen := Seen()))
     assert seen.ticks == [3, 6, 9, 12, 15, 18]
     assert {total for _, total in seen.titles} == {18}

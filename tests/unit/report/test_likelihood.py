@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from dumo.config.load import load
 from dumo.evaluation import Context, LikelihoodProtocol
@@ -12,8 +11,8 @@ from dumo.flow.sampling import join_batches
 from dumo.flow.solver import Heun
 from dumo.report.evaluate import current_report, evaluate, likelihoods
 from dumo.run.judge import require_likelihood
-from dumo.run.sampler import sampler_of
-from dumo.run.weights import OpenedRun, open_run
+from dumo.run.trained import TrainedRun
+from dumo.run.weights import load_run
 from dumo.types import UserError
 from trained import train
 from unit.run.known import tiny
@@ -29,8 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def opened(folder: Path, *overrides: str) -> OpenedRun:
-    return open_run(str(folder), [*ASKED, *overrides], device="cpu")
+def opened(folder: Path, *overrides: str) -> TrainedRun:
+    return load_run(str(folder), [*ASKED, *overrides], device="cpu")
 
 
 @pytest.mark.nightly
@@ -50,12 +49,12 @@ def test_jumps_stand_beside_the_flow(folder: Path) -> None:
 def test_ranks_share_the_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row's likelihood does not depend on who asks for it, but for rounding."""
     run = opened(folder)
-    judge = LikelihoodProtocol(samples=50).evaluator(Context(run.run.data.open))
-    whole = join_batches(likelihoods(run.sampler, judge, Heun(), 4)).x
+    judge = LikelihoodProtocol(samples=50).evaluator(Context(run.spec.data.open))
+    whole = join_batches(likelihoods(run, judge, Heun(), 4)).x
     monkeypatch.setattr("dumo.runtime.dist.world", lambda: 2)
     for rank in (0, 1):
         monkeypatch.setattr("dumo.runtime.dist.rank", lambda rank=rank: rank)
-        mine = join_batches(likelihoods(run.sampler, judge, Heun(), 4)).x
+        mine = join_batches(likelihoods(run, judge, Heun(), 4)).x
         assert torch.allclose(mine, whole[rank::2], atol=1e-5)
 
 
@@ -84,4 +83,4 @@ GUIDED = ["objective.drop=0.1", "sample.guide.scale=2"]
 )
 def test_other_data_are_refused(recipe: str, words: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        require_likelihood(sampler_of(load(recipe, words), nn.Identity()))
+        require_likelihood(load(recipe, words))

@@ -30,7 +30,8 @@ from dumo.report import figure, judgement
 from dumo.report import page as report
 from dumo.report.card import make_card
 from dumo.run.folder import CHECKPOINT_MARK, RunFolder
-from dumo.run.weights import OpenedRun, build, open_run
+from dumo.run.trained import TrainedRun
+from dumo.run.weights import build, load_run
 from dumo.runtime.progress import Tick, no_bar
 from dumo.types import UserError
 from trained import train
@@ -103,17 +104,19 @@ def decode(address: str) -> np.ndarray:
 def make(folder: Path, recipe: str, overrides: list[str], evaluation: dict[str, Any] | None = None) -> Path:
     """Train a tiny run and write its report."""
     train(load(recipe, overrides), folder)
-    opened = open_run(str(folder))
+    opened = load_run(str(folder))
     if evaluation:
-        (folder / "evaluation.json").write_text(json.dumps({**evaluation, "card": make_card(opened, {}, 2000)}))
+        (folder / "evaluation.json").write_text(
+            json.dumps({**evaluation, "card": make_card(opened, opened.spec, {}, 2000)})
+        )
     report.write(opened)
     return folder
 
 
-def untrained(recipe: str, *overrides: str) -> OpenedRun:
+def untrained(recipe: str, *overrides: str) -> TrainedRun:
     """A run at step 1, as its net begins."""
     run = load(recipe, ["net.depth=1", "net.width=8", "net.attention=2", *overrides])
-    return OpenedRun(run, RunFolder(Path("runs/untrained")), build(run).eval(), 1, "net.safetensors")
+    return TrainedRun(run, RunFolder(Path("runs/untrained")), build(run).eval(), 1, "net.safetensors")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -146,7 +149,7 @@ def page_of(folder: Path) -> Page:
     return Page((folder / "report.html").read_text())
 
 
-def rendered(opened: OpenedRun) -> Page:
+def rendered(opened: TrainedRun) -> Page:
     """The words of a page, without its pictures."""
     evaluations = judgement.read_judgements(opened)
     return Page(report.render(opened, report.PageParts(size=1797, evaluations=evaluations)))
@@ -190,7 +193,7 @@ def test_written_again_it_is_the_same(digits: Path) -> None:
     def watch(title: str, total: int) -> Generator[Tick, None, None]:
         yield lambda done, note: seen.append((done, total))
 
-    assert report.write(open_run(str(digits)), watch) == digits / "report.html"
+    assert report.write(load_run(str(digits)), watch) == digits / "report.html"
     assert {path: path.read_bytes() for path in digits.rglob("*") if path.is_file()} == before
     assert seen[-1][0] == seen[-1][1] == 1 + 2 + 2 * sum(report.PASSES)
 
@@ -212,8 +215,8 @@ def test_lead_and_figures_are_facts(digits: Path) -> None:
 
 @pytest.mark.nightly
 def test_a_perfect_sampler_stands_next_to_the_scores(tmp_path: Path, digits: Path) -> None:
-    moved = replace(open_run(str(digits)), run_folder=RunFolder(tmp_path))
-    card = make_card(moved, {}, 2000)
+    moved = replace(load_run(str(digits)), run_folder=RunFolder(tmp_path))
+    card = make_card(moved, moved.spec, {}, 2000)
     for perfect, said in (
         ({"mean": 0.0, "sd": 0.027, "fd": 0.0475, "fd_sd": 0.008}, "a perfect sampler 0.000 ± 0.027"),
         (None, "A perfect sampler: too few images to tell."),
@@ -228,7 +231,7 @@ def test_a_perfect_sampler_stands_next_to_the_scores(tmp_path: Path, digits: Pat
 
 @pytest.mark.slow
 def test_a_run_that_is_not_done_says_so(digits: Path) -> None:
-    words = rendered(open_run(str(digits), ["train.steps=5000"])).words
+    words = rendered(load_run(str(digits), ["train.steps=5000"])).words
     assert f"Stopped at step 20 of 5,000. dumo train {digits} resumes it" in " ".join(words.split())
     assert "Stopped" not in page_of(digits).words
 
@@ -260,7 +263,7 @@ def test_the_size_is_that_of_the_run() -> None:
         assert not re.search(r"\b(64|256)\b", above)
 
 
-def next_command(opened: OpenedRun, parts: report.PageParts) -> str:
+def next_command(opened: TrainedRun, parts: report.PageParts) -> str:
     """What a page proposes to type, which dumo must take."""
     html = report.render(opened, parts)
     line = unescape(html.partition('<p class="next">')[2].partition("<code>")[2].partition("</code>")[0])
@@ -276,7 +279,7 @@ def test_a_page_proposes_what_can_be_typed() -> None:
     assert next_command(done, report.PageParts()) == "dumo evaluate runs/untrained"
     name = "digits-trained"
     shipped = replace(done, run_folder=RunFolder(trained.folder(name)), own_output=Path(name))
-    evaluations = judgement.read_judgements(open_run(name))
+    evaluations = judgement.read_judgements(load_run(name))
     assert next_command(shipped, report.PageParts(evaluations=evaluations)) == f"dumo sample dumo:{name}"
     command = next_command(untrained("digits", "objective={kind: contract.outside:Outside}"), report.PageParts())
     assert command == "dumo train runs/untrained --trust-code"
@@ -307,7 +310,7 @@ def test_each_reading_has_a_row_of_the_passes_that_its_solver_can_make(
     recipe: str, sets: tuple[str, ...], rows: dict[str, list[int]]
 ) -> None:
     opened = untrained(recipe, *sets)
-    _, made = report.make_samples(opened.sampler, no_bar)
+    _, made = report.make_samples(opened, no_bar)
     assert {name: [*row] for name, row in made.items()} == rows
 
 
@@ -356,7 +359,7 @@ def test_notes_of_pulls_have_words_of_their_own() -> None:
 
 @pytest.mark.slow
 def test_what_is_put_in_is_escaped(digits: Path) -> None:
-    page = rendered(open_run(str(digits), ["about='<script>alert(1)</script> & <b>bold</b>'"]))
+    page = rendered(load_run(str(digits), ["about='<script>alert(1)</script> & <b>bold</b>'"]))
     assert "<script>alert(1)</script> & <b>bold</b>" in page.words
     assert not {"script", "b"} & page.tags
 
@@ -364,14 +367,14 @@ def test_what_is_put_in_is_escaped(digits: Path) -> None:
 @pytest.mark.slow
 def test_figures_of_other_weights_or_samples_are_not_shown(tmp_path: Path, digits: Path) -> None:
     """Of one file of weights, at one step: `--from` trains it again, and `sample` may be edited or set."""
-    opened = open_run(str(digits))
+    opened = load_run(str(digits))
     moved = replace(opened, run_folder=RunFolder(tmp_path))
     for name in ("evaluation.json", "evaluation-clip-score.json"):
-        (tmp_path / name).write_text(json.dumps({**EVALUATION, "card": make_card(opened, {}, 2000)}))
+        (tmp_path / name).write_text(json.dumps({**EVALUATION, "card": make_card(opened, opened.spec, {}, 2000)}))
     assert "2.35" in rendered(moved).words
     assert len(judgement.read_judgements(moved)) == 2
     trained_again = replace(moved, listed_sha256="0" * 64)
-    sampled_otherwise = replace(open_run(str(digits), ["sample.solver.m=0.25"]), run_folder=RunFolder(tmp_path))
+    sampled_otherwise = replace(load_run(str(digits), ["sample.solver.m=0.25"]), run_folder=RunFolder(tmp_path))
     for other in (trained_again, sampled_otherwise):
         words = rendered(other).words
         assert "2.35" not in words
@@ -381,10 +384,10 @@ def test_figures_of_other_weights_or_samples_are_not_shown(tmp_path: Path, digit
 
 
 def test_a_damaged_evaluation_is_named(tmp_path: Path, digits: Path) -> None:
-    opened = open_run(str(digits))
+    opened = load_run(str(digits))
     (tmp_path / "evaluation.json").write_text("{")
     with pytest.raises(UserError, match=r"evaluation\.json"):
-        report.write(OpenedRun(opened.run, RunFolder(tmp_path), opened.net, opened.step, opened.weights))
+        report.write(TrainedRun(opened.spec, RunFolder(tmp_path), opened.net, opened.step, opened.weights))
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
 
 
@@ -413,29 +416,29 @@ def test_a_loss_of_one_part_is_shown_once_also_where_a_bin_is_empty() -> None:
 
 def test_first_samples_stand_next_to_their_nearest_images(digits: Path) -> None:
     """Copies lie at distance zero, and are shown as what they copy."""
-    sampler = open_run(str(digits)).sampler
-    truth, _ = sampler.data.open().reference(1, 0)
-    near = report.draw_nearest(sampler, truth[100:180].flip(0), truth)
+    trained = load_run(str(digits))
+    truth, _ = trained.spec.data.open().reference(1, 0)
+    near = report.draw_nearest(trained, truth[100:180].flip(0), truth)
     assert near.count == 10
     assert near.samples.tobytes() == near.nearest.tobytes()
     assert max(near.proximity.ratios) == 0
     assert near.proximity.num_copies > 70  # a few digits have a double
-    words = " ".join(Page(report.render(open_run(str(digits)), report.PageParts(neighbours=near))).words.split())
+    words = " ".join(Page(report.render(load_run(str(digits)), report.PageParts(neighbours=near))).words.split())
     assert "distance 0 copy 0 copy" in words
     assert f"Of all 80 samples: {near.proximity.num_copies} copies, mean distance 0." in words
 
 
 def test_data_are_laid_out_by_class(digits: Path) -> None:
     """A class without a row leaves its column grey."""
-    sampler = open_run(str(digits)).sampler
-    truth, c = sampler.data.open().reference(1, 0)
-    sheet = report.arrange_by_class(sampler, truth, c)
+    trained = load_run(str(digits))
+    truth, c = trained.spec.data.open().reference(1, 0)
+    sheet = report.arrange_by_class(trained, truth, c)
     for i in (0, 7, 13, 79):
         same = (truth[c == i % 10] == sheet[i]).all((1, 2, 3)).nonzero()
         assert same[0].item() == i // 10
-    sheet = report.arrange_by_class(sampler, truth[c != 3], c[c != 3]).unflatten(0, (-1, 10))
+    sheet = report.arrange_by_class(trained, truth[c != 3], c[c != 3]).unflatten(0, (-1, 10))
     assert sheet.shape[:2] == (report.ROWS, 10)
     assert (sheet[:, 3] == 0).all()
     assert (sheet[:, [*range(3), *range(4, 10)]] != 0).flatten(2).any(-1).all()
-    assert report.draw_samples(sampler, sheet.flatten(0, 1), truth).height > 0
-    assert torch.equal(report.arrange_by_class(sampler, truth, c + 10), truth[:80])  # none of the first ten classes
+    assert report.draw_samples(trained, sheet.flatten(0, 1), truth).height > 0
+    assert torch.equal(report.arrange_by_class(trained, truth, c + 10), truth[:80])  # none of the first ten classes

@@ -9,8 +9,8 @@ from torch import nn
 
 from dumo.config.load import load
 from dumo.report.images import judge
-from dumo.report.sample import guide_of, require_count, size_of
-from dumo.run.sampler import sampler_of
+from dumo.run.folder import RunFolder
+from dumo.run.trained import TrainedRun, parse_size, require_count
 from dumo.types import UserError
 
 
@@ -47,10 +47,10 @@ def test_images_of_others(images: str, kind: str, options: dict[str, object], na
 
 def test_options_of_samples() -> None:
     run = load("digits")
-    sampler = sampler_of(run, nn.Identity())
+    trained = TrainedRun(run, RunFolder(Path("run")), nn.Identity())
     with pytest.raises(UserError, match="prompts"):
         require_count(1, ["a", "b"], "prompts")
     with pytest.raises(UserError, match="9x9"):
-        size_of(run.data, "9x9")
+        parse_size(run.data, "9x9")
     with pytest.raises(UserError, match="guidance"):
-        guide_of(sampler, run.training_guidance, 3.0)
+        trained.guide_of(3.0)

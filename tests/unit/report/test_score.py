@@ -21,8 +21,7 @@ from dumo.report import judgement, page, score
 from dumo.report.card import judging_settings, make_card
 from dumo.report.figure import moving_average
 from dumo.run.folder import RunFolder
-from dumo.run.sampler import sampler_of
-from dumo.run.weights import OpenedRun
+from dumo.run.trained import TrainedRun
 from dumo.types import Sample
 
 PERFECT = {"perfect": {"mean": 0.2, "sd": 0.1, "auc": 0.5, "auc_sd": 0.02}}
@@ -77,9 +76,7 @@ def test_what_a_run_was_trained_on_does_not_lead() -> None:
 
 
 def test_a_card_says_what_a_run_was_trained_on() -> None:
-    cards = [
-        judging_settings(sampler_of(run, nn.Identity()), run.evaluate) for run in map(load, ("digits-drift", "digits"))
-    ]
+    cards = [judging_settings(run) for run in map(load, ("digits-drift", "digits"))]
     assert [card.get("trained_on") for card in cards] == ["numbers", None]
 
 
@@ -92,8 +89,8 @@ def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
     }
     told = {"step": 1, "weights": "w", "protocol": "digits", "results": [row], "contrast": [], "baselines": PERFECT}
     pages: list[judgement.Judgement] = []
-    opened = OpenedRun(load("digits"), RunFolder(tmp_path), nn.Linear(1, 1), 1, "w", listed_sha256="0" * 64)
-    card |= make_card(opened, {}, 2000)
+    opened = TrainedRun(load("digits"), RunFolder(tmp_path), nn.Linear(1, 1), 1, "w", listed_sha256="0" * 64)
+    card |= make_card(opened, opened.spec, {}, 2000)
     for one in (card, {key: value for key, value in card.items() if key != "trained_on"}):
         (tmp_path / "evaluation.json").write_text(json.dumps(told | {"card": one}))
         pages += judgement.read_judgements(opened)
@@ -162,7 +159,7 @@ def test_spreads_and_large_numbers() -> None:
 )
 def test_few_classes_have_several_columns(classes: int, columns: list[int]) -> None:
     run = load("my-images", [f"data.classes={classes}", "data.root=x", "evaluate.protocol.kind=folder"])
-    bare = sampler_of(run, nn.Identity())
+    bare = TrainedRun(run, RunFolder(Path("run")), nn.Identity())
     assert page.column_conditions(bare) == columns
     x, c = torch.arange(90.0).view(90, 1, 1, 1).expand(90, *run.data.shape), torch.arange(90) % classes
     sheet = page.arrange_by_class(bare, x, c)

@@ -3,7 +3,7 @@
 import torch
 
 from dumo.flow.sampling import Batch
-from dumo.run.sampler import gather_samples
+from dumo.run.trained import gather_samples
 from meeting import meeting
 
 COUNT = 5

@@ -26,7 +26,7 @@ from dumo.run.folder import RunFolder
 from dumo.run.net import meta_net
 from dumo.run.resolve import resolve
 from dumo.run.teacher import base_flow, open_teacher
-from dumo.run.weights import build, init_from, open_run
+from dumo.run.weights import build, init_from, load_run
 from dumo.testing.exact import APART, ExactNet, Flow
 from dumo.training.duration import Duration
 from dumo.training.state import State
@@ -54,17 +54,17 @@ def test_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     files = [*(tmp_path / "run").glob("checkpoints/*/[en]*/*.safetensors"), *(tmp_path / "run").glob("milestones/*")]
     assert len(files) == 5
     assert all(load_file(file).keys() == {"adapter.weight", "adapter.bias"} for file in files)
-    assert same(whole.sampled_net, open_run(str(tmp_path / "run"), device="cpu").net)
+    assert same(whole.sampled_net, load_run(str(tmp_path / "run"), device="cpu").net)
 
     adapt(monkeypatch, source=1)
     with pytest.raises(UserError):
-        open_run(str(tmp_path / "run"), device="cpu")
+        load_run(str(tmp_path / "run"), device="cpu")
     with pytest.raises(UserError):
         train(tiny("moons", *more, "train.steps=6"), tmp_path / "run")
 
     shutil.rmtree(tmp_path / "run/checkpoints")
     with pytest.raises(UserError):
-        open_run(str(tmp_path / "run"), weights=str(tmp_path / "run/milestones/step-00000002.safetensors"))
+        load_run(str(tmp_path / "run"), weights=str(tmp_path / "run/milestones/step-00000002.safetensors"))
 
 
 @pytest.mark.slow

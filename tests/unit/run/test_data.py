@@ -8,7 +8,7 @@ import torch
 from dumo.config.load import load
 from dumo.io.source import TensorData
 from dumo.run.data import measure, recorded_facts, with_data_facts
-from dumo.run.weights import open_run
+from dumo.run.weights import load_run
 from trained import train
 from unit.run.known import tiny
 
@@ -35,9 +35,9 @@ def test_it_is_measured_when_a_run_begins_and_then_kept() -> None:
 def test_a_run_notes_it_and_tells_what_it_means(tmp_path: Path) -> None:
     told, edm = list[str](), ["net.precondition=edm"]
     train(tiny("digits", *edm, "path.sd=0.75"), tmp_path / "digits", print_line=told.append)
-    assert open_run(tmp_path / "digits").data_sd == measure(load("digits").data.open())
+    assert load_run(tmp_path / "digits").data_sd == measure(load("digits").data.open())
     assert not any("path.sd" in line for line in told)
     train(tiny("digits", *edm, "path.sd=0.3"), tmp_path / "narrow", print_line=told.append)
     (line,) = [line for line in told if "path.sd" in line]
-    assert f"path.sd={open_run(tmp_path / 'narrow').data_sd:.2g}" in line
-    assert open_run(str(tmp_path / "narrow")).run.path.sd == 0.3
+    assert f"path.sd={load_run(tmp_path / 'narrow').data_sd:.2g}" in line
+    assert load_run(str(tmp_path / "narrow")).spec.path.sd == 0.3

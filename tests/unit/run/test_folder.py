@@ -14,9 +14,9 @@ from dumo.config.source import parse_text
 from dumo.config.spec import Run
 from dumo.plan.prepare import prepare
 from dumo.run.folder import CHECKPOINT_MARK, LOCK_FILE, RunFolder
-from dumo.run.sampler import sampler_of
+from dumo.run.trained import TrainedRun
 from dumo.run.trainer import open_trainer
-from dumo.run.weights import build, open_run
+from dumo.run.weights import build, load_run
 from dumo.training.state import State
 from dumo.types import UserError
 from trained import train
@@ -97,7 +97,7 @@ def test_samples_are_made_with_no_more_rows_at_a_time_than_were_trained(more: li
     run, seen = tiny("moons", "train.batch=8", *(f"train.{word}" for word in more)), list[int]()
     net = build(run, torch.device("cpu"))
     net.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
-    made = sampler_of(run, net).sample(torch.zeros(259, dtype=torch.long), nfe=1)
+    made = TrainedRun(run, RunFolder(Path("run")), net).make_samples(torch.zeros(259, dtype=torch.long), nfe=1)
     assert len(made.x) == 259
     assert max(seen) == most
 
@@ -123,7 +123,7 @@ def test_a_new_run_begins_from_a_checkpoint_and_is_resumed_when_it_is_typed_agai
     origin = RunFolder(new).origin
     assert origin is not None
     assert (origin.run, origin.step) == (str(old), 2)
-    assert open_run(new).run.train.batch == 3
+    assert load_run(new).spec.train.batch == 3
 
     # The checkpoint that it began from may be gone by the time it is typed again.
     shutil.rmtree(old / "checkpoints/step-00000002")
@@ -140,7 +140,7 @@ def test_a_permitted_change_is_listed_and_a_deciding_one_is_refused(tmp_path: Pa
     changes = [(4, "train.steps", 4, 6), (4, "train.micro_batch", None, 2), (4, "train.clip", None, 1.0)]
     assert noted(tmp_path) == changes
     assert "from step 4 on train.clip is 1.0, and was null" in told
-    assert open_run(tmp_path).run.train.clip == 1
+    assert load_run(tmp_path).spec.train.clip == 1
     before = (tmp_path / RUN_FILE).read_bytes()
     words = r"(?s)step-00000006 is of another run:\n  train\.batch: 4 there, 5 asked\nPut.* --from 6 --out NEW"
     with pytest.raises(UserError, match=words):

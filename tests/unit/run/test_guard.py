@@ -23,7 +23,7 @@ from dumo.run import folder as folders
 from dumo.run.folder import CHECKPOINT_MARK, LOCK_FILE
 from dumo.run.hooks import SaveCheckpoints
 from dumo.run.trainer import Batch, Trainer, open_trainer, require_same_on_all_ranks
-from dumo.run.weights import open_run
+from dumo.run.weights import load_run
 from dumo.runtime import signals
 from dumo.training import agreement, layout, log
 from dumo.training.checkpoint import Checkpoints, paths_by_step
@@ -160,7 +160,7 @@ def test_the_command_of_a_run_that_diverged_goes_on(fate: Fate, run: Path, monke
     done = call(*shlex.split(command)[1:], "--set", "train.steps=12")
     assert done.code == 0
     assert [row["step"] for row in log.read_log(run.parent / "NEW/metrics.jsonl")] == [10, 12]
-    assert open_run(run.parent / "NEW").run.train.optimizer.lr == 0.0005
+    assert load_run(run.parent / "NEW").spec.train.optimizer.lr == 0.0005
 
 
 def test_ranks_are_asked_for_the_same(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,7 +398,7 @@ def test_a_checkpoint_that_goes_while_it_is_read(run: Path, monkeypatch: pytest.
         return load(place)
 
     monkeypatch.setattr("dumo.run.weights.load_checked", load_late)
-    opened = open_run(str(run))
+    opened = load_run(str(run))
     assert (opened.step, len(calls)) == (8, 2)
     whole = digest.of_file(opened.file / "00000.safetensors")
     shutil.rmtree(opened.file)  # later still
@@ -407,7 +407,7 @@ def test_a_checkpoint_that_goes_while_it_is_read(run: Path, monkeypatch: pytest.
     for other in (2, 4):
         shutil.rmtree(places / f"step-0000000{other}")
     with pytest.raises(UserError):
-        open_run(str(run))  # what is damaged stays damaged
+        load_run(str(run))  # what is damaged stays damaged
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch
 from dumo.config.spec import Run
 from dumo.io.weights import load as load_weights
 from dumo.report.gallery import trajectories
-from dumo.run.weights import build, open_run
+from dumo.run.weights import build, load_run
 from dumo.training import milestone
 from dumo.types import UserError
 from trained import train
@@ -56,7 +56,7 @@ def test_milestones_that_changed_places_are_no_trajectories(tmp_path: Path) -> N
     second.rename(first)
     (tmp_path / "spare").rename(second)
     with pytest.raises(UserError):
-        trajectories(open_run(str(tmp_path / "run"), device="cpu"), nfe=[1], count=1)
+        trajectories(load_run(str(tmp_path / "run"), device="cpu"), nfe=[1], count=1)
 
 
 @pytest.mark.nightly
@@ -107,13 +107,13 @@ def test_an_opened_milestone_says_its_step(tmp_path: Path) -> None:
     file = tmp_path / "run/milestones/step-00000003.safetensors"
     moved = shutil.copy(file, tmp_path / "mine.safetensors")
     for weights in (str(file), str(moved)):
-        opened = open_run(str(tmp_path / "run"), weights=weights)
+        opened = load_run(str(tmp_path / "run"), weights=weights)
         assert (opened.step, opened.weights) == (3, weights)
         there = load_weights(file)
         assert all(torch.equal(there[name], value) for name, value in opened.net.state_dict().items())
     earlier = tmp_path / "run/checkpoints/step-00000002/net"
-    assert open_run(str(tmp_path / "run"), weights=str(earlier)).step == 2
-    assert open_run(str(tmp_path / "run")).step == 6
+    assert load_run(str(tmp_path / "run"), weights=str(earlier)).step == 2
+    assert load_run(str(tmp_path / "run")).step == 6
 
 
 @pytest.mark.slow
@@ -122,11 +122,11 @@ def test_a_milestone_is_opened_where_the_checkpoints_are_gone(tmp_path: Path) ->
     train(tiny(2, "[1]"), run)
     shutil.rmtree(run / "checkpoints")
     file = run / "milestones/step-00000001.safetensors"
-    opened = open_run(str(run), weights=str(file))
+    opened = load_run(str(run), weights=str(file))
     assert (opened.step, opened.checkpoint) == (1, None)
     assert all(torch.equal(value, opened.net.state_dict()[name]) for name, value in load_weights(file).items())
     with pytest.raises(UserError):
-        open_run(str(run))
+        load_run(str(run))
 
 
 @pytest.mark.slow

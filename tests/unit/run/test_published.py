@@ -13,7 +13,7 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.nets.dit_convert import from_diffusers
 from dumo.nets.embed import grid_waves
-from dumo.run.weights import build, init_from, open_run
+from dumo.run.weights import build, init_from, load_run
 from dumo.runtime.random import stream
 from dumo.types import UserError
 from trained import train
@@ -203,7 +203,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_a_start_is_another_runs_weights_by_name(known: Path, tmp_path: Path) -> None:
     asked = ["train.optimizer.lr=1e-12", "train.steps=1", f"start.source={known}"]
-    there = open_run(str(known)).net.state_dict()
+    there = load_run(str(known)).net.state_dict()
     state = train(tiny("moons", *asked, "start.heads.u=v"), tmp_path / "run")
     for name, value in state.net.state_dict().items():
         old = name.replace("heads.u.", "heads.v.")
@@ -235,7 +235,7 @@ def test_blocks_that_are_told_r_late_begin_as_a_velocity_that_knows_none(tmp_pat
     train(load("digits-flow-matching", [*small]), tmp_path / "fm")
     asked = [*small, "train.optimizer.lr=1e-12", f"start.source={tmp_path / 'fm'}"]
     train(load("digits-dmf", asked), tmp_path / "late")
-    before, after = (open_run(str(tmp_path / name)) for name in ("fm", "late"))
+    before, after = (load_run(str(tmp_path / name)) for name in ("fm", "late"))
     x, t, c = torch.randn(2, *before.run.data.shape), torch.tensor([0.3, 0.9]), torch.tensor([0, 1])
     assert torch.allclose(after.net(x, c, t=t, r=t)[0], before.net(x, c, t=t)[0], atol=1e-6)
     with pytest.raises(UserError):

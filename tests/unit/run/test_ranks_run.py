@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from dumo.report.evaluate import evaluate
-from dumo.run.weights import OpenedRun, open_run
+from dumo.run.trained import TrainedRun
+from dumo.run.weights import load_run
 from trained import train
 from unit.run.known import same, tiny
 from unit.training.sharded import split
@@ -25,8 +26,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"files": folder / "files", "shards": folder / "shards"}
 
 
-def opened(folder: Path, weights: str | None = None) -> OpenedRun:
-    return open_run(str(folder), weights=weights and str(folder / "checkpoints" / weights), device="cpu")
+def opened(folder: Path, weights: str | None = None) -> TrainedRun:
+    return load_run(str(folder), weights=weights and str(folder / "checkpoints" / weights), device="cpu")
 
 
 @pytest.mark.slow
@@ -48,7 +49,7 @@ def test_a_card_is_the_same_but_for_the_file(runs: dict[str, Path], tmp_path: Pa
         reports = [evaluate(opened(run))]
         for name in ("ema-0.5", "net"):
             weights_file = run / "checkpoints/step-00000004" / name
-            reports.append(evaluate(open_run(str(run), weights=str(weights_file), device="cpu")))
+            reports.append(evaluate(load_run(str(run), weights=str(weights_file), device="cpu")))
         found[kind] = (
             [report["results"] for report in reports],
             [{**report["card"], "weights": None, "weights_sha256": None} for report in reports],

@@ -13,8 +13,7 @@ from dumo.config.load import load
 from dumo.run.encode import captions, encoding_work
 from dumo.run.folder import CHECKPOINT_MARK
 from dumo.run.judge import reference_data, require_likelihood
-from dumo.run.prompt import conditions_of_prompts
-from dumo.run.weights import open_run
+from dumo.run.weights import load_run
 from dumo.types import UserError
 from trained import train
 from unit.run.known import tiny
@@ -80,19 +79,19 @@ def steps_of_a_run_that_ends_by_the_clock(run: Path, here: Path) -> None:
 
 @refused("net.width")
 def another_net_to_look_at(run: Path, here: Path) -> None:
-    open_run(run, ["net.width=9"])
+    load_run(run, ["net.width=9"])
 
 
 @refused("no checkpoint")
 def a_run_without_checkpoints_to_look_at(run: Path, here: Path) -> None:
     shutil.rmtree(run / "checkpoints")
-    open_run(run)
+    load_run(run)
 
 
 @refused("another run")
 def weights_of_another_run(run: Path, here: Path) -> None:
     train(tiny("moons", "train.seed=1"), here / "other")
-    open_run(run, weights=str(here / "other/checkpoints/step-00000004/net"))
+    load_run(run, weights=str(here / "other/checkpoints/step-00000004/net"))
 
 
 # ------------------------------------------------------------------------------------------ weights to begin with
@@ -214,22 +213,22 @@ def a_split_of_data_without_splits(run: Path, here: Path) -> None:
 
 @refused("guide")
 def a_likelihood_under_guidance(run: Path, here: Path) -> None:
-    require_likelihood(open_run(run, ["sample.guide.scale=2"]).sampler)
+    require_likelihood(load_run(run, ["sample.guide.scale=2"]).spec)
 
 
 @refused("prompt")
 def a_blank_prompt(run: Path, here: Path) -> None:
-    conditions_of_prompts(open_run(run).sampler, [" "])
+    load_run(run).conditions(prompts=[" "])
 
 
 @refused("class")
 def prompts_for_a_run_without_texts(run: Path, here: Path) -> None:
-    conditions_of_prompts(open_run("digits-trained").sampler, ["a seven"])
+    load_run("digits-trained").conditions(prompts=["a seven"])
 
 
 @refused("no class")
 def a_class_that_is_none(run: Path, here: Path) -> None:
-    open_run("digits-trained").sampler.sample(torch.tensor([11]), nfe=1)
+    load_run("digits-trained").make_samples(torch.tensor([11]), nfe=1)
 
 
 # ------------------------------------------------------------------------------------------------------- encoding

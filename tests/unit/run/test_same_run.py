@@ -16,8 +16,9 @@ from dumo.config.load import RUN_FILE, dump, load
 from dumo.config.source import HASH_KEY, RESOLVED_KEY
 from dumo.config.spec import Run
 from dumo.io.weights import facts_of
-from dumo.run.sampler import sampler_of
-from dumo.run.weights import open_run
+from dumo.run.folder import RunFolder
+from dumo.run.trained import TrainedRun
+from dumo.run.weights import load_run
 from dumo.training.checkpoint import Checkpoint
 from dumo.types import UserError
 from trained import train
@@ -121,8 +122,8 @@ def marked(run: Run, field: str, mark: str) -> bool:
 
 def samples(folder: Path, base: Run) -> Tensor:
     """Of its weights as they are read now, drawn in one way."""
-    net = open_run(str(folder), device="cpu").net
-    return sampler_of(base, net).sample(torch.tensor([3, 7]), nfe=1).x
+    net = load_run(str(folder), device="cpu").net
+    return TrainedRun(base, RunFolder(folder), net).make_samples(torch.tensor([3, 7]), nfe=1).x
 
 
 def other(folder: Path, field: str, value: object) -> Run:
@@ -159,7 +160,7 @@ def test_every_field_of_run_yaml_is_compared_or_makes_no_difference(run: Path) -
             continue
         words = rf"(?s)step-00000004.* is of another run:.*\n  {field.removesuffix('.kind')}"
         with pytest.raises(UserError, match=words):
-            open_run(str(run), device="cpu")
+            load_run(str(run), device="cpu")
         with pytest.raises(UserError, match=words):
             claim(changed, run)
     assert {"net.time_scale", "objective.kind", "train.batch", "train.seed"} <= {*seen["fixed"]}
@@ -169,7 +170,7 @@ def test_every_field_of_run_yaml_is_compared_or_makes_no_difference(run: Path) -
 
 def test_an_edited_run_yaml_is_refused_by_all(run: Path) -> None:
     edit(run, "net.time_scale=2")
-    for use in (lambda: open_run(run), lambda: train(load(str(run)), run)):
+    for use in (lambda: load_run(run), lambda: train(load(str(run)), run)):
         with pytest.raises(UserError, match=r"net\.time_scale: .* there, 2\.0 asked"):
             use()
 
@@ -178,7 +179,7 @@ def test_a_run_that_is_damaged_in_its_checkpoint_is_as_any_damage(run: Path) -> 
     file = run / LAST / "run.yaml"
     file.write_text(file.read_text().replace("batch: 4", "batch: 6"))
     with pytest.warns(UserWarning, match=r"run\.yaml is damaged: .*step-00000002, before it, is taken"):
-        assert open_run(str(run)).step == 2
+        assert load_run(str(run)).step == 2
     with pytest.raises(UserError, match=r"run\.yaml is damaged"):
         _ = Checkpoint.read(run / LAST).run_text
 
@@ -190,8 +191,8 @@ def test_weights_say_whose_they_are(run: Path, tmp_path: Path) -> None:
     assert (about["step"], about["run"]) == (2, config_hash(tiny()))
     for place in ("milestones/step-00000002.safetensors", f"{LAST}/net"):
         with pytest.raises(UserError, match="has weights of another run than"):
-            open_run(str(run), weights=str(tmp_path / "other" / place))
-        assert open_run(str(tmp_path / "other"), weights=str(tmp_path / "other" / place)).net
+            load_run(str(run), weights=str(tmp_path / "other" / place))
+        assert load_run(str(tmp_path / "other"), weights=str(tmp_path / "other" / place)).net
     shutil.copy(tmp_path / "other/milestones/step-00000002.safetensors", run / "milestones")
     with pytest.raises(UserError, match="another run"):
-        open_run(str(run), weights=str(run / "milestones/step-00000002.safetensors"))
+        load_run(str(run), weights=str(run / "milestones/step-00000002.safetensors"))

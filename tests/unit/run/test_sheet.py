@@ -10,12 +10,14 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.report.sample import sample_to_files
 from dumo.run import sheet
+from dumo.run.folder import RunFolder
 from dumo.run.net import init_net
 from dumo.run.sheet import RenderSheets
+from dumo.run.trained import TrainedRun
 from dumo.run.trainer import Trainer
-from dumo.run.weights import open_run
+from dumo.run.weights import load_run
 from dumo.runtime import signals
-from dumo.training.state import State, begin
+from dumo.training.state import begin
 from e2e.shell import tree
 from trained import train
 from unit.run import known
@@ -41,7 +43,7 @@ def test_sheets_are_samples_and_change_nothing(average: str, tmp_path: Path) -> 
     for file in (tmp_path / "without/checkpoints").rglob("*.safetensors"):
         assert (tmp_path / "with" / file.relative_to(tmp_path / "without")).read_bytes() == file.read_bytes(), file
     assert (tmp_path / "with/metrics.jsonl").read_bytes() == (tmp_path / "without/metrics.jsonl").read_bytes()
-    opened = open_run(str(tmp_path / "with"), device="cpu")
+    opened = load_run(str(tmp_path / "with"), device="cpu")
     samples = sample_to_files(opened, tmp_path / "samples", count=sheet.SHEET_COUNT)
     sheets = [tmp_path / f"with/sheets/step-00000006-nfe{nfe}.png" for nfe in (1, 2)]
     assert [path.read_bytes() for path in sheets] == [path.read_bytes() for path in samples]
@@ -68,7 +70,7 @@ def test_a_signal_in_a_step_with_a_sheet_loses_none(
     work, raised = getattr(where, what), list[int]()
 
     def stop(*given: object, **more: object) -> object:
-        state = next(getattr(one, "state", one) for one in given if isinstance(one, Trainer | State))
+        state = next(getattr(one, "state", one) for one in given if isinstance(one, Trainer | TrainedRun))
         if not raised and state.step == (step if where is RenderSheets else step - 1):
             raised.append(step)
             signal.raise_signal(signal.SIGTERM)
@@ -96,9 +98,10 @@ def test_what_goes_wrong_with_a_sheet_is_told_and_ends_nothing(tmp_path: Path, m
 def test_a_pass_has_as_many_rows_as_in_training(tmp_path: Path) -> None:
     run = tiny("moons", "[2]", "train.micro_batch=2")
     state = begin(init_net(run), run.train)
+    trained = TrainedRun(run, RunFolder(tmp_path), state.sampled_net)
     rows: list[int] = []
     state.sampled_net.register_forward_hook(lambda net, inputs, heads: rows.append(len(inputs[0])))
-    assert len(RenderSheets(run).sample(state, nfe=1, count=7)) == 7
+    assert len(RenderSheets(run).sample(trained, nfe=1, count=7)) == 7
     assert rows == [2, 2, 2, 1]
 
 

@@ -16,7 +16,7 @@ from dumo.io.read import user_path
 from dumo.report import card
 from dumo.run import resolve, shipped
 from dumo.run.folder import EXPORTED_WEIGHTS
-from dumo.run.weights import open_run
+from dumo.run.weights import load_run
 from dumo.runtime import shell_path
 from dumo.runtime.progress import no_bar
 from dumo.types import UserError
@@ -49,17 +49,17 @@ def test_small_and_as_its_card_says(name: str) -> None:
 @pytest.mark.parametrize("name", MEGABYTES)
 def test_it_is_opened_where_it_lies_and_makes_images(name: str, here: Path) -> None:
     """Where there are no data. Its classes have names; what is made of it goes to a folder here."""
-    opened = open_run(name, device="cpu")
-    assert opened.folder == trained.folder(name)
+    opened = load_run(name, device="cpu")
+    assert opened.run_folder.path == trained.folder(name)
     assert opened.is_only_read
-    assert opened.output_folder == Path(name) == dumo.load(name, device="cpu").folder
+    assert opened.folder == Path(name) == dumo.load(name, device="cpu").folder
     card = (trained.folder(name) / "README.md").read_text()
     assert f"{opened.step:,} steps" in card
     assert f"Weights: {sum(p.numel() for p in opened.net.parameters()):,}" in card
-    images = opened.sampler.sample(torch.arange(2), nfe=1).x
-    assert images.shape == (2, *opened.sampler.pixels)
+    images = opened.make_samples(torch.arange(2), nfe=1).x
+    assert images.shape == (2, *opened.spec.shown_shape)
     assert float(images.std()) > 0.3
-    assert not [place for _, place in resolve.places(opened.run) if Path(place).is_absolute()]
+    assert not [place for _, place in resolve.places(opened.spec) if Path(place).is_absolute()]
     assert not [*here.iterdir()]
 
 
@@ -79,14 +79,14 @@ def test_a_place_in_a_shipped_run_is_found_wherever_dumo_is() -> None:
 
 @pytest.mark.parametrize("name", MEGABYTES)
 def test_its_evaluation_is_of_its_weights(name: str) -> None:
-    opened = open_run(name, device="cpu")
+    opened = load_run(name, device="cpu")
     report = card.read_report(trained.folder(name) / EVALUATION_FILE)
     assert card.is_card_of(report["card"], opened)
     assert [row["nfe"] for row in report["results"]] == [1, 2, 4]
 
 
 def test_what_was_made_here_goes_before_what_came(here: Path) -> None:
-    opened = open_run(NAME, device="cpu")
+    opened = load_run(NAME, device="cpu")
     assert opened.find_output(EVALUATION_FILE) == trained.folder(NAME) / EVALUATION_FILE
     (here / NAME).mkdir()
     (here / NAME / EVALUATION_FILE).touch()
@@ -98,7 +98,7 @@ def test_a_training_begins_with_its_weights(here: Path) -> None:
     changes = {"train.steps": 1, "train.optimizer.lr": 1e-9, "train.optimizer.adamw_lr": 1e-9}
     run = dumo.train(NAME, changes, bar=no_bar)
     assert run.folder == Path("runs", NAME)
-    weights = open_run(NAME, device="cpu").net.state_dict()
+    weights = load_run(NAME, device="cpu").net.state_dict()
     for key, x in run.net.state_dict().items():  # a step brings matrices to their magnitude
         assert torch.cosine_similarity(x.flatten(), weights[key].flatten(), 0) > 0.999, key
     assert dumo.train(NAME, changes, bar=no_bar).step == 1  # there is no more to do
@@ -106,13 +106,13 @@ def test_a_training_begins_with_its_weights(here: Path) -> None:
 
 def test_a_source_that_is_no_run_is_answered_with_what_there_is(here: Path) -> None:
     with pytest.raises(UserError):
-        open_run("digits")
+        load_run("digits")
     with pytest.raises(UserError):
-        open_run("nothing")
+        load_run("nothing")
     (here / "runs/digits").mkdir(parents=True)
     (here / "runs/digits" / RUN_FILE).touch()
     with pytest.raises(UserError):
-        open_run("digits")
+        load_run("digits")
 
 
 @pytest.mark.slow
@@ -120,11 +120,11 @@ def test_another_run_of_this_name_is_not_taken_for_it(here: Path) -> None:
     """Each opens by a name of its own; a folder without a run is no rival."""
     shutil.copytree(trained.folder(NAME), here / NAME)
     with pytest.raises(UserError):
-        open_run(NAME, device="cpu")
-    assert open_run(f"./{NAME}", device="cpu").folder == open_run(Path(NAME), device="cpu").folder == Path(NAME)
+        load_run(NAME, device="cpu")
+    assert load_run(f"./{NAME}", device="cpu").folder == load_run(Path(NAME), device="cpu").folder == Path(NAME)
     assert shell_path(Path(NAME)) == f"./{NAME}"
     ours = dumo.load(f"dumo:{NAME}", device="cpu")
-    assert ours.opened.folder == trained.folder(NAME)
+    assert ours.run_folder.path == trained.folder(NAME)
     assert ours.folder == Path(f"dumo-{NAME}")  # what is written leaves the other run as it is
     (here / NAME / EVALUATION_FILE).unlink()
     assert dumo.compare([ours])["rows"]
@@ -137,8 +137,8 @@ def test_another_run_of_this_name_is_not_taken_for_it(here: Path) -> None:
 @pytest.mark.slow
 def test_a_copy_that_an_earlier_dumo_made_is_a_run(here: Path) -> None:
     shutil.copytree(trained.folder(NAME), here / "runs" / NAME)
-    opened = open_run(f"runs/{NAME}", device="cpu")
-    assert opened.folder == opened.output_folder == Path("runs", NAME)
+    opened = load_run(f"runs/{NAME}", device="cpu")
+    assert opened.run_folder.path == opened.folder == Path("runs", NAME)
     assert not opened.is_only_read
 
 
@@ -150,4 +150,4 @@ def test_a_damaged_copy_is_refused(here: Path) -> None:
     data[-1] ^= 1
     file.write_bytes(data)
     with pytest.raises(UserError):
-        open_run("run", device="cpu")
+        load_run("run", device="cpu")

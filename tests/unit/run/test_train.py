@@ -23,11 +23,11 @@ from dumo.flow.solver import Heun, Restart
 from dumo.io.source import TensorData
 from dumo.io.weights import load as load_weights
 from dumo.nets.text import EncoderTexts
-from dumo.report.sample import chosen_solver
 from dumo.run import encode
 from dumo.run.hooks import Hook
+from dumo.run.trained import TrainedRun, choose_solver
 from dumo.run.trainer import Trainer, open_data, open_trainer
-from dumo.run.weights import OpenedRun, open_run
+from dumo.run.weights import load_run
 from dumo.runtime.progress import no_bar
 from dumo.training import agreement
 from dumo.training.metrics import StepMetrics
@@ -44,11 +44,11 @@ def tiny(name: str = "moons", *more: str) -> Run:
 
 
 @pytest.fixture(scope="module")
-def moons(tmp_path_factory: pytest.TempPathFactory) -> OpenedRun:
+def moons(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
     """DuMo on moons, barely trained. Not to be written to."""
     folder = tmp_path_factory.mktemp("run") / "moons"
     train(tiny(), folder)
-    return open_run(str(folder))
+    return load_run(str(folder))
 
 
 def test_opening_a_run_outlines_its_net_at_most_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +137,7 @@ def test_ranks_that_see_different_data_are_refused(monkeypatch: pytest.MonkeyPat
         open_data(load("digits").data)
 
 
-def test_ranks_that_see_different_checkpoints_are_refused(moons: OpenedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_see_different_checkpoints_are_refused(moons: TrainedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would go on from a step of its own, and no collective would say so."""
 
     def gather_results(work: Callable[[], object], *, is_long: bool = False) -> list[object]:
@@ -150,7 +150,7 @@ def test_ranks_that_see_different_checkpoints_are_refused(moons: OpenedRun, monk
 
 
 @pytest.mark.slow
-def test_what_is_opened_is_the_first_average(moons: OpenedRun) -> None:
+def test_what_is_opened_is_the_first_average(moons: TrainedRun) -> None:
     last = latest(moons.folder / "checkpoints")
     assert last is not None
     assert (moons.step, moons.weights) == (6, "checkpoints/step-00000006/ema-0.999")
@@ -162,12 +162,12 @@ def test_what_is_opened_is_the_first_average(moons: OpenedRun) -> None:
 
 def test_solvers_by_name() -> None:
     sample = tiny("moons", "sample.solver.m=0.25").sample
-    assert chosen_solver(sample, None) == chosen_solver(sample, "restart") == Restart(m=0.25)
-    assert chosen_solver(sample, "heun") == Heun()
-    assert chosen_solver(sample, Restart(m=0.3)) == Restart(m=0.3)
+    assert choose_solver(sample, None) == choose_solver(sample, "restart") == Restart(m=0.25)
+    assert choose_solver(sample, "heun") == Heun()
+    assert choose_solver(sample, Restart(m=0.3)) == Restart(m=0.3)
     for name in ("hoop", "", "Euler"):
         with pytest.raises(UserError):
-            chosen_solver(sample, name)
+            choose_solver(sample, name)
 
 
 @pytest.mark.slow
@@ -231,5 +231,5 @@ def test_the_recipe_trains_on_its_data(tmp_path: Path) -> None:
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["images"] for record in records] == [4, 8]
     assert all(0 < record["loss"] < 10 for record in records)
-    (made,) = open_run(str(tmp_path), device="cpu").sampler.batches(labels_in_turn(3, 0), nfe=1)
+    (made,) = load_run(str(tmp_path), device="cpu").make_batches(labels_in_turn(3, 0), nfe=1)
     assert made.x.shape == (3, 3, 32, 32)

@@ -17,7 +17,7 @@ from dumo.run import speed, validation
 from dumo.run.folder import RunFolder
 from dumo.run.trainer import Trainer
 from dumo.run.validation import Validation
-from dumo.run.weights import open_run
+from dumo.run.weights import load_run
 from dumo.runtime import signals
 from dumo.training import log
 from dumo.training.metrics import StepMetrics
@@ -80,7 +80,7 @@ def test_the_numbers_are_those_of_evaluate_and_the_training_is_the_same(tmp_path
     assert judged[3] == alone[3]
     for file in (tmp_path / "without/checkpoints").rglob("*.safetensors"):
         assert (tmp_path / "with" / file.relative_to(tmp_path / "without")).read_bytes() == file.read_bytes(), file
-    opened = open_run(str(tmp_path / "with"), weights=str(tmp_path / "with/milestones/step-00000002.safetensors"))
+    opened = load_run(str(tmp_path / "with"), weights=str(tmp_path / "with/milestones/step-00000002.safetensors"))
     found = evaluate.evaluate(opened, nfe=[1], seed=1)["results"][0]
     lead = next(key for key in found if key not in ("nfe", "solver"))
     assert judged[2]["val"] == {name: found[name] for name in (lead, f"{lead}_sd") if name in found}
@@ -131,7 +131,7 @@ def test_the_best_is_kept_and_says_its_step(tmp_path: Path, scored: Callable[...
     assert "step 4: mmd 1 ± 0.5" in said
     (name,) = kept(tmp_path / "run")
     assert said[-1] == f"the best mmd in training, 1, is of step 4: {tmp_path}/run/best/{name}"
-    opened = open_run(str(tmp_path / "run"), weights=str(tmp_path / "run/best" / name))
+    opened = load_run(str(tmp_path / "run"), weights=str(tmp_path / "run/best" / name))
     earlier = load_checked(tmp_path / "run/best" / name)
     assert opened.step == 4
     assert earlier.keys() == opened.net.state_dict().keys()

@@ -1,0 +1,622 @@
+"""A trained run: `TrainedRun` holds a network with its weights, and samples, evaluates and exports it.
+
+`dumo.run.weights.load_run` opens one from a folder, from a run that ships with dumo, or from the Hub. Commands, Python,
+the page, the demo and the lab use it, and so does a run in training, for sheets and validation. Options of a sample are
+arguments: a TrainedRun never changes, so that its autoencoder is opened once.
+
+`TrainedRun.sample` takes what a user types, classes by name or texts, and returns images. `make_batches`,
+`make_samples` and `make_file_rows` take conditions by number, which `conditions` finds. Sample i depends on the seed, i
+and its condition, not on ranks or batches.
+"""
+
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, SupportsIndex, get_args
+
+import torch
+from jaxtyping import Float, Int64
+from PIL import Image
+from torch import Generator, Tensor, nn
+
+from dumo.config.conditions import shown_data
+from dumo.config.fit import check_guidance
+from dumo.config.load import parse
+from dumo.config.spec import Run, Sampling
+from dumo.data import Data, Images, Latents
+from dumo.data.pixel import Size
+from dumo.encoders.codec import LoadedCodec
+from dumo.evaluation.own import OwnMetric
+from dumo.flow import sampling
+from dumo.flow.guide import CFG
+from dumo.flow.module import Flow
+from dumo.flow.solver import Solver
+from dumo.io import picture
+from dumo.io.deferred import Deferred
+from dumo.io.picture import PixelRows, Points
+from dumo.io.read import user_path
+from dumo.io.weights import sha256
+from dumo.run.data import recorded_facts
+from dumo.run.folder import RunFolder
+from dumo.run.prompt import conditions_of_prompts, names_of_conditions, texts_of
+from dumo.runtime import dist
+from dumo.runtime.progress import Bar, no_bar
+from dumo.training.checkpoint import Checkpoint
+from dumo.training.spec import Train
+from dumo.types import Readings, Sample, UserError
+
+Decoded = Float[Tensor, "b *pixels"]  # images, or samples as the net makes them
+Labels = SupportsIndex | str | Iterable[SupportsIndex | str] | Tensor  # of classes: their numbers, or texts
+Output = Literal["pt", "np", "pil"]
+_OUTPUTS: tuple[Output, ...] = get_args(Output)
+DEFAULT_COUNT = 100
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class TrainedRun:
+    """A run with its weights: sample it, evaluate it, export it.
+
+    spec: the run as it was trained, with the fields that were set to open it
+    run_folder: where it was read, or is being trained
+    net: the network that is sampled (the first average), in evaluation mode: `net(x, c, t=t)` gives its heads
+    step: the training step of its weights
+
+    The other fields say where the weights were read. A run in training does not have them.
+    """
+
+    spec: Run
+    run_folder: RunFolder
+    net: nn.Module
+    step: int = 0
+    # The file of the weights, or their part of a checkpoint, relative to the run's folder if it lies inside; its path.
+    weights: str = ""
+    file: Path = Path()
+    # The last whole checkpoint, even if other weights were given.
+    checkpoint: Checkpoint | None = None
+    # The SHA-256 of the weights that the checkpoint lists.
+    listed_sha256: str | None = None
+    # Reads the weights of a network that was opened without them.
+    deferred_weights: Deferred = field(default_factory=Deferred)
+    # What the run was opened with: fields a.b=c, and a file of weights.
+    overrides: tuple[str, ...] = ()
+    given_weights: str | None = None
+    # For a run that is only read, because it ships with dumo or is on the Hub: where commands write, and what opens it.
+    own_output: Path | None = None
+    lasting_name: str | None = None
+
+    def __repr__(self) -> str:
+        """One line."""
+        run = self.spec
+        parts = f"{run.objective.kind} on {run.data.kind}, net {run.net.kind}"
+        return f"<dumo run {self.folder}: {parts}, step {self.step:,}, on {self.device}>"
+
+    # -------------------------------------------------------------------------------------------------- on the disk
+
+    @property
+    def folder(self) -> Path:
+        """The folder that commands write into: the run's own; for a run that is only read, one in the current folder.
+
+        Files are read from `run_folder.path`.
+        """
+        return self.own_output or self.run_folder.path
+
+    @property
+    def is_only_read(self) -> bool:
+        """Whether the run ships with dumo, or is on the Hub."""
+        return self.own_output is not None
+
+    @property
+    def source(self) -> str | Path:
+        """What opens this run again: its folder, or the name of a run that is only read."""
+        return self.lasting_name or self.run_folder.path
+
+    def find_output(self, name: str) -> Path:
+        """The file of this name that a command wrote; if none did, the one in the run's folder."""
+        file = self.folder / name
+        return file if file.is_file() else self.run_folder.path / name
+
+    @property
+    def spec_as_saved(self) -> Run:
+        """The run as its folder has it, without the fields that were set to open it."""
+        return self.run_folder.run or self.spec
+
+    @property
+    def data_sd(self) -> float | None:
+        """The standard deviation of the data, as training has measured it."""
+        facts = recorded_facts(self.spec_as_saved)
+        return facts.sd if facts else None
+
+    @cached_property
+    def sha256(self) -> str:
+        """The SHA-256 of the weights.
+
+        If the checkpoint lists it, it is known even after a concurrent training has removed the checkpoint.
+        """
+        return self.listed_sha256 or sha256(self.file)
+
+    # ------------------------------------------------------------------------------------------------- what it makes
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the network."""
+        return self.flow.device
+
+    @cached_property
+    def flow(self) -> Flow:
+        """The network and the objective, with the guidance, the knobs and the precision of the run's samples."""
+        run = self.spec
+        return Flow(
+            self.net,
+            run.objective,
+            direct=True,
+            classes=run.data.classes,
+            path=run.path,
+            guide=run.sample.guide,
+            knobs=run.sample.knobs,
+            precision=run.precision,
+        )
+
+    @cached_property
+    def readings(self) -> Readings:
+        """What a solver calls, on the run's device; None for what the objective does not teach.
+
+        `velocity(x_t, t, c)` is dx_t/dt, `endpoint(x_t, t, c)` is x_0, `flow_map(x_t, t, s, c)` is x_s, all in units
+        of `spec.path.sd`. Knobs and guidance are those of `spec.sample`; gradients are recorded.
+        """
+        return self.flow.readings()
+
+    @cached_property
+    def codec(self) -> LoadedCodec | None:
+        """The autoencoder that decodes latents; None if the network makes images or points itself.
+
+        Raises UserError if its weights are missing, or are not those that the run was trained with.
+        """
+        data = self.spec.data
+        return data.codec.open(self.device) if isinstance(data, Latents) else None
+
+    def decode(self, x: Sample) -> Decoded:
+        """What the network makes, as images in [-1, 1] on the CPU; x itself if there is no codec. Raises as `codec`."""
+        return x if self.codec is None else self.codec.decode(x).cpu()
+
+    @property
+    def rows_per_pass(self) -> int:
+        """How many rows a pass that makes samples takes, at most: no more than one in training."""
+        return max_rows_per_pass(self.spec.train)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, by number, as `labels` of `sample` takes them; () where the run has none.
+
+        Of a run by captions they are the captions.
+        """
+        conditions = self.spec.conditions
+        return conditions.words or tuple(str(number) for number in range(conditions.count))
+
+    @property
+    def makes_images(self) -> bool:
+        """Whether a sample is an image, not a point."""
+        return len(self.spec.shown_shape) == 3
+
+    def pil(self, images: Sample) -> list[Image.Image]:
+        """Images (n, 1 or 3, height, width) in [-1, 1] as PIL's, grey or RGB. Raises UserError for anything else."""
+        if not self.makes_images:
+            kind = self.spec.data.kind
+            raise UserError(f"data '{kind}' has points of shape {self.spec.shown_shape}, not images: plot them instead")
+        is_grey = images.ndim == 4 and images.shape[1] == 1
+        pictures = [Image.fromarray(pixels.numpy()) for pixels in picture.to_rows(images)]
+        if is_grey:
+            return [image.convert("L") for image in pictures]
+        return pictures
+
+    # ---------------------------------------------------------------------------------------------------- what it does
+
+    def sample(
+        self,
+        labels: Labels | None = None,
+        count: SupportsIndex | None = None,
+        *,
+        prompts: str | Sequence[str] | None = None,
+        source: str | Path | None = None,
+        nfe: SupportsIndex | None = None,
+        seed: SupportsIndex | None = None,
+        solver: Solver | str | None = None,
+        guidance: float | None = None,
+        noise: Tensor | None = None,
+        generator: Generator | None = None,
+        size: str | None = None,
+        output: Output = "pt",
+        bar: Bar = no_bar,
+    ) -> Any:  # noqa: ANN401, by `output`
+        """Make `count` samples: images, or points.
+
+        `labels` are classes, taken in turn (None: all of them): an int is a class's number, a text its name, or its
+        number if no class has that name. Or give `prompts`, texts, to a run that was trained on captions, and the image
+        file `source` that they edit, to a run that was trained on edits. `count` is as many as are given, else 100.
+        `nfe` is the number of function evaluations, `guidance` the scale w, 1 for none; they, the seed and the solver
+        are the run's own unless given. Sample i depends on seed, class and i alone. `noise` (n, *shape of the data) is
+        what samples start from instead, and a `generator` draws a seed. `size`, "320x192", width x height, is one of
+        the buckets that the run was trained on; None: the square. Under several ranks each must call it, and rank 0
+        alone gets the samples.
+
+            output="pt"     float32 on the CPU: images (n, channels, height, width) in [-1, 1], or points (n, d)
+            output="np"     a numpy array: images (n, height, width, channels) in [0, 1], or points
+            output="pil"    a list of PIL images
+
+        Raises UserError for arguments that contradict each other or the run.
+        """
+        if output not in _OUTPUTS:
+            raise UserError(f"output '{output}': there is {', '.join(_OUTPUTS)}")
+        if generator is not None:
+            if seed is not None or noise is not None:
+                raise UserError("a generator draws the seed: give it, or seed and noise")
+            seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
+        height_width = parse_size(self.spec.data, size)
+        shape = net_shape(self.spec.data, height_width)
+        count = None if count is None else operator.index(count)
+        if noise is not None:
+            if noise.shape[1:] != shape or not len(noise):
+                raise UserError(f"noise has shape {tuple(noise.shape)}: it must be (n, {', '.join(map(str, shape))})")
+            if count not in (None, len(noise)):
+                raise UserError(f"count = {count}, and noise has {len(noise)} rows: leave out count")
+            count = len(noise)
+        x = self.make_samples(
+            self.conditions(labels, count, prompts=prompts, source=source),
+            nfe=operator.index(self.spec.sample.nfe[0] if nfe is None else nfe),
+            seed=None if seed is None else operator.index(seed),
+            solver=choose_solver(self.spec.sample, solver),
+            guide=None if guidance is None else self.guide_of(guidance),
+            noise=None if noise is None else noise.float().cpu(),
+            size=height_width,
+            bar=bar,
+        ).x
+        if self.makes_images:
+            x = x.clamp(-1, 1)
+        if output == "pil":
+            return self.pil(x)
+        if output == "np":
+            return ((x.permute(0, 2, 3, 1) + 1) / 2).numpy() if self.makes_images else x.numpy()
+        return x
+
+    def evaluate(
+        self,
+        nfe: SupportsIndex | Sequence[SupportsIndex] | None = None,
+        *,
+        seed: int | None = None,
+        solver: Solver | str | None = None,
+        metrics: Mapping[str, OwnMetric] | None = None,
+        bar: Bar = no_bar,
+    ) -> dict[str, Any]:
+        """Judge the run by its protocol, write the report into its folder, and return it as a dict.
+
+        `results` has a row per number of passes; `file` says where the report is. `metrics` are your own, by name:
+        f(samples) of all samples of a row, images (n, channels, height, width) in [-1, 1], gives a number. They stand
+        in the rows that are returned, and not in the file. Raises UserError as `sample`.
+        """
+        from dumo.report.evaluate import evaluate
+
+        passes = None if nfe is None else [operator.index(n) for n in _as_several(nfe)]
+        return evaluate(self, nfe=passes, seed=seed, solver=solver, metrics=metrics, bar=bar)
+
+    def report(self, *, prompts: str | Sequence[str] = (), bar: Bar = no_bar) -> Path:
+        """Write report.html into the run's folder; return its path. `prompts`: texts to show instead of captions."""
+        from dumo.report.page import write
+
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        return write(self, bar, texts)
+
+    def export(
+        self,
+        out: str | Path,
+        to: str = "diffusers",
+        *,
+        head: str | None = None,
+        parts: str = "copy",
+        dtype: str = "float32",
+        nfe: SupportsIndex | Sequence[SupportsIndex] = (),
+        alone: bool = False,
+        push: str | None = None,
+    ) -> Path:
+        """Write the run for `dumo.load` or stock programs, as `dumo export`, to `out`, which must not exist; return it.
+
+            to="diffusers"      a folder for dumo.load (a network of dumo's own) and DiffusionPipeline.from_pretrained
+            to="lora"           a folder for load_lora_weights
+            to="comfyui"        a LoRA as one file
+            to="safetensors"    all weights as one file
+
+        `head`, `parts`, `dtype`, `nfe` and `alone` as `dumo.export.write.export`. `push`, OWNER/NAME, uploads it to the
+        Hugging Face Hub, too. Raises UserError if no stock program samples as the run does.
+        """
+        from dumo.export import hub, write
+
+        dist.require_one_process("an export")
+        place = out if isinstance(out, Path) else user_path(out, "out")
+        if push is not None:
+            hub.require_uploadable(push, parts)
+        passes = [operator.index(n) for n in _as_several(nfe)]
+        write.export(self, place, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone)
+        if push is not None:
+            hub.push(place, push)
+        return place
+
+    # ------------------------------------------------------------------------------------------ samples by condition
+
+    def conditions(
+        self,
+        labels: Labels | None = None,
+        count: int | None = None,
+        *,
+        prompts: str | Sequence[str] | None = None,
+        source: str | Path | None = None,
+    ) -> Int64[Tensor, " n"]:
+        """The condition of each sample, its number, from `labels`, `count`, `prompts` and `source` of `sample`.
+
+        The numbers of prompts are theirs as long as the run is open. Raises UserError as `sample`.
+        """
+        if prompts is not None and labels is not None:
+            raise UserError("prompts and labels exclude each other: give one of them")
+        if source is not None and prompts is None:
+            raise UserError("source is edited by a text: give prompts, too")
+        # What is taken in turn; without it all classes are.
+        given: list[Any] = []
+        if prompts is not None:
+            given = [prompts] if isinstance(prompts, str) else [*prompts]
+        elif labels is not None:
+            given = [*_as_several(labels)]
+            if not given:
+                raise UserError("labels is empty: name at least one, or leave it out for all of them")
+        if count is None:
+            count = len(given) or DEFAULT_COUNT
+        require_count(count, given, "labels" if prompts is None else "prompts")
+        if prompts is not None:
+            file = user_path(source, "source") if isinstance(source, str) else source
+            c = conditions_of_prompts(self.net, self.spec.data, given, file)
+            return c[torch.arange(count) % len(c)]
+        conditions = self.spec.conditions
+        numbers = [conditions.index(label) if isinstance(label, str) else operator.index(label) for label in given]
+        return conditions.in_turn(count, numbers)
+
+    def names_of_conditions(self, c: Int64[Tensor, " n"]) -> list[str]:
+        """What each of these conditions is called: a class's name, a caption, or a prompt."""
+        return names_of_conditions(self.net, self.spec.data, c)
+
+    def guide_of(self, scale: object) -> CFG:
+        """The run's guidance with another scale, as a user gave it.
+
+        Raises UserError if it is not a scale, or the network cannot be guided.
+        """
+        run = self.spec
+        guide_fields = run.sample.guide.model_dump()
+        guide_fields["scale"] = scale
+        fields = run.sample.model_dump(mode="json")
+        fields["guide"] = guide_fields
+        try:
+            guide = parse(Sampling, fields).guide
+        except UserError as error:
+            raise UserError(str(error).replace("guide.scale", "guidance")) from error  # as the user knows it
+        check_guidance(guide, run.data, run.objective, run.training_guidance, "guidance")
+        return guide
+
+    def make_batches(
+        self,
+        c: Int64[Tensor, " n"],
+        *,
+        nfe: int,
+        seed: int | None = None,
+        solver: Solver | None = None,
+        guide: CFG | None = None,
+        noise: Sample | None = None,
+        size: Size | None = None,
+        indices: Sequence[int] | None = None,
+        decodes: bool = True,
+    ) -> Iterator[sampling.Batch]:
+        """One sample per condition, batch by batch: those numbered `indices`, or this rank's share of all.
+
+        All ranks make equally many, as ranks that share weights must: one more than it yields on some of them.
+        Seed, solver and guidance are the run's own unless given. Image i always comes from stream (seed, i), and begins
+        with row i of `noise` (n, *shape), if that is given. With `decodes` latents become images. Raises UserError for
+        a class out of range, and as the solver does.
+        """
+        self._require_known(c)
+        if indices is None:
+            indices = rank_indices(len(c))
+        rows = torch.tensor(indices, dtype=torch.long) % len(c)
+        spec = self.spec.sample
+        batches = sampling.sample_batches(
+            self.net,
+            self.flow.readings(guide=guide),
+            self.spec.path,
+            solver or spec.solver,
+            c[rows],
+            nfe=nfe,
+            seed=spec.seed if seed is None else seed,
+            shape=net_shape(self.spec.data, size),
+            indices=indices,
+            batch=self.rows_per_pass,
+            device=self.device,
+            precision=self.spec.precision,
+            z=None if noise is None else noise[rows],
+        )
+
+        def finish(batch: sampling.Batch) -> sampling.Batch:
+            x = self.decode(batch.x) if decodes else batch.x
+            is_asked = batch.index < len(c)
+            return replace(batch, x=x) if is_asked.all() else replace(batch, index=batch.index[is_asked], x=x[is_asked])
+
+        return map(finish, batches)
+
+    def make_samples(
+        self,
+        c: Int64[Tensor, " n"],
+        *,
+        nfe: int,
+        seed: int | None = None,
+        solver: Solver | None = None,
+        guide: CFG | None = None,
+        noise: Sample | None = None,
+        size: Size | None = None,
+        bar: Bar = no_bar,
+    ) -> sampling.Samples:
+        """One sample per condition, decoded. Takes and raises as `make_batches`.
+
+        Several ranks share the work, and each must call it. Rank 0 gets all samples, the others none: x (0, *pixels).
+        """
+        solver = solver or self.spec.sample.solver
+        batches = self.make_batches(c, nfe=nfe, seed=seed, solver=solver, guide=guide, noise=noise, size=size)
+        own_batches = list(_with_progress(batches, bar, f"sampling, {solver.kind} at {nfe}", len(c)))
+        return gather_samples(own_batches, _shown_shape(self.spec, size))
+
+    def make_file_rows(
+        self,
+        c: Int64[Tensor, " n"],
+        *,
+        nfe: int,
+        seed: int | None = None,
+        solver: Solver | None = None,
+        size: Size | None = None,
+        bar: Bar = no_bar,
+    ) -> PixelRows | Points:
+        """One sample per condition as `to_file_rows`, gathered as `make_samples` does.
+
+        Of images no more than a batch is held as floats. Raises UserError as `make_batches` and `to_file_rows`.
+        """
+        solver = solver or self.spec.sample.solver
+        no_rows = self.to_file_rows(torch.zeros(0, *_shown_shape(self.spec, size)))
+        batches = self.make_batches(c, nfe=nfe, seed=seed, solver=solver, size=size)
+        indices: list[Tensor] = []
+        rows: list[Tensor] = []
+        for batch in _with_progress(batches, bar, f"sampling, {solver.kind} at {nfe}", len(c)):
+            indices.append(batch.index)
+            rows.append(self.to_file_rows(batch.x))
+        return _gather_in_order(indices, rows, no_rows)
+
+    def to_file_rows(self, x: Decoded) -> PixelRows | Points:
+        """Samples as files hold them: images as colours (n, h, w, 3), points as they are.
+
+        Raises UserError for what has no colour.
+        """
+        return x if len(self.spec.shown_shape) == 1 else picture.to_rows(x)
+
+    def _require_known(self, c: Int64[Tensor, " n"]) -> None:
+        """Raise UserError for a condition that is no class, not the number that stands for none, and no prompt."""
+        num_classes = self.spec.data.classes
+        texts = texts_of(self.net)
+        highest = max(texts.prompts.values(), default=num_classes) if texts else num_classes
+        out_of_range = c[(c < 0) | (c > highest)]
+        if not len(out_of_range):
+            return
+        problem = f"class {int(out_of_range[0])} is out of range"
+        if num_classes:
+            raise UserError(f"{problem}: classes run from 0 to {num_classes - 1}, {num_classes} is no class")
+        raise UserError(f"{problem}: these data have none, so c is 0")
+
+
+# ------------------------------------------------------------------------------------------------- options of a sample
+
+
+def choose_solver(spec: Sampling, solver: Solver | str | None) -> Solver:
+    """The spec's own solver if `solver` is None or its name; of another name that with its defaults; else `solver`.
+
+    Raises UserError for an unknown name.
+    """
+    if solver in (None, spec.solver.kind):
+        return spec.solver
+    if not isinstance(solver, str):
+        return solver
+    return parse(Sampling, {"solver": {"kind": solver}}).solver
+
+
+def parse_size(data: Data, text: str | None) -> Size | None:
+    """The height and width that a text such as '320x192', width x height in pixels, asks for; None: the square.
+
+    Raises UserError for a size that the net was not trained on.
+    """
+    if text is None:
+        return None
+    images = shown_data(data)
+    trained_sizes = ()
+    if isinstance(images, Images):
+        trained_sizes = images.sizes or (images.shape[1:],)
+    size_by_text = {f"{width}x{height}": (height, width) for height, width in trained_sizes}
+    if text in size_by_text:
+        return size_by_text[text]
+    sizes = ", ".join(size_by_text) or "none, as its data are no images"
+    raise UserError(f"the network was not trained on size {text} (width x height): choose one of its sizes, {sizes}")
+
+
+def require_count(count: int, conditions: Sequence[object], noun: str) -> None:
+    """Raise UserError if `count` samples leave out some of the conditions that a user gave, `noun`."""
+    if count < len(conditions):
+        raise UserError(f"count = {count} is less than the {len(conditions)} {noun}: raise count, or give fewer {noun}")
+
+
+def net_shape(data: Data, size: Size | None) -> tuple[int, ...]:
+    """The shape of what a network makes for images of this size; None: the square."""
+    if size is None:
+        return data.shape
+    return data.codec.shape(*size) if isinstance(data, Latents) else (3, *size)
+
+
+def _shown_shape(run: Run, size: Size | None) -> tuple[int, ...]:
+    """The shape of what is shown: a decoded image of this size (None: the square), or a sample of the network."""
+    return run.shown_shape if size is None else (3, *size)
+
+
+def _as_several(values: Any) -> Iterable[Any]:  # noqa: ANN401, one of what it holds, or many
+    """Several values as they are, and one as the only one of a list: a text, too, and a tensor of one number."""
+    is_one_number = getattr(values, "ndim", None) == 0  # iterable by its class, though it cannot be iterated over
+    if isinstance(values, str) or is_one_number or not isinstance(values, Iterable):
+        return [values]
+    return values
+
+
+# ------------------------------------------------------------------------------------------------------- several ranks
+
+
+def max_rows_per_pass(train: Train) -> int:
+    """How many rows a pass that makes samples takes, at most: no more than one in training."""
+    return min(sampling.BATCH, train.micro_batch or train.batch)
+
+
+def rank_indices(count: int) -> range:
+    """The numbers of the samples, of `count`, that this rank makes.
+
+    All ranks make equally many, so the last number may be beyond them.
+    """
+    rounds = -(-count // dist.world())
+    return range(dist.rank(), rounds * dist.world(), dist.world())
+
+
+def _with_progress(batches: Iterable[sampling.Batch], bar: Bar, label: str, count: int) -> Iterator[sampling.Batch]:
+    """Yield this rank's batches, and show how many of the `count` samples are done, if the other ranks are as far."""
+    num_done = 0
+    with bar(label, count) as tick:
+        for batch in batches:
+            yield batch
+            num_done += len(batch.x) * dist.world()
+            tick(min(num_done, count), "")
+
+
+def gather_samples(own_batches: Sequence[sampling.Batch], pixels: Sequence[int]) -> sampling.Samples:
+    """What all ranks made, on rank 0, in the order of their numbers; some may have made none. The others get no rows.
+
+    Every rank must call it. `pixels` is the shape of a sample.
+    """
+    indices = [batch.index for batch in own_batches]
+    x = _gather_in_order(indices, [batch.x for batch in own_batches], torch.zeros(0, *pixels))
+    passes = torch.tensor([batch.nfe for batch in own_batches], dtype=torch.long)
+    passes = torch.cat(dist.all_gather(passes))
+    return sampling.Samples(x, int(passes.unique().item()))
+
+
+def _gather_in_order(own_indices: Sequence[Tensor], own_rows: Sequence[Tensor], no_rows: Tensor) -> Tensor:
+    """The rows of all ranks' batches on rank 0, in the order of their numbers; `no_rows` (0, ...) on the others."""
+    rows = torch.cat([no_rows, *own_rows])
+    if dist.world() == 1:
+        return rows  # its numbers rise; a sorted copy would take as much memory again
+    no_index = torch.zeros(0, dtype=torch.long)
+    index = torch.cat([no_index, *own_indices])
+    index = torch.cat([no_index, *dist.gather(index)])
+    rows = torch.cat([no_rows, *dist.gather(rows)])
+    return rows[index.argsort()]
