@@ -91,8 +91,8 @@ def evaluate(
             "--protocol, --against and --out are for --images: a run is judged as --set evaluate.protocol.kind=... says"
         )
 
-    from dumo.report import score
     from dumo.report import images as image_report
+    from dumo.report import score
     from dumo.run.weights import load_run
     from dumo.runtime import dist
 
