@@ -28,7 +28,7 @@ def encode(
     device: Device = "auto",
     trust_code: TrustCode = False,
 ) -> None:
-    """Encode the images and captions of a recipe before training, here or on another machine.
+    """Encode the images and captions of a recipe ahead of training.
 
     Training encodes what is missing by itself. Here several GPUs or machines share the work under torchrun; copy
     runs/latents and runs/texts to where the recipe is trained.
