@@ -36,14 +36,16 @@ def of_tensors(tensors: Mapping[str, Tensor]) -> str:
     return short(*texts)
 
 
-def of_samples(tensors: Mapping[str, Tensor], values_of: Callable[[Tensor], Tensor] = torch.detach) -> str:
+def of_samples(tensors: Mapping[str, Tensor], loaders: Mapping[str, Callable[[], Tensor]] | None = None) -> str:
     """The digest of large tensors with their names: of each the shape, the dtype and some values, evenly spread.
 
-    `values_of` returns the values of a tensor that is not made yet.
+    `loaders` returns, by name, the values of tensors that are on the meta device.
     """
+    loaders = loaders or {}
     parts: list[bytes] = []
     for name, x in sorted(tensors.items()):
-        parts += _header_and_samples(name, values_of(x))  # in a function, so that one tensor at a time is in memory
+        # The values are in no variable, so that only one tensor at a time is in memory.
+        parts += _header_and_samples(name, loaders[name]() if name in loaders else x.detach())
     return of_bytes(*parts)
 
 

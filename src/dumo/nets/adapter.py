@@ -20,6 +20,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import nn
 
@@ -78,9 +79,25 @@ def adapt(
         warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)  # a second adapter is meant
         for name, rank in ranks.items():
             config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=paths)
+            generator_state = torch.get_rng_state()
             peft.inject_adapter_in_model(config, model, adapter_name=name)
+            torch.set_rng_state(generator_state)
+            _draw_adapter(model, name)
     for layer in adapters(model):
         layer.set_adapter([*ranks])
+
+
+def _draw_adapter(model: nn.Module, name: str) -> None:
+    """Draw the weights of an adapter, as peft does, on the default device.
+
+    peft has moved them to the device of their layers, and these have no values yet if they are on the meta device.
+    """
+    device = torch.get_default_device()
+    for layer in adapters(model):
+        for part in (layer.lora_A[name], layer.lora_B[name]):
+            part.to_empty(device=device)
+            part.reset_parameters()
+        layer.reset_lora_parameters(name, True)
 
 
 def _target_paths(model: nn.Module, blocks: Sequence[nn.Module], lora: Lora) -> Iterator[str]:

@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dumo.io.deferred import Deferred
 from dumo.nets import adapter, lowpass
 from dumo.nets.adapter import Lora
 from dumo.nets.embed import require_inputs
@@ -96,7 +95,7 @@ class Dualized(nn.Module):
 
         # adapters, with copies of the layers that are trained in full
         unused_layers = self._unused_layers()
-        embedder_paths = self._time_embedder_paths()
+        embedder_paths = time_embedder_paths(model, family)
         trained_paths = [family.last_layer, *embedder_paths]
         self.trained_paths = tuple(trained_paths) if lora else ()
         if lora:
@@ -158,25 +157,17 @@ class Dualized(nn.Module):
         # repeats of the last row are cut off
         return tuple(torch.cat(rows)[: len(c)] for rows in zip(*heads_by_row, strict=True))
 
-    def refit(self, weights: Deferred | None = None) -> None:
-        """Fit the time embedders, whose quick waves are cut, to the curves that they had before. Takes seconds.
-
-        `weights` loads their weights first, where those are still deferred.
-        """
+    def refit(self) -> None:
+        """Fit the time embedders, whose quick waves are cut, to the curves that they had before. Takes seconds."""
         if not self.lowpass_fits:
             return
-        embedders = [self.model.get_submodule(path) for path in self._time_embedder_paths()]
-        if weights is not None:
-            for embedder in embedders:
-                weights.fill(embedder)
+        embedders = [self.model.get_submodule(path) for path in time_embedder_paths(self.model, self.family)]
         max_frequency = self.family.max_frequency(self.config)
         fits: list[LowpassFit] = []
         for embedder, fit in zip(embedders, self.lowpass_fits, strict=True):
             fits.append(lowpass.refit(embedder, max_frequency, fit))
         self.lowpass_fits = tuple(fits)
         if self.gap:
-            if weights is not None:
-                weights.fill(self.gap)
             self.gap.copy_first_layer(embedders[0])
 
     @property
@@ -498,12 +489,13 @@ class Dualized(nn.Module):
         pattern = re.compile(self.family.unused_layers.replace("LAST", last_block))
         return [path for path, _ in self.model.named_modules() if pattern.fullmatch(path)]
 
-    def _time_embedder_paths(self) -> list[str]:
-        """Return the paths of the perceptrons that embed time."""
-        path_end = self.family.time_embedder
-        if not path_end:
-            return []
-        return [path for path, _ in self.model.named_modules() if f".{path}".endswith(f".{path_end}")]
+
+def time_embedder_paths(model: nn.Module, family: Family) -> list[str]:
+    """Return the paths of a model's perceptrons that embed time."""
+    path_end = family.time_embedder
+    if not path_end:
+        return []
+    return [path for path, _ in model.named_modules() if f".{path}".endswith(f".{path_end}")]
 
 
 def _drop_buffers_from_state(model: nn.Module) -> dict[str, list[str]]:

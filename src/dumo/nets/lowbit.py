@@ -27,7 +27,7 @@ from dumo.autodiff.cast import autocast_dtype
 from dumo.autodiff.dual import carry, primal
 from dumo.flow.precision import to_float32
 from dumo.io import digest
-from dumo.io.deferred import apply_later
+from dumo.io.deferred import is_fake
 from dumo.nets.heads import bias_or_none
 from dumo.runtime import import_bitsandbytes, require
 from dumo.types import Array
@@ -72,12 +72,13 @@ class CodedLinear(nn.Linear):
         weight = layer.weight.detach()
         bias = bias_or_none(layer)
         super().__init__(layer.in_features, layer.out_features, bias is not None, device="meta")
+        self.coding: Coding = coding
         codes, scales = encode(weight, coding)
         self.weight = nn.Parameter(codes, False)
         self.scales = nn.Parameter(scales, False)
         if bias is not None:
             self.bias = nn.Parameter(to_float32(bias.detach()), False)
-        self.origin = nn.Parameter(_weight_digest(weight, coding), False)
+        self.origin = nn.Parameter(weight_digest(weight, coding), False)
 
     @property
     def num_unstored_weights(self) -> int:
@@ -215,12 +216,12 @@ def _replace_linear_layers(
             x.data = to_float32(x.data)
 
 
-def _weight_digest(weight: Tensor, coding: Coding) -> Tensor:
-    """Return a SHA-256 of a weight and of its coding, (32,), which is part of a run's digest of its frozen weights."""
+def weight_digest(weight: Tensor, coding: Coding) -> Tensor:
+    """Return a SHA-256 of a weight and of its coding, (32,), which is part of a run's digest of its frozen weights.
 
-    def hash_weight(x: Tensor) -> Tensor:
-        sha256 = digest.of_samples({coding: x})
-        return torch.tensor([*bytes.fromhex(sha256)], dtype=torch.uint8)
-
-    outline = torch.empty(32, dtype=torch.uint8, device=weight.device)
-    return apply_later(hash_weight, weight, outline)
+    It is without values where the weight is.
+    """
+    if weight.is_meta or is_fake(weight):
+        return torch.empty(32, dtype=torch.uint8, device=weight.device)
+    sha256 = digest.of_samples({coding: weight})
+    return torch.tensor([*bytes.fromhex(sha256)], dtype=torch.uint8)

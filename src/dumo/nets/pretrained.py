@@ -3,22 +3,26 @@
 `Pretrained` is the spec. The order of events in `Pretrained.build`:
 
 1. `find_family` finds the model's `Family` by its config.json, or refuses the model.
-2. `load_model` makes the model from its config.json and weights, which are mapped from their files until used.
+2. `load_model` makes the model from its config.json, and loads the layers that `Dualized` copies or changes.
 3. `_require_fit` and others check that fields, objective and data fit the model.
 4. `text_rows` makes the module of texts, whose rows are loaded once the net is built (`dumo.run.net`).
 5. `Dualized` takes over the model and the texts, and becomes the net.
+6. `weight_loaders` says for each parameter that was not loaded which tensor of the files it is, and as what. `build`
+   loads all of them, mapped from their files where they need no cast; `build_deferred` leaves that to its caller.
 
 `Pretrained.short` is the spec of a smaller model, for checks that read no weights, and `with_uncoded_weights` is one
 for exports. `model_weights` finds the files of a pipeline's weights.
 """
 
 import warnings
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from math import inf
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from dumo.encoders.part import DIFFUSERS, PartWeights, first_unfit_key, require_weights
 from dumo.encoders.pipeline import (
@@ -33,11 +37,12 @@ from dumo.encoders.pipeline import (
     has_component,
 )
 from dumo.encoders.transformers_library import quietly
-from dumo.io.deferred import not_deferred, read_later
+from dumo.io.deferred import Loaders, load_parameters
 from dumo.nets.adapter import Lora
 from dumo.nets.checkpointing import Checkpointing, mark_recomputed, run_as_marked
-from dumo.nets.dualized import Dualized
+from dumo.nets.dualized import Dualized, time_embedder_paths
 from dumo.nets.family import Family, find_family, is_unet
+from dumo.nets.lowbit import CodedLinear, Coding, encode, weight_digest
 from dumo.nets.precondition import Precondition
 from dumo.nets.rows import Codes, Texts, make_codes
 from dumo.nets.text import PipelineTexts
@@ -133,6 +138,10 @@ class Pretrained(PipelineSpec):
 
         Raises UserError where the model, its weights, the data or the objective do not fit one another.
         """
+        return load_parameters(*self.build_deferred(needs, shape, classes))
+
+    def build_deferred(self, needs: Needs, shape: tuple[int, ...], classes: int) -> tuple[Dualized, Loaders]:
+        """Make the net of `build` with most of its model's parameters on the meta device, and what reads them."""
         _require_known(needs)
         if has_component(self.pipeline.index.get(SECOND_TRANSFORMER)):
             raise UserError(
@@ -143,7 +152,7 @@ class Pretrained(PipelineSpec):
             raise UserError(f"net 'diffusers' takes images, not samples of shape {shape}: use net.kind mlp")
         config = self.pipeline.config(TRANSFORMER)
         model_family = find_family(config, self.pipeline.class_name)
-        model = self.load_model(self._build_config(config))
+        model, stored = self.load_model(self._build_config(config), model_family)
         self._require_fit(model_family, model.config, needs)
         patch = model_family.patch(model.config, shape[0])
         if shape[1] % patch or shape[2] % patch:
@@ -153,7 +162,7 @@ class Pretrained(PipelineSpec):
         texts = self.text_rows(model_family, model.config, classes, shape)
         if self.checkpoint:
             self._checkpoint_blocks(model, model_family, texts)
-        return Dualized(
+        net = Dualized(
             model,
             model_family,
             texts,
@@ -165,6 +174,7 @@ class Pretrained(PipelineSpec):
             diffusion=self.diffusion,
             gap="r" in needs.names,
         )
+        return net, weight_loaders(net, stored)
 
     def _embedded_guidance(self, family: Family) -> float | None:
         """Return the guidance that the model embeds, rounded as a pipeline in the dtype of the weights rounds it.
@@ -178,9 +188,8 @@ class Pretrained(PipelineSpec):
             return self.guidance
         dtype = model_weights(self.pipeline).dtype
         scale = family.time_part_scale
-        with not_deferred():
-            rounded = scale * torch.tensor(self.guidance, dtype=dtype, device="cpu")
-            return float(rounded) / scale
+        rounded = scale * torch.tensor(self.guidance, dtype=dtype, device="cpu")
+        return float(rounded) / scale
 
     def _checkpoint_blocks(self, model: Any, family: Family, texts: Texts) -> None:  # noqa: ANN401, of diffusers
         """Turn activation checkpointing of blocks on. Raises UserError for a model that cannot."""
@@ -208,10 +217,9 @@ class Pretrained(PipelineSpec):
                     f"{FIELD} has a {family.pipeline}, which edits images, and codes edit none: take captions"
                 )
             return make_codes(classes, config[family.text_width], family.pooled_width(config))
-        with not_deferred():
-            if family.edits_images:
-                return self.texts.build(classes, shape)
-            return self.texts.build(classes)
+        if family.edits_images:
+            return self.texts.build(classes, shape)
+        return self.texts.build(classes)
 
     def _require_fit(self, family: Family, config: Config, needs: Needs) -> None:
         """Raise UserError where the fields or the objective do not fit the model."""
@@ -238,11 +246,12 @@ class Pretrained(PipelineSpec):
         """Return the config of the model that is built, given that of the pipeline's model."""
         return config
 
-    def load_model(self, config: Config) -> Any:  # noqa: ANN401, a model of diffusers
-        """Make the model of a config, with its weights, or with random ones if `weights` is drawn.
+    def load_model(self, config: Config, family: Family) -> tuple[Any, dict[str, Tensor]]:
+        """Make the model of a config in float32, and map the tensors of its files, by name.
 
-        It is in float32, or as it is stored where its frozen weights are kept in fewer bits (`adapter.adapt`). On the
-        meta device no weights are read. Raises UserError where weights are missing or do not fit.
+        The last layer and the embedders of time are loaded; all other parameters are on the meta device. There are no
+        tensors if all weights are random (`weights`), or on the meta device, where none are read. Raises UserError
+        where weights are missing or do not fit.
         """
         import_bitsandbytes()
         diffusers = require("diffusers", "pretrained", "net 'diffusers'")
@@ -250,36 +259,35 @@ class Pretrained(PipelineSpec):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # diffusers', of its own code
             if torch.get_default_device().type == "meta" or self.weights == "drawn":
-                return model_class.from_config(config)
-            return self._load_stored_model(model_class, config, model_weights(self.pipeline))
+                return model_class.from_config(config), {}
+            return self._load_stored_model(model_class, config, family)
 
-    def _load_stored_model(self, model_class: Any, config: Config, stored_weights: PartWeights) -> Any:  # noqa: ANN401, of diffusers
-        """Make the model with the weights of its folder, mapped from its files until they are used.
+    def _load_stored_model(self, model_class: Any, config: Config, family: Family) -> tuple[Any, dict[str, Tensor]]:  # noqa: ANN401, of diffusers
+        """Make the model with the weights of its folder, as `load_model`."""
+        from accelerate import init_empty_weights
 
-        Raises UserError where they do not fit the config.
-        """
+        stored_weights = model_weights(self.pipeline)
         folder = stored_weights.files[0].parent
-        with not_deferred():
-            from accelerate import init_empty_weights
-
-            # diffusers maps what it need not cast
-            with quietly("diffusers"):  # it would show a bar of shards
-                model, report = stored_weights.build_model(model_class, torch_dtype=stored_weights.dtype)
-            with init_empty_weights():
-                # in float32, whatever the file's type
-                computed_buffers = dict(model_class.from_config(config).named_buffers())
+        # diffusers maps what it need not cast, and would show a bar of shards
+        with quietly("diffusers"):
+            model, report = stored_weights.build_model(model_class, torch_dtype=stored_weights.dtype)
+        with init_empty_weights():
+            # in float32, whatever the file's type
+            computed_buffers = dict(model_class.from_config(config).named_buffers())
         unfit_key = first_unfit_key(report)
         if unfit_key is not None:
             raise UserError(f"{folder}: the weights do not fit {CONFIG}: {unfit_key} is missing, unknown or misshapen")
 
-        # diffusers has cast all values to one type. Put those of the files in place; parameters may be read later.
+        # diffusers has cast all values to one type, so those of the files are taken instead.
         stored = stored_weights.load()
-        keeps_dtype = self.lora is not None and self.lora.frozen != "float32"
+        loaded_prefixes = tuple(f"{path}." for path in (family.last_layer, *time_embedder_paths(model, family)))
         for path, module in model.named_modules():
             for name, p in [*module.named_parameters(recurse=False, remove_duplicate=False)]:
-                tensor = read_later(stored[_full_name(path, name)])
-                if not keeps_dtype:
+                tensor = stored[_full_name(path, name)]
+                if f"{path}.".startswith(loaded_prefixes):
                     tensor = tensor.float()
+                else:
+                    tensor = torch.empty_like(tensor, dtype=torch.float32, device="meta")
                 setattr(module, name, nn.Parameter(tensor, p.requires_grad))
             for name, _ in [*module.named_buffers(recurse=False, remove_duplicate=False)]:
                 full_name = _full_name(path, name)
@@ -287,7 +295,7 @@ class Pretrained(PipelineSpec):
                     setattr(module, name, stored[full_name].float())
                 else:
                     setattr(module, name, computed_buffers.get(full_name))
-        return model
+        return model, stored
 
 
 class Shortened(Pretrained):
@@ -315,6 +323,38 @@ def model_weights(pipeline: Pipeline) -> PartWeights:
     pipeline.fetch()
     way_out = "set net.weights=drawn to start from random ones"
     return require_weights(pipeline.part_folder(TRANSFORMER), DIFFUSERS, FIELD, way_out)
+
+
+def weight_loaders(net: Dualized, stored: Mapping[str, Tensor]) -> Loaders:
+    """For each parameter of a net that is on the meta device, by name, what makes it of the `stored` tensors.
+
+    That is the tensor of its name in the type of the parameter, or the codes of a layer, made of its tensor as it is
+    stored. Without `stored` there are none.
+    """
+    if not stored:
+        return {}
+    loaders: dict[str, Callable[[], Tensor]] = {}
+    # A layer's codes and scales are made together.
+    encode_once = lru_cache(maxsize=1)(encode)
+
+    def load_code(name: str, weight: Tensor, coding: Coding) -> Tensor:
+        if name == "origin":
+            return weight_digest(weight, coding)
+        codes, scales = encode_once(weight, coding)
+        return codes if name == "weight" else scales
+
+    for path, layer in net.model.named_modules():
+        # The layer that an adapter wraps has the path of the adapter in the files.
+        stored_path = path.removesuffix(".base_layer")
+        for name, p in layer.named_parameters(recurse=False, remove_duplicate=False):
+            if not p.is_meta:
+                continue
+            if isinstance(layer, CodedLinear) and name != "bias":
+                load = partial(load_code, name, stored[f"{stored_path}.weight"], layer.coding)
+            else:
+                load = partial(stored[_full_name(stored_path, name)].to, p.dtype)
+            loaders[_full_name(f"model.{path}" if path else "model", name)] = load
+    return loaders
 
 
 def _require_known(needs: Needs) -> None:

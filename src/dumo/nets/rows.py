@@ -30,7 +30,6 @@ from dumo.encoders.textreader import TextReader
 from dumo.flow.precision import to_float32
 from dumo.io import table
 from dumo.io.audit import Audit
-from dumo.io.deferred import not_deferred
 from dumo.runtime.random import keyed_normal, stream
 from dumo.types import Cond, Spec, UserError
 
@@ -259,8 +258,7 @@ class Rows(Texts):
         self.source_shape = source_shape
         self.store: RowStore | None = None
         self.prompt_rows: list[StoredRow] = []
-        with not_deferred():  # it is on a device at once, also in a net whose weights are made later
-            self.register_buffer("like", torch.empty(0), persistent=False)
+        self.register_buffer("like", torch.empty(0), persistent=False)
         for name in ("tokens", "mask", "pooled", "source"):
             self.register_buffer(name, None, persistent=False)
 

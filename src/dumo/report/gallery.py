@@ -218,7 +218,7 @@ def open_milestone(trained: TrainedRun, step: int, file: Path | None) -> Trained
     if file is None:
         return trained
     require_own_file(file, trained.spec, "milestone", step)
-    net, _ = load_net(trained.spec, file, trained.device)
+    net = load_net(trained.spec, file, trained.device)
     return replace(trained, net=net, step=step, weights=str(file.relative_to(trained.run_folder.path)))
 
 

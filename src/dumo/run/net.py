@@ -1,7 +1,8 @@
 """The network that a run's spec describes, before any weights of a folder.
 
-`meta_net` makes it on the meta device, to count and to check it. `init_net` makes it with its initial weights,
-`deferred_net` without them, with what makes each weight when it is needed. `dumo.run.weights` loads trained ones.
+`meta_net` makes it on the meta device, to count and to check it. `init_net` makes it with its initial weights.
+`deferred_net` leaves the weights of a pipeline in their files, with what reads each. `dumo.run.weights` loads trained
+ones.
 
 `num_parameters` is the size of a network. `require_room` asks whether a device has room for it, `require_room_to_train`
 whether it has room to train it; `dumo.run.memory` counts both. `make_flow` joins a network and its objective, as they
@@ -16,7 +17,7 @@ from torch import nn
 from dumo.config.spec import Run
 from dumo.data import Latents
 from dumo.flow.module import Flow
-from dumo.io.deferred import Deferred, not_deferred
+from dumo.io.deferred import Loaders, load_parameters
 from dumo.nets import Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.nets.lowbit import num_unstored_weights
@@ -26,7 +27,6 @@ from dumo.runtime.device import require_memory
 from dumo.runtime.random import stream
 from dumo.training.state import State
 from dumo.types import TeacherVelocity
-from dumo.types.outside import NetSpec
 
 
 def make_flow(run: Run, state: State, *, teacher: TeacherVelocity | None = None) -> Flow:
@@ -64,11 +64,24 @@ def init_net(run: Run) -> nn.Module:
 
     Raises UserError as building a net does, and if texts cannot be loaded.
     """
+    return load_parameters(*deferred_net(run))
+
+
+def deferred_net(run: Run) -> tuple[nn.Module, Loaders]:
+    """The net at step 0, and what reads the weights of its pipeline, which are on the meta device.
+
+    Any other net has all weights, and there is nothing to read. Raises UserError as `init_net`.
+    """
+    needs = run.objective.needs
+    loaders: Loaders = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(run.train.seed, "weights").initial_seed())
-        net = run.net.build(run.objective.needs, run.data.shape, run.data.classes)
+        if isinstance(run.net, Pretrained):
+            net, loaders = run.net.build_deferred(needs, run.data.shape, run.data.classes)
+        else:
+            net = run.net.build(needs, run.data.shape, run.data.classes)
     _load_texts(run, net)
-    return net
+    return net, loaders
 
 
 def _load_texts(run: Run, net: nn.Module) -> None:
@@ -76,22 +89,9 @@ def _load_texts(run: Run, net: nn.Module) -> None:
     spec = run.net.texts
     if not isinstance(spec, TextsSpec):
         return
-    with not_deferred():
-        for module in net.modules():
-            if isinstance(module, Texts):
-                spec.load(module, run.conditions.names)
-
-
-def deferred_net(run: Run) -> tuple[nn.Module, Deferred]:
-    """The net at step 0 without weights, and what draws these one by one. A user's own net comes with its weights."""
-    deferred_weights = Deferred()
-    if isinstance(run.net, NetSpec):
-        return init_net(run), deferred_weights
-    with deferred_weights:
-        net = init_net(run)
-    unknown_names = deferred_weights.unknown_names(net)
-    assert not unknown_names, f"{unknown_names[0]} is not drawn"
-    return net, deferred_weights
+    for module in net.modules():
+        if isinstance(module, Texts):
+            spec.load(module, run.conditions.names)
 
 
 def num_parameters(net: nn.Module) -> int:

@@ -11,7 +11,7 @@ and its condition, not on ranks or batches.
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex, get_args
@@ -34,7 +34,6 @@ from dumo.flow.guide import CFG
 from dumo.flow.module import Flow
 from dumo.flow.solver import Solver
 from dumo.io import picture
-from dumo.io.deferred import Deferred
 from dumo.io.picture import PixelRows, Points
 from dumo.io.read import user_path
 from dumo.io.weights import sha256
@@ -77,8 +76,6 @@ class TrainedRun:
     checkpoint: Checkpoint | None = None
     # The SHA-256 of the weights that the checkpoint lists.
     listed_sha256: str | None = None
-    # Reads the weights of a network that was opened without them.
-    deferred_weights: Deferred = field(default_factory=Deferred)
     # What the run was opened with: fields a.b=c, and a file of weights.
     overrides: tuple[str, ...] = ()
     given_weights: str | None = None

@@ -2,8 +2,8 @@
 
 To sample or judge, `load_run` reads a run's folder. To train, `begin_or_resume` returns the state to go on from: of
 a checkpoint, else of what `start` names, else as drawn. `build` makes the net at step 0; `init_on_device` does so
-without asking for room. `build_deferred` makes it without weights, which are drawn or read one by one when they are
-needed (`dumo.io.deferred`).
+without asking for room. `build_deferred` leaves the weights of a pipeline in their files, to be read one by one when
+they are needed (`dumo.io.deferred`).
 """
 
 import shlex
@@ -26,15 +26,15 @@ from dumo.config.teacher import Start
 from dumo.data import Images
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import to_float32
-from dumo.io.deferred import Deferred
+from dumo.io.deferred import Loaders, load_parameters
 from dumo.io.weights import compare, header, load_checked
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.run.data import recorded_facts
 from dumo.run.folder import RunFolder
-from dumo.run.net import deferred_net, init_net, require_room
+from dumo.run.net import deferred_net, meta_net, require_room
 from dumo.run.trained import TrainedRun
-from dumo.runtime import dist, shell_path
+from dumo.runtime import shell_path
 from dumo.runtime.device import choose_device
 from dumo.training import frozen
 from dumo.training.checkpoint import (
@@ -72,9 +72,8 @@ def load_run(
 
     `weights` is a file, or a part of a checkpoint, to take in place of
     the last checkpoint's sampled weights. Where reading fails, and a training has written or removed checkpoints
-    meanwhile, the last one of now is taken. Without `fill`, `TrainedRun.deferred_weights` reads weights later, but
-    those of a user's own net are read at once. Raises UserError where `source` is no run's folder, or has no checkpoint
-    that is whole, unless `weights` are given.
+    meanwhile, the last one of now is taken. Without `fill` everything is compared, and no weights are read. Raises
+    UserError where `source` is no run's folder, or has no checkpoint that is whole, unless `weights` are given.
     """
     from dumo.run import shipped
 
@@ -180,8 +179,16 @@ def _open_weights(
         run_folder.require_own_weights(run, file)
 
     # load it, and compare with what the checkpoint lists
-    net, deferred_weights = load_net(run, file, device if fill else None)
-    frozen_digest = frozen.digest(net, deferred_weights.materialize)
+    if fill:
+        net = load_net(run, file, device)
+        frozen_digest = frozen.digest(net)
+    else:
+        # Only the digest of frozen weights needs values.
+        net, loaders = meta_net(run), {}
+        if frozen.frozen_weights(net):
+            net, loaders = deferred_net(run)
+        _require_fit(file, net)
+        frozen_digest = frozen.digest(net, loaders)
     last_step = 0
     if last:
         frozen.require(frozen_digest, last.facts.frozen, folder)
@@ -201,7 +208,6 @@ def _open_weights(
         file=file,
         checkpoint=last,
         listed_sha256=listed_sha256,
-        deferred_weights=deferred_weights,
         given_weights=weights,
     )
 
@@ -211,38 +217,36 @@ def sampled_part(train: Train) -> str:
     return f"ema-{train.ema[0].key}" if train.ema else "net"
 
 
-def load_net(run: Run, file: Path, device: torch.device | None) -> tuple[nn.Module, Deferred]:
-    """A run's net with what was trained, from a file or a part of a checkpoint, and what makes its weights one by one.
+def load_net(run: Run, file: Path, device: torch.device) -> nn.Module:
+    """A run's net on a device, with what was trained from a file or a part of a checkpoint.
 
-    On a device they are read; None: not yet. Raises UserError where they do not fit.
+    Raises UserError where it does not fit.
     """
-    if device is not None:
-        require_room(run, device)
-    net, deferred_weights = build_deferred(run)
-    trained_weights = frozen.trained_state_dict(net)
-    # what is trained in 16 bits is sampled in float32
+    require_room(run, device)
+    net, loaders = build_deferred(run)
+    _require_fit(file, net)
+    loaders = _take_weights(net, loaders, load_checked(file))
+    return load_parameters(net, loaders, device).to(device).eval()
+
+
+def _require_fit(file: Path, net: nn.Module) -> None:
+    """Raise UserError unless a file has the trained weights of a net."""
+    # What is trained in 16 bits is sampled in float32.
     file_weights = {name: to_float32(x) for name, x in header(file).items()}
-    compare(file, file_weights, trained_weights, "the run", FIX)
-    loaders: dict[str, Callable[[], Tensor]] = {}
-    for name, x in load_checked(file).items():
-        if name in trained_weights:
-            loaders[name] = partial(to_float32, x)
-    _load_state(net, deferred_weights, loaders)
-    if device is not None:
-        deferred_weights.fill(net, device)
-    return net.eval(), deferred_weights
+    compare(file, file_weights, frozen.trained_state_dict(net), "the run", FIX)
 
 
 @torch.no_grad()
-def _load_state(net: nn.Module, deferred_weights: Deferred, loaders: Mapping[str, Callable[[], Tensor]]) -> None:
-    """Load tensors into a net by name. A deferred weight keeps its loader until it is made."""
+def _take_weights(net: nn.Module, loaders: Loaders, tensors: Mapping[str, Tensor]) -> Loaders:
+    """Copy tensors into a net by name. For parameters on the meta device, returns loaders that copy them later."""
+    taken: dict[str, Callable[[], Tensor]] = dict(loaders)
     weights = net.state_dict()
-    for name, load_tensor in loaders.items():
-        weight = weights[name]
-        if weight in deferred_weights:
-            deferred_weights.replace(weight, load_tensor)
+    for name, x in tensors.items():
+        if name in loaders:
+            taken[name] = partial(to_float32(x).to, weights[name].dtype, copy=True)
         else:
-            weight.copy_(load_tensor())
+            weights[name].copy_(x)
+    return taken
 
 
 def build(run: Run, device: torch.device | str = "cpu") -> nn.Module:
@@ -256,21 +260,19 @@ def build(run: Run, device: torch.device | str = "cpu") -> nn.Module:
 
 def init_on_device(run: Run, device: torch.device | str) -> nn.Module:
     """The net as `build` makes it, for a caller that knows that the device has room for it."""
-    if torch.device(device).type == "cpu" and not run.has_subject:
-        return init_net(run)
-    net, deferred_weights = build_deferred(run)
-    return deferred_weights.fill(net, device)
+    net, loaders = build_deferred(run)
+    return load_parameters(net, loaders, device).to(device)
 
 
-def build_deferred(run: Run) -> tuple[nn.Module, Deferred]:
-    """The net at step 0 on the CPU, without weights, and what makes these one by one.
+def build_deferred(run: Run) -> tuple[nn.Module, Loaders]:
+    """The net at step 0 on the CPU, and what reads the weights of its pipeline, which are on the meta device.
 
-    A user's own net has its weights. Raises UserError as `few_step_run`.
+    Any other net has all weights. Raises UserError as `few_step_run`.
     """
-    net, deferred_weights = deferred_net(run)
+    net, loaders = deferred_net(run)
     if run.has_subject:
-        _load_few_step_run(run, net, deferred_weights)
-    return net, deferred_weights
+        loaders = _load_few_step_run(run, net, loaders)
+    return net, loaders
 
 
 def few_step_run(run: Run) -> TrainedRun:
@@ -290,8 +292,8 @@ def few_step_run(run: Run) -> TrainedRun:
     return source
 
 
-def _load_few_step_run(run: Run, net: nn.Module, deferred_weights: Deferred) -> None:
-    """Load what the few-step run trained into a net (`net.lora.subject`); it is read when the net is made.
+def _load_few_step_run(run: Run, net: nn.Module, loaders: Loaders) -> Loaders:
+    """Load what the few-step run trained into a net (`net.lora.subject`). Returns what reads the parameters on meta.
 
     Raises UserError as `few_step_run`, and where that run has other heads, or tuned other weights than the net has.
     """
@@ -305,16 +307,16 @@ def _load_few_step_run(run: Run, net: nn.Module, deferred_weights: Deferred) -> 
             f"start: {source.run_folder.path} and this run differ in {differing_heads[0]}: take the objective of that "
             f"run, objective.kind={source.spec.objective.kind}"
         )
-    loaders = {name: partial(source.deferred_weights.materialize, x) for name, x in source_weights.items()}
-    _load_state(net, deferred_weights, loaders)
+    loaders = _take_weights(net, loaders, load_checked(source.file))
     source_spec = source.spec.net
     spec = run.net
     assert isinstance(source_spec, Pretrained)
     assert isinstance(spec, Pretrained)
     if source_spec.lora and spec.lora and source_spec.lora.frozen == spec.lora.frozen:
         assert source.checkpoint, "it was opened with the weights of its checkpoint"
-        frozen_digest = frozen.digest(net, deferred_weights.materialize, without=source_weights)
+        frozen_digest = frozen.digest(net, loaders, without=source_weights)
         frozen.require(frozen_digest, source.checkpoint.facts.frozen, source.run_folder.path)
+    return loaders
 
 
 def begin_or_resume(
@@ -326,45 +328,44 @@ def begin_or_resume(
     state is of another run (`start`), or as drawn. Every rank must call it. The caller has asked whether the device has
     room (`dumo.run.net.require_room_to_train`). Raises UserError.
     """
-    deferred_weights: Deferred | None = None
     if run.start and not chosen and not run.has_subject:
-        net, deferred_weights = init_from(run, run.start)
-    elif dist.world() > 1:
-        net, deferred_weights = build_deferred(run)
+        net, loaders = init_from(run, run.start)
     else:
-        net = init_on_device(run, device)
+        net, loaders = build_deferred(run)
     if isinstance(net, Dualized) and not (run.start or chosen):
-        net.refit(deferred_weights)
-    state = begin_training(net, run.train, device, deferred_weights, restored=chosen is not None)
+        net.refit()
+    state = begin_training(net, run.train, device, loaders, restored=chosen is not None)
     if chosen is None:
         return state, None
     return state, restore_last_finite(checkpoints, chosen, state)
 
 
-def init_from(run: Run, start: Start) -> tuple[nn.Module, Deferred]:
-    """A run's net with other weights, by name, and what reads them; a head, as `start.heads` says, with another head's.
+def init_from(run: Run, start: Start) -> tuple[nn.Module, Loaders]:
+    """A run's net with other weights, by name; a head, as `start.heads` says, with another head's.
+
+    Returns what reads the parameters on the meta device, too.
 
     What the source lacks of heads, gauges and embeddings of inputs stays as drawn. Raises UserError where it has not
     the rest, or not in these shapes, and where the same weights make another function there: another net or path.
     """
-    net, deferred_weights = build_deferred(run)
+    net, loaders = build_deferred(run)
     if start.kind == "run":
-        source_weights, source_deferred = _open_source_weights(start, run.net, run.path)
+        source_weights = _open_source_weights(start, run, net, loaders)
     else:
         from dumo.run import published
 
         source_weights = published.read(start, run.net, run.path, net)
-        source_deferred = Deferred()
     _require_source_heads(start, source_weights)
 
     # take what fits
-    weights = net.state_dict()
-    loaders: dict[str, Callable[[], Tensor]] = {}
+    frozen_names = frozen.frozen_weights(net).keys() & loaders.keys()
+    weights = {name: x for name, x in net.state_dict().items() if name not in frozen_names}
+    taken: dict[str, Tensor] = {}
     mismatches: list[str] = []
     for name, weight in weights.items():
         source_weight = source_weights.get(_source_name(name, start.heads))
         if source_weight is not None and source_weight.shape == weight.shape:
-            loaders[name] = partial(source_deferred.materialize, source_weight)
+            taken[name] = source_weight
         elif not name.startswith(_OPTIONAL_PREFIXES):
             mismatches.append(f"{start.source} has no {name} of shape {tuple(weight.shape)}")
     for name in source_weights:
@@ -375,8 +376,7 @@ def init_from(run: Run, start: Start) -> tuple[nn.Module, Deferred]:
             f"start: the nets differ, {mismatches[0]}: take one on data of this shape and number of classes, or set "
             "start=null"
         )
-    _load_state(net, deferred_weights, loaders)
-    return net, deferred_weights
+    return net, _take_weights(net, loaders, taken)
 
 
 def _require_source_heads(start: Start, source_weights: Mapping[str, Tensor]) -> None:
@@ -399,14 +399,17 @@ def _source_name(name: str, heads: Mapping[str, str]) -> str:
     return name
 
 
-def _open_source_weights(start: Start, net: Net, path: FlowPath) -> tuple[dict[str, Tensor], Deferred]:
-    """The weights of another run, and what reads them.
+def _open_source_weights(start: Start, run: Run, net: nn.Module, loaders: Loaders) -> dict[str, Tensor]:
+    """The weights of another run, without frozen ones of its pipeline, which are this run's.
 
-    Raises UserError where they make another function of this net, or on this path.
+    Raises UserError where they make another function of this run's net, or on this path.
     """
     source = load_run(start.source, device="cpu", fill=False)
-    _require_net(source.spec, start, net, path, _SAME_FUNCTION_FIELDS)
-    return source.net.state_dict(), source.deferred_weights
+    _require_net(source.spec, start, run.net, run.path, _SAME_FUNCTION_FIELDS)
+    if isinstance(run.net, Pretrained) and source.checkpoint:
+        frozen.require(frozen.digest(net, loaders), source.checkpoint.facts.frozen, source.run_folder.path)
+    weights = {name: x for name, x in source.net.state_dict().items() if not x.is_meta}
+    return weights | load_checked(source.file)
 
 
 def _require_net(source: Run, start: Start, net: Net, path: FlowPath, free_fields: tuple[str, ...]) -> None:

@@ -6,14 +6,13 @@ averages share them with the net (`copy_net`, `share_frozen`), and checkpoints h
 `require` refuses to resume a run on other frozen weights than it began with, by their `digest`.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from copy import deepcopy
 
-import torch
 from torch import Tensor, nn
 
 from dumo.io import digest as digests
-from dumo.io.deferred import is_fake
+from dumo.io.deferred import Loaders, is_fake
 from dumo.types import UserError
 
 
@@ -55,13 +54,19 @@ def share_frozen(copy: nn.Module, net: nn.Module) -> None:
             setattr(copy_module, name, table)
 
 
-def digest(
-    net: nn.Module, values_of: Callable[[Tensor], Tensor] = torch.detach, without: Collection[str] = ()
-) -> str | None:
-    """A SHA-256 of the frozen parameters: names, shapes, types, and SAMPLE values of each, spread evenly.
+def copy_buffers(copy: nn.Module, net: nn.Module) -> None:
+    """Replace the buffers of a copy that are in its state dict by copies of the net's."""
+    for copy_module, net_module in zip(copy.modules(), net.modules(), strict=True):
+        for name, buffer in net_module.named_buffers(recurse=False, remove_duplicate=False):
+            if name not in net_module._non_persistent_buffers_set:
+                setattr(copy_module, name, buffer.clone())
 
-    `values_of` gives the values of a parameter; the parameters named in `without` are left out. For a layer of codes
-    (`dumo.nets.lowbit`) the digest of the original weight counts (`origin`), not the codes: another version of
+
+def digest(net: nn.Module, loaders: Loaders | None = None, without: Collection[str] = ()) -> str | None:
+    """A SHA-256 of the frozen parameters: names, shapes, types, and some values of each, spread evenly.
+
+    `loaders` reads the parameters that are on the meta device; those named in `without` are left out. For a layer of
+    codes (`dumo.nets.lowbit`) the digest of the original weight counts (`origin`), not the codes: another version of
     bitsandbytes may choose other ones. 20 B parameters take a second. Another model has another digest; a change of a
     single value may go unseen. Returns None if nothing is frozen, or the net is on the meta device.
     """
@@ -69,8 +74,7 @@ def digest(
     frozen = {name: p for name, p in all_frozen.items() if name not in without}
     if not frozen or any(map(is_fake, frozen.values())):
         return None
-    first = next(iter(frozen.values()))
-    if values_of(first).is_meta:
+    if any(p.is_meta for name, p in frozen.items() if name not in (loaders or {})):
         return None
     code_names: set[str] = set()
     for name in all_frozen:
@@ -78,7 +82,7 @@ def digest(
         if last == "origin":
             prefix = f"{path}." if path else ""
             code_names |= {f"{prefix}weight", f"{prefix}scales"}
-    return digests.of_samples({name: p for name, p in frozen.items() if name not in code_names}, values_of)
+    return digests.of_samples({name: p for name, p in frozen.items() if name not in code_names}, loaders)
 
 
 def require(now: str | None, before: str | None, whose: object) -> None:

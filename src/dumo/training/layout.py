@@ -18,7 +18,7 @@ optimizers, averages and clipping take as tensors.
 """
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from math import prod
 from typing import TYPE_CHECKING, cast
@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from dumo.flow.precision import HALVES
-from dumo.io.deferred import Deferred
+from dumo.io.deferred import Loaders
 from dumo.runtime import dist
-from dumo.training.frozen import share_frozen, trained_state_dict
+from dumo.training.frozen import copy_buffers, share_frozen, trained_state_dict
 from dumo.types import UserError, unwrap
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def shard(
     net: nn.Module,
     mesh: "DeviceMesh | None",
     averages: Sequence[nn.Module] = (),
-    weights: Deferred | None = None,
+    loaders: Loaders | None = None,
     *,
     reshard: bool,
     restored: bool = False,
@@ -75,11 +75,12 @@ def shard(
 ) -> None:
     """Shard a net and its averages over a mesh in place, block by block (`net.blocks`), onto its device.
 
-    Every rank must hold the same values, and keeps its part of them.
+    Every rank must hold the same values, and keeps its part of them. Averages are on the meta device (`meta_copy`), and
+    get the values of the net.
 
-    - `weights`: makes the weights that the net lacks, one by one
+    - `loaders`: reads the parameters that are on the meta device, one by one
     - `reshard`: free gathered weights after each pass, else after the backward pass; averages always free them
-    - `restored`: trained weights are read from a checkpoint later, so they are not made
+    - `restored`: trained weights are read from a checkpoint later, so they are not read
     - `in_bfloat16`: round the net's trained parameters to bf16; averages begin as the net was before
 
     Averages go on sharing frozen parameters with the net. Without a mesh only `in_bfloat16` does anything.
@@ -88,16 +89,11 @@ def shard(
         if in_bfloat16:
             _convert(net, _to_bfloat16)
         return
-    weights = weights or Deferred()
     # Outputs may be views, of which torch warns at every pass; no objective changes one in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-    for average in averages:  # else an average would keep the unsharded frozen weights alive
-        share_frozen(average, _meta_copy(net))
-    deferred = {name: p for name, p in net.named_parameters() if p in weights}
-    _shard_net(net, mesh, deferred, weights, reshard=reshard, restored=restored)
-    deferred_and_trained = [name for name, p in deferred.items() if p.requires_grad]
+    _shard_net(net, mesh, loaders or {}, reshard=reshard, restored=restored)
     for average in averages:
-        _shard_average(average, net, mesh, deferred_and_trained, restored=restored)
+        _shard_average(average, net, mesh, restored=restored)
     if in_bfloat16:
         _convert(net, _to_bfloat16)
     for average in averages:  # fully_shard takes what it finds there at the first pass
@@ -107,29 +103,27 @@ def shard(
 def _shard_net(
     net: nn.Module,
     mesh: "DeviceMesh",
-    deferred: Mapping[str, Tensor],
-    weights: Deferred,
+    loaders: Loaders,
     *,
     reshard: bool,
     restored: bool,
 ) -> None:
-    """Shard a net, and make this rank's part of each deferred weight; `restored`: those that are trained stay empty."""
+    """Shard a net, and read this rank's part of each parameter; `restored`: those that are trained stay empty."""
 
-    def make_part(name: str, like: Tensor) -> Tensor:
+    def read_part(name: str, like: Tensor) -> Tensor:
         part = torch.empty_like(like, device=mesh.device_type)
-        if restored and deferred[name].requires_grad:
+        if restored and like.requires_grad:
             return part
-        return part.copy_(shard_like(weights.materialize(deferred[name]), part))
+        return part.copy_(shard_like(loaders[name](), part))
 
     _shard_blocks(net, mesh, reshard=reshard)
-    replace_parameters(net, deferred, make_part)
+    replace_parameters(net, loaders.keys(), read_part)
 
 
-def _shard_average(
-    average: nn.Module, net: nn.Module, mesh: "DeviceMesh", names: Collection[str], *, restored: bool
-) -> None:
-    """Shard an average of a sharded net; parameters of these names begin as the net's, or empty if `restored`."""
+def _shard_average(average: nn.Module, net: nn.Module, mesh: "DeviceMesh", *, restored: bool) -> None:
+    """Shard an average of a sharded net; it begins as the net, its trained parameters empty if `restored`."""
     net_parameters = dict(net.named_parameters())
+    trained_names = [name for name, p in net_parameters.items() if p.requires_grad]
 
     def copy_part(name: str, like: Tensor) -> Tensor:
         part = torch.empty_like(like, device=mesh.device_type)
@@ -138,7 +132,8 @@ def _shard_average(
         return part.copy_(net_parameters[name])
 
     _shard_blocks(average, mesh, reshard=True)
-    replace_parameters(average, names, copy_part)
+    replace_parameters(average, trained_names, copy_part)
+    copy_buffers(average, net)
 
 
 def _shard_blocks(module: nn.Module, mesh: "DeviceMesh", *, reshard: bool) -> None:
@@ -171,7 +166,7 @@ def trains_in_16_bits(net: nn.Module) -> bool:
     return any(p.requires_grad and p.dtype in HALVES for p in net.parameters())
 
 
-def _meta_copy(net: nn.Module) -> nn.Module:
+def meta_copy(net: nn.Module) -> nn.Module:
     """A copy of a net on the meta device, without values."""
     copies: dict[int, Tensor] = {}
     for p in net.parameters():

@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from dumo.io.deferred import Deferred
+from dumo.io.deferred import Loaders, load_parameters
 from dumo.training import frozen, layout
 from dumo.training.duration import Duration
 from dumo.training.eightbit import AdamW8bitOptimizer
@@ -94,28 +94,32 @@ def begin(
     net: nn.Module,
     spec: Train,
     device: torch.device | None = None,
-    weights: Deferred | None = None,
+    loaders: Loaders | None = None,
     *,
     restored: bool = False,
 ) -> State:
     """The state before the first step, on `device`; over several ranks it is sharded as the spec says.
 
-    `weights` makes the weights that the net lacks; each rank keeps its part. `restored`: trained weights are read from
-    a checkpoint later, and are not made. Raises UserError if all weights of the net are frozen.
+    `loaders` reads the weights that are on the meta device; each rank keeps its part. `restored`: trained weights are
+    read from a checkpoint later, so they are not read here. Raises UserError if all weights of the net are frozen.
     """
     if not any(p.requires_grad for p in net.parameters()):
         raise UserError("all weights of this net are frozen, so there is nothing to train: let it train some")
     device = device or next(net.parameters()).device
     mesh = layout.mesh_of(spec.share, device)
-    if weights and mesh is None:
-        weights.fill(net, device)
-    frozen_digest = frozen.digest(net, weights.materialize if weights else torch.detach)
-    averages = {ema.key: MovingAverage(ema, net) for ema in spec.ema}
+    loaders = loaders or {}
+    if mesh is None:
+        load_parameters(net, loaders, device).to(device)
+        loaders = {}
+    frozen_digest = frozen.digest(net, loaders)
+    # Over ranks an average has no values before it is sharded, when it takes this rank's part of the net.
+    copied = layout.meta_copy(net) if mesh else net
+    averages = {ema.key: MovingAverage(ema, copied) for ema in spec.ema}
     layout.shard(
         net,
         mesh,
         [average.module for average in averages.values()],
-        weights,
+        loaders,
         reshard=spec.reshard,
         restored=restored,
         in_bfloat16=spec.weights == "bfloat16",

@@ -11,7 +11,7 @@ from dumo.flow.noise import draw
 from dumo.flow.path import Diffusion, Linear
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.flow.times import Jumps, Pair
-from dumo.io.deferred import Deferred
+from dumo.io.deferred import load_parameters
 from dumo.nets import Pretrained, lowpass
 from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
@@ -146,24 +146,22 @@ def test_quick_waves_of_the_gap_are_cut_and_its_first_layer_is_that_of_t(folder:
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"lora": LORA}, {"weights": "drawn"}])
 def test_it_is_built_of_a_config_and_one_by_one(folder: Saved, fields: dict[str, object]) -> None:
-    """The names and bits of a net that is built as it stands; no weight is there before."""
+    """The names and bits of a net that is built as it stands, also if its time embedder is fitted before the rest."""
     spec = cut(folder("sd3"), "sd3").model_copy(update=fields)
     with torch.device("meta"):
         outline = spec.build(TR, SHAPE, CLASSES)
-    weights = Deferred()
     torch.manual_seed(1)
     whole, end = spec.build(TR, SHAPE, CLASSES), torch.rand(1)
     torch.manual_seed(1)
-    with weights:
-        net = spec.build(TR, SHAPE, CLASSES)
+    net, loaders = spec.build_deferred(TR, SHAPE, CLASSES)
     assert torch.equal(torch.rand(1), end)
     assert all(p.is_meta for p in outline.parameters())
     assert shapes(outline) == shapes(whole)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lowpass, "STEPS", 2)
         whole.refit()
-        net.refit(weights)
-    there = weights.fill(net).state_dict()
+        net.refit()
+    there = load_parameters(net, loaders).state_dict()
     assert all(torch.equal(x, there[key]) for key, x in whole.state_dict().items())
 
 

@@ -21,6 +21,7 @@ from dumo.flow.noise import add_noise, make_draws
 from dumo.flow.path import Linear
 from dumo.flow.reading import available_readings
 from dumo.flow.slope import DualSlope
+from dumo.io.deferred import load_parameters
 from dumo.run import memory
 from dumo.run.folder import RunFolder
 from dumo.run.net import meta_net
@@ -71,8 +72,8 @@ def test_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 def test_a_start_from_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     adapt(monkeypatch)
     known = train(tiny("moons"), tmp_path / "known")
-    net, made = init_from(tiny("moons"), Start(source=str(tmp_path / "known")))
-    begun = made.fill(net)
+    net, loaders = init_from(tiny("moons"), Start(source=str(tmp_path / "known")))
+    begun = load_parameters(net, loaders)
     assert same(begun, known.sampled_net)
 
 

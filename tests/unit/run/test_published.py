@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from dumo.config.load import load
 from dumo.config.spec import Run
+from dumo.io.deferred import load_parameters
 from dumo.nets.dit_convert import from_diffusers
 from dumo.nets.embed import grid_waves
 from dumo.run.weights import build, init_from, load_run
@@ -88,8 +89,8 @@ def run_from(file: Path, *fields: str, kind: str = "sit") -> Run:
 def begun(run: Run, **start: object) -> nn.Module:
     """Its net, with the weights of its start."""
     assert run.start is not None
-    net, made = init_from(run, run.start.model_copy(update=start))
-    return made.fill(net)
+    net, loaders = init_from(run, run.start.model_copy(update=start))
+    return load_parameters(net, loaders)
 
 
 @pytest.fixture

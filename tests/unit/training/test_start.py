@@ -11,7 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor.debug import CommDebugMode
 
 from dumo.config.load import load
-from dumo.io.deferred import Deferred
 from dumo.plan.cluster import fake_ranks
 from dumo.run.net import meta_net
 from dumo.training import layout
@@ -24,7 +23,7 @@ def test_a_start_of_20_b_on_eight_ranks_sends_nothing_and_makes_each_tensor_once
     recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = load(recipe, ["train.share=8"])
-    net, weights, made, fake = meta_net(run), Deferred(), Counter[str](), FakeTensorMode(allow_non_fake_inputs=True)
+    net, made, fake = meta_net(run), Counter[str](), FakeTensorMode(allow_non_fake_inputs=True)
 
     def make(name: str, like: Tensor) -> Tensor:
         made[name] += like.nbytes
@@ -36,15 +35,14 @@ def test_a_start_of_20_b_on_eight_ranks_sends_nothing_and_makes_each_tensor_once
             real(module, names, make)
 
     real = layout.replace_parameters
-    for name, p in net.named_parameters():
-        weights.replace(p, partial(make, name, p))
+    loaders = {name: partial(make, name, p) for name, p in net.named_parameters()}
     wanted: dict[str, Any] = {name: p.nbytes for name, p in net.named_parameters()}
     assert sum(p.numel() for p in net.parameters()) > 20e9
     with fake_ranks(8):
         mesh, copy = layout.mesh_of(8, torch.device("cpu")), copy_net(net).requires_grad_(False)
         monkeypatch.setattr(layout, "replace_parameters", put)
         with CommDebugMode() as sent:
-            layout.shard(net, mesh, [copy], weights, reshard=False)
+            layout.shard(net, mesh, [copy], loaders, reshard=False)
         parts = [layout.local_tensor(p) for p in net.parameters()]
     assert sent.get_total_counts() == 0
     assert made == wanted

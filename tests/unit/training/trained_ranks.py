@@ -1,7 +1,6 @@
 """Two ranks that train nets of many kinds, in every layout of their weights. See test_trained_ranks.py."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope
 from dumo.flow.times import Pair
-from dumo.io.deferred import Deferred
+from dumo.io.deferred import Loaders
 from dumo.nets.adapter import Lora
 from dumo.nets.dit import DiT
 from dumo.nets.learned import LearnedTexts
@@ -57,7 +56,7 @@ def randoms(shape: tuple[int, ...], classes: int, step: int, dtype: torch.dtype 
     return [torch.randn(SPEC.batch, *shape, generator=g, dtype=dtype), torch.arange(SPEC.batch) % classes]
 
 
-Built = nn.Module | tuple[nn.Module, Deferred]  # with what makes its weights
+Built = nn.Module | tuple[nn.Module, Loaders]  # with what reads its weights
 
 
 @dataclass(frozen=True)
@@ -89,16 +88,14 @@ def tuned(
     stored: torch.dtype = torch.float32,
     objective: Objective = OBJECTIVE,
 ) -> Built:
-    """A published transformer, in full or by adapters; of its weights each of two ranks makes its part."""
-    spec, weights = saved(place, model), Deferred()
+    """A published transformer, in full or by adapters; of its weights each of two ranks reads its part."""
+    spec = saved(place, model)
     if stored != torch.float32:
         tiny.TINY[model].model().to(stored).save_pretrained(spec.pipeline.folder)
     spec = spec.model_copy(update={"lora": (ADAPTERS | CODED)[way], "lowpass": 10.0})
-    noting = weights if dist.world() > 1 else nullcontext()
-    with noting:
-        net = spec.build(objective.needs, SHAPE, CLASSES)
-    assert all(p.is_meta for p in net.parameters()) == (dist.world() > 1)
-    net.refit(weights)
+    net, loaders = spec.build_deferred(objective.needs, SHAPE, CLASSES)
+    assert loaders
+    net.refit()
     if net.family.one_by_one:  # captions of several lengths go through it one by one
         rows = net.texts
         assert isinstance(rows, Rows)
@@ -106,9 +103,14 @@ def tuned(
         mask = torch.arange(rows.tokens.shape[1]) < torch.tensor([[2], [3], [1]])
         net.texts = given_rows(rows.tokens, mask)
     if way in CODED or model in EXACT or objective is not OBJECTIVE:
-        with noting:
-            net.double()
-    return net, weights
+        net.double()
+        types = {name: p.dtype for name, p in net.named_parameters()}
+        loaders = {name: partial(_load_as, types[name], load) for name, load in loaders.items()}
+    return net, loaders
+
+
+def _load_as(dtype: torch.dtype, load: Callable[[], Tensor]) -> Tensor:
+    return load().to(dtype)
 
 
 CASES = {
