@@ -1,7 +1,7 @@
 """Files: written whole or not at all, and read without trust in what is there.
 
 - Any file: `file` writes, `read` and `yaml` read, `digest` hashes.
-- Weights: `weights` in a file or a folder, `deferred` until they are needed; `hub` and `trained` name where to get some.
+- Weights: `weights` in a file or folder, `deferred` until they are needed; `hub` and `trained` name where to get some.
 - Data: `table` is a cache on disk, `audit` checks it, `source` gives batches.
 - `picture` writes samples as images.
 

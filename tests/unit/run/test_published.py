@@ -237,7 +237,7 @@ def test_blocks_that_are_told_r_late_begin_as_a_velocity_that_knows_none(tmp_pat
     asked = [*small, "train.optimizer.lr=1e-12", f"start.source={tmp_path / 'fm'}"]
     train(load("digits-dmf", asked), tmp_path / "late")
     before, after = (load_run(str(tmp_path / name)) for name in ("fm", "late"))
-    x, t, c = torch.randn(2, *before.run.data.shape), torch.tensor([0.3, 0.9]), torch.tensor([0, 1])
+    x, t, c = torch.randn(2, *before.spec.data.shape), torch.tensor([0.3, 0.9]), torch.tensor([0, 1])
     assert torch.allclose(after.net(x, c, t=t, r=t)[0], before.net(x, c, t=t)[0], atol=1e-6)
     with pytest.raises(UserError):
         train(load("digits-meanflow", [*small, f"start.source={tmp_path / 'late'}"]), tmp_path / "all")
