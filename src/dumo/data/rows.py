@@ -723,7 +723,9 @@ def _files_of_split(root: str, paths: Sequence[str], split: str | None, *, is_fo
     if split is not None:
         paths = [file for file in paths if split in words(file)]
         if not paths:
-            raise UserError(f"{root} has no split '{split}': no folder or file of it is called so; change data.split")
+            raise UserError(
+                f"{root} has no split '{split}', a folder or file of this name: set data.split=null to read all of it"
+            )
     elif is_folder:
         # The folders of splits stand where class folders would.
         common = _common_folder(paths)
