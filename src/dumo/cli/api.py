@@ -1,12 +1,14 @@
 """The functions of `import dumo`: `train`, `load`, `recipe`, `recipes` and `compare`.
 
 Each does what the command of its name does, with Python's values instead of options, whose names the arguments have.
-`train` and `load` return a `TrainedRun`; `recipe` returns the spec of a run, trained or not.
+`train` and `load` return a `LoadedRun`; `recipe` returns the spec of a run, trained or not.
 """
 
+import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from pydantic_core import PydanticSerializationError
@@ -20,20 +22,86 @@ from dumo.config.load import parse
 from dumo.config.place import EVALUATION_FILE
 from dumo.config.spec import Run
 from dumo.config.trust import trusting
+from dumo.evaluation.own import OwnMetric
+from dumo.flow.solver import Solver
 from dumo.io.read import user_path
 from dumo.plan.prepare import plain_data, plain_net, prepare
 from dumo.report import compare as comparison
 from dumo.report import evaluate as evaluation
+from dumo.report import page
 from dumo.report.tracker import require_tracker, tracked
-from dumo.run.trained import TrainedRun
+from dumo.run.trained import TrainedRun, as_several
 from dumo.run.trainer import open_trainer
 from dumo.run.weights import load_run
+from dumo.runtime import dist
 from dumo.runtime.progress import Bar, bar, ignore_line, no_bar, print_line
 from dumo.types import Spec
 from dumo.types import UserError as UserError
 from dumo.types.outside import name_of
 
 Changes = Mapping[str, Any]  # dotted fields of a run and their values, e.g. {"train.steps": 100}
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class LoadedRun(TrainedRun):
+    """A trained run in Python: what `TrainedRun` does, and what the commands evaluate, report and export do."""
+
+    def evaluate(
+        self,
+        nfe: SupportsIndex | Sequence[SupportsIndex] | None = None,
+        *,
+        seed: int | None = None,
+        solver: Solver | str | None = None,
+        metrics: Mapping[str, OwnMetric] | None = None,
+        bar: Bar = no_bar,
+    ) -> dict[str, Any]:
+        """Judge the run by its protocol, write the report into its folder, and return it as a dict.
+
+        `results` has a row per number of passes; `file` says where the report is. `metrics` are your own, by name:
+        f(samples) of all samples of a row, images (n, channels, height, width) in [-1, 1], gives a number. They stand
+        in the rows that are returned, and not in the file. Raises UserError as `sample`.
+        """
+        passes = None if nfe is None else [operator.index(n) for n in as_several(nfe)]
+        return evaluation.evaluate(self, nfe=passes, seed=seed, solver=solver, metrics=metrics, bar=bar)
+
+    def report(self, *, prompts: str | Sequence[str] = (), bar: Bar = no_bar) -> Path:
+        """Write report.html into the run's folder; return its path. `prompts`: texts to show instead of captions."""
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        return page.write(self, bar, texts)
+
+    def export(
+        self,
+        out: str | Path,
+        to: str = "diffusers",
+        *,
+        head: str | None = None,
+        parts: str = "copy",
+        dtype: str = "float32",
+        nfe: SupportsIndex | Sequence[SupportsIndex] = (),
+        alone: bool = False,
+        push: str | None = None,
+    ) -> Path:
+        """Write the run for `dumo.load` or stock programs, as `dumo export`, to `out`, which must not exist; return it.
+
+            to="diffusers"      a folder for dumo.load (a network of dumo's own) and DiffusionPipeline.from_pretrained
+            to="lora"           a folder for load_lora_weights
+            to="comfyui"        a LoRA as one file
+            to="safetensors"    all weights as one file
+
+        `head`, `parts`, `dtype`, `nfe` and `alone` as `dumo.export.write.export`. `push`, OWNER/NAME, uploads it to the
+        Hugging Face Hub, too. Raises UserError if no stock program samples as the run does.
+        """
+        from dumo.export import hub, write  # slow to import
+
+        dist.require_one_process("an export")
+        place = _path(out, "out")
+        if push is not None:
+            hub.require_uploadable(push, parts)
+        passes = [operator.index(n) for n in as_several(nfe)]
+        write.export(self, place, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone)
+        if push is not None:
+            hub.push(place, push)
+        return place
 
 
 def _path(path: str | Path, argument: str) -> Path:
@@ -50,7 +118,7 @@ def load(
     weights: str | Path | None = None,
     device: str | torch.device = "auto",
     trust_code: bool = False,
-) -> TrainedRun:
+) -> LoadedRun:
     """Open a trained run's folder, or digits-trained or cifar10-trained, which come with dumo.
 
     Raises UserError where it is none, or has no checkpoint yet.
@@ -65,7 +133,7 @@ def load(
     plain_net(net)
     file = None if weights is None else str(_path(weights, "weights"))
     with trusting(trust_code):
-        return load_run(folder, _settings(changes), weights=file, device=str(device))
+        return LoadedRun(**vars(load_run(folder, _settings(changes), weights=file, device=str(device))))
 
 
 def recipe(source: str | Path | Run, changes: Changes | None = None, *, trust_code: bool = False) -> Run:
@@ -126,7 +194,7 @@ def train(
     bar: Bar = bar,
     track: str | None = None,
     trust_code: bool = False,
-) -> TrainedRun:
+) -> LoadedRun:
     """Train a recipe, a folder of images or parts of your own, or resume a run. Return the run.
 
         train("digits")                                 a recipe, a YAML file, or a run's folder, which is resumed

@@ -44,10 +44,11 @@ def report(
     [run_folder] = run_folders
 
     from dumo.encoders.caption import read_prompts
+    from dumo.report import page
     from dumo.run.weights import load_run
     from dumo.runtime import dist
 
     dist.require_one_process("dumo report")
     texts = [row.text for row in read_prompts(prompts)] if prompts else []
-    path = load_run(run_folder, device=device).report(prompts=texts, bar=bar)
+    path = page.write(load_run(run_folder, device=device), bar, texts)
     out.print(str(path), soft_wrap=True)

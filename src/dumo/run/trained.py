@@ -1,4 +1,4 @@
-"""A trained run: `TrainedRun` holds a network with its weights, and samples, evaluates and exports it.
+"""A trained run: `TrainedRun` holds a network with its weights, and samples it.
 
 `dumo.run.weights.load_run` opens one from a folder, from a run that ships with dumo, or from the Hub. Commands, Python,
 the page, the demo and the lab use it, and so does a run in training, for sheets and validation. Options of a sample are
@@ -10,7 +10,7 @@ and its condition, not on ranks or batches.
 """
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,6 @@ from dumo.config.spec import Run, Sampling
 from dumo.data import Data, Images, Latents
 from dumo.data.pixel import Size
 from dumo.encoders.codec import LoadedCodec
-from dumo.evaluation.own import OwnMetric
 from dumo.flow import sampling
 from dumo.flow.guide import CFG
 from dumo.flow.module import Flow
@@ -55,7 +54,7 @@ DEFAULT_COUNT = 100
 
 @dataclass(frozen=True, repr=False, eq=False)
 class TrainedRun:
-    """A run with its weights: sample it, evaluate it, export it.
+    """A run with its weights. Python gets one that also evaluates, reports and exports (`dumo.cli.api.LoadedRun`).
 
     spec: the run as it was trained, with the fields that were set to open it
     run_folder: where it was read, or is being trained
@@ -276,67 +275,6 @@ class TrainedRun:
             return ((x.permute(0, 2, 3, 1) + 1) / 2).numpy() if self.makes_images else x.numpy()
         return x
 
-    def evaluate(
-        self,
-        nfe: SupportsIndex | Sequence[SupportsIndex] | None = None,
-        *,
-        seed: int | None = None,
-        solver: Solver | str | None = None,
-        metrics: Mapping[str, OwnMetric] | None = None,
-        bar: Bar = no_bar,
-    ) -> dict[str, Any]:
-        """Judge the run by its protocol, write the report into its folder, and return it as a dict.
-
-        `results` has a row per number of passes; `file` says where the report is. `metrics` are your own, by name:
-        f(samples) of all samples of a row, images (n, channels, height, width) in [-1, 1], gives a number. They stand
-        in the rows that are returned, and not in the file. Raises UserError as `sample`.
-        """
-        from dumo.report.evaluate import evaluate
-
-        passes = None if nfe is None else [operator.index(n) for n in _as_several(nfe)]
-        return evaluate(self, nfe=passes, seed=seed, solver=solver, metrics=metrics, bar=bar)
-
-    def report(self, *, prompts: str | Sequence[str] = (), bar: Bar = no_bar) -> Path:
-        """Write report.html into the run's folder; return its path. `prompts`: texts to show instead of captions."""
-        from dumo.report.page import write
-
-        texts = [prompts] if isinstance(prompts, str) else prompts
-        return write(self, bar, texts)
-
-    def export(
-        self,
-        out: str | Path,
-        to: str = "diffusers",
-        *,
-        head: str | None = None,
-        parts: str = "copy",
-        dtype: str = "float32",
-        nfe: SupportsIndex | Sequence[SupportsIndex] = (),
-        alone: bool = False,
-        push: str | None = None,
-    ) -> Path:
-        """Write the run for `dumo.load` or stock programs, as `dumo export`, to `out`, which must not exist; return it.
-
-            to="diffusers"      a folder for dumo.load (a network of dumo's own) and DiffusionPipeline.from_pretrained
-            to="lora"           a folder for load_lora_weights
-            to="comfyui"        a LoRA as one file
-            to="safetensors"    all weights as one file
-
-        `head`, `parts`, `dtype`, `nfe` and `alone` as `dumo.export.write.export`. `push`, OWNER/NAME, uploads it to the
-        Hugging Face Hub, too. Raises UserError if no stock program samples as the run does.
-        """
-        from dumo.export import hub, write
-
-        dist.require_one_process("an export")
-        place = out if isinstance(out, Path) else user_path(out, "out")
-        if push is not None:
-            hub.require_uploadable(push, parts)
-        passes = [operator.index(n) for n in _as_several(nfe)]
-        write.export(self, place, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone)
-        if push is not None:
-            hub.push(place, push)
-        return place
-
     # ------------------------------------------------------------------------------------------ samples by condition
 
     def conditions(
@@ -360,7 +298,7 @@ class TrainedRun:
         if prompts is not None:
             given = [prompts] if isinstance(prompts, str) else [*prompts]
         elif labels is not None:
-            given = [*_as_several(labels)]
+            given = [*as_several(labels)]
             if not given:
                 raise UserError("labels is empty: name at least one, or leave it out for all of them")
         if count is None:
@@ -560,7 +498,7 @@ def _shown_shape(run: Run, size: Size | None) -> tuple[int, ...]:
     return run.shown_shape if size is None else (3, *size)
 
 
-def _as_several(values: Any) -> Iterable[Any]:  # noqa: ANN401, one of what it holds, or many
+def as_several(values: Any) -> Iterable[Any]:  # noqa: ANN401, one of what it holds, or many
     """Several values as they are, and one as the only one of a list: a text, too, and a tensor of one number."""
     is_one_number = getattr(values, "ndim", None) == 0  # iterable by its class, though it cannot be iterated over
     if isinstance(values, str) or is_one_number or not isinstance(values, Iterable):

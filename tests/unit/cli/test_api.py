@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import dumo
+from dumo.cli.api import LoadedRun
 from dumo.config.load import load
 from dumo.flow.solver import Restart
 from dumo.io import trained
 from dumo.io.weights import load as load_weights
 from dumo.report.evaluate import report_path
 from dumo.report.sample import sample_to_files
-from dumo.run.trained import DEFAULT_COUNT, TrainedRun
+from dumo.run.trained import DEFAULT_COUNT
 from dumo.types import Readings, UserError
 from e2e.shell import call
 from e2e.test_start import HEAVY
@@ -39,13 +40,13 @@ CHANGES = {
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+def digits(tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
     """DuMo on digits, barely trained. Its weights are not to be written to."""
     return dumo.train("digits", CHANGES, out=tmp_path_factory.mktemp("run") / "digits", device="cpu")
 
 
 @pytest.fixture(scope="module")
-def moons(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+def moons(tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
     """DuMo on moons, barely trained."""
     changes = {"net.width": 16, "net.depth": 1, "train.batch": 8, "train.steps": 2}
     return dumo.train(dumo.recipe("moons", changes), out=tmp_path_factory.mktemp("run") / "moons")
@@ -79,7 +80,7 @@ def test_python_m_dumo_is_dumo() -> None:
 
 
 @pytest.mark.slow
-def test_a_recipe_is_changed_by_values(digits: TrainedRun) -> None:
+def test_a_recipe_is_changed_by_values(digits: LoadedRun) -> None:
     fields = ["train.steps=2", "train.batch=16", "train.ema=[{decay: 0.5}]", "evaluate.protocol.samples=500"]
     net = "net={kind: dit, width: 32, depth: 1, patch: 2, attention: 4, time_scale: 10}"
     settings = digits.spec.model_copy(update={"resolved": {}})
@@ -106,8 +107,8 @@ def test_numbers_that_python_does_not_have_are_refused(value: object) -> None:
 
 
 @pytest.mark.slow
-def test_samples_are_those_of_the_command(digits: TrainedRun, moons: TrainedRun, tmp_path: Path) -> None:
-    def made(run: TrainedRun, count: int, *words: str) -> np.ndarray:
+def test_samples_are_those_of_the_command(digits: LoadedRun, moons: LoadedRun, tmp_path: Path) -> None:
+    def made(run: LoadedRun, count: int, *words: str) -> np.ndarray:
         done = call("sample", run.folder, "--format", "npz", "--nfe", "2", "--out", tmp_path, "--count", count, *words)
         with np.load(done.out.strip()) as archive:
             return archive["arr_0"]
@@ -127,7 +128,7 @@ def test_samples_are_those_of_the_command(digits: TrainedRun, moons: TrainedRun,
     assert points.abs().max() > 1  # and points are left where they are
 
 
-def test_samples_by_default(digits: TrainedRun) -> None:
+def test_samples_by_default(digits: LoadedRun) -> None:
     own = digits.spec.sample
     assert len(digits.sample()) == DEFAULT_COUNT
     assert len(digits.sample([1, 2, 3])) == 3
@@ -143,7 +144,7 @@ def test_samples_by_default(digits: TrainedRun) -> None:
 
 
 def test_a_count_that_leaves_some_out_is_refused_from_python_and_the_command_line(
-    digits: TrainedRun, tmp_path: Path
+    digits: LoadedRun, tmp_path: Path
 ) -> None:
     said = "count = 1 is less than the 2 labels"
     with pytest.raises(dumo.UserError, match=said):
@@ -154,7 +155,7 @@ def test_a_count_that_leaves_some_out_is_refused_from_python_and_the_command_lin
         sample_to_files(digits, tmp_path / "samples", count=1, prompts=["a dog", "a cat"])
 
 
-def test_classes_have_the_names_that_labels_take(digits: TrainedRun, moons: TrainedRun) -> None:
+def test_classes_have_the_names_that_labels_take(digits: LoadedRun, moons: LoadedRun) -> None:
     assert digits.classes == tuple("0123456789")
     assert moons.classes == ()
     assert torch.equal(digits.sample(labels=digits.classes[3:5], nfe=1), digits.sample([3, 4], nfe=1))
@@ -166,7 +167,7 @@ def test_recipes_are_listed_as_by_the_command() -> None:
     assert (first["name"], first["base"]) == ("digits", None)
 
 
-def test_a_metric_of_ones_own_stands_in_the_rows_that_are_returned(digits: TrainedRun) -> None:
+def test_a_metric_of_ones_own_stands_in_the_rows_that_are_returned(digits: LoadedRun) -> None:
     def brightness(x: torch.Tensor) -> torch.Tensor:
         assert x.shape == (500, 1, 8, 8)
         assert x.abs().max() <= 1
@@ -182,7 +183,7 @@ def test_a_metric_of_ones_own_stands_in_the_rows_that_are_returned(digits: Train
         digits.evaluate(nfe=1, metrics={"nfe": lambda x: 0.0})
 
 
-def test_runs_are_compared_as_by_the_command(digits: TrainedRun) -> None:
+def test_runs_are_compared_as_by_the_command(digits: LoadedRun) -> None:
     digits.evaluate()
     rows = dumo.compare([digits])["rows"]
     assert rows == call("compare", digits.folder, "--json").json["rows"]
@@ -191,7 +192,7 @@ def test_runs_are_compared_as_by_the_command(digits: TrainedRun) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_opened_otherwise_is_compared_by_its_own_evaluation(digits: TrainedRun, tmp_path: Path) -> None:
+def test_a_run_opened_otherwise_is_compared_by_its_own_evaluation(digits: LoadedRun, tmp_path: Path) -> None:
     folder = shutil.copytree(digits.folder, tmp_path / "run")
     run = dumo.load(folder, device="cpu")
     other = dumo.load(folder, weights=run.checkpoint.path / "net", device="cpu")
@@ -205,7 +206,7 @@ def test_a_run_opened_otherwise_is_compared_by_its_own_evaluation(digits: Traine
 
 
 @pytest.mark.slow
-def test_a_run_is_exported_as_by_the_command(digits: TrainedRun, tmp_path: Path) -> None:
+def test_a_run_is_exported_as_by_the_command(digits: LoadedRun, tmp_path: Path) -> None:
     made = digits.export(tmp_path / "python")
     assert made == tmp_path / "python"
     assert call("export", digits.folder, tmp_path / "shell").code == 0
@@ -215,7 +216,7 @@ def test_a_run_is_exported_as_by_the_command(digits: TrainedRun, tmp_path: Path)
         assert (made / file).read_bytes() == (tmp_path / "shell" / file).read_bytes()
 
 
-def test_the_weights_that_were_given_are_exported(digits: TrainedRun, tmp_path: Path) -> None:
+def test_the_weights_that_were_given_are_exported(digits: LoadedRun, tmp_path: Path) -> None:
     file = tmp_path / "doubled.safetensors"
     save_file({name: 2 * x for name, x in load_weights(digits.file).items()}, file)
     out = dumo.load(digits.folder, weights=file, device="cpu").export(tmp_path / "out")
@@ -224,7 +225,7 @@ def test_the_weights_that_were_given_are_exported(digits: TrainedRun, tmp_path: 
         assert torch.equal(x, load_file(file)[name])
 
 
-def test_an_export_has_what_is_set_from_python_and_the_command_line(digits: TrainedRun, tmp_path: Path) -> None:
+def test_an_export_has_what_is_set_from_python_and_the_command_line(digits: LoadedRun, tmp_path: Path) -> None:
     """And no evaluation that was of what the run has."""
     digits.evaluate(nfe=1)
     dumo.load(digits.folder, {"sample.solver.m": 0.25}, device="cpu").export(tmp_path / "python")
@@ -234,7 +235,7 @@ def test_an_export_has_what_is_set_from_python_and_the_command_line(digits: Trai
         assert "What it measured" not in (out / "README.md").read_text("utf-8")
 
 
-def test_a_reading_is_the_nets(digits: TrainedRun) -> None:
+def test_a_reading_is_the_nets(digits: LoadedRun) -> None:
     x, c, t = torch.randn(2, 1, 8, 8), torch.tensor([0, 9]), torch.tensor([0.3, 1.0])
     v, u = digits.net(x, c, t=t)
     assert isinstance(digits.readings, Readings)
@@ -247,7 +248,7 @@ def test_a_reading_is_the_nets(digits: TrainedRun) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_says_what_it_is_and_goes_on(digits: TrainedRun, moons: TrainedRun) -> None:
+def test_a_run_says_what_it_is_and_goes_on(digits: LoadedRun, moons: LoadedRun) -> None:
     assert (digits.step, digits.device.type, digits.codec, digits.net.training) == (2, "cpu", None, False)
     assert digits.spec == load(str(digits.folder))
     last = digits.folder / "checkpoints/step-00000002/net"
@@ -256,7 +257,7 @@ def test_a_run_says_what_it_is_and_goes_on(digits: TrainedRun, moons: TrainedRun
     assert (again.step, again.folder) == (3, moons.folder)
 
 
-def test_a_home_is_found(digits: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_is_found(digits: LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(digits.folder.parent))
     assert dumo.load("~/digits").folder == digits.folder
     assert dumo.load("$HOME/digits").folder == digits.folder
@@ -268,7 +269,7 @@ def test_a_home_is_found(digits: TrainedRun, tmp_path: Path, monkeypatch: pytest
     assert run.folder == tmp_path / "moons"
 
 
-def test_a_run_is_judged_and_reported(digits: TrainedRun) -> None:
+def test_a_run_is_judged_and_reported(digits: LoadedRun) -> None:
     found = digits.evaluate(nfe=1, seed=3)
     assert [row["nfe"] for row in found["results"]] == [1]
     assert json.loads(Path(found["file"]).read_text()) == found

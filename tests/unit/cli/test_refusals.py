@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dumo
-from dumo.run.trained import TrainedRun
+from dumo.cli.api import LoadedRun
 from e2e.shell import call, tree
 
 REFUSALS = [
@@ -67,7 +67,7 @@ def test_it_is_refused_and_nothing_is_written(
 
 NOISE = torch.zeros(2, 1, 8, 8)
 # Called with digits-trained.
-API_REFUSALS: list[tuple[Callable[[TrainedRun], object], str, type[Exception]]] = [
+API_REFUSALS: list[tuple[Callable[[LoadedRun], object], str, type[Exception]]] = [
     # Arguments that would otherwise be ignored.
     (lambda run: run.sample([3], prompts="a cat"), "prompts", dumo.UserError),
     (lambda run: run.sample(source="x.png"), "source", dumo.UserError),
@@ -100,17 +100,17 @@ API_REFUSALS: list[tuple[Callable[[TrainedRun], object], str, type[Exception]]] 
 
 
 @pytest.fixture(scope="module")
-def run() -> TrainedRun:
+def run() -> LoadedRun:
     """A run that ships with dumo."""
     return dumo.load("digits-trained", device="cpu")
 
 
 @pytest.mark.parametrize(("ask", "name", "exception"), API_REFUSALS)
 def test_an_argument_is_refused(
-    ask: Callable[[TrainedRun], object],
+    ask: Callable[[LoadedRun], object],
     name: str,
     exception: type[Exception],
-    run: TrainedRun,
+    run: LoadedRun,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

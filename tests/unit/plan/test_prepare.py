@@ -11,13 +11,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 import dumo
+from dumo.cli.api import LoadedRun
 from dumo.data import Digits, Moons
 from dumo.data import memory as of_data
 from dumo.flow.guide import Guide
 from dumo.nets import module as of_nets
 from dumo.objectives import FlowMatching, MeanFlow
 from dumo.plan.prepare import prepare
-from dumo.run.trained import TrainedRun
 from dumo.runtime import signals
 from dumo.runtime.progress import no_bar
 from dumo.training.metrics import StepMetrics
@@ -46,7 +46,7 @@ class Net(nn.Module):
         return heads[0] if self.bare else heads
 
 
-def train(tmp_path: Path, **parts: Any) -> TrainedRun:  # noqa: ANN401
+def train(tmp_path: Path, **parts: Any) -> LoadedRun:  # noqa: ANN401
     parts.setdefault("changes", STEPS)
     return dumo.train(out=tmp_path / "run", device="cpu", **parts)
 

@@ -1,4 +1,4 @@
-"""`main(RANK, FILE)` is one of two processes that gather their samples. They meet in FILE. See test_sampler.py."""
+"""`main(RANK, FILE)` is one of two processes that gather their samples. They meet in FILE. See test_trained.py."""
 
 import torch
 
