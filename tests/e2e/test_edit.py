@@ -53,9 +53,10 @@ def test_the_rows_are_what_the_pipeline_makes_of_the_images(case: Case) -> None:
     mapped = load_run(str(case.run), ["net.texts.memory=0"], device="cpu")
     files = [*(case.folder / "before" / f"{i}.png" for i in range(len(CAPTIONS))), case.image]
     for where in (case.opened, mapped):
-        assert where.texts
+        texts = prompt.texts_of(where.net)
+        assert texts
         c = torch.cat([torch.arange(len(CAPTIONS)), where.conditions(prompts=[PROMPT], source=case.image)])
-        rows = where.texts.sources(c)
+        rows = texts.sources(c)
         assert rows is not None
         for row, file in zip(rows, files, strict=True):
             pixels = pipe.image_processor.preprocess(Image.open(file))
