@@ -79,8 +79,8 @@ def test_it_begins_as_the_few_step_run_and_trains_its_own_adapters_alone(sd3: Pe
     held = load(after.file)
     assert held.keys() == {n for n in after.net.state_dict() if ".subject." in n}
     assert all(x.any() for name, x in held.items() if "lora_B" in name and "attn.to_q" in name)
-    x, t = torch.randn(2, *after.run.data.shape), torch.tensor([0.3, 0.9])
-    c, own = (torch.tensor([one.run.conditions.names.index(text) for text in CAPTIONS[:2]]) for one in (before, after))
+    x, t = torch.randn(2, *after.spec.data.shape), torch.tensor([0.3, 0.9])
+    c, own = (torch.tensor([one.spec.conditions.names.index(text) for text in CAPTIONS[:2]]) for one in (before, after))
     with torch.no_grad(), after.net.base():  # pyright: ignore
         base = after.net(x, own, t=t)
     with torch.no_grad():

@@ -155,7 +155,7 @@ def test_encoding_ahead_fills_the_cache_that_training_reads(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if it was copied to another place, where there is no encoder."""
-    recipe, trained = home / "words.yaml", next((home / "run" / "checkpoints").glob("*/net.safetensors"))
+    recipe, trained = home / "words.yaml", next((home / "run" / "checkpoints").glob("*/net/00000.safetensors"))
     root = f"net.texts.root={tmp_path / 'texts'}"
     (folder,) = (home / "texts").iterdir()
     done = call("encode", recipe, "--set", root)
@@ -167,7 +167,7 @@ def test_encoding_ahead_fills_the_cache_that_training_reads(
     lost = ("--set", root, "--set", f"net.texts.encoder.source={tmp_path / 'nowhere'}")
     monkeypatch.setattr(TextEncoder, "open", None)
     assert call("train", recipe, "--out", tmp_path / "run", *lost).code == 0
-    (again,) = (tmp_path / "run" / "checkpoints").glob("*/net.safetensors")
+    (again,) = (tmp_path / "run" / "checkpoints").glob("*/net/00000.safetensors")
     assert again.read_bytes() == trained.read_bytes()
 
 
@@ -181,7 +181,7 @@ def test_other_captions_and_another_use_of_the_encoder_are_encoded_and_trained_o
         fresh = ("--set", f"net.texts.root={tmp_path / f'fresh{i}'}")
         assert call("train", recipe, "--out", tmp_path / f"new{i}", *fresh, *fields).code == 0
         one, other = (
-            load(next((tmp_path / f"{run}{i}" / "checkpoints").glob("*/net.safetensors"))) for run in ("old", "new")
+            load(next((tmp_path / f"{run}{i}" / "checkpoints").glob("*/net/00000.safetensors"))) for run in ("old", "new")
         )
         assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in other)
     assert there.items() <= files(tmp_path / "texts").items()
