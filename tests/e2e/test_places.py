@@ -61,7 +61,7 @@ def test_a_run_keeps_to_what_it_began_with(home: Path, monkeypatch: pytest.Monke
     assert data.codec.weights == str(home / "models" / WEIGHTS)  # pyright: ignore
     assert (data.root, data.images.root) == (str(home / "cache"), str(home / "images"))  # pyright: ignore
     assert "$PRETRAINED" in call("show", "recipe.yml").out
-    again = ("train", home / "recipe.yml", "--out", home / "run", *sets("train.steps=3"))
+    again = ("train", home / "run", *sets("train.steps=3"))
     monkeypatch.setenv("PRETRAINED", str(home / "elsewhere"))
     assert sampled("run") == wanted
     monkeypatch.delenv("PRETRAINED")

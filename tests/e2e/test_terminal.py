@@ -96,14 +96,13 @@ def test_interrupts(
 def test_a_stopped_training_is_resumed_by_its_folder(
     here: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """--from typed again would go back once more."""
     shutil.copytree(trained["moons"], "run")
 
     def stop(*_: object, **__: object) -> None:
         raise signals.Stopped(signal.SIGTERM)
 
     monkeypatch.setattr(Trainer, "train", stop)
-    done = call("train", "run", "--from", "20")
+    done = call("train", "run")
     assert done.code == 128 + signal.SIGTERM
     assert done.err.endswith("stopped by SIGTERM; resume with:  dumo train run\n")
 

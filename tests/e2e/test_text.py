@@ -181,7 +181,8 @@ def test_other_captions_and_another_use_of_the_encoder_are_encoded_and_trained_o
         fresh = ("--set", f"net.texts.root={tmp_path / f'fresh{i}'}")
         assert call("train", recipe, "--out", tmp_path / f"new{i}", *fresh, *fields).code == 0
         one, other = (
-            load(next((tmp_path / f"{run}{i}" / "checkpoints").glob("*/net/00000.safetensors"))) for run in ("old", "new")
+            load(next((tmp_path / f"{run}{i}" / "checkpoints").glob("*/net/00000.safetensors")))
+            for run in ("old", "new")
         )
         assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in other)
     assert there.items() <= files(tmp_path / "texts").items()

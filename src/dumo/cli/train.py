@@ -77,10 +77,6 @@ def train(
         _agree(prepared.proposal, ask=not yes)
         began = time.perf_counter()
 
-    # A path may be taken for a file, a run or images, so print which it was.
-    if prepared.meaning:
-        print_line(f"source: {prepared.meaning}")
-
     # Train it.
     opened = open_trainer(
         prepared.path,
@@ -95,6 +91,9 @@ def train(
     run_folder = prepared.path
     with opened as trainer, tracked(trainer, track):
         run = trainer.run
+        # A path may be taken for a file, a run or images, so print which it was.
+        if prepared.meaning:
+            print_line(f"source: {prepared.meaning}")
         less_memory = f"set train.micro_batch below {run.train.micro_batch or run.train.batch}"
         if run.net.checkpoint is False:
             less_memory += ", or net.checkpoint=true in a new run"

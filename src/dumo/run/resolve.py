@@ -132,9 +132,14 @@ def data_with_facts(data: Data) -> Data:
 def find_commits(spec: Spec, before: Spec | None = None) -> dict[str, str]:
     """For each field that names something on the Hub, the name with its commit: the newest, or that of `before`.
 
-    `before` is the run that `spec` goes on with. A data set of which there is a local copy is left out.
+    `before` is the run that `spec` goes on with. A data set of which there is a local copy is left out. A run is
+    checked first, by the configs that ship with dumo and the images that are here: a download may take hours.
     """
     places_before = dict(places(before)) if before else {}
+    if isinstance(spec, Run) and before is None:
+        check_built(spec)
+        if isinstance(spec.data, Latents):
+            data_with_facts(spec.data)
     commits: dict[str, str] = {}
     for field, text, extra in _places(spec):
         kind = extra.get("hub")
