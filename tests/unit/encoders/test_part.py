@@ -23,6 +23,7 @@ from dumo.encoders.part import (
 from dumo.encoders.pipeline import TRANSFORMER, VAE, Pipeline
 from dumo.encoders.pipeline import _choose_files as choose_pipeline_files
 from dumo.nets import Pretrained
+from dumo.nets.family import find_family
 from dumo.nets.pretrained import model_weights
 from dumo.nets.rows import Codes
 from dumo.nets.text import PipelineTexts
@@ -112,11 +113,13 @@ def opened(folder: Path) -> list[torch.Tensor]:
     """Numbers of all that is opened of a pipeline: of its model, its autoencoder and its text encoders."""
     pipeline = Pipeline(source=str(folder))
     net = Pretrained(texts=Codes()).within(pipeline)
+    config = pipeline.config(TRANSFORMER)
     with torch.device("cpu"):
-        model = net.load_model(pipeline.config(TRANSFORMER))
+        _, stored = net.load_model(config, find_family(config, pipeline.class_name))
     vae: Any = PipelineVae().within(pipeline).open().net
     texts = PipelineTexts(root=str(folder / "texts"), dtype="float32").within(pipeline).reader_spec.open()(["a dog"])
-    return [*model.state_dict().values(), *vae.net.state_dict().values(), texts.tokens]
+    weights = [stored[name].float() for name in sorted(stored)]
+    return [*weights, *vae.net.state_dict().values(), texts.tokens]
 
 
 def saved_again(folder: Path, to: Path, *, variant: str | None, shard_size: str) -> Path:

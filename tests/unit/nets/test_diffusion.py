@@ -18,7 +18,7 @@ from dumo.flow.precision import Precision
 from dumo.flow.slope import DualSlope, JvpSlope, Slope
 from dumo.nets import Pretrained
 from dumo.nets.adapter import Lora, adapters
-from dumo.nets.dualized import Dualized
+from dumo.nets.dualized import Dualized, time_embedder_paths
 from dumo.nets.family import FAMILIES, PIXART, PIXART_ALPHA, Family, find_family
 from dumo.objectives import DuMo
 from dumo.run import cost, memory
@@ -163,7 +163,7 @@ def test_adapters_leave_the_model_as_it_is(folder: Saved, name: str) -> None:
         begun = net(x, c, t=t)
     step(net)
     moved = {name for name, w in net.state_dict().items() if not torch.equal(w, before[name])}
-    ours = ("heads.", *(f"model.{path}." for path in net._time_embedder_paths()))
+    ours = ("heads.", *(f"model.{path}." for path in time_embedder_paths(net.model, net.family)))
     assert moved
     assert all("lora_" in name or name.startswith(ours) for name in moved)
     with net.base():
@@ -199,7 +199,7 @@ def test_convolutions_have_adapters_by_choice(folder: Saved, name: str) -> None:
     found = {path for path, layer in net.model.named_modules() if id(layer) in mine and layer.weight.ndim == 4}
     kinds = {re.sub(r"\.\d+", "", path).rpartition("s.")[2] for path in found}
     assert kinds >= {"conv1", "conv2", "conv_shortcut", "conv"}
-    assert len(found) + 2 == sum(w.ndim == 4 for w in folder(name).load_model(net.config).parameters())
+    assert len(found) + 2 == sum(w.ndim == 4 for w in folder(name).load_model(net.config, net.family)[1].values())
     step(net)
     assert all(layer.lora_B["default"].weight.any() for layer in adapters(net.model))
 
@@ -335,7 +335,7 @@ def test_cuts_of_sdxl_are_trained_and_exported(cut: str, lora: Lora | None, tmp_
 def test_sizes_stay_where_time_is_cut(folder: Saved, name: str) -> None:
     """The low-pass is of the embedder of time alone, and blocks include the middle of a UNet."""
     net = built(folder(name), lowpass=10.0)
-    assert net._time_embedder_paths() == ["time_embedding"]
+    assert time_embedder_paths(net.model, net.family) == ["time_embedding"]
     assert len(net.lowpass_fits) == 1
     assert any(block is net.model.mid_block for block in net.blocks)
 

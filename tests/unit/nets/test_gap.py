@@ -14,7 +14,7 @@ from dumo.flow.times import Jumps, Pair
 from dumo.io.deferred import load_parameters
 from dumo.nets import Pretrained, lowpass
 from dumo.nets.adapter import Lora
-from dumo.nets.dualized import Dualized
+from dumo.nets.dualized import Dualized, time_embedder_paths
 from dumo.nets.gap import fit_fixed_times
 from dumo.objectives import LSD, RCGM, DuMoAny, MeanFlow, Several
 from dumo.types import Frozen, Needs, Objective
@@ -209,7 +209,7 @@ def test_the_stock_model_has_both_times_of_fixed_passes(folder: Saved, name: str
         assert apart(asked(name, model, x, c, t), wanted) < 1e-5
         assert apart(asked(name, net.single_head_model("u", merged=lora is not None), x, c, t), wanted) > 1e-4
         assert apart(asked(name, model, x, c, t), net(x, c, t=t, r=r + 0.15)[0]) > 1e-4
-    layer = lowpass.linear_layers(net.model.get_submodule(net._time_embedder_paths()[0]))[2]
+    layer = lowpass.linear_layers(net.model.get_submodule(time_embedder_paths(net.model, net.family)[0]))[2]
     assert torch.linalg.matrix_rank((found.layer.weight - layer.weight).detach(), rtol=1e-4) <= found.passes == 3
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import transformers_tiny as tiny
-from dumo.nets.dualized import Dualized
+from dumo.nets.dualized import Dualized, time_embedder_paths
 from dumo.nets.family import FAMILIES
 from dumo.nets.lowpass import LowpassFit, MaskedLinear, cut, frequencies, linear_layers, refit, waves
 from dumo.nets.pretrained import Pretrained
@@ -36,7 +36,7 @@ def dualized(name: str, limit: float | None = None, *, smooth: bool = False) -> 
         guidance=GUIDANCE.get(name),
     )
     turn = row.max_frequency(model.config)
-    for path in net._time_embedder_paths():
+    for path in time_embedder_paths(net.model, net.family):
         embedder = model.get_submodule(path)
         if smooth:
             slow(linear_layers(embedder)[1], turn)
@@ -61,7 +61,7 @@ def test_waves_are_those_that_the_model_makes(name: str) -> None:
     net = dualized(name)
     x, c, t = batch()
     count = 1 - t if net.family.has_reversed_time else t
-    for path in net._time_embedder_paths():
+    for path in time_embedder_paths(net.model, net.family):
         _, first, _ = linear_layers(net.model.get_submodule(path))
         seen: list[Tensor] = []
         first.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
@@ -90,7 +90,7 @@ def test_a_smooth_net_stays_what_it_is(name: str) -> None:
 def test_what_is_cut_stays_cut() -> None:
     """Whatever moves the columns, the net does not see it; and no step of AdamW, decay included, moves them."""
     net = dualized("sd3")
-    fit = lowpass(net.model.get_submodule(path := net._time_embedder_paths()[0]), 1000.0, 10.0)
+    fit = lowpass(net.model.get_submodule(path := time_embedder_paths(net.model, net.family)[0]), 1000.0, 10.0)
     assert (fit.kept, fit.waves, fit.limit) == (128, 256, 10.0)
     assert fit.error is not None
     assert f"{100 * fit.error:.2g} %" in str(fit)

@@ -24,7 +24,7 @@ from dumo.io.deferred import load_parameters
 from dumo.nets import Pretrained
 from dumo.nets.adapter import Lora
 from dumo.nets.checkpointing import mark_recomputed, run_as_marked
-from dumo.nets.dualized import Dualized
+from dumo.nets.dualized import Dualized, time_embedder_paths
 from dumo.nets.lowbit import HalfLinear
 from dumo.nets.rows import Codes
 from dumo.objectives import DuMo, FlowMatching
@@ -203,7 +203,7 @@ def test_adapters_leave_the_model_as_it_is(folder: Saved, name: str) -> None:
     before = copy.deepcopy(net.state_dict())
     step(net)
     moved = {name for name, w in net.state_dict().items() if not torch.equal(w, before[name])}
-    ours = ("heads.", *(f"model.{path}." for path in net._time_embedder_paths()))
+    ours = ("heads.", *(f"model.{path}." for path in time_embedder_paths(net.model, net.family)))
     assert moved
     assert all("lora_" in name or name.startswith(ours) for name in moved)
     assert not torch.allclose(net(x, c, t=t)[1], old, atol=1e-4)
@@ -313,7 +313,7 @@ def test_times_are_not_rounded_in_bf16(folder: Saved, name: str) -> None:
     t = torch.tensor([0.7, 0.7])
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         seen: list[Tensor] = []
-        part = net.model.get_submodule(net._time_embedder_paths()[0])
+        part = net.model.get_submodule(time_embedder_paths(net.model, net.family)[0])
         handle = part.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         for shift in (0.0, 1e-4):
             net(x, c, t=t + shift)
