@@ -278,7 +278,9 @@ def test_a_page_proposes_what_can_be_typed() -> None:
     done = untrained("digits", "train.steps=1")
     assert next_command(done, report.PageParts()) == "dumo evaluate runs/untrained"
     name = "digits-trained"
-    shipped = replace(done, run_folder=RunFolder(trained.folder(name)), own_output=Path(name))
+    shipped = replace(
+        done, run_folder=RunFolder(trained.folder(name)), own_output=Path(name), lasting_name=f"dumo:{name}"
+    )
     evaluations = judgement.read_judgements(load_run(name))
     assert next_command(shipped, report.PageParts(evaluations=evaluations)) == f"dumo sample dumo:{name}"
     command = next_command(untrained("digits", "objective={kind: contract.outside:Outside}"), report.PageParts())
