@@ -84,12 +84,6 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def free_bytes(path: Path) -> int:
-    """The free bytes on the disk of a file or folder, which need not exist yet."""
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    return shutil.disk_usage(existing).free
-
-
 def flush(path: Path) -> None:
     """Wait until a file's bytes, or a folder's names, are on the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -78,7 +78,7 @@ def is_hub_name(text: str) -> bool:
 
 def repository_of(name: str) -> str:
     """OWNER/NAME of a name with or without a commit."""
-    return name.partition("@")[0]
+    return _split(name)[0]
 
 
 def local_copy(name: str) -> Path | None:

@@ -132,15 +132,13 @@ def data_with_facts(data: Data) -> Data:
 def find_commits(spec: Spec, before: Spec | None = None) -> dict[str, str]:
     """For each field that names something on the Hub, the name with its commit: the newest, or that of `before`.
 
-    `before` is the run that `spec` goes on with. A data set of which there is a local copy is left out. A run is
-    checked first, by the configs that ship with dumo and the images that are here: a download may take hours.
+    `before` is the run that `spec` goes on with. A data set of which there is a local copy is left out. Before the Hub
+    is asked, a run is checked by the configs that ship with dumo and the images that are here: a download may take
+    hours.
     """
     places_before = dict(places(before)) if before else {}
-    if isinstance(spec, Run) and before is None:
-        check_built(spec)
-        if isinstance(spec.data, Latents):
-            data_with_facts(spec.data)
     commits: dict[str, str] = {}
+    unpinned: dict[str, tuple[str, hub.Kind]] = {}
     for field, text, extra in _places(spec):
         kind = extra.get("hub")
         if kind is None or not hub.is_hub_name(text) or (kind == "dataset" and hub.local_copy(text)):
@@ -149,7 +147,12 @@ def find_commits(spec: Spec, before: Spec | None = None) -> dict[str, str]:
         if hub.repository_of(known) == text:
             commits[field] = known
         else:
-            commits[field] = hub.pin(text, "dataset" if kind == "dataset" else "model")
+            unpinned[field] = text, "dataset" if kind == "dataset" else "model"
+    if unpinned and isinstance(spec, Run):
+        check_built(spec)
+        data_with_facts(spec.data)
+    for field, (name, kind) in unpinned.items():
+        commits[field] = hub.pin(name, kind)
     return commits
 
 

@@ -8,7 +8,7 @@ gets its mode back. Ranks sample together, each some of the images, so that no r
 leaves out is drawn when the run resumes from that step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -60,10 +60,12 @@ class RenderSheets(Hook):
 
     def before_training(self, trainer: "Trainer") -> None:
         """Draw what is due at the step that the run resumes from, and missing."""
+        missing: list[tuple[Path, int]] = []
         if trainer.state.step:
             for file, nfe in self._sheets_due(trainer):
                 if agreement.on_main_rank(lambda file=file: not file.exists()):
-                    self._render_sheet(trainer, file, nfe)
+                    missing.append((file, nfe))
+        self._render_sheets(trainer, missing)
 
     def after_step(self, trainer: "Trainer", metrics: StepMetrics) -> None:
         """Draw what is due after this step.
@@ -73,8 +75,7 @@ class RenderSheets(Hook):
         """
         if metrics.received_signal is None:
             with signals.uninterrupted():
-                for file, nfe in self._sheets_due(trainer):
-                    self._render_sheet(trainer, file, nfe)
+                self._render_sheets(trainer, list(self._sheets_due(trainer)))
 
     def _sheets_due(self, trainer: "Trainer") -> Iterator[tuple[Path, int]]:
         """Yield the file of each sheet that is drawn after this step, and its NFE."""
@@ -83,10 +84,17 @@ class RenderSheets(Hook):
             for nfe in self.run.sample.nfe:
                 yield trainer.folder.path / "sheets" / f"step-{step:08d}-nfe{nfe}.png", nfe
 
-    def _render_sheet(self, trainer: "Trainer", file: Path, nfe: int) -> None:
+    def _render_sheets(self, trainer: "Trainer", sheets: Sequence[tuple[Path, int]]) -> None:
+        """Sample and draw the sheets of a step, files and NFE. They share an autoencoder, which is freed after them."""
+        if not sheets:
+            return
+        trained = TrainedRun(self.run, trainer.folder, trainer.state.sampled_net, trainer.state.step)
+        for file, nfe in sheets:
+            self._render_sheet(trainer, trained, file, nfe)
+
+    def _render_sheet(self, trainer: "Trainer", trained: TrainedRun, file: Path, nfe: int) -> None:
         """Sample and draw one sheet. Every rank must call it. A full disk ends no training here."""
         run = self.run
-        trained = TrainedRun(run, trainer.folder, trainer.state.sampled_net, trainer.state.step)
         x = self.sample(trained, nfe, len(self.c))
         if dist.is_main():
             rows = trained.to_file_rows(trained.decode(x))
