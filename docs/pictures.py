@@ -22,12 +22,12 @@ from dumo.flow.sampling import labels_in_turn
 from dumo.io import picture
 from dumo.lab.plan import Plan, read_plan
 from dumo.lab.reproduce import VIEWS, View
-from dumo.lab.table import main_score
+from dumo.lab.result_table import main_score
 from dumo.report import chart
 from dumo.run.judge import reference_data
 from dumo.run.trained import TrainedRun
 from dumo.run.weights import load_run
-from dumo.runtime.text import nfe_text
+from dumo.runtime.formatting import nfe_text
 
 DOCS = Path(__file__).parent
 CHARTED = ("best", "fair", "fig4a", "fig4c", "scaling", "stages", "stages-latents", "zoo")

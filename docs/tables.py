@@ -20,7 +20,7 @@ from typing import Any
 from dumo.config.load import load
 from dumo.lab.plan import read_plan
 from dumo.lab.ranking import ArmScore, is_level
-from dumo.lab.table import average_rows, error_of_mean, main_score, rows_of_all_passes
+from dumo.lab.result_table import average_rows, error_of_mean, main_score, rows_of_all_passes
 
 DOCS = Path(__file__).parent
 MODELS = DOCS.parent / "src/dumo/trained"

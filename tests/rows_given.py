@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dumo.encoders.textcache import StoredRow
 from dumo.nets.learned import LearnedTexts, TokenTexts
-from dumo.nets.rows import Rows, TextSizes
+from dumo.nets.text_rows import Rows, TextSizes
 
 Read = Callable[[Sequence[str]], list[StoredRow]]
 

@@ -12,7 +12,7 @@ from dumo.runtime.progress import Bar, ignore_line, no_bar
 from dumo.training.duration import Timing
 from dumo.training.metrics import StepMetrics
 from dumo.training.micro_batch import rows_of_rank
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.training.state import State
 
 

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import transformers_tiny as tiny
-from dumo.encoders.pipeline import Pipeline
+from dumo.encoders.pipeline_folder import Pipeline
 from dumo.nets import Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES
-from dumo.nets.rows import Codes, Rows
+from dumo.nets.text_rows import Codes, Rows
 from dumo.types import Needs, Spec
 from rows_given import given_rows
 

@@ -295,9 +295,9 @@ def _names_to_record(ways: Sequence[str], patterns: Sequence[str]) -> list[str]:
 
     Ends the program for a pattern that nothing has.
     """
-    from dumo.config import recipes
+    from dumo.config import recipe_files
 
-    names = [*recipes.names(), *ways]
+    names = [*recipe_files.names(), *ways]
     if not patterns:
         return names
     unknown = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]

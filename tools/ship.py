@@ -1,4 +1,4 @@
-"""Make a trained run one that ships with dumo (`dumo.run.shipped`): python tools/ship.py runs/digits digits-trained.
+"""Make a trained run one that ships with dumo (`dumo.run.read_only`): python tools/ship.py runs/digits digits-trained.
 
 Run `dumo evaluate` on the run first: its scores go on the card. Then complete the card by hand with the licences of the
 data and of a decoder.
@@ -17,7 +17,7 @@ from dumo.evaluation import stored
 from dumo.evaluation.measures import features_of
 from dumo.evaluation.stored import StoredFeatures
 from dumo.export.write import export
-from dumo.io import trained
+from dumo.io import run_places
 from dumo.run.judge import reference_data
 from dumo.run.weights import load_run
 
@@ -29,7 +29,7 @@ def ship(run_folder: str, name: str) -> None:
     """Export the run to the folder NAME among those that ship with dumo, and evaluate it there."""
     # Export the weights in half precision.
     run = load_run(run_folder, device="cpu")
-    folder = export(run, trained.folder(name), dtype="float16", name=name)
+    folder = export(run, run_places.folder(name), dtype="float16", name=name)
 
     # Store the features of the images that an evaluation compares with, if these do not ship with dumo.
     evaluation = run.spec.evaluate

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Generator
 
-from dumo.io.source import TensorData
+from dumo.io.data_source import TensorData
 from dumo.objectives.base import (
     Cond,
     DualSlope,

@@ -16,7 +16,7 @@ import pytest
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from dumo.config import recipes
+from dumo.config import recipe_files
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.data import Memory
@@ -92,7 +92,7 @@ def classes() -> tuple[type[BaseModel], ...]:
 
 def examples() -> Iterator[tuple[str, Run]]:
     """Every packaged recipe, and every command of the documentation that sets a field of one."""
-    names = recipes.names()
+    names = recipe_files.names()
     yield from ((name, recipe(name)) for name in names)
     for page in PAGES:
         for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):

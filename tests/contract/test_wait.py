@@ -21,10 +21,10 @@ from dumo.flow.path import Linear
 from dumo.flow.slope import JvpSlope
 from dumo.objectives import DuMo
 from dumo.testing.network import randomise
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.training.state import begin
 from dumo.types import Objective
-from dumo.types.rows import to_device
+from dumo.types.batch_rows import to_device
 from trained import ToyTrainer
 from unit.training.toy import flow_of
 

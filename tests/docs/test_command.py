@@ -13,7 +13,7 @@ import typer
 
 from docs.page import PAGES, dumos, inline, lines
 from dumo.cli import app
-from dumo.config import recipes
+from dumo.config import recipe_files
 from dumo.config.load import load
 
 READERS = re.compile(r"\$|mine:|any_step|=sd35")  # values that are files or classes of the reader's
@@ -32,7 +32,7 @@ def check(words: list[str]) -> None:
         if not args:  # only named
             return
         context = context if hasattr(command, "resolve_command") else command.make_context(name, args)
-    if (source := context.params.get("source")) in recipes.names():
+    if (source := context.params.get("source")) in recipe_files.names():
         load(source, [field for field in context.params.get("set_") or () if not READERS.search(field)])
 
 

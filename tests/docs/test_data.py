@@ -5,7 +5,7 @@ import re
 import pytest
 
 from docs.page import ROOT, lines
-from dumo.config import recipes
+from dumo.config import recipe_files
 from dumo.encoders import inception
 from dumo.encoders.autoencoder import DcAe, SdVae
 from dumo.evaluation.reference import STANDARDS
@@ -15,7 +15,7 @@ TEXT = PAGE.read_text(encoding="utf-8")
 
 
 def test_every_variable_that_a_recipe_reads_is_told() -> None:
-    read = {name for recipe in recipes.names() for name in re.findall(r"\$([A-Z_]+)", recipes.text(recipe))}
+    read = {name for recipe in recipe_files.names() for name in re.findall(r"\$([A-Z_]+)", recipe_files.text(recipe))}
     told = TEXT + (ROOT / "docs/install.md").read_text(encoding="utf-8")
     assert read
     assert [name for name in sorted(read) if name not in told] == []

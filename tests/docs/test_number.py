@@ -20,8 +20,8 @@ from dumo.flow.slope import CentralSlope, DualSlope
 from dumo.flow.times import Beta, Dyadic, LogitNormal, Pair
 from dumo.nets import DiT
 from dumo.objectives import DuMo, Objective
-from dumo.run.cost import forward_units
 from dumo.run.examination import example_point, slope_errors
+from dumo.run.flops import forward_units
 from dumo.types import Frozen, Spec
 from tiers import tiered
 

@@ -26,10 +26,10 @@ from torch import Tensor
 
 import encoders
 from autoencoder import taef2
-from dumo.config import recipes
+from dumo.config import recipe_files
 from dumo.data import Latents
-from dumo.io import digest, weights
-from dumo.run import encode
+from dumo.io import digest, tensor_files
+from dumo.run import fill_caches
 from e2e.shell import Done, call, files, sets
 
 COUNT, SHARD = 24, 8  # images, and those in a shard
@@ -92,9 +92,9 @@ CODEC = ["data.codec.weights=taef2.safetensors"]
 
 def encode_images(name: str, rank: int = 0, world: int = 1) -> None:
     """Encode a folder of images to latents, in shards of a few."""
-    work = encode.encoding_work(name, CODEC, out=f"latents/{name}", codec="taef2", side=32)
+    work = fill_caches.encoding_work(name, CODEC, out=f"latents/{name}", codec="taef2", side=32)
     assert isinstance(work.data, Latents)
-    encode.encode(work.data, shard_rows=SHARD, rank=rank, world=world)
+    fill_caches.encode(work.data, shard_rows=SHARD, rank=rank, world=world)
 
 
 def begin(name: str, *fields: str) -> None:
@@ -104,7 +104,7 @@ def begin(name: str, *fields: str) -> None:
 
 def words() -> None:
     """A run whose net reads texts, from a cache."""
-    tree: dict[str, Any] = yaml.safe_load(recipes.text("digits"))
+    tree: dict[str, Any] = yaml.safe_load(recipe_files.text("digits"))
     encoder = {"kind": "transformers", "source": str(encoders.t5(Path("t5"))), "length": 40}
     texts = {"kind": "encoder", "root": "texts", "encoder": encoder, "width": encoders.WIDTH}
     tree["data"] = {"kind": "digits", "captions": {"kind": "templates", "templates": ["{}", "the digit {n}"]}}
@@ -158,7 +158,7 @@ def tensors(file: str, change: Callable[[str, Tensor], Tensor]) -> Callable[[], 
     """Each tensor of a file changed, in a file of the same names and notes."""
 
     def do() -> None:
-        found, notes = weights.read(place := one(file))
+        found, notes = tensor_files.read(place := one(file))
         changed = {name: change(name, x.clone()).contiguous() for name, x in found.items()}
         safetensors.torch.save_file(changed, place, notes or None)
 
@@ -420,7 +420,7 @@ def of_pairs() -> Iterator[Harm]:
         yield Harm("pairs", how.__name__, tensors(shard, how), train("paired"), ("shard-00000",))
 
     def lacks() -> None:
-        found = weights.load(place := one(shard))
+        found = tensor_files.load(place := one(shard))
         safetensors.torch.save_file({name: x for name, x in found.items() if name != "c"}, place)
 
     yield Harm("pairs", "without their classes", lacks, train("paired"), ("shard-00000",))

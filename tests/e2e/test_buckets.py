@@ -11,7 +11,7 @@ import dumo
 from autoencoder import taef2
 from dumo.data import Latents
 from dumo.data.pixel import upright_size
-from dumo.run import encode
+from dumo.run import fill_caches
 from dumo.runtime.random import stream
 from e2e.shell import call, refused, sets, together
 from e2e.test_ranks import same
@@ -41,9 +41,9 @@ def photos(here: Path) -> Path:
     taef2(here / "taef2.safetensors")
     # The first shard of several, after which the command keeps their size.
     words = [*RECIPE, *SMALL]
-    data = encode.encoding_work(words[0], words[2::2], out=None, codec=None, side=None).data
+    data = fill_caches.encoding_work(words[0], words[2::2], out=None, codec=None, side=None).data
     assert isinstance(data, Latents)
-    encode.encode(data, shard_rows=6, rank=1, world=2)
+    fill_caches.encode(data, shard_rows=6, rank=1, world=2)
     done = call("encode", *words)
     assert done.code == 0, done.err
     assert f"{SAID}3.6% of an image on average, 14.3% at most\n" in done.out

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.encoders.prompt import PromptReader
-from dumo.io.weights import load, read
+from dumo.encoders.encode_prompt import PromptReader
+from dumo.io.tensor_files import load, read
 from e2e.shell import call, refused, sets, together
 from stock.case import LORA, SHORT, Case, must
 

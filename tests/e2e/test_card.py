@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from dumo.export.card import PROMPT
+from dumo.export.model_card import PROMPT
 from e2e.shell import call
 from pipelines import PIPELINES
 from stock.case import LORA, STORED, Case, must

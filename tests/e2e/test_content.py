@@ -14,10 +14,10 @@ import yaml
 from PIL import Image
 
 from autoencoder import taef2
-from dumo.config import recipes
+from dumo.config import recipe_files
 from dumo.data import Latents, ledger
 from dumo.data.ledger import FILE, Ledger
-from dumo.run import encode
+from dumo.run import fill_caches
 from e2e.shell import call, refused, sets, together
 from tiers import tiered
 from unit.data.animals import archive
@@ -80,7 +80,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny run on images, which are read when they are needed; what is noted of them lies outside of where we are."""
     (here := tmp_path / "here").mkdir()
     monkeypatch.chdir(here)
-    tree = yaml.safe_load(recipes.text("digits"))
+    tree = yaml.safe_load(recipe_files.text("digits"))
     tree["data"] = {"kind": "images", "root": "../images", "side": SIDE, "crop": "none", "memory": 0.0}
     tree["net"] = NET
     tree["train"] |= {"steps": 2, "batch": COUNT // 2, "schedule": {"kind": "constant"}}
@@ -214,9 +214,9 @@ def latents(recipe: Path) -> Path:
 
 def encode_shard(rank: int) -> int:
     """Make one of the two shards of the cache, and return how many were made."""
-    data = encode.encoding_work("run.yml", out=None, codec=None, side=None).data
+    data = fill_caches.encoding_work("run.yml", out=None, codec=None, side=None).data
     assert isinstance(data, Latents)
-    return encode.encode(data, shard_rows=COUNT // 2, rank=rank, world=2).make_result.made
+    return fill_caches.encode(data, shard_rows=COUNT // 2, rank=rank, world=2).make_result.made
 
 
 def test_a_cache_of_two_data_sets_is_not_made(latents: Path) -> None:
@@ -264,9 +264,9 @@ def test_an_image_that_was_left_out_is_not_missed(latents: Path) -> None:
     shutil.rmtree(latents)
     (bad := Path("../images/class0/bad.bmp")).write_bytes(b"BM")
     skip = sets("data.images.on_bad=skip")
-    data = encode.encoding_work("run.yml", skip[1::2], out=None, codec=None, side=None).data
+    data = fill_caches.encoding_work("run.yml", skip[1::2], out=None, codec=None, side=None).data
     assert isinstance(data, Latents)
-    encode.encode(data, shard_rows=COUNT // 2)
+    fill_caches.encode(data, shard_rows=COUNT // 2)
     for _ in range(2):
         done = call("encode", "run.yml", *skip)
         assert (done.code, "40 images (1 could not be read)" in done.out) == (0, True)

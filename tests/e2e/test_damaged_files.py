@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from dumo.config.load import dump, load
 from dumo.data.cache import CacheIndex, read_index
 from dumo.evaluation import reference
-from dumo.io import weights
-from dumo.report.compare import compare
+from dumo.io import tensor_files
+from dumo.report.comparison import compare
 from dumo.training import log
 from dumo.training.checkpoint import Checkpoint, Facts, FileEntry, Listing, folder_of
 from dumo.types import UserError
@@ -131,7 +131,7 @@ def files() -> dict[str, tuple[bytes, Callable[[Path], object]]]:
         "evaluation.json": (json.dumps(EVALUATION).encode(), lambda file: compare([str(file)])),
         "metrics.jsonl": ("".join(log_rows).encode(), log.read_log),
         "state.json": (listing.model_dump_json().encode(), read_state),
-        "w.safetensors": (tensors, weights.load),
+        "w.safetensors": (tensors, tensor_files.load),
         "reference.npz": (reference_file(), read_reference),
     }
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dumo.export.card import PROMPT
-from dumo.nets.rows import Texts
-from dumo.run import prompt
+from dumo.export.model_card import PROMPT
+from dumo.nets.text_rows import Texts
+from dumo.run import prompt_rows
 from dumo.run.weights import load_run
 from e2e.shell import call, refused, sets
 from stock.case import CAPTIONS, EDITED, FULL, SHORT, Case
@@ -28,7 +28,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 def texts_of(case: Case) -> Texts:
     """The rows of the run."""
-    texts = prompt.texts_of(case.opened.net)
+    texts = prompt_rows.texts_of(case.opened.net)
     assert texts
     return texts
 
@@ -53,7 +53,7 @@ def test_the_rows_are_what_the_pipeline_makes_of_the_images(case: Case) -> None:
     mapped = load_run(str(case.run), ["net.texts.memory=0"], device="cpu")
     files = [*(case.folder / "before" / f"{i}.png" for i in range(len(CAPTIONS))), case.image]
     for where in (case.opened, mapped):
-        texts = prompt.texts_of(where.net)
+        texts = prompt_rows.texts_of(where.net)
         assert texts
         c = torch.cat([torch.arange(len(CAPTIONS)), where.conditions(prompts=[PROMPT], source=case.image)])
         rows = texts.sources(c)

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from comfyui import loaded, native
 from dumo.config.place import EVALUATION_FILE
 from dumo.export import lora, write
-from dumo.export.card import PROMPT
 from dumo.export.model import INDEX, ExportedModel
+from dumo.export.model_card import PROMPT
 from dumo.flow.sampling import integrate
 from dumo.flow.solver import Euler
-from dumo.report.card import sample_settings
+from dumo.report.evaluation_card import sample_settings
 from dumo.run.weights import load_run
 from e2e.shell import call, files, finish, refused, sets, start
 from forked import ENVIRONMENT
@@ -349,7 +349,7 @@ def test_a_failure_leaves_nothing(sd3: Case, tmp_path: Path, monkeypatch: pytest
     def fails(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dumo.export.card.tuned_card", fails)
+    monkeypatch.setattr("dumo.export.model_card.tuned_card", fails)
     assert call("export", sd3.folder / "run", tmp_path / "out").code == 2
     assert [*tmp_path.iterdir()] == []
 

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from dumo.io import trained
+from dumo.io import run_places
 from e2e.shell import sets
 from forked import ENVIRONMENT
 from hub import COMMIT, Hub, Repository, serving
@@ -110,7 +110,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     with serving() as hub:
         hub.datasets = {"owner/pets": pets(24), "owner/gated": pets(24, is_gated=True)}
         hub.models = {
-            "owner/digits": Repository.of(trained.folder("digits-trained")),
+            "owner/digits": Repository.of(run_places.folder("digits-trained")),
             "owner/gated": Repository({"model_index.json": b"{}"}, is_gated=True),
         }
         yield Machine(tmp_path, hub)

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from autoencoder import taef2
-from dumo.config import recipes
+from dumo.config import recipe_files
 from e2e.shell import call, refused
 
 CLASSES, EACH, SIDE = 10, 6, 32
@@ -27,7 +27,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         draws = torch.Generator().manual_seed(i)
         pixels = torch.randint(256, (SIDE, SIDE, 3), dtype=torch.uint8, generator=draws)
         Image.fromarray(pixels.numpy()).save(folder / f"{i:03d}.png")
-    tree = yaml.safe_load(recipes.text("digits"))
+    tree = yaml.safe_load(recipe_files.text("digits"))
     images = {"root": str(home / "images"), "side": SIDE, "crop": "none", "flip": True}
     codec = {"kind": "taef2", "weights": str(taef2(home / "taef2.safetensors"))}
     tree["data"] = {"kind": "latents", "root": str(home / "cache"), "images": images, "codec": codec}

@@ -16,7 +16,7 @@ from dumo.flow.guide import Guide
 from dumo.flow.module import Flow
 from dumo.flow.noise import PRIOR, add_noise, make_draws
 from dumo.flow.reading import readings_of, teacher_velocity
-from dumo.io.weights import load
+from dumo.io.tensor_files import load
 from dumo.run.weights import load_run
 from dumo.runtime.random import random_row_mask
 from dumo.types import frozen

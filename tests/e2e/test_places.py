@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from autoencoder import taef2
-from dumo.config import recipes
+from dumo.config import recipe_files
 from dumo.config.load import load
 from e2e.shell import call, files, refused, sets
 
@@ -34,7 +34,7 @@ def home(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("models", "elsewhere"):
         (here / name).mkdir()
     others(taef2(here / "models" / WEIGHTS), here / "elsewhere" / WEIGHTS)
-    tree = yaml.safe_load(recipes.text("digits"))
+    tree = yaml.safe_load(recipe_files.text("digits"))
     images = {"root": "images", "side": SIDE, "crop": "none"}
     codec = {"kind": "taef2", "weights": f"$PRETRAINED/{WEIGHTS}"}
     tree["data"] = {"kind": "latents", "root": "cache", "images": images, "codec": codec}

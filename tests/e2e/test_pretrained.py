@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dumo.encoders.part import DIFFUSERS_FILE as WEIGHTS
-from dumo.io.weights import load
+from dumo.io.tensor_files import load
 from dumo.nets import lowpass
 from e2e.shell import call, files, refused, sets
 

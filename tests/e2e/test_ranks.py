@@ -18,8 +18,8 @@ from PIL import Image, ImageChops
 
 from autoencoder import taef2
 from dumo.data import Latents
-from dumo.io.weights import load
-from dumo.run import encode
+from dumo.io.tensor_files import load
+from dumo.run import fill_caches
 from e2e.shell import TINY, Done, apart, call, sets, together, tree
 from forked import ENVIRONMENT
 from reliability.process import is_alive, worker_pids
@@ -239,9 +239,9 @@ def test_the_first_rank_waits_for_the_whole_cache(here: Path) -> None:
     taef2(here / "taef2.safetensors")
     codec = "data.codec.weights=taef2.safetensors"
     # Make the last of five shards, after which the command keeps their size.
-    data = encode.encoding_work("images", [codec], out="cache", codec="taef2", side=16).data
+    data = fill_caches.encoding_work("images", [codec], out="cache", codec="taef2", side=16).data
     assert isinstance(data, Latents)
-    encode.encode(data, shard_rows=2, rank=4, world=5)
+    fill_caches.encode(data, shard_rows=2, rank=4, world=5)
     words = ("encode", "images", "cache", "--codec", "taef2", "--side", "16", *sets(codec))
     done, _ = together(2, *words, cwd=here)
     assert done.out.splitlines()[0] == "cache: 9 images as (32, 2, 2) in float16, no classes, 2 shards made now"

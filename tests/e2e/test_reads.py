@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import dumo
-from dumo.io import trained as shipped
+from dumo.io import run_places as shipped
 from dumo.types import UserError
 from e2e.shell import call
 

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from dumo import cli
-from dumo.io import trained
+from dumo.io import run_places
 from e2e.shell import call, finish, sets, start, wait
 from forked import ENVIRONMENT
 from tiers import tiered
@@ -88,7 +88,7 @@ def test_every_command_that_takes_a_run_has_a_case() -> None:
     ),
 )
 def test_a_command_takes_the_name_and_leaves_what_it_is_asked_for(alone: Path, name: str, command: str) -> None:
-    before = files(trained.FOLDER)
+    before = files(run_places.FOLDER)
     case = CASES[command]
     words = {"name": name, **WORDS[name]}
     refused = case.refused.format(**words)
@@ -104,7 +104,7 @@ def test_a_command_takes_the_name_and_leaves_what_it_is_asked_for(alone: Path, n
         made = files(alone)
         assert [file for file in made if not any(re.fullmatch(pattern, file) for pattern in patterns)] == []
         assert all(any(re.fullmatch(pattern, file) for file in made) for pattern in patterns), made
-    assert files(trained.FOLDER) == before  # it is only read
+    assert files(run_places.FOLDER) == before  # it is only read
 
 
 @pytest.mark.slow

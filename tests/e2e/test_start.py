@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dumo.config import recipes
+from dumo.config import recipe_files
 from dumo.config.load import load, summary
 from dumo.config.source import FORMAT, FORMAT_KEY, read
 from dumo.run.net import meta_net
@@ -74,20 +74,25 @@ def test_recipes_are_listed_by_purpose_with_what_they_are() -> None:
     assert (done.code, done.err, told.code, told.err) == (0, "", 0, "")
     lines = [" ".join(line.split()) for line in done.out.splitlines()]  # as grep sees them: a recipe, a line
     expected: list[str] = []
-    for group, names in recipes.by_group().items():
-        expected += [group, *(f"{name} {recipes.tree(name)['about']}" for name in names)]
+    for group, names in recipe_files.by_group().items():
+        expected += [group, *(f"{name} {recipe_files.tree(name)['about']}" for name in names)]
     assert [line for line in lines if line][: len(expected)] == expected
     assert "dumo show NAME --yaml > my.yaml" in done.out
     assert told.json["recipes"] == [
-        {"name": name, "about": recipes.tree(name)["about"], "group": group, "base": recipes.tree(name).get("base")}
-        for group, names in recipes.by_group().items()
+        {
+            "name": name,
+            "about": recipe_files.tree(name)["about"],
+            "group": group,
+            "base": recipe_files.tree(name).get("base"),
+        }
+        for group, names in recipe_files.by_group().items()
         for name in names
     ]
 
 
 def kinds() -> list[str]:
     """A recipe of every net: what `show` counts depends on little else. Of large nets the quickest to count."""
-    first = {read(name).tree["net"]["kind"]: name for name in reversed(recipes.names())}
+    first = {read(name).tree["net"]["kind"]: name for name in reversed(recipe_files.names())}
     return list((first | {"diffusers": "sana", "unet": "cifar10-small"}).values())
 
 

@@ -74,7 +74,7 @@ def test_ranks_that_are_interrupted_say_so_once(here: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "slow"),
     [
-        (["evaluate", "run", "--nfe", "1"], "dumo.report.evaluate.score_passes"),
+        (["evaluate", "run", "--nfe", "1"], "dumo.report.evaluation.score_passes"),
         (["reproduce", "fig3", "--out", "a b"], "dumo.lab.cell.run_in_processes"),
     ],
 )

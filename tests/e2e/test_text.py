@@ -13,15 +13,15 @@ from PIL import Image
 
 import dumo
 import encoders
-from dumo.config import recipes
+from dumo.config import recipe_files
 from dumo.data import Digits
 from dumo.data.caption import Templates
-from dumo.encoders.text import TextEncoder
+from dumo.encoders.transformers_text import TextEncoder
 from dumo.io import picture
-from dumo.io.weights import load
+from dumo.io.tensor_files import load
 from dumo.report.name import name_part
-from dumo.report.sample import sample_to_files
-from dumo.run.encode import encoding_work
+from dumo.report.write_samples import sample_to_files
+from dumo.run.fill_caches import encoding_work
 from dumo.run.sample_files import write_samples
 from e2e.shell import call, files
 
@@ -32,7 +32,7 @@ TEMPLATES = ["{}", "the digit {n}", "a handwritten {}"]
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny encoder, a recipe of digits by words, and a run, which encoded its captions."""
     home = tmp_path_factory.mktemp("home")
-    tree: dict[str, Any] = yaml.safe_load(recipes.text("digits"))
+    tree: dict[str, Any] = yaml.safe_load(recipe_files.text("digits"))
     tree["data"] = {"kind": "digits", "captions": {"kind": "templates", "templates": TEMPLATES}}
     encoder = {"kind": "transformers", "source": str(encoders.t5(home / "t5")), "length": 40}
     texts = {"kind": "encoder", "root": str(home / "texts"), "encoder": encoder, "width": encoders.WIDTH}

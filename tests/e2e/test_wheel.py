@@ -8,7 +8,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from dumo.config import recipes
+from dumo.config import recipe_files
 from e2e.shell import TINY, sets
 from e2e.test_shipped import CASES, CIFAR10, DIGITS, FEW_SAMPLES, LABEL, WORDS, Case
 from forked import ENVIRONMENT
@@ -85,7 +85,7 @@ def test_a_wheel_works_outside_the_clone_without_a_network(
     folder = venv.parent  # where digits is trained
     assert finished(venv / "bin/dumo", "--version", cwd=folder) == f"dumo {wheel.name.split('-')[1]}\n"
     listed = finished(venv / "bin/dumo", "recipes", cwd=folder)
-    assert all(name in listed for name in recipes.names())
+    assert all(name in listed for name in recipe_files.names())
     distance, page, package = finished(venv / "bin/python", "-c", WAY, cwd=folder).split()
     assert float(distance) > 0
     assert (folder / page).is_file()

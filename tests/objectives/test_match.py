@@ -13,7 +13,7 @@ from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets.dit import DiT
 from dumo.objectives import DuMo
 from dumo.objectives.match import FIT, WEIGHT, Match, sid_loss
-from dumo.run.cost import forward_units
+from dumo.run.flops import forward_units
 from dumo.testing.exact import D, ExactNet, Gaussian, column, exact_batch, gaussian, gradient, growth
 from dumo.testing.properties import loss_of
 from dumo.types import Frozen

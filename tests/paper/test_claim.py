@@ -11,7 +11,7 @@ from dumo.flow.slope import CentralSlope
 from dumo.flow.times import Pair
 from dumo.nets import MLP, DiT
 from dumo.objectives import DuMo, MeanFlow
-from dumo.run.cost import forward_units
+from dumo.run.flops import forward_units
 from dumo.runtime.random import stream
 from dumo.types import Objective, frozen
 

@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dumo.export.card import PROMPT
+from dumo.export.model_card import PROMPT
 from dumo.export.stock import PIPELINE_BY_CLASS, PIPELINE_BY_MODEL, StockPipeline
 from dumo.flow.path import Diffusion
 from dumo.flow.sampling import integrate

@@ -15,7 +15,7 @@ from torch import Tensor
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.data import Data
-from dumo.io.source import DataSource
+from dumo.io.data_source import DataSource
 from dumo.run.hooks import slope_of_time_embedding
 from dumo.run.net import make_flow
 from dumo.run.weights import build, build_deferred

@@ -20,7 +20,7 @@ from dumo.nets import DiT
 from dumo.objectives import SCT, Consistency
 from dumo.testing.exact import D, column
 from dumo.testing.network import randomise
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.training.state import begin
 from dumo.types import Frozen, Net, NoisyBatch, Objective, Readings, lift
 from objectives.test_consistency import AUTHORS

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dumo.config import recipes
+from dumo.config import recipe_files
 from dumo.config.load import load
 from forked import main_of
 from meeting import outputs
@@ -16,7 +16,7 @@ OTHERS = (
     "digits-drift",  # a variant of it has groups of 8, not of 256
     "digits-pi-flow",  # among the variants, with a teacher, which it needs
 )
-DIGITS = [name for name in recipes.names() if name.partition("-")[0] == "digits" and name not in OTHERS]
+DIGITS = [name for name in recipe_files.names() if name.partition("-")[0] == "digits" and name not in OTHERS]
 VARIANTS = [
     "digits+objective.slope.kind=dual",
     "digits+train.optimizer.kind=muon",

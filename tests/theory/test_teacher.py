@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from contract.case import name, objectives, one_each
 from dumo.config.load import load
-from dumo.config.teacher import Start, Teacher
+from dumo.config.teacher_spec import Start, Teacher
 from dumo.flow.guide import Guide
 from dumo.flow.module import Flow
 from dumo.flow.reading import available_readings, teacher_velocity

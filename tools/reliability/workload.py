@@ -24,7 +24,7 @@ from PIL import Image
 
 from autoencoder import taef2
 from dumo.data import Latents
-from dumo.io import digest, weights
+from dumo.io import digest, tensor_files
 from dumo.run import encode
 from dumo.run.folder import CHECKPOINT_MARK
 from e2e.shell import TINY, sets
@@ -278,7 +278,7 @@ def training_fingerprint(folder: Path) -> Fingerprint:
 
     # tensors
     for part in filter(Path.is_dir, checkpoint.iterdir()):
-        for name, tensor in weights.load(part).items():
+        for name, tensor in tensor_files.load(part).items():
             fingerprint[f"{part.name} {name}"] = digest.of_tensor(tensor)
 
     # log

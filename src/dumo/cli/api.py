@@ -15,19 +15,19 @@ from pydantic_core import PydanticSerializationError
 from torch import nn
 
 from dumo.cli.callback import Callback, called_back
-from dumo.config import recipes as shipped_recipes
+from dumo.config import recipe_files as shipped_recipes
 from dumo.config.change import override, yaml_text
 from dumo.config.load import load as load_spec
 from dumo.config.load import parse
 from dumo.config.place import EVALUATION_FILE
 from dumo.config.spec import Run
 from dumo.config.trust import trusting
-from dumo.evaluation.own import OwnMetric
+from dumo.evaluation.user_metrics import OwnMetric
 from dumo.flow.solver import Solver
 from dumo.io.read import user_path
 from dumo.plan.prepare import plain_data, plain_net, prepare
-from dumo.report import compare as comparison
-from dumo.report import evaluate as evaluation
+from dumo.report import comparison as comparison
+from dumo.report import evaluation as evaluation
 from dumo.report import page
 from dumo.report.tracker import require_tracker, tracked
 from dumo.run.trained import TrainedRun, as_several
@@ -91,16 +91,16 @@ class LoadedRun(TrainedRun):
         `head`, `parts`, `dtype`, `nfe` and `alone` as `dumo.export.write.export`. `push`, OWNER/NAME, uploads it to the
         Hugging Face Hub, too. Raises UserError if no stock program samples as the run does.
         """
-        from dumo.export import hub, write  # slow to import
+        from dumo.export import upload, write  # slow to import
 
         dist.require_one_process("an export")
         place = _path(out, "out")
         if push is not None:
-            hub.require_uploadable(push, parts)
+            upload.require_uploadable(push, parts)
         passes = [operator.index(n) for n in as_several(nfe)]
         write.export(self, place, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone)
         if push is not None:
-            hub.push(place, push)
+            upload.push(place, push)
         return place
 
 
@@ -205,7 +205,7 @@ def train(
         train(data=array, net=module, objective=Mine(), callbacks=[f], out="runs/mine")
 
     `objective`, `data` and `net` are names of kinds, specs, or dicts as YAML has them. `data` may also be a folder, an
-    array, a pair (array, labels), or a data set (`dumo.data.memory.Memory.of`); `net` a module, called as
+    array, a pair (array, labels), or a data set (`dumo.data.in_memory.Memory.of`); `net` a module, called as
     `net(x, c, t=t)` for a tuple of heads. run.yaml keeps the name and a hash of such objects, and resuming needs the
     same ones.
 

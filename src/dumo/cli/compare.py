@@ -23,7 +23,7 @@ def compare(
 
     Example:  dumo compare runs/digits runs/digits-meanflow
     """
-    from dumo.report.compare import compare_by_protocol
+    from dumo.report.comparison import compare_by_protocol
 
     reports = compare_by_protocol(run_folders, anyway=anyway)
     if as_json:

@@ -30,7 +30,7 @@ def demo(
 
     Example:  dumo demo cifar10-trained
     """
-    from dumo.report.demo import build_page, open_demo, serve, tunnel_text
+    from dumo.report.demo_page import build_page, open_demo, serve, tunnel_text
     from dumo.runtime import dist
 
     dist.require_one_process("dumo demo")

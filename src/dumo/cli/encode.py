@@ -11,7 +11,7 @@ from dumo.runtime.limits import ROWS
 from dumo.runtime.progress import bar, print_line
 
 if TYPE_CHECKING:
-    from dumo.run.encode import EncodeResult, TextResult
+    from dumo.run.fill_caches import EncodeResult, TextResult
 
 
 def encode(
@@ -40,7 +40,7 @@ def encode(
     """
     from dumo.config.source import choose
     from dumo.data import Latents
-    from dumo.run import encode as encoding
+    from dumo.run import fill_caches as encoding
     from dumo.runtime import dist
 
     # Encode the images, then the captions. The ranks wait for each other at the end.

@@ -91,8 +91,8 @@ def evaluate(
             "--protocol, --against and --out are for --images: a run is judged as --set evaluate.protocol.kind=... says"
         )
 
-    from dumo.report import evaluate, score
-    from dumo.report import images as image_report
+    from dumo.report import evaluate_images as image_report
+    from dumo.report import evaluation, score
     from dumo.run.weights import load_run
     from dumo.runtime import dist
 
@@ -111,7 +111,7 @@ def evaluate(
         elif run_folder is not None:
             trained = load_run(run_folder, set_ or [], weights=weights, device=device)
             passes = parse_integers(nfe, "--nfe")
-            report = evaluate.evaluate(trained, nfe=passes, seed=seed, solver=solver, bar=bar)
+            report = evaluation.evaluate(trained, nfe=passes, seed=seed, solver=solver, bar=bar)
         else:
             raise typer.BadParameter("name a run's folder, or images by --images")
     if not is_main:

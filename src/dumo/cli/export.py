@@ -1,7 +1,7 @@
 """`dumo export`: write a trained net as files of stock programs, or for `dumo.load`.
 
 It checks what needs no run, the place and the Hub; opens the run on the CPU; writes it (`dumo.export.write`); and
-uploads what was written (`dumo.export.hub`).
+uploads what was written (`dumo.export.upload`).
 """
 
 from pathlib import Path
@@ -72,7 +72,7 @@ def export(
 
     Example:  dumo export runs/digits digits-export
     """
-    from dumo.export import hub, write
+    from dumo.export import upload, write
     from dumo.run.weights import load_run
     from dumo.runtime import dist, signals
 
@@ -82,7 +82,7 @@ def export(
         target = _default_target(run_folder, to)
     write.require_vacant(target)
     if push is not None:
-        hub.require_uploadable(push, parts)
+        upload.require_uploadable(push, parts)
 
     # Open the run, and write it.
     passes = parse_integers(nfe, "--nfe") or ()
@@ -95,7 +95,7 @@ def export(
     # Upload it.
     if push is not None:
         signals.check()
-        out.print(hub.push(exported, push), soft_wrap=True)
+        out.print(upload.push(exported, push), soft_wrap=True)
     elif exported.is_dir():
         err.print(f"{exported / 'README.md'} says how to load it", soft_wrap=True)
 
@@ -103,9 +103,9 @@ def export(
 def _default_target(run_folder: str, to: str) -> Path:
     """The default place of an export: next to the run, by its name and the form, such as digits-trained-diffusers."""
     from dumo.export.write import FILE_FORMS
-    from dumo.run import shipped
+    from dumo.run import read_only
 
-    folder = shipped.output_folder(run_folder)
+    folder = read_only.output_folder(run_folder)
     # A run may be named by . or .., which have no name to begin with.
     if folder.name in ("", ".."):
         folder = folder.resolve()

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dumo.config import recipes
+from dumo.config import recipe_files
 from dumo.config.label import split_labels
-from dumo.io import trained
+from dumo.io import run_places
 
 if TYPE_CHECKING:
     from dumo.config.conditions import Conditions
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 def _complete_source(text: str) -> list[str]:
     """Return the recipes and shipped runs whose names begin with `text`. If there is none, the shell lists files."""
-    return [name for name in (*recipes.names(), *trained.names()) if name.startswith(text)]
+    return [name for name in (*recipe_files.names(), *run_places.names()) if name.startswith(text)]
 
 
 def _complete_run(text: str) -> list[str]:
     """Return the shipped runs whose names begin with `text`. If there is none, the shell lists files."""
-    return [name for name in trained.names() if name.startswith(text)]
+    return [name for name in run_places.names() if name.startswith(text)]
 
 
 def _trust_code(context: typer.Context, trust_code: bool) -> bool:

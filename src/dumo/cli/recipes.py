@@ -8,7 +8,7 @@ from rich.table import Table
 
 from dumo.cli.option import AsJson
 from dumo.cli.terminal import PlainConsole, out
-from dumo.config import recipes as shipped_recipes
+from dumo.config import recipe_files as shipped_recipes
 
 
 def recipes(

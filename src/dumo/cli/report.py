@@ -32,18 +32,18 @@ def report(
     if len(run_folders) > 1:
         from dumo.io.picture import write_picture
         from dumo.report.figure import draw_logs
-        from dumo.run import shipped
+        from dumo.run import read_only
         from dumo.run.speed import log_with_speeds
 
         file = file or Path("log.png")
-        write_picture(file, draw_logs({run: log_with_speeds(shipped.find(run)) for run in run_folders}))
+        write_picture(file, draw_logs({run: log_with_speeds(read_only.find(run)) for run in run_folders}))
         out.print(str(file), soft_wrap=True)
         return
     if file:
         raise typer.BadParameter("--out is for the figure of several runs: the page of a run is in its folder")
     [run_folder] = run_folders
 
-    from dumo.encoders.caption import read_prompts
+    from dumo.encoders.caption_ids import read_prompts
     from dumo.report import page
     from dumo.run.weights import load_run
     from dumo.runtime import dist

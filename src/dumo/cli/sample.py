@@ -90,10 +90,10 @@ def sample(
     if checkpoints and (prompt or prompts or solver or size or weights or form != "grid"):
         raise typer.BadParameter("--checkpoints only takes --nfe, --count, --labels, --seed and --out")
 
-    from dumo.encoders.caption import read_prompts
+    from dumo.encoders.caption_ids import read_prompts
     from dumo.report import gallery
     from dumo.report.benchmark import LAYOUTS, make_images
-    from dumo.report.sample import DEFAULT_COUNT, sample_to_files
+    from dumo.report.write_samples import DEFAULT_COUNT, sample_to_files
     from dumo.run.weights import load_run
     from dumo.runtime import dist
 

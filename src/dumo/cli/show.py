@@ -13,15 +13,15 @@ import typer
 from dumo.cli.option import AsJson, Device, Set, Source, TrustCode
 from dumo.cli.terminal import out, show_lines, show_table
 from dumo.runtime import shell_path
+from dumo.runtime.formatting import minutes_text, number_text
 from dumo.runtime.limits import GIGABYTE
 from dumo.runtime.progress import bar, print_line
-from dumo.runtime.text import minutes_text, number_text
 
 if TYPE_CHECKING:
     from dumo.config.spec import Run
-    from dumo.plan.check import Check
     from dumo.plan.cost import Cost
     from dumo.plan.facts import RunFacts
+    from dumo.plan.preflight import Check
 
 
 def show(
@@ -61,7 +61,7 @@ def show(
     if not counts_cost and (ranks or tflops):
         raise typer.BadParameter("--ranks and --tflops need --cost")
 
-    from dumo.config.fit import advice
+    from dumo.config.check_spec import advice
     from dumo.config.load import dump, summary
     from dumo.plan import facts
     from dumo.run.resolve import load_resolved
@@ -103,7 +103,7 @@ def show(
 def _fact_lines(run: "Run", facts: "RunFacts") -> list[tuple[str, str]]:
     """What a run is, in lines, each with its name."""
     from dumo.config.word import method
-    from dumo.plan.check import caption_findings
+    from dumo.plan.preflight import caption_findings
 
     lines = [("objective", str(method(run.objective)))]
     if run.shown_shape[1:]:
@@ -174,7 +174,7 @@ def _print_cost(cost: "Cost") -> None:
 def _check(run: "Run", device: str, source: str) -> "Check":
     """Test a run on this machine; if `source` is a run's folder, its images, too."""
     from dumo.config.source import choose
-    from dumo.plan.check import check
+    from dumo.plan.preflight import check
 
     chosen = choose(source)
     return check(run, device, chosen.folder if chosen.kind == "run" else None)

@@ -30,8 +30,8 @@ from rich.text import Text
 from dumo.error import UserError
 from dumo.io.read import brief
 from dumo.runtime import signals
+from dumo.runtime.formatting import escape_controls, escape_line
 from dumo.runtime.progress import print_line
-from dumo.runtime.text import escape_controls, escape_line
 
 
 class PlainConsole(Console):

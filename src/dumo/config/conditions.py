@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dumo.data import Data, Images, Latents, ShownData
 from dumo.data.caption import Captioning
-from dumo.encoders.caption import split_caption
+from dumo.encoders.caption_ids import split_caption
 from dumo.types import UserError
 
 

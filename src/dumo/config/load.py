@@ -74,7 +74,7 @@ def parse(spec: type[S], tree: object, name: str = "") -> S:
     except PydanticSerializationError as error:  # a lone surrogate in a field's name: YAML refuses it in values
         raise UserError(f"a field's name has half a character, which is no text: {error}") from error
     except ValidationError as error:
-        from dumo.config.error import explain
+        from dumo.config.messages import explain
 
         prefix = f"{name}: " if Path(name).suffix else ""
         raise UserError("\n".join(prefix + line for line in explain(error, spec))) from error

@@ -8,12 +8,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
-from dumo.config import recipes
+from dumo.config import recipe_files
 from dumo.error import UserError
-from dumo.io import trained
+from dumo.io import run_places
+from dumo.io.run_places import RUN_FILE as RUN_FILE
+from dumo.io.run_places import RUNS_FOLDER as RUNS_FOLDER
 from dumo.io.suffix import IMAGE_SUFFIXES, TABLE_SUFFIXES
-from dumo.io.trained import RUN_FILE as RUN_FILE
-from dumo.io.trained import RUNS_FOLDER as RUNS_FOLDER
 
 # Files in a run's folder: its evaluation by the settings of run.yaml, those by other settings, and the log of training.
 EVALUATION_FILE = "evaluation.json"
@@ -27,12 +27,12 @@ def require_run_folder(source: str | Path, folder: Path) -> None:
     """Raise UserError if `folder` holds no run. `source` is what the user typed for it."""
     if (folder / RUN_FILE).is_file():
         return
-    if str(source) in recipes.names():
+    if str(source) in recipe_files.names():
         fix = f"train the recipe first, dumo train {source}, and give its folder"
     else:
         near_folders = get_close_matches(str(folder), run_folders(), n=1)
         hint = f"did you mean '{near_folders[0]}'? " if near_folders else ""
-        fix = f"{hint}Train a run first, or take {' or '.join(trained.names())}"
+        fix = f"{hint}Train a run first, or take {' or '.join(run_places.names())}"
     raise UserError(f"{source} is not a run's folder, since it has no {RUN_FILE}: {fix}")
 
 
@@ -55,7 +55,7 @@ def find_content(folder: Path, *, images: bool) -> Literal["run", "images"] | No
             continue
         is_below_folder = bool(visited)
         visited.add(real_parent)
-        if is_below_folder and trained.holds_own_images(parent, {*subfolders, *names}):
+        if is_below_folder and run_places.holds_own_images(parent, {*subfolders, *names}):
             subfolders.clear()
             continue
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]

@@ -2,7 +2,7 @@
 
 from typing import Any, cast
 
-from dumo.config import recipes
+from dumo.config import recipe_files
 from dumo.config.source import FORMAT_KEY, GROUP_KEY, HASH_KEY, ORIGIN_KEY
 from dumo.config.spec import Run
 
@@ -12,7 +12,10 @@ def schema() -> dict[str, Any]:
     tree = cast("dict[str, Any]", _loosen(Run.model_json_schema()))
     tree["title"] = "A recipe of dumo"
     tree["properties"]["base"] = {"type": "string", "description": "The name of a recipe, or a file or run folder."}
-    tree["properties"][GROUP_KEY] = {"enum": [*recipes.GROUPS], "description": "The heading in the list of recipes."}
+    tree["properties"][GROUP_KEY] = {
+        "enum": [*recipe_files.GROUPS],
+        "description": "The heading in the list of recipes.",
+    }
     # A run.yaml has these keys, too.
     tree["properties"] |= {
         FORMAT_KEY: {"type": "integer"},

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from dumo.config import recipes
+from dumo.config import recipe_files
 from dumo.config.change import field_of, merge, yaml_text
 from dumo.config.place import RUN_FILE as RUN_FILE
 from dumo.config.place import (
@@ -32,9 +32,9 @@ from dumo.config.place import (
     run_folders,
 )
 from dumo.error import UserError
-from dumo.io import hub, trained
+from dumo.io import hub, run_places
 from dumo.io.read import brief, read_text, user_path
-from dumo.io.trained import SHIPPED_PREFIX as SHIPPED_PREFIX
+from dumo.io.run_places import SHIPPED_PREFIX as SHIPPED_PREFIX
 from dumo.io.yaml import parse_mapping
 
 # The keys of a run.yaml besides the fields of a run.
@@ -46,7 +46,7 @@ RESOLVED_KEY = "resolved"  # the fields that were found when the run was opened 
 # The keys in `resolved` besides the fields.
 CODE_KEY = "code"  # hashes of the code of classes from outside, by name
 DATA_KEY = "data"  # the standard deviation and the fingerprint of the data (`dumo.run.data.DataFacts`)
-# The key of a recipe that names its group (`dumo.config.recipes`).
+# The key of a recipe that names its group (`dumo.config.recipe_files`).
 GROUP_KEY = "group"
 
 # Recipes for a folder of images, in pixels and in latents.
@@ -125,7 +125,7 @@ def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
     the run, so that `train digits --out digits` resumes when it is typed again. Raises UserError if NAME is a recipe
     and ./NAME holds a run or images, and for the folder of a pipeline of diffusers.
     """
-    if out is not None and source in recipes.names() and out == Path(source) and (out / RUN_FILE).is_file():
+    if out is not None and source in recipe_files.names() and out == Path(source) and (out / RUN_FILE).is_file():
         return ChosenSource("run", f"./{source}", out)
     recipe = _recipe_of(source)
     if recipe is not None:
@@ -191,7 +191,7 @@ def _recipe_of(source: str | Path) -> str | None:
     """
     if isinstance(source, Path) and source.exists():
         return None
-    return _find_shipped_name(str(source), recipes.names(), images=True)
+    return _find_shipped_name(str(source), recipe_files.names(), images=True)
 
 
 def trained_name_of(source: str | Path) -> str | None:
@@ -201,7 +201,7 @@ def trained_name_of(source: str | Path) -> str | None:
     """
     if isinstance(source, Path) and (source / RUN_FILE).is_file():
         return None
-    return _find_shipped_name(str(source), trained.names())
+    return _find_shipped_name(str(source), run_places.names())
 
 
 def _find_shipped_name(source: str, names: Collection[str], *, images: bool = False) -> str | None:
@@ -231,7 +231,7 @@ def read(source: str | Path) -> RunText:
         return RunText(_merge_over_base(_recipe_tree(recipe), name, None), name)
     trained_name = trained_name_of(source)
     if trained_name is not None:
-        return read_file(trained.folder(trained_name) / RUN_FILE)
+        return read_file(run_places.folder(trained_name) / RUN_FILE)
     path = source if isinstance(source, Path) else hub.path_of(source, "the source", choose_run_files)
     file = find_run_file(path)
     if file is not None:
@@ -253,7 +253,7 @@ def read_file(file: Path) -> RunText:
     text = parse_text(_file_text(file), file)
     if file.name == RUN_FILE:
         folder = file.absolute().parent
-        _follow_moved_folder(text.tree, ["data"], Path(trained.LATENTS_FOLDER).name, folder)
+        _follow_moved_folder(text.tree, ["data"], Path(run_places.LATENTS_FOLDER).name, folder)
         _follow_moved_cache(text.tree, TEXTS_FOLDER, folder)
     return text
 
@@ -348,7 +348,7 @@ def _read_base(base: object, name: str, file: Path | None) -> tuple[dict[str, An
         name = f"{name}: ${variable[1]}"
     if isinstance(base, str):
         recipe = base.removeprefix(SHIPPED_PREFIX)
-        if recipe in recipes.names():  # whatever lies next to the file
+        if recipe in recipe_files.names():  # whatever lies next to the file
             return _recipe_tree(recipe), f"recipe {recipe}", None
         base_file = find_run_file(folder / user_path(base, "base")) if folder is not None else None
         if base_file:
@@ -372,7 +372,7 @@ def _take_format(tree: dict[str, Any], file: Path) -> None:
 
 def _recipe_tree(name: str) -> dict[str, Any]:
     """A copy of the plain values of a recipe, without its group, which is no field of a run."""
-    tree = deepcopy(recipes.tree(name))
+    tree = deepcopy(recipe_files.tree(name))
     del tree[GROUP_KEY]
     return tree
 
@@ -387,6 +387,6 @@ def _parse_mapping(text: str, name: str) -> dict[str, Any]:
 def _hint(name: str) -> str:
     """The end of a message that there is no source of this name: what is near to it, and how to list recipes."""
     here = [str(path) for path in Path(name).parent.glob("*") if path.is_dir() or path.suffix in (".yaml", ".yml")]
-    near_names = get_close_matches(name, [*recipes.names(), *here, *run_folders()], n=1)
+    near_names = get_close_matches(name, [*recipe_files.names(), *here, *run_folders()], n=1)
     hint = f"did you mean '{near_names[0]}'? " if near_names else ""
     return f"{hint}`dumo recipes` lists all"

@@ -1,8 +1,8 @@
 """`Run`: the configuration of a run, whose fields are the keys of run.yaml.
 
-`Run` checks that its parts fit each other (`dumo.config.fit`) when it is validated. `Sampling` and `Evaluation` say how
-samples are made and how a run is judged; the other parts come from the subpackages that use them. `StandaloneParts`
-validates an objective or data that Python code gives without a run around them.
+`Run` checks that its parts fit each other (`dumo.config.check_spec`) when it is validated. `Sampling` and `Evaluation`
+say how samples are made and how a run is judged; the other parts come from the subpackages that use them.
+`StandaloneParts` validates an objective or data that Python code gives without a run around them.
 """
 
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, JsonValue, model_validator
 
+from dumo.config.check_spec import check
 from dumo.config.conditions import Conditions, shown_data
-from dumo.config.fit import check
-from dumo.config.teacher import Start, Teacher
+from dumo.config.teacher_spec import Start, Teacher
 from dumo.data import Data, ShownData
-from dumo.encoders.pipeline import Pipeline, PipelineSpec
+from dumo.encoders.pipeline_folder import Pipeline, PipelineSpec
 from dumo.evaluation import ImageProtocol, MetricProtocol, ShippedProtocol
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.path import FlowPath, Linear
@@ -23,9 +23,9 @@ from dumo.flow.reading import available_readings
 from dumo.flow.solver import Solver
 from dumo.nets import Net, Pretrained
 from dumo.objectives import Objective
+from dumo.runtime.formatting import minutes_text
 from dumo.runtime.limits import PASSES, SAMPLES, STEPS
-from dumo.runtime.text import minutes_text
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 
 # QUIET: the field is hidden at its default. FREE: it may change when a run is resumed.
 from dumo.types import FREE, QUIET, Readings, Spec

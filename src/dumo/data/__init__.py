@@ -8,8 +8,8 @@ from typing import Annotated
 from pydantic import Discriminator, Field, Tag
 
 from dumo.data.images import Images
+from dumo.data.in_memory import Memory
 from dumo.data.latents import Latents
-from dumo.data.memory import Memory
 from dumo.data.toy import Digits, Moons
 from dumo.types.outside import BUNDLED, OUTSIDE, DataSpec, Outside, branch
 

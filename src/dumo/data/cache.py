@@ -37,11 +37,11 @@ from dumo.data.bucket import Crops
 from dumo.data.ledger import RECORD, Ledger, Recorded
 from dumo.data.pixel import Size
 from dumo.encoders import Codec
-from dumo.encoders.caption import Captions
+from dumo.encoders.caption_ids import Captions
 from dumo.io import table
 from dumo.io.read import is_text_list, parse_json, text_lines
 from dumo.io.table import ELSEWHERE, ShardTable, TableIndex
-from dumo.io.weights import load
+from dumo.io.tensor_files import load
 from dumo.runtime.limits import CLASSES, PIXELS, ROWS
 from dumo.types import Spec, UserError
 

@@ -3,8 +3,8 @@
 The order of events, for data with `captions`:
 
 1. `Templates` and `CaptionFiles` are the specs, `data.captions` of a run.
-2. The data make their `Captions` (`dumo.encoders.caption`): `Templates.all_captions` of the names of the classes, or
-   `captions_of` the columns and text files of the images. `cached_captions` keeps them for this process.
+2. The data make their `Captions` (`dumo.encoders.caption_ids`): `Templates.all_captions` of the names of the classes,
+   or `captions_of` the columns and text files of the images. `cached_captions` keeps them for this process.
 3. `with_captions` wraps the source. A source with captions gives, for each image, its class (templates) or its number
    (files). `Captioned` puts a caption of that row in its place.
 
@@ -31,10 +31,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dumo.data.rows import CAPTION_COLUMNS, CAPTION_ENDINGS, TABLES, FolderRows, Rows, require_paired
-from dumo.encoders.caption import Captions, edit_caption
+from dumo.encoders.caption_ids import Captions, edit_caption
 from dumo.io import digest
+from dumo.io.data_source import Bucketed, DataSource
 from dumo.io.read import brief, is_unicode
-from dumo.io.source import Bucketed, DataSource
 from dumo.types import Spec, UserError
 
 AUTO = "auto"  # a value of captions.name

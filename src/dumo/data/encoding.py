@@ -35,11 +35,11 @@ from dumo.data.cache import (
 from dumo.data.images import BucketedImages, RowsInBuckets, Source, first_unreadable
 from dumo.data.ledger import HASH_BYTES, ledger_of
 from dumo.data.pixel import Size
-from dumo.encoders.caption import Captions
+from dumo.encoders.caption_ids import Captions
 from dumo.encoders.codec import LoadedCodec
 from dumo.io import digest, table
+from dumo.io.data_source import Finite
 from dumo.io.picture import from_uint8
-from dumo.io.source import Finite
 from dumo.io.table import Column, MakeResult, Tick
 from dumo.runtime import signals
 from dumo.types import UserError

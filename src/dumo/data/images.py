@@ -42,11 +42,11 @@ from dumo.data.caption import (
 from dumo.data.ledger import Ledger
 from dumo.data.pixel import Crop, Size, ToRectangle, ToSquare, Unreadable, upright_size
 from dumo.data.rows import DatasetRows, FolderRows, NoImagesError, ParquetRows, Rows, TarRows, open_rows, warn_once
-from dumo.encoders.caption import Captions
+from dumo.encoders.caption_ids import Captions
 from dumo.io import hub
+from dumo.io.data_source import Bucketed, mirrored_rows, rows_of
 from dumo.io.picture import from_uint8
 from dumo.io.read import first_few, user_path
-from dumo.io.source import Bucketed, mirrored_rows, rows_of
 from dumo.io.suffix import UNREADABLE_SUFFIXES
 from dumo.runtime import signals
 from dumo.runtime.limits import CLASSES, GIGABYTE, GIGABYTES, PIXELS, ROWS

@@ -37,11 +37,11 @@ from dumo.data.cache import (
 from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, cached_captions, with_captions
 from dumo.data.images import BucketedImages, Images, Source, errors_of_latents
 from dumo.encoders import Codec
-from dumo.encoders.caption import Captions
+from dumo.encoders.caption_ids import Captions
 from dumo.flow.noise import PRIOR
 from dumo.io.audit import Audit
+from dumo.io.data_source import Bucketed, mirrored_rows, rows_of
 from dumo.io.read import user_path
-from dumo.io.source import Bucketed, mirrored_rows, rows_of
 from dumo.io.table import ShardTable
 from dumo.runtime.limits import GIGABYTE, GIGABYTES
 from dumo.runtime.random import random_row_mask, stream

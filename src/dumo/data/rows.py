@@ -40,8 +40,8 @@ from dumo.data.pixel import Unreadable
 from dumo.io import digest, hub
 from dumo.io import file as files
 from dumo.io.read import brief, decode_utf8, first_few, parse_json, read_text, text_lines
+from dumo.io.run_places import RUNS_FOLDER, holds_own_images
 from dumo.io.suffix import IMAGE_SUFFIXES
-from dumo.io.trained import RUNS_FOLDER, holds_own_images
 from dumo.runtime import signals
 from dumo.runtime.progress import bar
 from dumo.types import UserError

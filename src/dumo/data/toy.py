@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dumo.data.caption import Captioned, Templates
-from dumo.io.source import DataSource, Endless, HeldOutSplit, TensorData
+from dumo.io.data_source import DataSource, Endless, HeldOutSplit, TensorData
 from dumo.runtime.random import stream
 from dumo.types import Spec
 

@@ -24,10 +24,10 @@ from pydantic import Field
 from torch import nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from dumo.encoders import pipeline as pipelines
+from dumo.encoders import pipeline_folder as pipelines
 from dumo.encoders.codec import FIELD, CodecSpec, Images, Latent, LoadedCodec, Moments, PublishedCodec
 from dumo.encoders.part import DIFFUSERS, DIFFUSERS_FILE, choose_files, find_weights, first_unfit_key, require_weights
-from dumo.encoders.pipeline import VAE, Pipeline, PipelineSpec
+from dumo.encoders.pipeline_folder import VAE, Pipeline, PipelineSpec
 from dumo.encoders.transformers_library import quietly
 from dumo.io import hub
 from dumo.io.read import brief

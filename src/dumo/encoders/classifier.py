@@ -21,7 +21,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dumo.io import digest, weights
+from dumo.io import digest, tensor_files
 
 Images = Float[Tensor, "n c h w"]
 Features = Float[Tensor, "n f"]
@@ -134,7 +134,7 @@ class ShippedClassifier:
         """The net with its weights, read at first use."""
         with torch.device("meta"):  # no weights are drawn, so nobody's random numbers move
             net = self.kind()
-        net.load_state_dict({name: w.float() for name, w in weights.load(self.file).items()}, assign=True)
+        net.load_state_dict({name: w.float() for name, w in tensor_files.load(self.file).items()}, assign=True)
         return net.eval().requires_grad_(False)
 
     @cached_property

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from dumo.io import digest
 from dumo.io.picture import Pixels
-from dumo.io.weights import compare, read
+from dumo.io.tensor_files import compare, read
 from dumo.types import UserError
 
 SIZE = 299  # pixels along each side of the network's input

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dumo.io import digest, weights
+from dumo.io import digest, tensor_files
 from dumo.io.hub import SUFFIX
 from dumo.io.read import read_json
 from dumo.types import UserError
@@ -57,13 +57,13 @@ class PartWeights:
         """The tensors by name, mapped. Raises UserError for a damaged file."""
         tensors: dict[str, Tensor] = {}
         for file in self.files:
-            tensors |= weights.load(file)
+            tensors |= tensor_files.load(file)
         return tensors
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the first tensor; opens the first file. Raises UserError where that is damaged."""
-        tensors = weights.load(self.files[0])
+        tensors = tensor_files.load(self.files[0])
         return next(iter(tensors.values())).dtype
 
     def build_model(self, model_class: Any, **options: Any) -> tuple[Any, Mapping[str, Any]]:  # noqa: ANN401, of others
@@ -85,7 +85,7 @@ class PartWeights:
     def require_undamaged(self) -> None:
         """Read the headers. Raises UserError for a damaged file."""
         for file in self.files:
-            with weights.open_safetensors(file):
+            with tensor_files.open_safetensors(file):
                 pass
 
     def sha256(self, hint: str = "") -> str:
@@ -93,7 +93,7 @@ class PartWeights:
 
         Raises UserError, which ends in `hint`, for a damaged file.
         """
-        hashes = [weights.whole_digest(file, hint) for file in self.files]
+        hashes = [tensor_files.whole_digest(file, hint) for file in self.files]
         if len(hashes) == 1:
             return hashes[0]
         return digest.of_bytes(*(sha256.encode() for sha256 in hashes))
@@ -117,7 +117,7 @@ def choose_files(files: Collection[str], folder: str = "", name: str = DIFFUSERS
         candidates = [[f"{name}{infix}{SUFFIX}"], [index, *shards]]
         if name == DIFFUSERS:
             candidates.reverse()
-        complete = [weights for weights in candidates if here.issuperset(weights)]
+        complete = [files for files in candidates if here.issuperset(files)]
         if complete:
             chosen += complete[0]
             break
@@ -158,7 +158,7 @@ def require_weights(folder: Path, name: str, field: str, hint: str) -> PartWeigh
             raise UserError(f"{field}: {folder} lacks {missing[0]}, which {candidate.index.name} lists: {hint}")
     for pickle in PICKLES[name]:
         if (folder / pickle).is_file():
-            raise UserError(f"{folder / pickle}: {weights.NO_PICKLE}. {hint}")
+            raise UserError(f"{folder / pickle}: {tensor_files.NO_PICKLE}. {hint}")
     variants = " or ".join(f".{variant}" for variant in VARIANTS if variant)
     raise UserError(
         f"{field}: {folder} has no weights ({name}{SUFFIX}, in one file or in shards, plain or {variants}): {hint}"

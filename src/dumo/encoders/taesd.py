@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dumo.encoders.codec import FIELD, CodecSpec, Images, Latent, LoadedCodec, Moments, PublishedCodec
 from dumo.io.read import user_path
-from dumo.io.weights import compare, load, whole_digest
+from dumo.io.tensor_files import compare, load, whole_digest
 
 WIDTH = 64  # channels inside the net
 TAEF2_WEIGHTS = "dumo:cifar10-trained/taef2.safetensors"  # they come with dumo

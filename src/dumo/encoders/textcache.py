@@ -32,9 +32,9 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor
 
-from dumo.encoders.caption import split_caption
-from dumo.encoders.prompt import PromptReader, PromptReaderSpec
-from dumo.encoders.text import Embeddings, EncoderModel, TextEncoder
+from dumo.encoders.caption_ids import split_caption
+from dumo.encoders.encode_prompt import PromptReader, PromptReaderSpec
+from dumo.encoders.transformers_text import Embeddings, EncoderModel, TextEncoder
 from dumo.io import digest, table
 from dumo.io.read import read_text
 from dumo.io.table import FILE, MAX_MAPPED, Column, MakeResult, ShardTable, TableIndex, Tick

@@ -17,8 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dumo.encoders.prompt import PromptReaderSpec
-from dumo.encoders.text import Embeddings
+from dumo.encoders.encode_prompt import PromptReaderSpec
 from dumo.encoders.textcache import (
     BATCH_SIZE,
     EncoderSpec,
@@ -31,6 +30,7 @@ from dumo.encoders.textcache import (
     to_stored_types,
 )
 from dumo.encoders.tokens import warn_of_cuts
+from dumo.encoders.transformers_text import Embeddings
 from dumo.flow.precision import product_precision
 from dumo.types import UserError
 

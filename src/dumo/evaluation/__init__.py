@@ -17,12 +17,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from dumo.evaluation.bits_per_dim import LikelihoodProtocol
+from dumo.evaluation.bundled import ShippedProtocol
 from dumo.evaluation.clip import ClipProtocol
 from dumo.evaluation.features import FeatureProtocol
-from dumo.evaluation.images import ImageProtocol
-from dumo.evaluation.likelihood import LikelihoodProtocol
+from dumo.evaluation.fid import ImageProtocol
 from dumo.evaluation.protocol import Context as Context
-from dumo.evaluation.shipped import ShippedProtocol
 from dumo.evaluation.wholeset import Reference as Reference
 
 MetricProtocol = Annotated[

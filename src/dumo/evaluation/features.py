@@ -23,13 +23,13 @@ from torch import Tensor
 from dumo.encoders import vision
 from dumo.encoders.vision import FEATURE_MODELS, FeatureKind, ImageEncoder
 from dumo.evaluation import reference
+from dumo.evaluation.fid import SUBSETS, kid_text, split_batches
 from dumo.evaluation.frechet import frechet_distance
-from dumo.evaluation.images import SUBSETS, kid_text, split_batches
 from dumo.evaluation.mmd import gaussian_mmd, kid, perfect_sampler_scores
 from dumo.evaluation.protocol import MODEL_FIELD, Context, ModelProtocol, NumberedSamples, Scores
 from dumo.evaluation.reference import Standard, load_or_compute
 from dumo.evaluation.statistics import Statistics, float64_device, gather, statistics_of
-from dumo.io.source import Finite, HeldOutSplit
+from dumo.io.data_source import Finite, HeldOutSplit
 from dumo.runtime import version
 from dumo.runtime.random import stream
 from dumo.types import UserError

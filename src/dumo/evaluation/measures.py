@@ -1,6 +1,6 @@
 """Measures by features that ship with the package: the protocols `cifar10-features`, `digits` and `toy`.
 
-`open_cifar10`, `open_digits` and `open_toy` are the entrances, for `dumo.evaluation.shipped`. Each makes an
+`open_cifar10`, `open_digits` and `open_toy` are the entrances, for `dumo.evaluation.bundled`. Each makes an
 evaluator (`dumo.evaluation.wholeset`) that waits for all samples, then calls the protocol's `score_...`; its
 `baselines_...` gives the scores of a perfect sampler and of noise. `features_of` serves others, too.
 
@@ -39,8 +39,8 @@ from dumo.evaluation.mmd import (
     perfect_sampler_scores,
 )
 from dumo.evaluation.neighbours import nearest, nearest_other, precision_recall
-from dumo.evaluation.photos import WIDTH as CIFAR10_WIDTH  # the kernel's: it sees the same features
 from dumo.evaluation.protocol import Context, Evaluator, Protocol, Scores
+from dumo.evaluation.small_sets import WIDTH as CIFAR10_WIDTH  # the kernel's: it sees the same features
 from dumo.evaluation.stored import StoredFeatures
 from dumo.evaluation.two_sample import auc_sd, two_sample_auc
 from dumo.evaluation.wholeset import Reference, WholeSetEvaluator, choose_rows, make_opener

@@ -66,7 +66,7 @@ class _Header(NamedTuple):
 
 
 class NpzImages:
-    """The images of an .npz in ADM's layout, in their order, to be gone through (`dumo.io.source.Finite`).
+    """The images of an .npz in ADM's layout, in their order, to be gone through (`dumo.io.data_source.Finite`).
 
     `shape` is (n, height, width, 3). `c` (n,) are the classes, None where the file has none or `with_classes` is false.
     Raises UserError for a file in another layout.

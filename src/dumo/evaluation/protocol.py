@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dumo.encoders.part import TRANSFORMERS, choose_files
 from dumo.io import hub
-from dumo.io.source import Data
+from dumo.io.data_source import Data
 from dumo.runtime import limits
 from dumo.types import HUB_MODEL, PLACE, Cond, Spec, UserError
 

@@ -49,9 +49,9 @@ from dumo.evaluation.statistics import (
 )
 from dumo.io import digest
 from dumo.io import file as files
+from dumo.io.data_source import Finite
 from dumo.io.picture import to_uint8
 from dumo.io.read import cache_folder
-from dumo.io.source import Finite
 from dumo.runtime import dist
 from dumo.types import UserError
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dumo.evaluation.frechet import Moments
 from dumo.evaluation.inception_score import InceptionScore
-from dumo.io import digest, weights
+from dumo.io import digest, tensor_files
 from dumo.io.picture import Pixels
 from dumo.runtime import dist
 from dumo.types import UserError
@@ -149,7 +149,7 @@ def save_statistics(path: Path, statistics: Statistics, key: Mapping[str, str]) 
 def load_statistics(path: Path, key: Mapping[str, str]) -> Statistics | None:
     """Read statistics from a file; None where it is missing, damaged, or has another `key`."""
     try:
-        parts, notes = weights.read(path)
+        parts, notes = tensor_files.read(path)
         if notes != {**key, CHECKSUM: digest.of_tensors(parts)}:
             return None
         return _unpack(parts)

@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dumo.io import digest, weights
+from dumo.io import digest, tensor_files
 from dumo.types import Cond, UserError
 
 FILE = "reference.safetensors"  # its name, next to a shipped run
@@ -57,7 +57,7 @@ class StoredFeatures:
     @classmethod
     def read(cls, file: Path, features_sha256: str) -> "StoredFeatures":
         """Read a file whose features were computed by the classifier of this hash. Raises UserError for any other."""
-        tensors, metadata = weights.read(file)
+        tensors, metadata = tensor_files.read(file)
         if metadata.get("features_sha256") != features_sha256:
             raise UserError(f"{file} holds features of another classifier than this dumo has: take dumo's own file")
         return cls(

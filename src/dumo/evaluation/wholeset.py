@@ -23,7 +23,7 @@ from dumo.evaluation.mmd import class_facts
 from dumo.evaluation.protocol import Context, NumberedSamples, Protocol, Scores, name_of_data
 from dumo.evaluation.statistics import order_of
 from dumo.io import digest
-from dumo.io.source import Data, HeldOutSplit
+from dumo.io.data_source import Data, HeldOutSplit
 from dumo.runtime import dist
 from dumo.runtime.random import stream
 from dumo.types import Cond, Sample, UserError

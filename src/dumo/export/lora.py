@@ -35,12 +35,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dumo.encoders.pipeline import UNET
-from dumo.export import card
+from dumo.encoders.pipeline_folder import UNET
+from dumo.export import model_card
 from dumo.export.model import ExportedModel, require_pipeline
 from dumo.export.scheduler import SCHEDULER, write_flow_map_scheduler
-from dumo.nets.adapter import SUBJECT, adapters
 from dumo.nets.heads import bias_or_none
+from dumo.nets.lora import SUBJECT, adapters
 from dumo.types import UserError
 
 # The file that diffusers looks for.
@@ -80,7 +80,7 @@ class LayerProduct(NamedTuple):
     bias: Tensor
 
 
-def write(exported: ExportedModel, provenance: card.Provenance, out: Path, name: str, *, dtype: str) -> None:
+def write(exported: ExportedModel, provenance: model_card.Provenance, out: Path, name: str, *, dtype: str) -> None:
     """Write the LoRA, its scheduler and its card into the empty folder `out`, which will be called `name`.
 
     Raises UserError if the run tuned all weights, the class takes no LoRA, or a layer of another kind was trained.
@@ -104,8 +104,8 @@ def write(exported: ExportedModel, provenance: card.Provenance, out: Path, name:
         )
     codes = exported.class_embeddings
     if codes:
-        safetensors.torch.save_file(codes, out / card.CODES, _METADATA)
-    (out / "README.md").write_text(card.tuned_card(exported, provenance, stock, name), encoding="utf-8")
+        safetensors.torch.save_file(codes, out / model_card.CODES, _METADATA)
+    (out / "README.md").write_text(model_card.tuned_card(exported, provenance, stock, name), encoding="utf-8")
 
 
 def comfyui_tensors(exported: ExportedModel, *, dtype: str = "float32") -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dumo.config.spec import Run
 from dumo.data.pixel import Size
 from dumo.encoders.part import DIFFUSERS, find_weights
-from dumo.encoders.pipeline import TRANSFORMER, weights_name
+from dumo.encoders.pipeline_folder import TRANSFORMER, weights_name
 from dumo.export.scheduler import restart_for_scheduler
 from dumo.export.stock import TRAIN_TIMESTEPS, StockPipeline, find_stock_pipeline
 from dumo.flow.path import Diffusion
@@ -30,7 +30,7 @@ from dumo.flow.solver import Hop, Restart, num_steps, uniform_times
 from dumo.nets import Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.nets.gap import FixedTimes
-from dumo.nets.rows import Codes
+from dumo.nets.text_rows import Codes
 from dumo.types import Cond, Heads, Objective, Sample, Time, UserError
 
 # The dtypes in which weights are written.

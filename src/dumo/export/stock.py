@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dumo.encoders.pipeline import IS_DISTILLED, TRANSFORMER, UNET, component_names
+from dumo.encoders.pipeline_folder import IS_DISTILLED, TRANSFORMER, UNET, component_names
 from dumo.encoders.transformers_library import quietly
 from dumo.nets import Pretrained
 from dumo.nets.family import class_of, find_family

@@ -1,8 +1,8 @@
 """Export a run: `export` checks everything first, then writes all or nothing.
 
 It writes into a temporary place, which it then renames to `out`: the folder of a run with a network of its own
-(`dumo.export.own`), a pretrained model as the folder of a pipeline (`_write_pipeline`), a LoRA (`dumo.export.lora`), or
-one file of weights (`_write_file`). The folder of a pipeline, for `DiffusionPipeline.from_pretrained(OUT)`:
+(`dumo.export.dumo_run`), a pretrained model as the folder of a pipeline (`_write_pipeline`), a LoRA
+(`dumo.export.lora`), or one file of weights (`_write_file`). The folder of a pipeline, for `DiffusionPipeline.from_pretrained(OUT)`:
 
 transformer/       the model, with one head instead of its last layer
 scheduler/         for a flow map, one that adds fresh noise between two passes; for a velocity, the source's own
@@ -27,14 +27,14 @@ from torch import nn
 
 from dumo.config.suggestion import require_known
 from dumo.data import Data, Latents
-from dumo.encoders.pipeline import SECOND_TRANSFORMER, TRANSFORMER, UNET, has_component
-from dumo.export import card, lora, own
+from dumo.encoders.pipeline_folder import SECOND_TRANSFORMER, TRANSFORMER, UNET, has_component
+from dumo.export import dumo_run, lora, model_card
 from dumo.export.model import DTYPES, INDEX, ExportedModel, Head, choose_exported_model, require_pipeline
 from dumo.export.scheduler import SCHEDULER, write_flow_map_scheduler, write_velocity_scheduler
 from dumo.flow.path import Diffusion, Linear
 from dumo.io import file as files
 from dumo.io.read import read_json, write_json
-from dumo.io.weights import PICKLES, unshared
+from dumo.io.tensor_files import PICKLES, unshared
 from dumo.nets import Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.run.trained import TrainedRun
@@ -105,7 +105,7 @@ def export(
         )
 
     # Write it.
-    provenance = card.Provenance.of(trained)
+    provenance = model_card.Provenance.of(trained)
     card_name = name or out.name
     with files.atomic_write(out) as temporary:
         if exported is not None and to in FILE_FORMS:
@@ -113,7 +113,7 @@ def export(
             return out
         temporary.mkdir()
         if exported is None:
-            own.write(trained, provenance, temporary, card_name, dtype=dtype)
+            dumo_run.write(trained, provenance, temporary, card_name, dtype=dtype)
             return out
         if to == "lora":
             lora.write(exported, provenance, temporary, card_name, dtype=dtype)
@@ -174,7 +174,7 @@ def _choose_head(objective: Objective, head: str | None) -> Head:
     return head
 
 
-def _write_file(exported: ExportedModel, provenance: card.Provenance, file: Path, *, to: str, dtype: str) -> None:
+def _write_file(exported: ExportedModel, provenance: model_card.Provenance, file: Path, *, to: str, dtype: str) -> None:
     """Write one file of weights: a LoRA for ComfyUI, or with `to` safetensors a whole model."""
     if to == "comfyui":
         weights = lora.comfyui_tensors(exported, dtype=dtype)
@@ -185,12 +185,12 @@ def _write_file(exported: ExportedModel, provenance: card.Provenance, file: Path
                 "the file lacks the embeddings of classes that the model was tuned on: the form diffusers has them",
                 stacklevel=2,
             )
-    safetensors.torch.save_file(weights, file, metadata=card.header_metadata(exported, provenance))
+    safetensors.torch.save_file(weights, file, metadata=model_card.header_metadata(exported, provenance))
 
 
 def _write_pipeline(
     exported: ExportedModel,
-    provenance: card.Provenance,
+    provenance: model_card.Provenance,
     out: Path,
     out_name: str,
     *,
@@ -232,8 +232,8 @@ def _write_pipeline(
     write_json(out / INDEX, index)
     codes = exported.class_embeddings
     if codes:
-        safetensors.torch.save_file(codes, out / card.CODES, {"format": "pt"})
-    readme = card.tuned_card(exported, provenance, stock, out_name, index)
+        safetensors.torch.save_file(codes, out / model_card.CODES, {"format": "pt"})
+    readme = model_card.tuned_card(exported, provenance, stock, out_name, index)
     (out / "README.md").write_text(readme, encoding="utf-8")
 
 

@@ -1,8 +1,8 @@
 """What an objective cannot be combined with, although training or sampling would run without an error.
 
 Each `require_...` raises UserError with the whole message: the value, the rule, and the field of a run or the argument
-of `dumo.Flow` that fixes it. `dumo.Flow`, `dumo.config.fit`, the trainer and the losses of objectives call them, so a
-combination is refused in the same words wherever it is asked for.
+of `dumo.Flow` that fixes it. `dumo.Flow`, `dumo.config.check_spec`, the trainer and the losses of objectives call
+them, so a combination is refused in the same words wherever it is asked for.
 
     require_precision, require_precise_passes, require_precise_weights    16 bits, if rounding is amplified
     require_path, require_times                                           formulas and times of the objective

@@ -30,7 +30,7 @@ from torch import Tensor
 from dumo.flow import dropout
 from dumo.runtime.limits import FACTOR, require_order
 from dumo.types import QUIET, Array, Cond, Needs, NoisyBatch, Readings, Rows, Sample, Spec, Time, lift
-from dumo.types.rows import to_device
+from dumo.types.batch_rows import to_device
 
 Velocity = Callable[[NoisyBatch, Cond], Sample]  # (batch, condition) -> V at the batch's x_t and t
 # Below these a difference is one of rounding, not of settings: 1 - .2 - .8 is not 0 in floating point. Ours

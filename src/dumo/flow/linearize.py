@@ -35,7 +35,7 @@ from dumo.autodiff.general import whatever_the_slope
 from dumo.autodiff.tape import Later
 from dumo.flow import dropout
 from dumo.types import Array, Cond, Frozen, Heads, Net, Sample, Time
-from dumo.types.rows import index, split_by_step
+from dumo.types.batch_rows import index, split_by_step
 
 Along = Callable[[Sample], Heads]  # w (b, ...) -> the derivative of each head along w
 Moving = Sequence[bool]  # (b,), the rows whose derivative is wanted: no tensor, so that shapes are static

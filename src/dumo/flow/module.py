@@ -69,8 +69,8 @@ from dumo.types import (
     lift,
     unwrap,
 )
+from dumo.types.batch_rows import to_device
 from dumo.types.outside import make_objective
-from dumo.types.rows import to_device
 
 Moment = Tensor | float | int  # a time for all rows, or one for each
 Loss = Callable[[Net, Frozen, NoisyBatch], Terms]  # of (net, theta^-, batch)

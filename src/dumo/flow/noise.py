@@ -31,7 +31,7 @@ from dumo.runtime import random
 from dumo.runtime.limits import ROWS
 from dumo.runtime.random import keyed_normal, random_row_mask, stream
 from dumo.types import Cond, Law, NoisyBatch, Objective, Rows, Sample, Spec, TeacherVelocity, Time, Trail
-from dumo.types.rows import pin, to_device
+from dumo.types.batch_rows import pin, to_device
 
 # The name in the key of the stream that picks the rows that the teacher answers.
 PRIOR = "prior"

@@ -14,7 +14,7 @@ import torch
 from dumo.flow import dropout
 from dumo.flow.linearize import merge_rows, split_rows
 from dumo.types import Frozen, NoisyBatch, Sample, Time, lift
-from dumo.types.rows import index
+from dumo.types.batch_rows import index
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from torch import Generator
 from dumo.runtime import random
 from dumo.runtime.limits import PASSES, require_order
 from dumo.types import Law, PerSample, Time, TimeLaw
-from dumo.types.rows import split_by_step, spread_evenly
+from dumo.types.batch_rows import split_by_step, spread_evenly
 
 # EDM is Karras et al. 2022
 EDM_SD = 0.5  # the standard deviation of the data (EDM, Tab. 1)

@@ -22,10 +22,10 @@ from typing import Any, Literal
 
 from dumo.error import UserError
 from dumo.io.read import user_path
-from dumo.io.trained import RUNS_FOLDER
+from dumo.io.run_places import RUNS_FOLDER
 from dumo.runtime import require, signals
+from dumo.runtime.formatting import bytes_text
 from dumo.runtime.progress import print_line
-from dumo.runtime.text import bytes_text
 
 INDEX = "model_index.json"  # in the folder of a pipeline of diffusers
 CARD = "README.md"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from dumo.error import UserError
-from dumo.io import file, trained
+from dumo.io import file, run_places
 
 FEW = 3  # items that a message names
 CACHE_VARIABLE = "DUMO_CACHE"  # the environment variable that names the cache's folder
@@ -30,7 +30,7 @@ def user_path(text: str, field: str) -> Path:
     Raises UserError, naming the field, for a variable or a home that is not known, and for an empty text, which would
     be the current folder.
     """
-    shipped_path = trained.path_in(text)
+    shipped_path = run_places.path_in(text)
     if shipped_path is not None:
         return shipped_path
     if text and "\0" not in text and os.path.lexists(text):

@@ -46,7 +46,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from dumo.io import digest, weights
+from dumo.io import digest, tensor_files
 from dumo.io import file as files
 from dumo.io.read import read_json
 from dumo.runtime.limits import ROWS
@@ -235,7 +235,7 @@ class ShardTable:
         """The columns of a shard, mapped into memory. Raises UserError where they are not as the index says."""
         shard = self.index.shards[number]
         columns = self.index.columns
-        tensors = weights.load(self.folder / shard.file)
+        tensors = tensor_files.load(self.folder / shard.file)
         for name, column in columns.items():
             if not column.fits(tensors, name, shard.rows):
                 raise UserError(

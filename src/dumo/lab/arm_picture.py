@@ -9,9 +9,9 @@ from dumo.config.word import MERITS, word
 from dumo.io import picture
 from dumo.lab.cell import Result, Row
 from dumo.lab.plan import Plan
-from dumo.lab.table import group_by_arm, main_score, main_score_of_names
+from dumo.lab.result_table import group_by_arm, main_score, main_score_of_names
 from dumo.report import chart, score
-from dumo.runtime.text import nfe_text
+from dumo.runtime.formatting import nfe_text
 
 # The number of columns of a sheet of samples.
 _COLUMNS = 10

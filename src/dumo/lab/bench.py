@@ -25,7 +25,7 @@ from dumo.flow.noise import draw, path_velocity
 from dumo.flow.precision import Precision, autocast, product_precision, using
 from dumo.flow.slope import CentralSlope, Slope, slope_of
 from dumo.io.read import null_nonfinite
-from dumo.run import cost, examination, memory
+from dumo.run import examination, flops, memory
 from dumo.run.net import meta_net, require_room
 from dumo.run.random_net import random_net
 from dumo.runtime.device import choose_device, known_peak_tflops, software_versions
@@ -173,7 +173,7 @@ class StepBench:
         """The row with the error of its slope. A compiled loss is examined as it is without compiling."""
         if row.slope == PLAIN:
             return row
-        row_multiple = cost.exact_rows(objective)
+        row_multiple = flops.exact_rows(objective)
         b = self._draw_batch(objective, row_multiple * max(_MIN_EXAMINED_ROWS // row_multiple, 1))
         with using(row.precision, self.device), self._compile_mode(row.compile), self._dropout_keys(len(b.t)):
             return replace(row, error=slope_error(self.net, self.ref, objective, b))
@@ -185,7 +185,7 @@ class StepBench:
         """
         run = self.run
         shape, rows, ref = run.data.shape, run.train.batch, run.train.ref
-        step_cost = cost.step_cost(self.meta_net, objective, run.path, shape, rows=rows, ref=ref)
+        step_cost = flops.step_cost(self.meta_net, objective, run.path, shape, rows=rows, ref=ref)
         if self.device.type == "cuda":
             # Kernels keep memory after their first call.
             step()
@@ -232,16 +232,16 @@ def measure(
 
     # Write the report.
     batch = run.train.batch
-    flops = cost.forward_flops(bench.meta_net, run.objective, run.data.shape)
+    flops_per_row = flops.forward_flops(bench.meta_net, run.objective, run.data.shape)
     peak = known_peak_tflops(torch_device)
-    rows = with_times(attempts, seconds, batch, batch * flops / (1e12 * peak) if peak else None)
+    rows = with_times(attempts, seconds, batch, batch * flops_per_row / (1e12 * peak) if peak else None)
     return {
         "net": run.net.model_dump(),
         "objective": run.model_dump(mode="json")["objective"],
         "shape": run.data.shape,
         "batch": batch,
         "parameters": sum(p.numel() for p in bench.net.parameters()),
-        "forward_flops_per_image": flops,
+        "forward_flops_per_image": flops_per_row,
         "rounds": rounds,
         "machine": device_name(torch_device),
         "threads": torch.get_num_threads(),

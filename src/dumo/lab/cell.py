@@ -32,17 +32,17 @@ from dumo.config.place import EVALUATION_FILE
 from dumo.config.source import RUN_FILE
 from dumo.config.spec import Run
 from dumo.data import Data, Latents
-from dumo.encoders.pipeline import Pipeline
+from dumo.encoders.pipeline_folder import Pipeline
 from dumo.error import NotFiniteError
 from dumo.io import file
 from dumo.lab.plan import Cell
 from dumo.nets.dualized import Dualized
 from dumo.nets.pretrained import Pretrained
-from dumo.nets.rows import Codes
+from dumo.nets.text_rows import Codes
 from dumo.plan.prepare import prepare
-from dumo.report import compare
-from dumo.report.evaluate import current_report, evaluate
-from dumo.run import encode
+from dumo.report import comparison
+from dumo.report.evaluation import current_report, evaluate
+from dumo.run import fill_caches
 from dumo.run.resolve import resolve
 from dumo.run.trained import TrainedRun
 from dumo.run.trainer import open_trainer
@@ -266,7 +266,7 @@ def _make_caches(cells: Sequence[Cell], *, device: str, bar: Bar) -> None:
     """Make the caches of latents that cells read and that do not exist yet."""
     for data in dict.fromkeys(cell.spec.data for cell in cells):
         if isinstance(data, Latents):
-            encode.ensure_cache(data, device=device, bar=bar)
+            fill_caches.ensure_cache(data, device=device, bar=bar)
 
 
 def _require_measured_alike(results: Sequence[Result]) -> None:
@@ -278,7 +278,7 @@ def _require_measured_alike(results: Sequence[Result]) -> None:
         key = (spec.evaluate.protocol.kind, spec.evaluate.split, getattr(spec.data, "fold", 0))
         cards.setdefault(key, {})[result.cell.name] = result.report["card"]
     for cards_by_cell in cards.values():
-        compare.require_comparable(cards_by_cell)
+        comparison.require_comparable(cards_by_cell)
 
 
 # ------------------------------------------------------------------------------- cells that start from other cells

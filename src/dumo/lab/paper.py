@@ -18,10 +18,10 @@ from dumo.flow import sampling
 from dumo.io import picture
 from dumo.lab.cell import Result, Row
 from dumo.lab.plan import Plan
-from dumo.lab.table import average_by_arm, group_by_arm, main_score
+from dumo.lab.result_table import average_by_arm, group_by_arm, main_score
 from dumo.plan.facts import far_share
-from dumo.report import chart, evaluate, gallery
-from dumo.report.sample import sample_to_files
+from dumo.report import chart, evaluation, gallery
+from dumo.report.write_samples import sample_to_files
 from dumo.run.judge import evaluator_of
 from dumo.runtime.progress import no_bar
 
@@ -123,7 +123,7 @@ def _distances_by_milestone(result: Result) -> Iterator[Row]:
         for mode in gallery.choose_modes(spec, _FIG5_PASSES):
             for nfe in _FIG5_PASSES:
                 solver = mode.solver_for(nfe)
-                scores = evaluate.score_passes(milestone, evaluator, solver, nfe, c, spec.evaluate.seed)
+                scores = evaluation.score_passes(milestone, evaluator, solver, nfe, c, spec.evaluate.seed)
                 first_distance = next(name for name in scores if name not in ("nfe", "solver"))
                 columns = {name: scores[name] for name in ("nfe", "solver", first_distance)}
                 yield {"reading": mode.letter, "step": step, **columns}

@@ -42,7 +42,7 @@ from dumo.config.load import load_recipe, parse
 from dumo.config.spec import Run, StandaloneParts
 from dumo.config.suggestion import require_known
 from dumo.io.yaml import parse_mapping, parse_yaml
-from dumo.run import cost
+from dumo.run import flops
 from dumo.run.net import meta_net
 from dumo.run.resolve import resolve
 from dumo.types import Spec, UserError
@@ -273,7 +273,7 @@ class Cost:
 
         def count_units() -> float:
             run = self.run
-            units = cost.forward_units(meta_net(run), run.objective, run.path, run.data.shape, ref=run.train.ref)
+            units = flops.forward_units(meta_net(run), run.objective, run.path, run.data.shape, ref=run.train.ref)
             return self._teacher_passes() + units
 
         return self._count_once("units", count_units)
@@ -284,7 +284,7 @@ class Cost:
         teacher = run.teacher
         if teacher is None or not teacher.gives_velocity(run.objective.needs.teacher):
             return 0.0
-        passes = cost.teacher_passes(meta_net(run), run.objective, run.path, run.data.shape)
+        passes = flops.teacher_passes(meta_net(run), run.objective, run.path, run.data.shape)
         return 2 * passes if teacher.guide.active else passes
 
     @property
@@ -292,7 +292,7 @@ class Cost:
         """Floating-point operations of a pass, per row."""
 
         def count_flops() -> float:
-            return cost.forward_flops(meta_net(self.run), self.run.objective, self.run.data.shape)
+            return flops.forward_flops(meta_net(self.run), self.run.objective, self.run.data.shape)
 
         return self._count_once("flops", count_flops)
 

@@ -22,12 +22,12 @@ from dumo.io.read import write_json
 from dumo.lab import arm_picture, cell, fig4b, paper
 from dumo.lab.cell import Result, Row
 from dumo.lab.plan import Cell, Plan, is_file_name, read_plan, require_fair, require_runnable
-from dumo.lab.table import markdown, ranked_table, with_failed_seeds
+from dumo.lab.result_table import markdown, ranked_table, with_failed_seeds
 from dumo.run.speed import seconds_between
 from dumo.runtime import shell_path
 from dumo.runtime.device import choose_device, software_versions
+from dumo.runtime.formatting import SECONDS_PER_HOUR
 from dumo.runtime.progress import Bar, no_bar
-from dumo.runtime.text import SECONDS_PER_HOUR
 from dumo.types import UserError
 
 

@@ -9,9 +9,9 @@ from pydantic import Discriminator, Field, Tag
 
 from dumo.nets.dit import DiT
 from dumo.nets.mlp import MLP
-from dumo.nets.module import ModuleSpec
 from dumo.nets.pretrained import Pretrained
 from dumo.nets.unet import UNet
+from dumo.nets.user_module import ModuleSpec
 from dumo.types.outside import BUNDLED, OUTSIDE, NetSpec, Outside, branch
 
 BundledNet = Annotated[DiT | MLP | ModuleSpec | Pretrained | UNet, Field(discriminator="kind"), Tag(BUNDLED)]

@@ -32,7 +32,7 @@ from dumo.nets.embed import Gauges, HeadEmbeddings, Scalars, grid_waves, label_t
 from dumo.nets.magnitude import Magnitude, MagnitudePreservingBlock, UnitRowLinear, normalize_rows
 from dumo.nets.precondition import Precondition, apply_precondition
 from dumo.nets.route import Route
-from dumo.nets.text import Text
+from dumo.nets.text_spec import Text
 from dumo.nets.textblock import TextBlock, TextEmbedder
 from dumo.runtime.limits import BLOCKS, CHANNELS, FACTOR, PIXELS
 from dumo.types import QUIET, Array, Cond, Heads, Needs, Sample, Spec, Time, UserError

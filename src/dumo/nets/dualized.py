@@ -1,7 +1,7 @@
 """A model of diffusers as a net of dumo: x_t, t and c in, velocities and flow maps out.
 
 The model keeps its class. `Dualized` exchanges some of its parts, which keep their names and shapes: the last layer
-(`dumo.nets.heads`), the time embedder (`dumo.nets.lowpass`), and layers with adapters (`dumo.nets.adapter`).
+(`dumo.nets.heads`), the time embedder (`dumo.nets.lowpass`), and layers with adapters (`dumo.nets.lora`).
 
 The order of events:
 
@@ -27,8 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dumo.nets import adapter, lowpass
-from dumo.nets.adapter import Lora
+from dumo.nets import lowpass
 from dumo.nets.embed import require_inputs
 from dumo.nets.family import Config, Family, Inputs, is_unet, pack_latents, unpack_latents
 from dumo.nets.gap import FixedTimes, GapEmbedder, fit_fixed_times
@@ -42,8 +41,9 @@ from dumo.nets.heads import (
     with_buffers_in_state,
     with_submodules,
 )
+from dumo.nets.lora import SUBJECT, Lora, adapt, merge, without_adapters, without_subject
 from dumo.nets.lowpass import LowpassFit, MaskedLinear
-from dumo.nets.rows import Texts
+from dumo.nets.text_rows import Texts
 from dumo.nets.vp import DiffusionToVelocity
 from dumo.runtime import dist
 from dumo.types import Array, Cond, Heads, Sample, Time, UserError
@@ -79,7 +79,7 @@ class Dualized(nn.Module):
         - `diffusion`: turns the output of a model of a diffusion into a velocity; None: the model learned a velocity
         - `gap`: whether the net takes r, too, for which the model must have an embedder of time
 
-        Raises UserError as `adapter.adapt`.
+        Raises UserError as `lora.adapt`.
         """
         super().__init__()
         self.model = model
@@ -99,7 +99,7 @@ class Dualized(nn.Module):
         trained_paths = [family.last_layer, *embedder_paths]
         self.trained_paths = tuple(trained_paths) if lora else ()
         if lora:
-            adapter.adapt(model, lora, self.blocks, unused_layers, trained_paths)
+            adapt(model, lora, self.blocks, unused_layers, trained_paths)
         originals = [copy.deepcopy(model.get_submodule(path)) for path in self.trained_paths]
         self.old = nn.ModuleList(originals).requires_grad_(False)  # the untuned layers at `trained_paths`
         for name, p in model.named_parameters():
@@ -125,7 +125,7 @@ class Dualized(nn.Module):
         if self.has_subject:  # all else is the few-step run's, its time embedder, too
             self.lowpass_fits = ()
             for name, p in self.named_parameters():
-                p.requires_grad_(f".{adapter.SUBJECT}." in name)
+                p.requires_grad_(f".{SUBJECT}." in name)
 
     def _cut_quick_waves(
         self, embedder_paths: Sequence[str], max_frequency: float, limit: float | None
@@ -236,7 +236,7 @@ class Dualized(nn.Module):
                 "net.lora.rank=64, or teacher.kind=run"
             )
         if self.has_subject:
-            with adapter.without_subject(self.model):
+            with without_subject(self.model):
                 yield self
             return
         originals: dict[str, nn.Module] = dict(zip(self.trained_paths, self.old, strict=True))
@@ -244,7 +244,7 @@ class Dualized(nn.Module):
         originals[self.family.last_layer] = self._join([original_last] * len(self.heads))
         trained = {path: self.model.get_submodule(path) for path in originals}
         gap = self.gap
-        with adapter.without_adapters(self.model):
+        with without_adapters(self.model):
             for path, part in originals.items():
                 self.model.set_submodule(path, part)
             self.gap = None
@@ -280,7 +280,7 @@ class Dualized(nn.Module):
             for p in model.parameters():
                 copies[id(p)] = nn.Parameter(p.detach().to(torch.float32, copy=True), False)
             model = copy.deepcopy(model, copies)
-            adapter.merge(model)
+            merge(model)
         return model
 
     @torch.no_grad()

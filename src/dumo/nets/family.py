@@ -1,9 +1,9 @@
 """The models of diffusers that can be tuned: a `Family` for each class, with the paths of its parts and its arguments.
 
 `find_family` is the entrance: it finds the `Family` of a config.json, or refuses the model. `dumo.nets.dualized` calls
-the model with what `Family.arguments` makes of its `Inputs`; `dumo.encoders.prompt` encodes texts by it. To add one,
-add an entry to `FAMILIES`, or to `VARIANTS` where its class is there already, and a function of arguments if no other
-fits (docs/families.md). `PIPELINES` are the accepted classes of pipelines, which messages and that page list.
+the model with what `Family.arguments` makes of its `Inputs`; `dumo.encoders.encode_prompt` encodes texts by it. To add
+one, add an entry to `FAMILIES`, or to `VARIANTS` where its class is there already, and a function of arguments if no
+other fits (docs/families.md). `PIPELINES` are the accepted classes of pipelines, which messages and that page list.
 
 A family holds what no config says. Models of a diffusion (`Family.is_diffusion`) are read by `dumo.nets.vp`. Every
 other model here learned the velocity noise - data on the linear path, with data at t = 0, noise at t = 1; Z-Image and

@@ -10,7 +10,7 @@ The order of events, all of it in `dumo.nets.dualized`:
 4. For an export, `with_submodules` makes a model with a single head and `with_buffers_in_state` undoes step 1. Both
    share all weights with the model that they are given, and leave it as it is.
 
-`with_submodules` serves `dumo.run.cost`, too. `bias_or_none` is for all who read a layer's bias.
+`with_submodules` serves `dumo.run.flops`, too. `bias_or_none` is for all who read a layer's bias.
 """
 
 import copy

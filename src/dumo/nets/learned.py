@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from dumo.encoders.tokens import NUM_BYTE_IDS, SPACE_ID, ByteTokenizer, warn_of_cuts
 from dumo.encoders.transformers_library import import_transformers
 from dumo.flow import dropout
-from dumo.nets.rows import SourceLatents, TextRows, Texts, TextsSpec
+from dumo.nets.text_rows import SourceLatents, TextRows, Texts, TextsSpec
 from dumo.runtime.limits import BLOCKS, CHANNELS
 from dumo.types import Cond, UserError
 

@@ -6,7 +6,7 @@
 
 The order of events:
 
-1. `dumo.nets.adapter` calls `store_in_bf16` or `quantise` when a net is made. They replace linear layers, in place, by
+1. `dumo.nets.lora` calls `store_in_bf16` or `quantise` when a net is made. They replace linear layers, in place, by
    `HalfLinear` or `CodedLinear`.
 2. A pass of a `CodedLinear` decodes W, multiplies by it in the precision of the pass, and lets it go. The backward pass
    decodes it again. So primal, tangent and gradient are those of the linear layer with this W.

@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dumo.encoders.part import DIFFUSERS, PartWeights, first_unfit_key, require_weights
-from dumo.encoders.pipeline import (
+from dumo.encoders.pipeline_folder import (
     CONFIG,
     FIELD,
     SECOND_TRANSFORMER,
@@ -38,14 +38,14 @@ from dumo.encoders.pipeline import (
 )
 from dumo.encoders.transformers_library import quietly
 from dumo.io.deferred import Loaders, load_parameters
-from dumo.nets.adapter import Lora
 from dumo.nets.checkpointing import Checkpointing, mark_recomputed, run_as_marked
 from dumo.nets.dualized import Dualized, time_embedder_paths
 from dumo.nets.family import Family, find_family, is_unet
+from dumo.nets.lora import Lora
 from dumo.nets.lowbit import CodedLinear, Coding, encode, weight_digest
 from dumo.nets.precondition import Precondition
-from dumo.nets.rows import Codes, Texts, make_codes
-from dumo.nets.text import PipelineTexts
+from dumo.nets.text_rows import Codes, Texts, make_codes
+from dumo.nets.text_spec import PipelineTexts
 from dumo.nets.vp import DiffusionToVelocity, read_scheduler
 from dumo.runtime import import_bitsandbytes, require
 from dumo.runtime.limits import FACTOR

@@ -34,7 +34,7 @@ from dumo.flow.dropout import Keys, current, hashes, layer_keys
 from dumo.runtime.limits import BLOCKS
 from dumo.types import Array, Spec, UserError
 
-_ROUTING_LAYER = 1  # a layer of `dumo.flow.dropout` has keys of its own; layer 0 drops words (`dumo.nets.text`)
+_ROUTING_LAYER = 1  # a layer of `dumo.flow.dropout` has keys of its own; layer 0 drops words (`dumo.nets.text_spec`)
 
 
 class Route(Spec):

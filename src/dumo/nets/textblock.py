@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dumo.nets.block import EPS, BlockSizes, Stream, multi_head_attention, normalize_qk, split_heads
-from dumo.nets.rows import Texts
+from dumo.nets.text_rows import Texts
 from dumo.types import Array, Cond
 
 

@@ -80,7 +80,7 @@ from dumo.types import (
     lift,
     mean_square,
 )
-from dumo.types.rows import index
+from dumo.types.batch_rows import index
 
 __all__ = [
     "STRAIGHT",

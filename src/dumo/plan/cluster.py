@@ -21,11 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dumo.flow.module import Flow
 from dumo.flow.path import FlowPath
-from dumo.run import cost
+from dumo.run import flops
 from dumo.run.memory import average_tensors
 from dumo.training import layout
 from dumo.training.micro_batch import rows_of_rank
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.training.state import State, begin
 from dumo.types import NoisyBatch, Objective
 
@@ -54,7 +54,7 @@ def peak_bytes(
         # A dual slope warns that another pass is needed where gathered weights are freed.
         warnings.simplefilter("ignore")
         peaks: list[int] = []
-        for noised, _ in cost.phases(objective, path, rows, shape):
+        for noised, _ in flops.phases(objective, path, rows, shape):
             peaks.append(_peak(net, objective, path, train, noised))
     return max(peaks)
 
@@ -69,11 +69,11 @@ def _peak(net: nn.Module, objective: Objective, path: FlowPath, train: Train, no
             fake_net.to_empty(device="cpu")
         state = begin(fake_net, train)
         with fake:
-            return _follow_step(state, objective, path, train, cost.empty_cpu_batch_like(noised))
+            return _follow_step(state, objective, path, train, flops.empty_cpu_batch_like(noised))
 
-    if cost.is_unet(net):
+    if flops.is_unet(net):
         return count(net)
-    return cost.count_by_depth(net, count, check=True)
+    return flops.count_by_depth(net, count, check=True)
 
 
 def _follow_step(state: State, objective: Objective, path: FlowPath, train: Train, batch: NoisyBatch) -> int:
@@ -97,7 +97,7 @@ def _follow_step(state: State, objective: Objective, path: FlowPath, train: Trai
     loss = _Loss(state, objective, path, train, batch)
     tracker = FSDPMemTracker(net, state.optimizer)
     tracker.track_inputs(tuple(average_tensors(state.averages.values(), net)))
-    with tracker, cost.without_dropout(net, batch):
+    with tracker, flops.without_dropout(net, batch):
         for number in range(1, num_micro_batches + 1):
             layout.prepare_backward(net, number == num_micro_batches, reshard=train.reshard)
             loss().backward()

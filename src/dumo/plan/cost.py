@@ -9,18 +9,18 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from dumo.config.change import override
-from dumo.config.fit import check_ranks
+from dumo.config.check_spec import check_ranks
 from dumo.config.load import parse
 from dumo.config.spec import Run
-from dumo.nets.text import EmbeddedTexts, PipelineTexts
+from dumo.nets.text_spec import EmbeddedTexts, PipelineTexts
 from dumo.plan import cluster
 from dumo.run import memory
-from dumo.run.cost import step_cost
+from dumo.run.flops import step_cost
 from dumo.run.net import meta_net
 from dumo.runtime import installed_version
+from dumo.runtime.formatting import SECONDS_PER_HOUR
 from dumo.runtime.limits import GIGABYTE
 from dumo.runtime.progress import Bar, no_bar
-from dumo.runtime.text import SECONDS_PER_HOUR
 from dumo.training.layout import share_of
 from dumo.training.micro_batch import rows_kept_together, split_batch
 from dumo.types import UserError

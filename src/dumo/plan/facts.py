@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dumo.config.spec import Run
-from dumo.run import cost
+from dumo.run import flops
 from dumo.run.net import meta_net, num_parameters
 from dumo.runtime.random import stream
 from dumo.types import Objective
@@ -32,7 +32,7 @@ class RunFacts:
 def show(run: Run) -> RunFacts:
     """Count what a run is."""
     net = meta_net(run)
-    step = cost.step_cost(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
+    step = flops.step_cost(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
     learns_jumps = run.readings.endpoint or run.readings.flow_map
     return RunFacts(
         spec=run.model_dump(mode="json", exclude=None if run.resolved else {"resolved"}),

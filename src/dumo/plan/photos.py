@@ -26,11 +26,11 @@ from dumo.data.caption import AUTO, CaptionFiles, NoCaptionsError, captions_of
 from dumo.data.images import unreadable_text
 from dumo.data.pixel import short_side
 from dumo.data.rows import Rows
-from dumo.encoders.caption import Captions
+from dumo.encoders.caption_ids import Captions
 from dumo.io import digest
-from dumo.io.trained import LATENTS_FOLDER
+from dumo.io.run_places import LATENTS_FOLDER
 from dumo.runtime.device import choose_device
-from dumo.runtime.text import minutes_text
+from dumo.runtime.formatting import minutes_text
 from dumo.types import UserError
 
 _MAX_HEADERS = 256  # images whose size is read

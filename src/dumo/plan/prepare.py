@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from dumo.config import recipes
+from dumo.config import recipe_files
 from dumo.config.change import yaml_text
 from dumo.config.load import dump, load, load_recipe, parse
 from dumo.config.place import RUN_FILE
@@ -251,7 +251,7 @@ def _base_recipe(parts: Fields) -> str:
     if data["kind"] not in _TOYS:
         return _recipe_of_data(data)
     objective_recipe = _objective_recipe(data["kind"], parts.get("objective", {}))
-    return objective_recipe if objective_recipe in recipes.names() else data["kind"]
+    return objective_recipe if objective_recipe in recipe_files.names() else data["kind"]
 
 
 def _recipe_of_data(data: Fields) -> str:
@@ -314,6 +314,6 @@ def _objective_fields(objective: Fields) -> Fields:
     """The fields of an objective: if it is given by name alone, those of its recipe on digits, if there is one."""
     recipe = _objective_recipe(_TOYS[0], objective)
     is_name_alone = objective.keys() == {"kind"}
-    if is_name_alone and recipe in recipes.names():
+    if is_name_alone and recipe in recipe_files.names():
         return load_recipe(recipe).model_dump(mode="json")["objective"]
     return objective

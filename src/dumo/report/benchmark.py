@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dumo.encoders.caption import Prompt, read_prompts
+from dumo.encoders.caption_ids import Prompt, read_prompts
 from dumo.io import file, picture
-from dumo.report.sample import sampling_changes, sampling_settings
+from dumo.report.write_samples import sampling_changes, sampling_settings
 from dumo.run.trained import TrainedRun
 from dumo.runtime import dist, signals
 from dumo.runtime.progress import Bar, no_bar

@@ -12,7 +12,7 @@ from typing import Any
 from dumo.config.place import EVALUATION_FILE, OTHER_EVALUATIONS
 from dumo.config.word import BASELINES, merits, word
 from dumo.report import score
-from dumo.report.card import is_card_of, read_report
+from dumo.report.evaluation_card import is_card_of, read_report
 from dumo.run.trained import TrainedRun
 
 # A report with what a page says about it, as `read_judgements` returns it.

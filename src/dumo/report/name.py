@@ -8,7 +8,7 @@ from typing import Any
 
 from dumo.config.spec import Sampling
 from dumo.io import digest
-from dumo.io.weights import sha256, title
+from dumo.io.tensor_files import sha256, title
 from dumo.run.trained import TrainedRun
 from dumo.run.weights import sampled_part
 

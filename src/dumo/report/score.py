@@ -14,7 +14,7 @@ from typing import Any
 from dumo.evaluation.estimate import Estimate, ties_with_least
 from dumo.evaluation.metric import CLASS_MMD, METRICS, headline_score, higher_is_better, is_trained_on, metric
 from dumo.evaluation.protocol import Scores
-from dumo.report.card import Card, Row
+from dumo.report.evaluation_card import Card, Row
 
 # mmd_sd is the standard deviation of mmd.
 ERROR_SUFFIX = "_sd"

@@ -22,7 +22,7 @@ from dumo.data import ledger as ledgers
 from dumo.data.ledger import Ledger, Recorded, ledger_of
 from dumo.io import digest
 from dumo.io import file as files
-from dumo.io.source import DataSource
+from dumo.io.data_source import DataSource
 from dumo.training import agreement
 from dumo.training.checkpoint import Checkpoint, FileEntry
 from dumo.types import UserError

@@ -38,7 +38,7 @@ from dumo.config.spec import Run
 from dumo.evaluation.metric import higher_is_better
 from dumo.io import file as files
 from dumo.io.guard import guard_path, locked, require_in_place
-from dumo.io.weights import facts_of
+from dumo.io.tensor_files import facts_of
 from dumo.runtime import shell_path
 from dumo.runtime.device import software_versions
 from dumo.training import agreement, log
@@ -60,7 +60,7 @@ LOCK_FILE = ".training.lock"
 CHECKPOINT_MARK = ".saved"
 CHANGES_FILE = "changes.jsonl"
 BEST_FOLDER = "best"
-# The weights of an exported run (`dumo.export.own`), which has no checkpoints.
+# The weights of an exported run (`dumo.export.dumo_run`), which has no checkpoints.
 EXPORTED_WEIGHTS = "model.safetensors"
 # What a file of the best weights says of itself.
 _BEST_KIND = "best weights"

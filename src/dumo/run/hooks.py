@@ -24,8 +24,8 @@ from dumo.config.difference import config_hash
 from dumo.data.ledger import Ledger
 from dumo.nets.embed import Scalars
 from dumo.run import examination
-from dumo.run.cost import step_cost
 from dumo.run.data import save_ledger
+from dumo.run.flops import step_cost
 from dumo.run.speed import Meter
 from dumo.runtime import dist, signals
 from dumo.runtime.device import known_peak_tflops

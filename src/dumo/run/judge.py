@@ -19,11 +19,11 @@ from torch import Tensor
 from dumo.config.conditions import Conditions, shown_data, squares
 from dumo.config.spec import Evaluation, Run
 from dumo.data import Data, Images, Latents
-from dumo.encoders.caption import split_caption
+from dumo.encoders.caption_ids import split_caption
 from dumo.evaluation import Context, LikelihoodProtocol
-from dumo.evaluation.photos import MAX_IMAGES, MIN_PHOTOS, SAMPLES_PER_CLASS
 from dumo.evaluation.protocol import Evaluator
-from dumo.io.source import DataSource
+from dumo.evaluation.small_sets import MAX_IMAGES, MIN_PHOTOS, SAMPLES_PER_CLASS
+from dumo.io.data_source import DataSource
 from dumo.runtime import signals
 from dumo.runtime.progress import Bar, Tick
 from dumo.types import UserError
@@ -100,7 +100,7 @@ def sample_conditions(data: Data, evaluation: Evaluation) -> Tensor:
 
 def _plain_texts(data: Data) -> list[str]:
     """The texts of the data's captions, without hashes of images. Raises UserError where there are no captions."""
-    from dumo.run.encode import captions
+    from dumo.run.fill_caches import captions
 
     return [split_caption(caption)[0] for caption in captions(data)]
 

@@ -29,11 +29,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import Precision, autocast
-from dumo.run import cost
+from dumo.run import flops
 from dumo.run.storages import LiveStorages
 from dumo.training import frozen, layout
 from dumo.training.ema import MovingAverage
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.types import NoisyBatch, Objective
 
 
@@ -152,7 +152,7 @@ def activation_bytes(
     shape: Sequence[int],
     *,
     rows: int,
-    ref: cost.Theta = "self",
+    ref: flops.Theta = "self",
     precision: Precision = "fp32",
 ) -> int:
     """Peak bytes of a step over `rows` rows, beyond weights, gradients and batch, on a CPU.
@@ -161,7 +161,7 @@ def activation_bytes(
     training (`net_in_training`), and stays as it is.
     """
     peaks: list[int] = []
-    for noised, _ in cost.phases(objective, path, rows, shape):
+    for noised, _ in flops.phases(objective, path, rows, shape):
         peaks.append(_activation_peak(net, objective, noised, ref, precision))
     return max(peaks)
 
@@ -173,7 +173,7 @@ def step_bytes(
     shape: Sequence[int],
     *,
     rows: int,
-    ref: cost.Theta = "self",
+    ref: flops.Theta = "self",
     precision: Precision = "fp32",
 ) -> StepBytes:
     """Bytes of a step over `rows` rows on a CPU: net and batch before it; activations, gradients, targets in it.
@@ -183,7 +183,7 @@ def step_bytes(
     `net` is on the meta device, and stays as it is.
     """
     phase_bytes: list[StepBytes] = []
-    for noised, _ in cost.phases(objective, path, rows, shape):
+    for noised, _ in flops.phases(objective, path, rows, shape):
         live = _follow_step(net, objective, noised, ref, precision, has_gradients=False)
         phase_bytes.append(StepBytes(live.preexisting, live.peak))
     return max(phase_bytes, key=lambda step: step.peak)
@@ -198,17 +198,17 @@ def allocated_bytes(work: Callable[[], object], device: torch.device) -> StepByt
 
 
 def _activation_peak(
-    net: nn.Module, objective: Objective, noised: NoisyBatch, ref: cost.Theta, precision: Precision
+    net: nn.Module, objective: Objective, noised: NoisyBatch, ref: flops.Theta, precision: Precision
 ) -> int:
     """Peak bytes of a step on a noised batch, beyond weights, gradients and batch; of a deep net by a few blocks."""
 
     def follow(part: nn.Module, watched: Collection[str] = ()) -> LiveStorages:
         return _follow_step(part, objective, noised, ref, precision, has_gradients=True, watched=watched)
 
-    if cost.is_unet(net):
+    if flops.is_unet(net):
         return _unet_peak(net, follow)
     # The ends of a net may take more than a few blocks: `check` makes sure that its blocks add to the peak.
-    return cost.count_by_depth(net, lambda part: follow(part).peak, check=True)
+    return flops.count_by_depth(net, lambda part: follow(part).peak, check=True)
 
 
 def _unet_peak(net: nn.Module, follow: Callable[[nn.Module, Collection[str]], LiveStorages]) -> int:
@@ -221,7 +221,7 @@ def _unet_peak(net: nn.Module, follow: Callable[[nn.Module, Collection[str]], Li
     left out adds these bytes to the peak. It adds no more than these at any other time, so the peak stays at the same
     operation. If some are gone at the peak, this does not hold, and the whole net is followed.
     """
-    sampled = cost.sample_blocks(net)
+    sampled = flops.sample_blocks(net)
     if not sampled.left_out:
         return follow(net, ()).peak
     live = follow(sampled.net, sampled.left_out.keys())
@@ -238,7 +238,7 @@ def _follow_step(
     net: nn.Module,
     objective: Objective,
     noised: NoisyBatch,
-    ref: cost.Theta,
+    ref: flops.Theta,
     precision: Precision,
     *,
     has_gradients: bool,
@@ -249,7 +249,7 @@ def _follow_step(
     `noised` is a batch on the meta device. `has_gradients`: gradients exist before the step, so they do not count in
     it. `watched`: paths of the blocks to count apart.
     """
-    net, theta = cost.meta_copies(net, ref)
+    net, theta = flops.meta_copies(net, ref)
     with FakeTensorMode(allow_non_fake_inputs=True):
         modules = {net, theta.module}  # one where theta is the net itself
         for module in modules:
@@ -257,7 +257,7 @@ def _follow_step(
         frozen.share_frozen(theta.module, net)
         for p in net.parameters():
             p.grad = torch.empty_like(p) if has_gradients and p.requires_grad else None
-        step = cost.step_function(net, theta, objective, cost.empty_cpu_batch_like(noised))
+        step = flops.step_function(net, theta, objective, flops.empty_cpu_batch_like(noised))
         live = LiveStorages({path: net.get_submodule(path) for path in watched})
         with autocast(precision, "cpu"), live:
             step()

@@ -21,7 +21,7 @@ from dumo.io.deferred import Loaders, load_parameters
 from dumo.nets import Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.nets.lowbit import num_unstored_weights
-from dumo.nets.rows import Texts, TextsSpec
+from dumo.nets.text_rows import Texts, TextsSpec
 from dumo.run.memory import held_bytes, weight_bytes
 from dumo.runtime.device import require_memory
 from dumo.runtime.random import stream

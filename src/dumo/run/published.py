@@ -9,12 +9,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dumo.config.teacher import Start
+from dumo.config.teacher_spec import Start
 from dumo.encoders.part import DIFFUSERS, choose_files, require_weights
 from dumo.flow.path import FlowPath
 from dumo.io import hub
 from dumo.io.read import read_json
-from dumo.io.weights import load
+from dumo.io.tensor_files import load
 from dumo.nets import Net
 from dumo.nets.dit import SIZES, DiT, Transformer
 from dumo.nets.dit_convert import PUBLISHED_FIELDS, UNUSED_PREFIX, convert, from_diffusers, our_name

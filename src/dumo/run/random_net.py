@@ -9,8 +9,8 @@ from torch import nn
 
 from dumo.config.spec import Run
 from dumo.nets import Net, Pretrained
-from dumo.nets.adapter import SUBJECT
-from dumo.nets.rows import TextsSpec
+from dumo.nets.lora import SUBJECT
+from dumo.nets.text_rows import TextsSpec
 from dumo.run.weights import init_on_device
 from dumo.runtime.random import stream
 

@@ -20,10 +20,10 @@ from typing import NamedTuple, TypeVar, cast
 from pydantic.config import JsonDict
 
 from dumo.config.change import field_of, override, yaml_text
+from dumo.config.check_spec import check
 from dumo.config.code import codes_of
 from dumo.config.conditions import shown_data
 from dumo.config.difference import differences
-from dumo.config.fit import check
 from dumo.config.load import load, parse
 from dumo.config.source import CODE_KEY, RunText, read, without_resolved
 from dumo.config.spec import Run
@@ -31,12 +31,12 @@ from dumo.data import Data, Images, Latents
 from dumo.data.cache import is_finished, read_index
 from dumo.data.images import with_fields_of_latents
 from dumo.flow.path import Diffusion
-from dumo.io import hub, trained
+from dumo.io import hub, run_places
 from dumo.io.read import user_path
 from dumo.nets import Pretrained
-from dumo.nets.text import EmbeddedTexts
-from dumo.run.fit import check_built
-from dumo.run.prompt import sources_identity
+from dumo.nets.text_spec import EmbeddedTexts
+from dumo.run.check_network import check_built
+from dumo.run.prompt_rows import sources_identity
 from dumo.run.weights import few_step_run
 from dumo.types import Spec, UserError
 
@@ -241,7 +241,7 @@ def absolute_path(text: str, *, maybe: bool = False) -> str:
 
     `maybe`: the text may be a name, and stays as it is where no file has that path.
     """
-    shipped_path = trained.path_in(text)
+    shipped_path = run_places.path_in(text)
     if shipped_path is not None and shipped_path.is_file():
         return text
     try:

@@ -17,11 +17,11 @@ import torch
 from dumo.config.place import LOG_FILE
 from dumo.runtime import dist
 from dumo.runtime.device import known_peak_tflops, peak_bytes
+from dumo.runtime.formatting import bytes_text, number_text
 from dumo.runtime.stopwatch import Clock, wall_clock
-from dumo.runtime.text import bytes_text, number_text
 from dumo.training import log
 from dumo.training.metrics import StepMetrics
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.types import UserError
 
 FILE = "speed.jsonl"

@@ -16,7 +16,7 @@ from dumo.data.latents import LatentSource
 from dumo.io.read import first_few
 from dumo.run.net import num_parameters
 from dumo.runtime import dist
-from dumo.runtime.text import duration_text
+from dumo.runtime.formatting import duration_text
 from dumo.training.duration import Timing
 from dumo.training.layout import share_of
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from dumo.config import trust
-from dumo.config.fit import check_guidance
+from dumo.config.check_spec import check_guidance
 from dumo.config.load import load
 from dumo.config.spec import Run
-from dumo.config.teacher import Pairs, Teacher
+from dumo.config.teacher_spec import Pairs, Teacher
 from dumo.data import Data, Latents
 from dumo.flow import sampling
 from dumo.flow.compatibility import require_same_data
@@ -33,9 +33,9 @@ from dumo.flow.path import FlowPath
 from dumo.flow.precision import Precision, autocast
 from dumo.flow.reading import bind_knobs, teacher_velocity
 from dumo.flow.solver import Heun
-from dumo.io import digest, table, weights
+from dumo.io import digest, table, tensor_files
+from dumo.io.data_source import DataSource, TensorData
 from dumo.io.read import read_json, write_json
-from dumo.io.source import DataSource, TensorData
 from dumo.io.table import Column, TableIndex
 from dumo.objectives.flow_matching import FlowMatching
 from dumo.run.trained import max_rows_per_pass
@@ -203,7 +203,7 @@ def _run_flow(teacher: Teacher, data: Data, path: FlowPath, device: torch.device
         teacher.source,
     )
     flow = Flow(trained.net, teacher_run.objective, direct=True, classes=data.classes, knobs=teacher_run.sample.knobs)
-    return flow, weights.sha256(trained.file)
+    return flow, tensor_files.sha256(trained.file)
 
 
 def _facts(data: Data, path: FlowPath) -> dict[str, object]:

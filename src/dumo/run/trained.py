@@ -21,8 +21,8 @@ from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Generator, Tensor, nn
 
+from dumo.config.check_spec import check_guidance
 from dumo.config.conditions import shown_data
-from dumo.config.fit import check_guidance
 from dumo.config.load import parse
 from dumo.config.spec import Run, Sampling
 from dumo.data import Data, Images, Latents
@@ -35,14 +35,14 @@ from dumo.flow.solver import Solver
 from dumo.io import picture
 from dumo.io.picture import PixelRows, Points
 from dumo.io.read import user_path
-from dumo.io.weights import sha256
+from dumo.io.tensor_files import sha256
 from dumo.run.data import recorded_facts
 from dumo.run.folder import RunFolder
-from dumo.run.prompt import conditions_of_prompts, names_of_conditions, texts_of
+from dumo.run.prompt_rows import conditions_of_prompts, names_of_conditions, texts_of
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.training.checkpoint import Checkpoint
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.types import Readings, Sample, UserError
 
 Decoded = Float[Tensor, "b *pixels"]  # images, or samples as the net makes them

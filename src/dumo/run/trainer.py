@@ -33,7 +33,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dumo.config import trust
 from dumo.config.change import yaml_text
-from dumo.config.fit import advice, check_ranks
+from dumo.config.check_spec import advice, check_ranks
 from dumo.config.load import run_of
 from dumo.config.place import RUN_FILE
 from dumo.config.source import Origin
@@ -44,11 +44,11 @@ from dumo.data.ledger import ledger_of
 from dumo.flow.module import Loss
 from dumo.flow.noise import Draws
 from dumo.flow.precision import product_precision
-from dumo.io.source import Bucketed, DataSource
+from dumo.io.data_source import Bucketed, DataSource
 from dumo.nets.dualized import Dualized
 from dumo.run import examination
 from dumo.run.data import begin_ledger, compare_data, recorded_facts, require_same_fingerprint, with_data_facts
-from dumo.run.encode import encode_what_is_missing
+from dumo.run.fill_caches import encode_what_is_missing
 from dumo.run.folder import RunFolder
 from dumo.run.hooks import Hook, SaveCheckpoints, SaveMilestones, ShowProgress, WriteLog
 from dumo.run.net import make_flow, meta_net, require_room_to_train
@@ -60,10 +60,10 @@ from dumo.run.validation import Validation
 from dumo.run.weights import begin_or_resume
 from dumo.runtime import dist, shell_path, stopwatch
 from dumo.runtime.device import choose_device
+from dumo.runtime.formatting import duration_text, minutes_text
 from dumo.runtime.limits import STEPS
 from dumo.runtime.progress import Bar, ignore_line, no_bar
 from dumo.runtime.signals import Stopped, uninterrupted
-from dumo.runtime.text import duration_text, minutes_text
 from dumo.runtime.threads import cores, restored_threads, set_threads
 from dumo.training import agreement, layout
 from dumo.training.compile import compile_loss
@@ -74,7 +74,7 @@ from dumo.training.optim import half_rates
 from dumo.training.prefetch import BATCHES_AHEAD, Prefetch
 from dumo.training.state import Diverged, State
 from dumo.types import Terms, Time, UserError, marks_of
-from dumo.types.rows import pin, to_device
+from dumo.types.batch_rows import pin, to_device
 
 # This rank's rows of a batch: (x, c); with their noise (x, c, z); with points between both (x, c, z, between).
 Batch = Sequence[Tensor]

@@ -22,12 +22,12 @@ from dumo.config.difference import Difference, differences
 from dumo.config.load import run_of
 from dumo.config.place import RUN_FILE, require_run_folder
 from dumo.config.spec import Run
-from dumo.config.teacher import Start
+from dumo.config.teacher_spec import Start
 from dumo.data import Images
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import to_float32
 from dumo.io.deferred import Loaders, load_parameters
-from dumo.io.weights import compare, header, load_checked
+from dumo.io.tensor_files import compare, header, load_checked
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.run.data import recorded_facts
@@ -45,7 +45,7 @@ from dumo.training.checkpoint import (
     restore_last_finite,
     step_of,
 )
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.training.state import State
 from dumo.training.state import begin as begin_training
 from dumo.types import Spec, UserError
@@ -75,11 +75,11 @@ def load_run(
     meanwhile, the last one of now is taken. Without `fill` everything is compared, and no weights are read. Raises
     UserError where `source` is no run's folder, or has no checkpoint that is whole, unless `weights` are given.
     """
-    from dumo.run import shipped
+    from dumo.run import read_only
 
-    folder = shipped.find(source)
+    folder = read_only.find(source)
     require_run_folder(source, folder)
-    output = shipped.output_folder(source)
+    output = read_only.output_folder(source)
     trust.accept(overrides)
     run_folder = RunFolder(folder)
     assert run_folder.text, "a run's folder has a run.yaml"
@@ -96,7 +96,7 @@ def load_run(
                 trained,
                 overrides=tuple(overrides),
                 own_output=own_output,
-                lasting_name=shipped.lasting_name(source),
+                lasting_name=read_only.lasting_name(source),
             )
         except (UserError, OSError):
             if run_folder.checkpoints.steps() == steps_before:  # else a training has removed what was read

@@ -25,7 +25,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from dumo.runtime.text import duration_text, escape_controls, escape_line, number_text
+from dumo.runtime.formatting import duration_text, escape_controls, escape_line, number_text
 
 Tick = Callable[[int, str], None]  # (units done so far, a note)
 

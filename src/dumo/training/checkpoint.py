@@ -13,9 +13,9 @@
 - Load: `Checkpoints.latest` finds the last checkpoint whose files are as listed, and `restore` fills a state from it,
   on any number of ranks. `restore_last_finite` passes over a checkpoint with a NaN.
 
-torch.distributed.checkpoint reads the parts that overlap (`dumo.io.weights.fill`). It does not write them: its writer
-makes another copy of a rank's tensors while no other thread of Python runs. A file says only where its own tensors
-begin, so a missing file shows in state.json alone.
+torch.distributed.checkpoint reads the parts that overlap (`dumo.io.tensor_files.fill`). It does not write them: its
+writer makes another copy of a rank's tensors while no other thread of Python runs. A file says only where its own
+tensors begin, so a missing file shows in state.json alone.
 
 Frozen weights are not saved: state.json has their digest (`dumo.training.frozen`).
 """
@@ -38,7 +38,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from dumo.io import digest, weights
+from dumo.io import digest, tensor_files
 from dumo.io import file as files
 from dumo.io.guard import require_in_place
 from dumo.runtime import dist, shell_path
@@ -149,7 +149,7 @@ class Checkpoint:
     def sha256(self, part: str) -> str:
         """The SHA-256 of a part by the listed ones of its files, as `weights.sha256` makes it of the files."""
         listed = {name: entry.sha256 for name, entry in self.files.items() if name.startswith(f"{part}/")}
-        return weights.combine_digests(listed)
+        return tensor_files.combine_digests(listed)
 
     def find_fault(self, parts: Collection[str] | None = None, share: slice = slice(None)) -> str | None:
         """What is wrong, naming the file; None if its files are as listed.
@@ -343,7 +343,7 @@ class Checkpoints:
         elif self._work:
             wait([self._work])
 
-    def _copy_own_parts(self, parts: Parts) -> tuple[Parts, Mapping[str, weights.Offsets]]:
+    def _copy_own_parts(self, parts: Parts) -> tuple[Parts, Mapping[str, tensor_files.Offsets]]:
         """Copy what this rank writes to host memory. Returns the copies, and where each begins in its tensor."""
         copies: dict[str, dict[str, Tensor]] = {}
         offsets = {part: assign_tensors(tensors) for part, tensors in parts.items()}
@@ -358,7 +358,9 @@ class Checkpoints:
                 copies[part][name] = buffer.copy_(source)
         return copies, offsets
 
-    def _write(self, facts: Facts, run_text: str, own_parts: Parts, offsets: Mapping[str, weights.Offsets]) -> None:
+    def _write(
+        self, facts: Facts, run_text: str, own_parts: Parts, offsets: Mapping[str, tensor_files.Offsets]
+    ) -> None:
         """Write this rank's files to a hidden folder, which rank 0 then renames. Raises OSError on all ranks."""
         target = self.path(facts.step)
         temp_path = files.temp_path_for(target)
@@ -379,7 +381,7 @@ class Checkpoints:
                 for part, tensors in own_parts.items():
                     if tensors:
                         file = temp_path / part / f"{dist.rank():05d}.safetensors"
-                        weights.write_part(file, tensors, offsets[part])
+                        tensor_files.write_part(file, tensors, offsets[part])
                         written.append(file)
                 return {file.relative_to(temp_path).as_posix(): FileEntry.of(file) for file in written}
 
@@ -429,7 +431,7 @@ class Checkpoints:
                 remove(path)
 
 
-def assign_tensors(tensors: Mapping[str, Tensor]) -> weights.Offsets:
+def assign_tensors(tensors: Mapping[str, Tensor]) -> tensor_files.Offsets:
     """The tensors of which this rank writes its part, each with where that part begins in the whole tensor.
 
     A part that several ranks hold is written by one of them. They take turns from the largest tensor on, so that all
@@ -437,7 +439,7 @@ def assign_tensors(tensors: Mapping[str, Tensor]) -> weights.Offsets:
     """
     # By the number of a replica, how many values it writes.
     load = Counter[int]()
-    offsets: weights.Offsets = {}
+    offsets: tensor_files.Offsets = {}
     for name, x in sorted(tensors.items(), key=lambda item: -item[1].numel()):
         replica, num_replicas = layout.replica_of(x)
         writer = min(range(num_replicas), key=lambda k: load[k])
@@ -509,7 +511,7 @@ def step_of(place: Path, default: int) -> int:
     """The step of weights, by the checkpoint that they are a part of or by their file's facts, else `default`."""
     if (place.parent / STATE_FILE).is_file():
         return Checkpoint.read(place.parent).facts.step
-    return weights.facts_of(place).get("step", default)
+    return tensor_files.facts_of(place).get("step", default)
 
 
 def restore_last_finite(checkpoints: Checkpoints, checkpoint: Checkpoint, state: State) -> Checkpoint:
@@ -537,13 +539,13 @@ def restore(checkpoint: Checkpoint, state: State) -> None:
     def require_fit() -> None:
         for part, tensors in parts.items():
             place = checkpoint.path / part
-            weights.compare(place, weights.header(place), tensors, "the run", FIX)
+            tensor_files.compare(place, tensor_files.header(place), tensors, "the run", FIX)
         parts["optimizer"] = _empty_optimizer_state(checkpoint.path / "optimizer", state)
         frozen.require(state.frozen, checkpoint.facts.frozen, checkpoint.path)
 
     def fill() -> None:
         for part, tensors in parts.items():
-            weights.fill(checkpoint.path / part, tensors)
+            tensor_files.fill(checkpoint.path / part, tensors)
 
     agreement.gather_results(require_fit)
     agreement.gather_results(fill)
@@ -583,7 +585,7 @@ def _empty_optimizer_state(place: Path, state: State) -> dict[str, Tensor]:
 
     Raises UserError if another optimizer wrote it.
     """
-    saved = weights.header(place)
+    saved = tensor_files.header(place)
     parameters = dict(state.net.named_parameters())
     names = {p: name for name, p in parameters.items()}
     templates: dict[str, Tensor] = {}
@@ -601,7 +603,7 @@ def _empty_optimizer_state(place: Path, state: State) -> dict[str, Tensor]:
             saved_keys = {MOMENTUM_KEY}
         for key, name in product(saved_keys, saved_names):
             templates[f"{key}.{name}"] = _state_template(state.optimizer, key, parameters[name])
-    weights.compare(place, saved, templates, "the run", FIX)
+    tensor_files.compare(place, saved, templates, "the run", FIX)
     return {name: torch.empty_like(x, requires_grad=False) for name, x in templates.items()}
 
 

@@ -29,9 +29,9 @@ from typing import Protocol, Self
 from pydantic import BaseModel, ConfigDict
 
 from dumo.runtime import stopwatch
-from dumo.runtime.text import minutes_text
+from dumo.runtime.formatting import minutes_text
 from dumo.training.schedule import LearningRateSchedule
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.types import UserError
 
 SECONDS_PER_MINUTE = 60.0

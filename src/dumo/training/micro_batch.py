@@ -10,7 +10,7 @@ from math import ceil, lcm
 
 from dumo.flow.trainable import group_size
 from dumo.runtime import dist
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.types import Objective, UserError
 
 

@@ -2,7 +2,7 @@
 
     milestones/step-00000200.safetensors   the weights that are sampled at a step of train.milestones; all stay
 
-`save_weights` gathers them on rank 0. Their metadata have facts and a checksum (`dumo.io.weights.write_weights`).
+`save_weights` gathers them on rank 0. Their metadata have facts and a checksum (`dumo.io.tensor_files.write_weights`).
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dumo.io import weights
+from dumo.io import tensor_files
 from dumo.io.file import atomic_write
 from dumo.runtime import dist
 from dumo.training import agreement, frozen, layout
@@ -33,11 +33,11 @@ def save_weights(folder: Path, state: State, module: nn.Module, kind: str, run: 
     must call it. Raises OSError on all ranks if the disk is full; the older file then stays.
     """
     target = folder / f"{folder_of(state.step)}.safetensors"
-    whole = weights.unshared(_gather_on_main_rank(frozen.trained_state_dict(state.net, module)))
+    whole = tensor_files.unshared(_gather_on_main_rank(frozen.trained_state_dict(state.net, module)))
 
     def write() -> None:
         with atomic_write(target, writer="", durable=True) as temp_path:
-            weights.write_weights(temp_path, whole, kind=kind, step=state.step, run=run, **facts)
+            tensor_files.write_weights(temp_path, whole, kind=kind, step=state.step, run=run, **facts)
 
     agreement.on_main_rank(write)
     return target

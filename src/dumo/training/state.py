@@ -24,7 +24,7 @@ from dumo.training import frozen, layout
 from dumo.training.duration import Duration
 from dumo.training.eightbit import AdamW8bitOptimizer
 from dumo.training.ema import AverageKey, MovingAverage
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.types import UserError
 
 # Our choice, not from the paper.

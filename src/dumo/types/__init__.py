@@ -28,7 +28,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from dumo.error import UserError as UserError
-from dumo.types.rows import index, split_by_step
+from dumo.types.batch_rows import index, split_by_step
 
 if TYPE_CHECKING:
     Array = Tensor

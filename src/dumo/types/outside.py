@@ -174,7 +174,7 @@ class DataSpec(Spec, ABC):
 
     @abstractmethod
     def open(self) -> Any:  # noqa: ANN401
-        """A source (`dumo.io.source.DataSource`), such as a `TensorData` of rows in memory."""
+        """A source (`dumo.io.data_source.DataSource`), such as a `TensorData` of rows in memory."""
 
     def originals(self) -> Any:  # noqa: ANN401
         """All samples with their classes, as `open` gives them: they have no captions."""

@@ -19,10 +19,10 @@ import dumo
 from dumo.cli.api import LoadedRun
 from dumo.config.load import load
 from dumo.flow.solver import Restart
-from dumo.io import trained
-from dumo.io.weights import load as load_weights
-from dumo.report.evaluate import report_path
-from dumo.report.sample import sample_to_files
+from dumo.io import run_places
+from dumo.io.tensor_files import load as load_weights
+from dumo.report.evaluation import report_path
+from dumo.report.write_samples import sample_to_files
 from dumo.run.trained import DEFAULT_COUNT
 from dumo.types import Readings, UserError
 from e2e.shell import call
@@ -196,7 +196,7 @@ def test_a_run_opened_otherwise_is_compared_by_its_own_evaluation(digits: Loaded
     folder = shutil.copytree(digits.folder, tmp_path / "run")
     run = dumo.load(folder, device="cpu")
     other = dumo.load(folder, weights=run.checkpoint.path / "net", device="cpu")
-    known_report = trained.folder("digits-trained") / "evaluation.json"
+    known_report = run_places.folder("digits-trained") / "evaluation.json"
     shutil.copy(known_report, report_path(run, run.spec))
     with pytest.raises(dumo.UserError, match=r"evaluation-net-\w+\.json is not there: call evaluate\(\) of this run"):
         dumo.compare([run, other])

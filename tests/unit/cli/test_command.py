@@ -12,7 +12,7 @@ from dumo import cli
 from dumo.cli import export, lab, sample, terminal, train
 from dumo.export import write
 from dumo.lab import plan
-from dumo.report import benchmark, images, tracker
+from dumo.report import benchmark, evaluate_images, tracker
 from dumo.run import sample_files
 from e2e.shell import call
 
@@ -42,7 +42,7 @@ def test_an_option_takes_what_the_work_knows(command: object, parameter: str, kn
 
 def test_help_names_every_protocol_of_images() -> None:
     help_text = parameters_of("evaluate")["--protocol"].help
-    assert {*images.KINDS} <= {*re.findall(r"[\w-]+", help_text)}
+    assert {*evaluate_images.KINDS} <= {*re.findall(r"[\w-]+", help_text)}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

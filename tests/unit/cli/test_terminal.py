@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict
 
 from dumo.cli.terminal import MEMORY_FIX, err, explain, memory_hint, out, show_lines, show_table, stoppable
 from dumo.runtime import progress
+from dumo.runtime.formatting import escape_controls, escape_line
 from dumo.runtime.progress import bar, print_line
-from dumo.runtime.text import escape_controls, escape_line
 from dumo.training.state import Diverged
 from dumo.types import UserError
 

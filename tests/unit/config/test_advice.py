@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from dumo.config.fit import advice
+from dumo.config.check_spec import advice
 from dumo.config.load import load
 
 HOP = "sample.solver.kind=hop"

@@ -7,7 +7,7 @@ import torch
 
 from dumo.config.load import load, parse, summary
 from dumo.config.spec import Run
-from dumo.report.card import labels_text
+from dumo.report.evaluation_card import labels_text
 from dumo.run import sheet
 from dumo.run.judge import sample_conditions
 from dumo.run.resolve import resolve

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from dumo.config.error import _OTHER_NAMES
-from dumo.config.fit import check_ranks
+from dumo.config.check_spec import check_ranks
 from dumo.config.load import load
+from dumo.config.messages import _OTHER_NAMES
 from dumo.run.resolve import resolve
 from dumo.types import UserError
 

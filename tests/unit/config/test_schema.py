@@ -5,7 +5,7 @@ import json
 import pytest
 from jsonschema import Draft202012Validator
 
-from dumo.config import recipes
+from dumo.config import recipe_files
 from dumo.config.load import dump, load
 from dumo.io.yaml import parse_yaml
 from e2e.shell import call
@@ -13,9 +13,9 @@ from e2e.shell import call
 SCHEMA = Draft202012Validator(json.loads(call("recipes", "--schema").out))
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", recipe_files.names())
 def test_recipes_are_valid(name: str) -> None:
-    SCHEMA.validate(parse_yaml(recipes.text(name)))
+    SCHEMA.validate(parse_yaml(recipe_files.text(name)))
 
 
 def test_a_run_is_valid_whole_and_short() -> None:

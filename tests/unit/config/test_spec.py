@@ -10,8 +10,8 @@ import torch
 from pydantic import ValidationError
 
 import dumo
+from dumo.config.check_spec import check_ranks
 from dumo.config.difference import differences
-from dumo.config.fit import check_ranks
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.run.resolve import resolve

@@ -17,8 +17,8 @@ from dumo.data import Images, Latents
 from dumo.data.bucket import Buckets, cropped_share, nearest_size
 from dumo.data.cache import open_cache
 from dumo.data.pixel import Size, ToRectangle, crop_middle, upright_size
-from dumo.io.source import Bucketed, TensorData
-from dumo.run import encode
+from dumo.io.data_source import Bucketed, TensorData
+from dumo.run import fill_caches
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
@@ -235,7 +235,7 @@ def test_latents_are_those_of_the_images_bucket_by_bucket(tmp_path: Path) -> Non
     for i, file in enumerate(sorted(root.rglob("*.png"))):
         file.with_suffix(".caption").write_text(f"number {i}")
     data = latents(root, tmp_path / "one", captions={"kind": "files"})
-    made = encode.encode(data, dtype="float32", shard_rows=5, batch=2)
+    made = fill_caches.encode(data, dtype="float32", shard_rows=5, batch=2)
     source, images = data.open(), data.images.open()
     assert isinstance(source, Bucketed)
     assert isinstance(images, Bucketed)
@@ -247,7 +247,7 @@ def test_latents_are_those_of_the_images_bucket_by_bucket(tmp_path: Path) -> Non
         assert source.shape(step, 4, 3) == x.shape[1:]
         torch.testing.assert_close(x, opened.encode(pixels), rtol=1e-4, atol=1e-4)
     other = latents(root, tmp_path / "two", captions={"kind": "files"})
-    encode.encode(other, dtype="float32", shard_rows=5, batch=32)
+    fill_caches.encode(other, dtype="float32", shard_rows=5, batch=32)
     one, two = (open_cache(of.folder, of.codec) for of in (data, other))
     for name in ("labels", "image", "cropped"):
         assert torch.equal(one.take(torch.arange(16), name), two.take(torch.arange(16), name))
@@ -256,14 +256,14 @@ def test_latents_are_those_of_the_images_bucket_by_bucket(tmp_path: Path) -> Non
 def test_a_cache_of_other_buckets_or_images_is_refused(tmp_path: Path) -> None:
     root = photos(tmp_path / "photos")
     data = latents(root, tmp_path / "cache")
-    encode.encode(data)
+    fill_caches.encode(data)
     with pytest.raises(UserError, match=r"data\.root: [\s\S]*sizes: "):
         latents(root, tmp_path / "cache", buckets={"step": 16}).open()
     with pytest.raises(UserError, match=r"data\.root: [\s\S]*sizes: "):
         latents(root, tmp_path / "cache", buckets=None).open()
     Image.new("RGB", (40, 24)).save(root / "b/01.png")
     with pytest.raises(UserError, match=r"was made of other images than are here, .*01\.png changed"):
-        encode.encode(data)
+        fill_caches.encode(data)
 
 
 def test_fields_that_know_one_size_are_refused(tmp_path: Path) -> None:

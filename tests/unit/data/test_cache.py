@@ -14,7 +14,7 @@ from dumo.encoders import SdVae, Taef2
 from dumo.encoders.codec import LoadedCodec
 from dumo.io import digest
 from dumo.io.table import FILE, ShardTable
-from dumo.io.weights import load
+from dumo.io.tensor_files import load
 from dumo.types import UserError
 from unit.encoders.toy import CLASSES, GAUSSIAN, PLAN, POINT, SIDE, Pictures, contents, picture
 

@@ -9,7 +9,7 @@ from dumo.data import Digits
 from dumo.data.cache import dump_captions, read_captions
 from dumo.data.caption import Templates
 from dumo.data.toy import DIGIT_NAMES
-from dumo.encoders.caption import Captions
+from dumo.encoders.caption_ids import Captions
 
 WORDS = Templates(templates=("a handwritten {}", "{n}", "the digit {n}, {}"), held=("{}!", "no. {n}"))
 

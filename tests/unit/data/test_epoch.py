@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.io import source as epoch
-from dumo.io.source import rows_of
+from dumo.io import data_source as epoch
+from dumo.io.data_source import rows_of
 from unit.data.spy import spied
 
 

@@ -20,7 +20,7 @@ from dumo.config.source import parse_text
 from dumo.data import Images
 from dumo.data import images as module
 from dumo.data.images import Source
-from dumo.io.source import DataSource
+from dumo.io.data_source import DataSource
 from dumo.run import judge
 from dumo.run.resolve import resolve
 from dumo.run.summary import empty_classes_line

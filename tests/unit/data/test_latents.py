@@ -13,7 +13,7 @@ from autoencoder import taef2
 from dumo.data import Latents
 from dumo.data.cache import CAPTIONS as FILE
 from dumo.data.latents import LatentSource
-from dumo.run import encode
+from dumo.run import fill_caches
 from dumo.run.summary import empty_classes_line
 from dumo.types import UserError
 from unit.data.animals import COUNT, SIDE, archive, as_folder, picture
@@ -49,7 +49,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cached(latents: Maker, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Latents:
     """Their cache, of three shards, with both flips."""
     data = latents(images, tmp_path_factory.mktemp("cache") / "here", flip=True)
-    encode.encode(data, shard_rows=5, dtype="float32")
+    fill_caches.encode(data, shard_rows=5, dtype="float32")
     return data
 
 
@@ -65,7 +65,7 @@ def test_what_a_teacher_made_is_known_by_its_folder(latents: Maker, tmp_path: Pa
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes(data)
     made = latents(root, tmp_path / "cache", labelled=False)
-    encode.encode(made, dtype="float32")
+    fill_caches.encode(made, dtype="float32")
     source = made.model_copy(update={"prior": 0.5}).open()
     assert isinstance(source, LatentSource)
     assert source.prior is not None
@@ -108,8 +108,8 @@ def test_another_cache_than_meant_is_refused_by_its_field(cached: Latents) -> No
 def test_parts_made_apart_are_the_whole(latents: Maker, images: Path, cached: Latents, tmp_path: Path) -> None:
     """Part 1 of 2, then 0 of 2: the same files, to the last bit."""
     data = latents(images, tmp_path / "cache", flip=True)
-    assert encode.encode(data, shard_rows=5, dtype="float32", rank=1, world=2).read_index() is None
-    made = encode.encode(data, shard_rows=5, dtype="float32", rank=0, world=2)
+    assert fill_caches.encode(data, shard_rows=5, dtype="float32", rank=1, world=2).read_index() is None
+    made = fill_caches.encode(data, shard_rows=5, dtype="float32", rank=0, world=2)
     assert made.read_index() is not None
     assert made.make_result.made == 2
     files, others = (
@@ -121,7 +121,7 @@ def test_parts_made_apart_are_the_whole(latents: Maker, images: Path, cached: La
 def test_a_folder_of_images_with_options_is_enough(images: Path, tmp_path: Path) -> None:
     """The classes are looked up, and flips are kept; without options it says nothing of a codec."""
     sets = ["data.images.on_bad=skip"]
-    data = encode.encoding_work(str(images), sets, out=str(tmp_path / "out"), codec="taef2", side=SIDE).data
+    data = fill_caches.encoding_work(str(images), sets, out=str(tmp_path / "out"), codec="taef2", side=SIDE).data
     assert (data.classes, data.shape, data.images.flip, data.images.on_bad) == (3, (32, 1, 1), True, "skip")
 
 
@@ -130,9 +130,9 @@ def test_fields_of_the_images_are_named_where_latents_have_them(images: Path, tm
         shutil.copytree(images, tmp_path / "d" / split)
     root = str(tmp_path / "d")
     with pytest.raises(UserError, match=r"choose one with data\.images\.split"):
-        encode.encoding_work(root, out=str(tmp_path / "out"), codec="taef2", side=SIDE)
+        fill_caches.encoding_work(root, out=str(tmp_path / "out"), codec="taef2", side=SIDE)
     with pytest.raises(UserError, match=r"choose one with data\.images\.split"):
-        encode.encoding_work("my-images-256", [f"data.images.root={root}"], out=None, codec=None, side=None)
+        fill_caches.encoding_work("my-images-256", [f"data.images.root={root}"], out=None, codec=None, side=None)
 
 
 @pytest.mark.parametrize("buckets", [None, {"step": 8}])
@@ -146,7 +146,7 @@ def test_images_of_which_none_can_be_read_are_refused_with_the_reason(
         pytest.warns(UserWarning, match="cannot be read"),
         pytest.raises(UserError, match=r"the first: .*1\.heic is no image .*; convert it to"),
     ):
-        encode.encode(data)
+        fill_caches.encode(data)
 
 
 def test_a_class_of_which_no_image_could_be_encoded_is_named(
@@ -157,7 +157,7 @@ def test_a_class_of_which_no_image_could_be_encoded_is_named(
         file.write_bytes(b"no image")
     data = latents(tmp_path / "photos", tmp_path / "cache", on_bad="skip")
     with pytest.warns(UserWarning, match="cannot be read and are left out"):
-        encode.encode(data)
+        fill_caches.encode(data)
     assert "no image can be read of class cow, " in empty_classes_line(data, data.open())
     assert empty_classes_line(cached, cached.open()) == ""
 
@@ -173,7 +173,7 @@ def test_an_image_that_is_mended_gets_into_the_cache(latents: Maker, buckets: ob
 
     def encoded() -> tuple[int, int]:
         data = latents(tmp_path / "photos", tmp_path / "out", on_bad="skip", buckets=buckets, crop="adm")
-        result = encode.encode(data, shard_rows=5, dtype="float32")
+        result = fill_caches.encode(data, shard_rows=5, dtype="float32")
         index = result.read_index()
         assert index
         return result.make_result.made, sum(shard.rows for shard in index.shards)
@@ -190,8 +190,8 @@ def test_a_folder_of_images_is_encoded_by_a_pipelines_codec(images: Path, tmp_pa
     """Which a setting names."""
     options: dict[str, Any] = {"out": str(tmp_path / "out"), "codec": "pipeline", "side": 64}
     with pytest.raises(UserError, match="pipeline is missing: pipeline="):
-        _ = encode.encoding_work(str(images), **options).data.shape
-    assert encode.encoding_work(str(images), [f"pipeline={SD3}"], **options).data.shape == (16, 8, 8)
+        _ = fill_caches.encoding_work(str(images), **options).data.shape
+    assert fill_caches.encoding_work(str(images), [f"pipeline={SD3}"], **options).data.shape == (16, 8, 8)
 
 
 # --- captions: those of the images, kept beside them
@@ -205,7 +205,7 @@ def test_latents_have_the_captions_of_the_images(latents: Maker, tmp_path: Path)
     """So that the images are no longer needed."""
     as_lines(root := tmp_path / "images", TOLD)
     data = latents(root, tmp_path / "cache", **FILES)
-    encode.encode(data, dtype="float32", shard_rows=5)
+    fill_caches.encode(data, dtype="float32", shard_rows=5)
     for step in range(3):
         (x, c), (y, d) = (of.open().batch(step, COUNT, 4) for of in (data, data.images))
         torch.testing.assert_close(x, data.codec.open().encode(y))
@@ -220,8 +220,8 @@ def test_templates_are_drawn_over_a_cache_of_classes(latents: Maker, tmp_path: P
     """One cache serves those who train by classes and by words."""
     as_folder(root := tmp_path / "images")
     plain, words = latents(root, tmp_path / "cache"), latents(root, tmp_path / "cache", **WORDS)
-    encode.encode(plain, dtype="float32")
-    encode.encode(words, dtype="float32")  # there is nothing to do
+    fill_caches.encode(plain, dtype="float32")
+    fill_caches.encode(words, dtype="float32")  # there is nothing to do
     (x, label), (y, c) = (of.open().batch(1, 64, 0) for of in (plain, words))
     assert torch.equal(x, y)
     assert torch.equal(c // 2, label)
@@ -234,11 +234,11 @@ def test_templates_are_drawn_over_a_cache_of_classes(latents: Maker, tmp_path: P
 def test_other_captions_are_refused(latents: Maker, tmp_path: Path) -> None:
     as_lines(root := tmp_path / "images", TOLD)
     data = latents(root, tmp_path / "cache", **FILES)
-    encode.encode(data)
+    fill_caches.encode(data)
     as_lines(root, [*TOLD[:-1], ["another"]])
     other = latents(root, tmp_path / "new", **FILES)
     with pytest.raises(UserError, match="holds other captions than the images have now"):
-        encode.encode(other.model_copy(update={"root": str(tmp_path / "cache")}))
+        fill_caches.encode(other.model_copy(update={"root": str(tmp_path / "cache")}))
     data.open()  # it knows its own
     file = tmp_path / "cache" / FILE
     lines = file.read_text().splitlines(keepends=True)
@@ -247,14 +247,14 @@ def test_other_captions_are_refused(latents: Maker, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=told):
             data.open()
     file.unlink()
-    encode.encode(latents(root, tmp_path / "cache", **FILES))
+    fill_caches.encode(latents(root, tmp_path / "cache", **FILES))
     assert file.is_file()
 
 
 def test_a_cache_of_classes_is_none_of_captions(latents: Maker, tmp_path: Path) -> None:
     as_lines(root := tmp_path / "images", TOLD)
-    encode.encode(latents(root, tmp_path / "classes"))
-    encode.encode(latents(root, tmp_path / "captions", **FILES))
+    fill_caches.encode(latents(root, tmp_path / "classes"))
+    fill_caches.encode(latents(root, tmp_path / "captions", **FILES))
     with pytest.raises(UserError, match="captioned: False in the cache, True asked"):
         latents(root, tmp_path / "classes", **FILES).open()
     with pytest.raises((UserError, ValidationError), match="captioned: True in the cache, False asked"):
@@ -265,7 +265,7 @@ def test_the_first_images_alone(latents: Maker, images: Path, cached: Latents, t
     """Their latents are those of the whole; each cache is refused where the other is meant."""
     first = latents(images, tmp_path / "first", count=3)
     assert len(first.originals()) == 3
-    encode.encode(first, dtype="float32")
+    fill_caches.encode(first, dtype="float32")
     rows = torch.arange(3)
     torch.testing.assert_close(first.cache().take(rows, "x"), cached.cache().take(rows, "x"), rtol=0, atol=1e-2)
     first.compare_images(hash_all=True)
@@ -273,7 +273,7 @@ def test_the_first_images_alone(latents: Maker, images: Path, cached: Latents, t
     with pytest.raises(UserError, match="first_images: 3 in the cache, 0 asked"):
         whole.cache()
     with pytest.raises(UserError, match="first_images: 3 there, None now"):
-        encode.encode(whole)
+        fill_caches.encode(whole)
     with pytest.raises(UserError, match="first_images: 0 in the cache, 3 asked"):
         latents(images, Path(cached.root), count=3).cache()
     with pytest.raises(UserError, match=rf"has {COUNT} images, and count asks for the first {COUNT + 1}"):
@@ -289,7 +289,7 @@ def test_images_that_cannot_be_read_may_fill_a_shard(
         (tmp_path / "images" / "cow" / f"{i:02}.png").write_bytes(b"no image")
     data = latents(tmp_path / "images", tmp_path / "cache", on_bad="skip", **fields)
     with pytest.warns(UserWarning, match="images cannot be read"):
-        encode.encode(data, shard_rows=4, dtype="float32")
+        fill_caches.encode(data, shard_rows=4, dtype="float32")
     assert [shard.rows for shard in data.cache().index.shards] == [4, 4, 0]
     x, c = data.open().batch(0, 8, 0)
     assert (len(x), sorted(c.tolist())) == (8, [0] * 4 + [1] * 4)
@@ -302,15 +302,15 @@ def test_a_cache_is_repaired_from_where_the_images_are_now_as_it_was_made(
     """The words that were typed for their place do not bind it, nor need its store and dtype be typed again."""
     shutil.copytree(images, tmp_path / "photos")
     data = latents(tmp_path / "photos", tmp_path / "cache")
-    encode.encode(data, shard_rows=5, store="samples", dtype="float32")
+    fill_caches.encode(data, shard_rows=5, store="samples", dtype="float32")
     files = contents(data.folder)
     (tmp_path / "photos").rename(tmp_path / "moved")
     (data.folder / "shard-00001.safetensors").write_bytes(b"")
     moved = latents(tmp_path / "moved", tmp_path / "cache")
-    assert encode.encode(moved).make_result.made == 1
+    assert fill_caches.encode(moved).make_result.made == 1
     assert contents(data.folder) == files
     with pytest.raises(UserError, match="dtype: float32 there, float16 now"):
-        encode.encode(moved, dtype="float16")
+        fill_caches.encode(moved, dtype="float16")
 
 
 def test_images_that_cannot_be_opened_any_more_are_refused(images: Path, cached: Latents, tmp_path: Path) -> None:

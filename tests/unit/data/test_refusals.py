@@ -24,7 +24,7 @@ from dumo.data.cache import open_cache
 from dumo.data.caption import CaptionFiles, Templates
 from dumo.data.encoding import encode
 from dumo.encoders import Codec, SdVae, Taef2
-from dumo.encoders.caption import Captions
+from dumo.encoders.caption_ids import Captions
 from dumo.encoders.codec import Images, Moments
 from dumo.types import UserError
 from unit.data.animals import CLASSES, archive, as_folder, as_parquet, as_tar, label, picture, refused, spec

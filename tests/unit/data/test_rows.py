@@ -23,7 +23,7 @@ from dumo.data.cache import open_cache
 from dumo.data.caption import Captioned
 from dumo.data.encoding import encode
 from dumo.data.rows import ParquetRows, TarRows, open_rows
-from dumo.io.source import Endless, TensorData
+from dumo.io.data_source import Endless, TensorData
 from dumo.types import UserError
 from unit.data.animals import CLASSES, COUNT, STORES, archive, as_folder, label, picture, refused, spec, table
 from unit.data.spy import spied

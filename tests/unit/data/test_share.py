@@ -17,7 +17,7 @@ from dumo.data.cache import open_cache
 from dumo.data.encoding import encode
 from dumo.data.images import Source
 from dumo.data.latents import LatentSource, PriorRows
-from dumo.io.source import Bucketed, rows_of
+from dumo.io.data_source import Bucketed, rows_of
 from dumo.io.table import ShardTable
 from dumo.run.teacher import TeacherPairs
 from dumo.runtime.random import stream

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from dumo.data import Digits, Moons, toy
-from dumo.io.source import Endless, HeldOutSplit, TensorData
+from dumo.io.data_source import Endless, HeldOutSplit, TensorData
 
 UNIT = torch.tensor([3 / 4, 9 / 16 - 1 / pi], dtype=torch.float64)  # variances of the moons before they are scaled
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import train_classifier as tool
 from dumo.data import Digits
 from dumo.encoders.classifier import ShippedClassifier, cifar10, digits
-from dumo.io import weights
+from dumo.io import tensor_files
 from dumo.io.picture import from_uint8
 from dumo.runtime.random import stream
 from dumo.types import UserError
@@ -41,7 +41,7 @@ BOTH = pytest.mark.parametrize(
 
 def origin(known: ShippedClassifier) -> dict[str, str]:
     """What the file says of itself."""
-    return json.loads(weights.read_metadata(known.file)["origin"])
+    return json.loads(tensor_files.read_metadata(known.file)["origin"])
 
 
 def test_shipped_files_are_small_and_say_their_origin() -> None:

@@ -20,7 +20,7 @@ from dumo.encoders import Codec, DcAe, PipelineVae, SdVae, Taef2
 from dumo.encoders import codec as codecs
 from dumo.encoders.autoencoder import CONFIG
 from dumo.encoders.part import DIFFUSERS_FILE as WEIGHTS
-from dumo.encoders.pipeline import Pipeline
+from dumo.encoders.pipeline_folder import Pipeline
 from dumo.encoders.taesd import TinyAutoencoder
 from dumo.runtime.random import keyed_normal, stream
 from dumo.types import UserError

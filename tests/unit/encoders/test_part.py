@@ -20,13 +20,13 @@ from dumo.encoders.part import (
     find_weights,
     require_weights,
 )
-from dumo.encoders.pipeline import TRANSFORMER, VAE, Pipeline
-from dumo.encoders.pipeline import _choose_files as choose_pipeline_files
+from dumo.encoders.pipeline_folder import TRANSFORMER, VAE, Pipeline
+from dumo.encoders.pipeline_folder import _choose_files as choose_pipeline_files
 from dumo.nets import Pretrained
 from dumo.nets.family import find_family
 from dumo.nets.pretrained import model_weights
-from dumo.nets.rows import Codes
-from dumo.nets.text import PipelineTexts
+from dumo.nets.text_rows import Codes
+from dumo.nets.text_spec import PipelineTexts
 from dumo.types import UserError
 from pipelines import PIPELINES, save
 

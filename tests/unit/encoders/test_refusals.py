@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 import encoders
 from autoencoder import taef2
 from dumo.encoders import PipelineVae, SdVae, Taef2, vision
-from dumo.encoders.caption import read_prompts
+from dumo.encoders.caption_ids import read_prompts
 from dumo.encoders.part import DIFFUSERS, TRANSFORMERS, find_weights, require_weights
-from dumo.encoders.pipeline import Pipeline
-from dumo.encoders.text import TextEncoder
+from dumo.encoders.pipeline_folder import Pipeline
 from dumo.encoders.tokens import load_tokenizer
+from dumo.encoders.transformers_text import TextEncoder
 from dumo.types import UserError
 from unit.encoders.test_codec import of, vae_of
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dumo.encoders.pipeline import Pipeline
+from dumo.encoders.pipeline_folder import Pipeline
 from dumo.types import UserError
 from e2e.shell import refused
 

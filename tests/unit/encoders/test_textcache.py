@@ -9,8 +9,8 @@ import torch
 
 import encoders
 from dumo.encoders import textcache
-from dumo.encoders.text import Embeddings, EncoderModel, TextEncoder
 from dumo.encoders.textcache import fill_cache, find_identity, find_rows, identity_of, is_filled, open_tables
+from dumo.encoders.transformers_text import Embeddings, EncoderModel, TextEncoder
 from dumo.runtime.signals import Stopped
 from dumo.types import UserError
 from unit.encoders.toy import contents

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dumo.io.read import CACHE_VARIABLE
-from dumo.report.images import judge
+from dumo.report.evaluate_images import judge
 from meeting import meeting
 
 MODEL = ["evaluate.protocol.model=dinov2"]

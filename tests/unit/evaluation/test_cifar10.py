@@ -14,8 +14,8 @@ from dumo.evaluation.measures import baselines_cifar10 as baselines
 from dumo.evaluation.measures import cached_features, feature_cache, features_of
 from dumo.evaluation.measures import score_cifar10 as score
 from dumo.evaluation.wholeset import Reference
+from dumo.io.data_source import TensorData
 from dumo.io.picture import from_uint8
-from dumo.io.source import TensorData
 from dumo.runtime.random import noise, stream
 from train_classifier import cifar_images
 

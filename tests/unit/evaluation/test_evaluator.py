@@ -8,7 +8,7 @@ import torch
 from dumo.data import Digits
 from dumo.encoders.classifier import digits
 from dumo.evaluation import ClipProtocol, Context, ShippedProtocol, measures
-from dumo.evaluation.images import ImageProtocol
+from dumo.evaluation.fid import ImageProtocol
 from dumo.evaluation.protocol import Evaluator, Protocol
 from dumo.evaluation.statistics import order_of
 from dumo.evaluation.wholeset import Reference, collect

@@ -18,10 +18,10 @@ from dumo.encoders.vision import FeatureKind, ImageEncoder
 from dumo.evaluation import Context, FeatureProtocol
 from dumo.evaluation.features import FeatureEvaluator
 from dumo.evaluation.frechet import Moments, frechet_distance
+from dumo.io.data_source import HeldOutSplit, TensorData
 from dumo.io.picture import from_uint8
 from dumo.io.read import CACHE_VARIABLE
-from dumo.io.source import HeldOutSplit, TensorData
-from dumo.report.images import judge
+from dumo.report.evaluate_images import judge
 from dumo.runtime.random import stream
 from dumo.types import UserError
 from encoders import WIDTH, clip_of_both, dinov2

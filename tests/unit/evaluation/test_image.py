@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.data.memory import Memory
+from dumo.data.in_memory import Memory
 from dumo.encoders import inception
 from dumo.evaluation import Context, reference
+from dumo.evaluation.fid import ImageEvaluator, ImageProtocol
 from dumo.evaluation.frechet import Moments, frechet_distance
-from dumo.evaluation.images import ImageEvaluator, ImageProtocol
 from dumo.evaluation.protocol import Evaluator, NumberedSamples
 from dumo.evaluation.reference import (
     STANDARDS,
@@ -24,9 +24,9 @@ from dumo.evaluation.reference import (
     open_adm_file,
 )
 from dumo.evaluation.statistics import SPLIT_SIZE, Extractor, Statistics
+from dumo.io.data_source import Finite
 from dumo.io.picture import to_uint8
 from dumo.io.read import CACHE_VARIABLE
-from dumo.io.source import Finite
 from dumo.types import UserError
 from golden import inception as recipe
 from unit.evaluation.extractor import NARROW, WIDTH, Album, Peephole, extractor, images

@@ -25,15 +25,15 @@ from dumo.evaluation.frechet import Moments, frechet_distance, pixel_frechet
 from dumo.evaluation.measures import score_cifar10, score_toy
 from dumo.evaluation.mmd import kid
 from dumo.evaluation.neighbours import precision_recall
-from dumo.evaluation.own import OwnMetricsEvaluator
 from dumo.evaluation.protocol import Evaluator, Protocol
 from dumo.evaluation.reference import STANDARDS, Standard
 from dumo.evaluation.statistics import order_of, statistics_of
 from dumo.evaluation.stored import FILE, StoredFeatures
+from dumo.evaluation.user_metrics import OwnMetricsEvaluator
 from dumo.evaluation.wholeset import collect
+from dumo.io.data_source import TensorData
 from dumo.io.picture import from_uint8
 from dumo.io.read import CACHE_VARIABLE
-from dumo.io.source import TensorData
 from dumo.runtime.random import stream
 from dumo.types import UserError
 from unit.evaluation.extractor import NARROW, WIDTH, Album, Peephole, extractor, images

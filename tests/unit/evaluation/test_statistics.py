@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from dumo.evaluation.reference import STANDARDS, data_facts
 from dumo.evaluation.statistics import Statistics, gather, load_statistics, save_statistics, statistics_of
-from dumo.io import weights
+from dumo.io import tensor_files
 from dumo.types import UserError
 from forked import main_of
 from meeting import outputs
@@ -74,7 +74,7 @@ def test_is_kept_and_read_for_what_it_is_only(tmp_path: Path) -> None:
     save_statistics(path, counted(), told)
     same(load_statistics(path, told), counted())
     assert load_statistics(path, told | {"data": "mine"}) is None
-    parts, notes = weights.read(path)
+    parts, notes = tensor_files.read(path)
     save_file(parts | {"pool.mean": 2 * parts["pool.mean"]}, path, notes)
     assert load_statistics(path, told) is None
     path.write_bytes(path.read_bytes()[:-1])

@@ -11,8 +11,8 @@ from dumo.evaluation import Context, ShippedProtocol
 from dumo.evaluation.measures import features_of, open_cifar10
 from dumo.evaluation.stored import FILE, StoredFeatures
 from dumo.evaluation.wholeset import Reference
-from dumo.io import trained
-from dumo.io.source import TensorData
+from dumo.io import run_places
+from dumo.io.data_source import TensorData
 from dumo.run.judge import reference_data
 from dumo.runtime.random import stream
 
@@ -74,7 +74,7 @@ def test_samples_score_against_stored_features_as_against_images(tmp_path: Path)
 def test_what_comes_with_cifar10_trained_are_the_features_of_its_test_images() -> None:
     run = load("cifar10-trained")
     x, c = reference_data(run.data, run.evaluate.split).reference(10_000, 0)
-    stored = StoredFeatures.read(trained.folder("cifar10-trained") / FILE, cifar10.sha256)
+    stored = StoredFeatures.read(run_places.folder("cifar10-trained") / FILE, cifar10.sha256)
     assert torch.equal(stored.c, c)
     error = stored.features - features_of(x)
     assert (error.abs() <= 0.52 * stored.scale + 1e-4).all()

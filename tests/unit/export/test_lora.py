@@ -10,17 +10,17 @@ import torch
 
 import transformers_tiny as tiny
 from comfyui import loaded, native
-from dumo.encoders.pipeline import Pipeline
+from dumo.encoders.pipeline_folder import Pipeline
 from dumo.export.lora import COMFYUI, adapter_config, comfyui_tensors, diffusers_tensors
 from dumo.export.model import ExportedModel
 from dumo.export.stock import PIPELINE_BY_MODEL
 from dumo.io.hub import published_config
-from dumo.nets.adapter import Lora, without_subject
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES, SDXL, UNET, Family
+from dumo.nets.lora import Lora, without_subject
 from dumo.nets.pretrained import Pretrained
-from dumo.nets.rows import Codes
-from dumo.nets.text import PipelineTexts
+from dumo.nets.text_rows import Codes
+from dumo.nets.text_spec import PipelineTexts
 from dumo.types import UserError
 from transformers_saved import CLASSES, SHAPE
 

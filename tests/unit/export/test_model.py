@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dumo.config.spec import Sampling
-from dumo.export.card import _pipeline_calls, license_metadata
 from dumo.export.lora import change_as_product
 from dumo.export.model import INDEX, ExportedModel, require_pipeline, stored_dtype
+from dumo.export.model_card import _pipeline_calls, license_metadata
 from dumo.export.scheduler import CONFIG, check_scheduler, write_flow_map_scheduler
 from dumo.export.stock import PIPELINE_BY_MODEL
 from dumo.export.write import _copy_files, read_index

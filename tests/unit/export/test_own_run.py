@@ -13,7 +13,7 @@ import dumo
 from dumo.config.load import RUN_FILE, load
 from dumo.data import Latents
 from dumo.export.write import export
-from dumo.io import trained
+from dumo.io import run_places
 from dumo.run import resolve
 from dumo.run.folder import EXPORTED_WEIGHTS, RunFolder
 from dumo.run.trained import TrainedRun
@@ -108,7 +108,7 @@ def test_an_export_is_evaluated(here: Path) -> None:
 def test_a_new_run_begins_with_an_export(here: Path) -> None:
     export(load_run(NAME, device="cpu"), here / "out")
     changes = {"train.steps": 1, "train.optimizer.lr": 1e-9, "train.optimizer.adamw_lr": 1e-9}
-    run = dumo.train(trained.folder(NAME) / RUN_FILE, {**changes, "start.source": "out"}, out="new", bar=no_bar)
+    run = dumo.train(run_places.folder(NAME) / RUN_FILE, {**changes, "start.source": "out"}, out="new", bar=no_bar)
     for name, weight in dumo.load(NAME, device="cpu").net.state_dict().items():
         assert torch.cosine_similarity(run.net.state_dict()[name].flatten(), weight.flatten(), 0) > 0.999, name
 

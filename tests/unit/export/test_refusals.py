@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from dumo.config.load import load
-from dumo.export.hub import require_uploadable
 from dumo.export.model import INDEX, ExportedModel, require_pipeline
 from dumo.export.scheduler import restart_for_scheduler
 from dumo.export.stock import PIPELINE_BY_MODEL
+from dumo.export.upload import require_uploadable
 from dumo.export.write import export, other_parts, read_index, require_own_autoencoder, require_vacant
 from dumo.flow.path import Linear
 from dumo.flow.solver import Hermite, Hop

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dumo.io import file, guard, weights
+from dumo.io import file, guard, tensor_files
 from dumo.io.picture import to_rows
 from dumo.io.read import read_json, read_text, user_path
 from dumo.types import UserError
@@ -25,19 +25,19 @@ def of_bytes(name: str, content: bytes, read: Callable[[Path], object]) -> Calla
 def pickle(folder: Path) -> None:
     """Weights in a pickle."""
     torch.save({"w": torch.ones(2)}, folder / "w.pth")
-    weights.load(folder / "w.pth")
+    tensor_files.load(folder / "w.pth")
 
 
 def weights_of_another_net(_: Path) -> None:
     """Weights of another shape."""
-    weights.compare(Path("w"), {"a": torch.zeros(2)}, {"a": torch.zeros(3)}, "the net", "take others")
+    tensor_files.compare(Path("w"), {"a": torch.zeros(2)}, {"a": torch.zeros(3)}, "the net", "take others")
 
 
 def a_part_without_a_file(folder: Path) -> None:
     """A folder of the files of three ranks, without that of the second."""
     for rank in (0, 2):
-        weights.write_part(folder / f"{rank:05d}.safetensors", {"w": torch.ones(2)}, {"w": [2 * rank]})
-    weights.load(folder)
+        tensor_files.write_part(folder / f"{rank:05d}.safetensors", {"w": torch.ones(2)}, {"w": [2 * rank]})
+    tensor_files.load(folder)
 
 
 def moved_folder(folder: Path) -> None:
@@ -62,7 +62,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a text that is not UTF-8": (of_bytes("a.txt", b"a\xffb", read_text), "a.txt"),
     "a file that is not JSON": (of_bytes("a.json", b"{", read_json), "a.json"),
     "a pickle": (pickle, "w.pth"),
-    "a damaged file of weights": (of_bytes("w.safetensors", b"x" * 30, weights.load), "w.safetensors"),
+    "a damaged file of weights": (of_bytes("w.safetensors", b"x" * 30, tensor_files.load), "w.safetensors"),
     "weights of another net": (weights_of_another_net, "a is (2,)"),
     "a part without a file": (a_part_without_a_file, "lacks a part of w"),
     "samples that are not finite": (lambda _: to_rows(torch.full((1, 1, 2, 2), torch.nan)), "not finite"),

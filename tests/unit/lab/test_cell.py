@@ -19,7 +19,7 @@ from dumo.config.load import load
 from dumo.lab import cell, fig4b, reproduce
 from dumo.lab.cell import Result, sources
 from dumo.lab.plan import Cell, Cost, Plan, read_plan
-from dumo.report.evaluate import evaluate
+from dumo.report.evaluation import evaluate
 from dumo.run.trainer import Trainer
 from dumo.runtime import signals
 from dumo.runtime.progress import no_bar

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dumo.cli.lab import reproduce
-from dumo.config import recipes, trust
+from dumo.config import recipe_files, trust
 from dumo.config.load import load
 from dumo.lab.plan import (
     Cell,
@@ -222,7 +222,7 @@ def test_a_teacher_costs_as_many_passes_as_the_loss_asks_for(name: str, settings
 
 def test_the_zoo_has_every_objective_that_begins_from_nothing() -> None:
     without = {"digits-guided", "digits-words", "digits-likelihood", "digits-match", "digits-critic"}  # no siblings
-    found = {name for name in recipes.names() if name.partition("-")[0] == "digits"} - without
+    found = {name for name in recipe_files.names() if name.partition("-")[0] == "digits"} - without
     alone = {name for name in found if (spec := recipe(name)).teacher is None and spec.start is None}
     assert {arm.recipe for arm in read_plan("zoo").arms} == alone
     assert read_plan("zoo").why.keys() <= {arm.labels["objective"] for arm in read_plan("zoo").arms}

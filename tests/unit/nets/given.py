@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dumo.nets import Net
-from dumo.nets.rows import Rows
+from dumo.nets.text_rows import Rows
 from dumo.testing.network import randomise
 from dumo.types import Needs, Spec
 from rows_given import given_rows

@@ -17,11 +17,11 @@ from dumo.flow.path import Diffusion
 from dumo.flow.precision import Precision
 from dumo.flow.slope import DualSlope, JvpSlope, Slope
 from dumo.nets import Pretrained
-from dumo.nets.adapter import Lora, adapters
 from dumo.nets.dualized import Dualized, time_embedder_paths
 from dumo.nets.family import FAMILIES, PIXART, PIXART_ALPHA, Family, find_family
+from dumo.nets.lora import Lora, adapters
 from dumo.objectives import DuMo
-from dumo.run import cost, memory
+from dumo.run import flops, memory
 from dumo.types import Frozen, UserError
 from tiers import tiered
 from transformers_saved import CLASSES, NOISE, SHAPE, Saved, batch, built, of, saved, texts
@@ -241,11 +241,11 @@ def test_a_unet_is_counted_by_the_first_blocks_of_its_transformers(
     assert net.diffusion is not None
     path = Diffusion(schedule=net.diffusion.schedule)
     objective = DuMo(slope=DualSlope())
-    counts: list[tuple[float, cost.StepCost]] = []
+    counts: list[tuple[float, flops.StepCost]] = []
     for few in (1, 1000):
-        monkeypatch.setattr(cost, "MAX_BLOCKS_RUN", few)
-        passed = cost.forward_flops(net, objective, SHAPE)
-        counts.append((passed, cost.step_cost(net, objective, path, SHAPE)))
+        monkeypatch.setattr(flops, "MAX_BLOCKS_RUN", few)
+        passed = flops.forward_flops(net, objective, SHAPE)
+        counts.append((passed, flops.step_cost(net, objective, path, SHAPE)))
     assert counts[0] == counts[1]
     assert counts[0][0] == counts[0][1].pass_flops
 
@@ -284,7 +284,7 @@ def test_so_are_its_bytes(
     follow_step = memory._follow_step
 
     def follow(net: nn.Module, *args: Any, **named: Any) -> Any:  # noqa: ANN401
-        followed.append(sum(len(stretch.blocks) for stretch in cost.stretches(net)))
+        followed.append(sum(len(stretch.blocks) for stretch in flops.stretches(net)))
         return follow_step(net, *args, **named)
 
     monkeypatch.setattr(memory, "_follow_step", follow)
@@ -293,7 +293,7 @@ def test_so_are_its_bytes(
         return memory.activation_bytes(net, objective, path, SHAPE, rows=2, precision=precision)
 
     few = count()
-    monkeypatch.setattr(cost, "sample_blocks", lambda net: cost.SampledNet(net, {}))
+    monkeypatch.setattr(flops, "sample_blocks", lambda net: flops.SampledNet(net, {}))
     assert few == count()
     assert followed[0] < followed[-1]
 

@@ -13,7 +13,7 @@ from dumo.nets.block import Block, BlockSizes, swiglu_width
 from dumo.nets.dit import DiT, DiTHead, Transformer
 from dumo.nets.embed import apply_rotary, rotary_tables
 from dumo.objectives import DuMo, FlowMatching, MeanFlow, Objective
-from dumo.run.cost import forward_flops
+from dumo.run.flops import forward_flops
 from dumo.run.net import meta_net as outline_of_run
 from dumo.testing.network import randomise
 from dumo.types import Needs, UserError

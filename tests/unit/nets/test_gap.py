@@ -13,9 +13,9 @@ from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.flow.times import Jumps, Pair
 from dumo.io.deferred import load_parameters
 from dumo.nets import Pretrained, lowpass
-from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized, time_embedder_paths
 from dumo.nets.gap import fit_fixed_times
+from dumo.nets.lora import Lora
 from dumo.objectives import LSD, RCGM, DuMoAny, MeanFlow, Several
 from dumo.types import Frozen, Needs, Objective
 from tiers import tiered

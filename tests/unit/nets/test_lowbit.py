@@ -13,8 +13,8 @@ from torch.nn import functional as F
 import dumo.runtime
 from dumo.autodiff.dual import pair, primal, tangent
 from dumo.flow.slope import DualSlope, JvpSlope
-from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
+from dumo.nets.lora import Lora
 from dumo.nets.lowbit import (
     BLOCK,
     CodedLinear,

@@ -11,7 +11,7 @@ from dumo.nets.dualized import Dualized, time_embedder_paths
 from dumo.nets.family import FAMILIES
 from dumo.nets.lowpass import LowpassFit, MaskedLinear, cut, frequencies, linear_layers, refit, waves
 from dumo.nets.pretrained import Pretrained
-from dumo.nets.rows import Codes
+from dumo.nets.text_rows import Codes
 from tiers import tiered
 from transformers_saved import CLASSES, GUIDANCE, SHAPE, batch
 

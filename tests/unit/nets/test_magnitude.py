@@ -13,7 +13,7 @@ from dumo.nets.magnitude import MagnitudePreservingBlock, UnitRowLinear, blend
 from dumo.objectives import DuMo
 from dumo.testing.network import randomise
 from dumo.training.optim import AdamW
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.training.state import begin
 from dumo.types import Needs
 from trained import ToyTrainer

@@ -15,18 +15,18 @@ from torch import Tensor, nn
 import transformers_tiny as tiny
 from dumo.autodiff import float64
 from dumo.config.load import load
-from dumo.encoders.pipeline import Pipeline
+from dumo.encoders.pipeline_folder import Pipeline
 from dumo.flow.guide import Guide
 from dumo.flow.noise import draw
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope, JvpSlope, Slope
 from dumo.io.deferred import load_parameters
 from dumo.nets import Pretrained
-from dumo.nets.adapter import Lora
 from dumo.nets.checkpointing import mark_recomputed, run_as_marked
 from dumo.nets.dualized import Dualized, time_embedder_paths
+from dumo.nets.lora import Lora
 from dumo.nets.lowbit import HalfLinear
-from dumo.nets.rows import Codes
+from dumo.nets.text_rows import Codes
 from dumo.objectives import DuMo, FlowMatching
 from dumo.training.compile import compile_blocks
 from dumo.training.frozen import digest

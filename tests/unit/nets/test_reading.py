@@ -15,7 +15,7 @@ from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.solver import Euler, Restart, Solver
 from dumo.nets.block import BlockSizes
 from dumo.nets.dit import DiT, Transformer
-from dumo.nets.rows import Rows
+from dumo.nets.text_rows import Rows
 from dumo.nets.textblock import TextBlock
 from dumo.objectives import DuMo
 from dumo.testing.network import randomise

@@ -10,11 +10,11 @@ import torch
 
 import transformers_tiny as tiny
 from dumo.config.load import load
-from dumo.encoders.pipeline import Pipeline
+from dumo.encoders.pipeline_folder import Pipeline
 from dumo.nets import DiT, Net, UNet
-from dumo.nets.adapter import Lora
 from dumo.nets.family import FLUX2, PIXART, find_family
 from dumo.nets.gap import fit_fixed_times
+from dumo.nets.lora import Lora
 from dumo.nets.route import Route
 from dumo.nets.vp import read_scheduler
 from dumo.objectives import MeanFlow, Shortcut
@@ -23,7 +23,7 @@ from rows_given import given_rows
 from transformers_saved import Saved, built, of
 from unit.nets.given import Given
 from unit.nets.test_gap import embedders
-from unit.nets.test_rows import read_words
+from unit.nets.test_text_rows import read_words
 from unit.nets.test_vp import SD
 
 V = Needs(heads=("v",))

@@ -16,7 +16,7 @@ from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.nets.dit import DiT, Transformer
 from dumo.nets.route import Route, TokenSplit
 from dumo.objectives import DuMo
-from dumo.run import cost
+from dumo.run import flops
 from dumo.run.net import meta_net
 from dumo.testing.network import randomise
 from dumo.types import Frozen, Heads, Needs, frozen
@@ -200,8 +200,8 @@ def test_a_guided_exact_step_of_xl_2_costs_less_than_two_thirds() -> None:
     units, passes = [], []
     for run in (routed, dense):
         given = meta_net(run), run.objective
-        units.append(cost.forward_units(*given, run.path, (4, 32, 32)))
-        passes.append(cost.forward_flops(*given, (4, 32, 32)))
+        units.append(flops.forward_units(*given, run.path, (4, 32, 32)))
+        passes.append(flops.forward_flops(*given, (4, 32, 32)))
     assert passes[0] == passes[1]
     assert units[0] / units[1] == pytest.approx(0.581, abs=0.001)
 
@@ -219,10 +219,10 @@ def test_what_is_counted_is_what_a_step_does() -> None:
         with using(keys(0, 0, 4)):
             objective.loss(net, frozen(net), b).loss.sum().backward()
 
-    once = 4 * cost.forward_flops(net, objective, SHAPE)
-    units = cost.forward_units(net, objective, Linear(), SHAPE, rows=4)
-    assert [len(s.blocks) for s in cost.stretches(net)] == [1, 6, 2]
-    assert cost.count_flops(step) / once == pytest.approx(units, rel=1e-12)
+    once = 4 * flops.forward_flops(net, objective, SHAPE)
+    units = flops.forward_units(net, objective, Linear(), SHAPE, rows=4)
+    assert [len(s.blocks) for s in flops.stretches(net)] == [1, 6, 2]
+    assert flops.count_flops(step) / once == pytest.approx(units, rel=1e-12)
 
 
 def test_it_has_no_weights() -> None:

@@ -10,7 +10,7 @@ from dumo.config.spec import Run
 from dumo.plan import cluster, cost
 from dumo.plan.cost import LayoutMemory, count_cost, layouts
 from dumo.run import memory
-from dumo.run.cost import StepCost
+from dumo.run.flops import StepCost
 from dumo.run.net import make_flow, meta_net
 from dumo.run.weights import build
 from dumo.runtime.random import random_batch
@@ -81,7 +81,7 @@ def test_what_is_given_back_leaves_no_cast_behind() -> None:
 def test_a_few_blocks_tell_of_all_on_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     run = small("net.depth=9", "train.share=8")
     few = counted(run)
-    monkeypatch.setattr("dumo.run.cost.MAX_BLOCKS_RUN", 100)
+    monkeypatch.setattr("dumo.run.flops.MAX_BLOCKS_RUN", 100)
     assert counted(run) == few
 
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from dumo.config import recipes
+from dumo.config import recipe_files
 from dumo.config.load import load
 from dumo.nets import Pretrained
 from dumo.plan import facts
 from dumo.plan.facts import show
-from dumo.run import cost
-from dumo.run.cost import StepCost
+from dumo.run import flops
+from dumo.run.flops import StepCost
 from dumo.run.net import meta_net, num_parameters
 from dumo.run.random_net import cut_to_two_blocks
 from e2e.shell import call, refused, sets
@@ -63,11 +63,13 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize("name", tiered(recipes.names(), now=["digits", "moons"], ci=["cifar10", "imagenet256-xl2"]))
+@pytest.mark.parametrize(
+    "name", tiered(recipe_files.names(), now=["digits", "moons"], ci=["cifar10", "imagenet256-xl2"])
+)
 def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On nets without numbers, on a machine without any data."""
     if name not in COUNTED:  # seconds each
-        monkeypatch.setattr(cost, "step_cost", lambda *_, **__: StepCost(units=5.0, flops=10.0, pass_flops=2.0))
+        monkeypatch.setattr(flops, "step_cost", lambda *_, **__: StepCost(units=5.0, flops=10.0, pass_flops=2.0))
         monkeypatch.setattr(facts, "far_share", lambda _: 0.1)  # of a million draws
     spec = recipe(name)
     if name in HEAVY:

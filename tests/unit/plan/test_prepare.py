@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import dumo
 from dumo.cli.api import LoadedRun
 from dumo.data import Digits, Moons
-from dumo.data import memory as of_data
+from dumo.data import in_memory as of_data
 from dumo.flow.guide import Guide
-from dumo.nets import module as of_nets
+from dumo.nets import user_module as of_nets
 from dumo.objectives import FlowMatching, MeanFlow
 from dumo.plan.prepare import prepare
 from dumo.runtime import signals

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dumo.report.images import judge
+from dumo.report.evaluate_images import judge
 from meeting import meeting
 
 

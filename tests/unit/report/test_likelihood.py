@@ -9,7 +9,7 @@ from dumo.config.load import load
 from dumo.evaluation import Context, LikelihoodProtocol
 from dumo.flow.sampling import join_batches
 from dumo.flow.solver import Heun
-from dumo.report.evaluate import current_report, evaluate, likelihoods
+from dumo.report.evaluation import current_report, evaluate, likelihoods
 from dumo.run.judge import require_likelihood
 from dumo.run.trained import TrainedRun
 from dumo.run.weights import load_run

@@ -24,11 +24,11 @@ from dumo.config import word
 from dumo.config.load import load
 from dumo.flow.noise import draw
 from dumo.flow.path import Linear
-from dumo.io import picture, trained
+from dumo.io import picture, run_places
 from dumo.objectives import Critic
 from dumo.report import figure, judgement
 from dumo.report import page as report
-from dumo.report.card import make_card
+from dumo.report.evaluation_card import make_card
 from dumo.run.folder import CHECKPOINT_MARK, RunFolder
 from dumo.run.trained import TrainedRun
 from dumo.run.weights import build, load_run
@@ -279,7 +279,7 @@ def test_a_page_proposes_what_can_be_typed() -> None:
     assert next_command(done, report.PageParts()) == "dumo evaluate runs/untrained"
     name = "digits-trained"
     shipped = replace(
-        done, run_folder=RunFolder(trained.folder(name)), own_output=Path(name), lasting_name=f"dumo:{name}"
+        done, run_folder=RunFolder(run_places.folder(name)), own_output=Path(name), lasting_name=f"dumo:{name}"
     )
     evaluations = judgement.read_judgements(load_run(name))
     assert next_command(shipped, report.PageParts(evaluations=evaluations)) == f"dumo sample dumo:{name}"
@@ -418,9 +418,9 @@ def test_a_loss_of_one_part_is_shown_once_also_where_a_bin_is_empty() -> None:
 
 def test_first_samples_stand_next_to_their_nearest_images(digits: Path) -> None:
     """Copies lie at distance zero, and are shown as what they copy."""
-    trained = load_run(str(digits))
-    truth, _ = trained.spec.data.open().reference(1, 0)
-    near = report.draw_nearest(trained, truth[100:180].flip(0), truth)
+    run = load_run(str(digits))
+    truth, _ = run.spec.data.open().reference(1, 0)
+    near = report.draw_nearest(run, truth[100:180].flip(0), truth)
     assert near.count == 10
     assert near.samples.tobytes() == near.nearest.tobytes()
     assert max(near.proximity.ratios) == 0
@@ -432,15 +432,15 @@ def test_first_samples_stand_next_to_their_nearest_images(digits: Path) -> None:
 
 def test_data_are_laid_out_by_class(digits: Path) -> None:
     """A class without a row leaves its column grey."""
-    trained = load_run(str(digits))
-    truth, c = trained.spec.data.open().reference(1, 0)
-    sheet = report.arrange_by_class(trained, truth, c)
+    run = load_run(str(digits))
+    truth, c = run.spec.data.open().reference(1, 0)
+    sheet = report.arrange_by_class(run, truth, c)
     for i in (0, 7, 13, 79):
         same = (truth[c == i % 10] == sheet[i]).all((1, 2, 3)).nonzero()
         assert same[0].item() == i // 10
-    sheet = report.arrange_by_class(trained, truth[c != 3], c[c != 3]).unflatten(0, (-1, 10))
+    sheet = report.arrange_by_class(run, truth[c != 3], c[c != 3]).unflatten(0, (-1, 10))
     assert sheet.shape[:2] == (report.ROWS, 10)
     assert (sheet[:, 3] == 0).all()
     assert (sheet[:, [*range(3), *range(4, 10)]] != 0).flatten(2).any(-1).all()
-    assert report.draw_samples(trained, sheet.flatten(0, 1), truth).height > 0
-    assert torch.equal(report.arrange_by_class(trained, truth, c + 10), truth[:80])  # none of the first ten classes
+    assert report.draw_samples(run, sheet.flatten(0, 1), truth).height > 0
+    assert torch.equal(report.arrange_by_class(run_places, truth, c + 10), truth[:80])  # none of the first ten classes

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from dumo.config.load import load
-from dumo.report.images import judge
+from dumo.report.evaluate_images import judge
 from dumo.run.folder import RunFolder
 from dumo.run.trained import TrainedRun, parse_size, require_count
 from dumo.types import UserError

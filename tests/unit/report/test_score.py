@@ -18,7 +18,7 @@ from dumo.evaluation.metric import METRICS, headline_score
 from dumo.evaluation.wholeset import Reference
 from dumo.objectives import Objective
 from dumo.report import judgement, page, score
-from dumo.report.card import judging_settings, make_card
+from dumo.report.evaluation_card import judging_settings, make_card
 from dumo.report.figure import moving_average
 from dumo.run.folder import RunFolder
 from dumo.run.trained import TrainedRun

@@ -15,7 +15,7 @@ from contract.case import one_each
 from dumo.autodiff import float64
 from dumo.config.load import load
 from dumo.config.spec import Run
-from dumo.config.teacher import Start, Teacher
+from dumo.config.teacher_spec import Start, Teacher
 from dumo.flow.guide import CFG
 from dumo.flow.noise import add_noise, make_draws
 from dumo.flow.path import Linear

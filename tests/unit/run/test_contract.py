@@ -13,7 +13,7 @@ import dumo
 from dumo.flow import dropout
 from dumo.flow.precision import Precision
 from dumo.flow.trainable import MAX_DIFFERENCE, outputs_match
-from dumo.run import contract, cost
+from dumo.run import contract, flops
 from dumo.run.net import meta_net
 from dumo.run.random_net import random_net, short_run
 from dumo.types import Heads
@@ -169,7 +169,7 @@ def test_a_step_of_such_a_loss_is_not_counted(what: str) -> None:
         "moons", {"objective": {"kind": Returning().kind, "what": what}, "sample.solver": {"kind": "euler"}}
     )
     with pytest.raises(dumo.UserError):
-        cost.forward_units(meta_net(run), run.objective, run.path, run.data.shape)
+        flops.forward_units(meta_net(run), run.objective, run.path, run.data.shape)
 
 
 @pytest.mark.slow

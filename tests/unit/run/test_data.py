@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dumo.config.load import load
-from dumo.io.source import TensorData
+from dumo.io.data_source import TensorData
 from dumo.run.data import measure, recorded_facts, with_data_facts
 from dumo.run.weights import load_run
 from trained import train

@@ -5,17 +5,17 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dumo.encoders.pipeline import Pipeline
+from dumo.encoders.pipeline_folder import Pipeline
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope
 from dumo.io.hub import PUBLISHED
 from dumo.nets import Pretrained
-from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
-from dumo.nets.rows import Codes
+from dumo.nets.lora import Lora
+from dumo.nets.text_rows import Codes
 from dumo.objectives import DuMo, FlowMatching
-from dumo.run import cost, memory
-from dumo.run.cost import forward_flops, forward_units
+from dumo.run import flops, memory
+from dumo.run.flops import forward_flops, forward_units
 from dumo.types import Objective
 from tiers import tiered
 
@@ -42,9 +42,9 @@ def net(
 
 def both(count: Callable[[], float], monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
     """By a few blocks, and by all."""
-    monkeypatch.setattr(cost, "MAX_BLOCKS_RUN", 1)
+    monkeypatch.setattr(flops, "MAX_BLOCKS_RUN", 1)
     few = count()
-    monkeypatch.setattr(cost, "MAX_BLOCKS_RUN", 1000)
+    monkeypatch.setattr(flops, "MAX_BLOCKS_RUN", 1000)
     return few, count()
 
 
@@ -73,8 +73,8 @@ def test_so_they_do_of_bytes(source: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_is_cut_is_a_net_of_its_own_and_leaves_the_other() -> None:
     whole = net(FLUX)
-    cut = cost.cut(whole, (1, 2))
-    assert [len(s.blocks) for s in cost.stretches(cut)] == [1, 2]
-    assert [len(s.blocks) for s in cost.stretches(whole)] == [DEPTH, DEPTH]
+    cut = flops.cut(whole, (1, 2))
+    assert [len(s.blocks) for s in flops.stretches(cut)] == [1, 2]
+    assert [len(s.blocks) for s in flops.stretches(whole)] == [DEPTH, DEPTH]
     assert cut.blocks[0] is whole.blocks[0]
-    assert [len(s.blocks) for s in cost.stretches(net(SD3))] == [DEPTH - 1, 1]  # the last one tells no text
+    assert [len(s.blocks) for s in flops.stretches(net(SD3))] == [DEPTH - 1, 1]  # the last one tells no text

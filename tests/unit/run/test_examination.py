@@ -12,7 +12,7 @@ from contract.case import kind, members
 from dumo.autodiff import float64
 from dumo.config.spec import Run
 from dumo.flow.slope import Along, CentralSlope, JvpSlope, Slope
-from dumo.plan import check
+from dumo.plan import preflight
 from dumo.run import examination
 from dumo.run.resolve import resolve
 from dumo.run.weights import build
@@ -306,8 +306,8 @@ def test_train_stops_at_a_first_checkpoint_with_a_broken_slope(tmp_path: Path, m
 
 def test_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is no number is null, and a slope that cannot be taken is a finding with its way out."""
-    monkeypatch.setattr(check, "_describe_environment", dict)
-    bad = check.check(sloped(tiny(), Skewed.model_construct(factor=float("nan"))))
+    monkeypatch.setattr(preflight, "_describe_environment", dict)
+    bad = preflight.check(sloped(tiny(), Skewed.model_construct(factor=float("nan"))))
     (line,) = bad.findings
     assert (bad.is_ok, line.state, bad.to_json()["examination"]["errors"]["u"]) == (False, "failing", None)
 
@@ -315,9 +315,9 @@ def test_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
         def __call__(self, *_: object, **__: object) -> tuple[Heads, Along]:
             raise UserError("no tangent rule for torch.special.airy_ai")
 
-    refused = check.check(sloped(tiny(), Refusing()))
+    refused = preflight.check(sloped(tiny(), Refusing()))
     (line,) = refused.findings
     assert (refused.is_ok, line.state, refused.examination) == (False, "failing", None)
     assert "airy" in line.way
     with pytest.raises(UserError, match="device 'gpu'"):
-        check.check(tiny(), "gpu")
+        preflight.check(tiny(), "gpu")

@@ -18,7 +18,7 @@ from dumo.config.load import load
 from dumo.config.place import RUN_FILE
 from dumo.config.spec import Run
 from dumo.flow.noise import Draws
-from dumo.io import digest, weights
+from dumo.io import digest, tensor_files
 from dumo.run import folder as folders
 from dumo.run.folder import CHECKPOINT_MARK, LOCK_FILE
 from dumo.run.hooks import SaveCheckpoints
@@ -387,7 +387,7 @@ def wait_for_checkpoint(checkpoint: Path) -> None:
 
 def test_a_checkpoint_that_goes_while_it_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As beside a training that keeps one."""
-    places, load, calls = run / "checkpoints", weights.load_checked, list[Path]()
+    places, load, calls = run / "checkpoints", tensor_files.load_checked, list[Path]()
     (places / "step-00000008").rename(run / "newer")
 
     def load_late(place: Path) -> dict[str, torch.Tensor]:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from dumo.run import cost, memory
+from dumo.run import flops, memory
 from dumo.run.memory import HeldBytes, StepBytes
 from dumo.run.storages import LiveStorages, WatchedBlock
 from dumo.training.ema import Ema
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from unit.run.known import follow_bytes
 
 N = 1000  # numbers of a tensor, four bytes each
@@ -92,7 +92,7 @@ def test_all_blocks_of_a_unet_are_followed_if_one_is_gone_at_the_peak(
     bytes_at_peak: int, peak: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net, sampled_net = nn.Module(), nn.Module()
-    monkeypatch.setattr(cost, "sample_blocks", lambda _: cost.SampledNet(sampled_net, {"block": 3}))
+    monkeypatch.setattr(flops, "sample_blocks", lambda _: flops.SampledNet(sampled_net, {"block": 3}))
 
     def follow(followed: nn.Module, watched: Collection[str]) -> LiveStorages:
         live = LiveStorages()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dumo.config.spec import Run
-from dumo.io.weights import load as load_weights
+from dumo.io.tensor_files import load as load_weights
 from dumo.report.gallery import trajectories
 from dumo.run.weights import build, load_run
 from dumo.training import milestone

@@ -14,7 +14,7 @@ from PIL import Image
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.data import Latents, cache
-from dumo.run import encode, examination
+from dumo.run import examination, fill_caches
 from dumo.run.folder import RunFolder
 from dumo.run.resolve import resolve, with_absolute_paths
 from dumo.run.trainer import open_trainer
@@ -54,7 +54,7 @@ def latents(run: Run) -> Latents:
 
 
 def fill(run: Run, bar: Bar = no_bar) -> None:
-    encode.ensure_cache(latents(run), device="cpu", bar=bar)
+    fill_caches.ensure_cache(latents(run), device="cpu", bar=bar)
 
 
 def files() -> dict[str, int]:
@@ -63,17 +63,17 @@ def files() -> dict[str, int]:
 
 def test_two_trainings_make_a_cache_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who comes second waits for the first, and finds the cache whole."""
-    real: Callable[..., encode.EncodeResult] = encode.encode
+    real: Callable[..., fill_caches.EncodeResult] = fill_caches.encode
     calls: list[str] = []
     is_in, may_go = Event(), Event()
 
-    def slow_encode(*words: object, **options: object) -> encode.EncodeResult:
+    def slow_encode(*words: object, **options: object) -> fill_caches.EncodeResult:
         calls.append("encode")
         is_in.set()
         assert may_go.wait(60)
         return real(*words, **options)
 
-    monkeypatch.setattr(encode, "encode", slow_encode)
+    monkeypatch.setattr(fill_caches, "encode", slow_encode)
     threads = [Thread(target=fill, args=[run], daemon=True) for _ in range(2)]
     threads[0].start()
     assert is_in.wait(60)
@@ -109,13 +109,13 @@ def test_a_finished_cache_stays_as_it_is(run: Run, photos: Path, i: int) -> None
     fill(run)
     assert files() == before
     with pytest.raises(UserError, match=r"put them back .*begin a new run"):
-        encode.encode(latents(run), device="cpu")
+        fill_caches.encode(latents(run), device="cpu")
     assert files() == before
 
 
 def test_a_cache_of_other_images_is_not_finished(run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "_SHARD_ROWS", 1)
-    encode.encode(latents(run), device="cpu", rank=1, world=3)
+    monkeypatch.setattr(fill_caches, "_SHARD_ROWS", 1)
+    fill_caches.encode(latents(run), device="cpu", rank=1, world=3)
     draw(photos, 1, seed=99)
     with pytest.raises(UserError, match=r"1\.png"):
         fill(run)
@@ -123,7 +123,7 @@ def test_a_cache_of_other_images_is_not_finished(run: Run, photos: Path, monkeyp
 
 
 def test_encoding_that_is_stopped_goes_on_from_what_is_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "_SHARD_ROWS", 1)
+    monkeypatch.setattr(fill_caches, "_SHARD_ROWS", 1)
 
     @contextmanager
     def stopping_bar(title: str, total: int, /) -> Generator[Tick, None, None]:
@@ -165,8 +165,8 @@ def test_a_refused_run_leaves_its_folder_free_and_its_latents(run: Run, monkeypa
 
 def test_encoding_takes_no_time_of_the_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = run.model_copy(update={"train": run.train.model_copy(update={"minutes": 1.0})})
-    monkeypatch.setattr(encode, "ensure_cache", lambda *_, **__: time.sleep(0.5))
-    encode.encode(latents(run), device="cpu")
+    monkeypatch.setattr(fill_caches, "ensure_cache", lambda *_, **__: time.sleep(0.5))
+    fill_caches.encode(latents(run), device="cpu")
     began = stopwatch.wall_clock()
     with open_trainer(FOLDER, timed, device="cpu", began=began) as trainer:
         assert trainer.clock

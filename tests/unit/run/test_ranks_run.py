@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dumo.report.evaluate import evaluate
+from dumo.report.evaluation import evaluate
 from dumo.run.trained import TrainedRun
 from dumo.run.weights import load_run
 from trained import train

@@ -10,7 +10,7 @@ from torch import nn
 
 import dumo
 from dumo.config.load import load
-from dumo.run.encode import captions, encoding_work
+from dumo.run.fill_caches import captions, encoding_work
 from dumo.run.folder import CHECKPOINT_MARK
 from dumo.run.judge import reference_data, require_likelihood
 from dumo.run.weights import load_run

@@ -15,7 +15,7 @@ from dumo.config.difference import config_hash
 from dumo.config.load import RUN_FILE, dump, load
 from dumo.config.source import HASH_KEY, RESOLVED_KEY
 from dumo.config.spec import Run
-from dumo.io.weights import facts_of
+from dumo.io.tensor_files import facts_of
 from dumo.run.folder import RunFolder
 from dumo.run.trained import TrainedRun
 from dumo.run.weights import load_run

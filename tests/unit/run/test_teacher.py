@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from dumo.config.fit import check_guidance
+from dumo.config.check_spec import check_guidance
 from dumo.config.load import load
 from dumo.config.spec import Run
-from dumo.config.teacher import Teacher
+from dumo.config.teacher_spec import Teacher
 from dumo.flow.guide import CFG
-from dumo.io.weights import load as load_weights
+from dumo.io.tensor_files import load as load_weights
 from dumo.run import teacher
 from dumo.runtime import dist
 from dumo.runtime.progress import no_bar

@@ -17,13 +17,13 @@ from torch import nn
 import encoders
 from dumo.config.load import load
 from dumo.config.spec import Run
-from dumo.encoders.text import EncoderModel, TextEncoder
+from dumo.encoders.transformers_text import EncoderModel, TextEncoder
 from dumo.flow.sampling import labels_in_turn
 from dumo.flow.solver import Heun, Restart
-from dumo.io.source import TensorData
-from dumo.io.weights import load as load_weights
-from dumo.nets.text import EncoderTexts
-from dumo.run import encode
+from dumo.io.data_source import TensorData
+from dumo.io.tensor_files import load as load_weights
+from dumo.nets.text_spec import EncoderTexts
+from dumo.run import fill_caches
 from dumo.run.hooks import Hook
 from dumo.run.trained import TrainedRun, choose_solver
 from dumo.run.trainer import Trainer, open_data, open_trainer
@@ -215,7 +215,7 @@ def test_runs_that_start_together_encode_their_captions_once(tmp_path: Path, mon
         return open_encoder(spec, device)
 
     monkeypatch.setattr(TextEncoder, "open", open_slowly)
-    fill = partial(encode.encode_what_is_missing, run, device="cpu", bar=no_bar, print_line=print)
+    fill = partial(fill_caches.encode_what_is_missing, run, device="cpu", bar=no_bar, print_line=print)
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda _: fill(), range(3)))
     assert len(opened) == 1

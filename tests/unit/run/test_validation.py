@@ -11,8 +11,8 @@ import pytest
 
 from dumo.config.load import load
 from dumo.config.spec import Run
-from dumo.io.weights import load_checked
-from dumo.report import evaluate
+from dumo.io.tensor_files import load_checked
+from dumo.report import evaluation
 from dumo.run import speed, validation
 from dumo.run.folder import RunFolder
 from dumo.run.trainer import Trainer
@@ -81,7 +81,7 @@ def test_the_numbers_are_those_of_evaluate_and_the_training_is_the_same(tmp_path
     for file in (tmp_path / "without/checkpoints").rglob("*.safetensors"):
         assert (tmp_path / "with" / file.relative_to(tmp_path / "without")).read_bytes() == file.read_bytes(), file
     opened = load_run(str(tmp_path / "with"), weights=str(tmp_path / "with/milestones/step-00000002.safetensors"))
-    found = evaluate.evaluate(opened, nfe=[1], seed=1)["results"][0]
+    found = evaluation.evaluate(opened, nfe=[1], seed=1)["results"][0]
     lead = next(key for key in found if key not in ("nfe", "solver"))
     assert judged[2]["val"] == {name: found[name] for name in (lead, f"{lead}_sd") if name in found}
     assert not (tmp_path / "with/best").exists()

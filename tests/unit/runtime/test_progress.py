@@ -5,8 +5,8 @@ import time
 
 import pytest
 
+from dumo.runtime.formatting import bytes_text, duration_text, number_text
 from dumo.runtime.progress import Bar, bar, no_bar, print_line
-from dumo.runtime.text import bytes_text, duration_text, number_text
 
 
 def pretend_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from dumo.training.layout import local_tensor
 from dumo.training.metrics import StepMetrics
 from dumo.training.milestone import save_milestone
 from dumo.training.optim import AdamW
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.training.state import Diverged, State
 from dumo.types import Frozen, Net, NoisyBatch, Terms, UserError
 from meeting import leave, met

@@ -12,7 +12,7 @@ from torch import nn
 from dumo.training.checkpoint import paths_by_step, rewind
 from dumo.training.duration import Duration
 from dumo.training.milestone import save_milestone
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.training.state import Diverged, State, Trend, begin
 from dumo.types import UserError
 from forked import python
@@ -147,7 +147,7 @@ FILL = """
 import resource, sys
 from pathlib import Path
 from unit.training.toy import Small, run
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.training.state import begin
 from unit.training.by_path import save
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dumo.io import digest, weights
+from dumo.io import digest, tensor_files
 from dumo.training import checkpoint
 from dumo.training.checkpoint import STATE_FILE, Checkpoint, Checkpoints, save_state
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.training.state import begin
 from dumo.types import UserError
 from unit.training.by_path import fault, latest, restore, save
@@ -55,7 +55,7 @@ def flip(file: Path) -> None:
     start = 8 + int.from_bytes(data[:8], "little")
     data[(start + len(data)) // 2] ^= 1
     file.write_bytes(data)
-    assert weights.read_metadata(file)  # it still opens
+    assert tensor_files.read_metadata(file)  # it still opens
 
 
 def cut(file: Path) -> None:
@@ -206,28 +206,28 @@ def test_what_ranks_wrote_is_read_on_one_process_bit_for_bit(saved: Path) -> Non
 
 def test_weights_of_ranks_are_those_of_one_process(saved: Path) -> None:
     one, ranks = (saved / kind / "step-00000003/ema-0.99" for kind in ("one", "ranks"))
-    assert same(weights.load(one), weights.load(ranks))
-    assert weights.title(one) == weights.title(ranks) == "ema-0.99"
-    assert {name: x.shape for name, x in weights.header(one).items()} == {
-        name: x.shape for name, x in weights.header(ranks).items()
+    assert same(tensor_files.load(one), tensor_files.load(ranks))
+    assert tensor_files.title(one) == tensor_files.title(ranks) == "ema-0.99"
+    assert {name: x.shape for name, x in tensor_files.header(one).items()} == {
+        name: x.shape for name, x in tensor_files.header(ranks).items()
     }
     for place in (one, ranks):
-        assert weights.sha256(place) == Checkpoint.read(place.parent).sha256(place.name)
-    assert weights.sha256(one) == digest.of_file(one / "00000.safetensors")
+        assert tensor_files.sha256(place) == Checkpoint.read(place.parent).sha256(place.name)
+    assert tensor_files.sha256(one) == digest.of_file(one / "00000.safetensors")
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_a_part_that_lacks_a_file_is_refused_without_a_list(saved: Path, tmp_path: Path, which: int) -> None:
     """Weights that were copied away from their checkpoint."""
     folder = shutil.copytree(saved / "ranks/step-00000003/net", tmp_path / "net")
-    assert weights.load(folder)
+    assert tensor_files.load(folder)
     some = sorted(folder.iterdir())[which]
     cut(some)
     with pytest.raises(UserError, match="net has a damaged file"):
-        weights.load(folder)
+        tensor_files.load(folder)
     some.unlink()
     with pytest.raises(UserError, match="net") as refused:
-        weights.compare(folder, weights.load(folder), Small().state_dict(), "the run", "resume")
+        tensor_files.compare(folder, tensor_files.load(folder), Small().state_dict(), "the run", "resume")
     assert ("lacks a part of" in str(refused.value)) == (which != 2)  # without the last, tensors are shorter
 
 
@@ -238,7 +238,7 @@ def test_parts_of_a_tensor_must_fill_it(offset: object, tmp_path: Path) -> None:
         about = json.dumps({"a": {"saved_offsets": [start]}})
         save_file({"a": torch.ones(2)}, tmp_path / f"{rank:05d}.safetensors", {"DCP_SHARDING_INFO": about})
     if offset == 2:
-        assert torch.equal(weights.load(tmp_path)["a"], torch.ones(6))
+        assert torch.equal(tensor_files.load(tmp_path)["a"], torch.ones(6))
         return
     with pytest.raises(UserError):
-        weights.load(tmp_path)
+        tensor_files.load(tmp_path)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from dumo.plan.cluster import fake_ranks
 from dumo.training.checkpoint import Checkpoints, assign_tensors, save_state
 from dumo.training.duration import Duration
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.training.state import begin
 from unit.training.by_path import restore
 from unit.training.toy import AVERAGES, Small, run, same, tensors, trained

@@ -15,7 +15,7 @@ from dumo.nets.learned import LearnedTexts
 from dumo.nets.route import Route
 from dumo.objectives import DuMo
 from dumo.training.metrics import StepMetrics
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.training.state import begin
 from rows_given import load_captions
 from trained import ToyTrainer

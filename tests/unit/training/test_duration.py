@@ -13,7 +13,7 @@ from dumo.training.checkpoint import Facts, Listing
 from dumo.training.duration import Clock, Duration, Timing
 from dumo.training.metrics import StepMetrics
 from dumo.training.schedule import WSD, Cosine, LearningRateSchedule
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.training.state import State, begin
 from dumo.types import Terms
 from unit.training.toy import Small, run

@@ -13,7 +13,7 @@ from dumo.runtime.random import philox, random_uint32, stream
 from dumo.training import eightbit
 from dumo.training.eightbit import BLOCK, AdamW8bitOptimizer, has_8bit_moments
 from dumo.training.optim import AdamW, AdamW8bit
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.training.state import State, begin
 from dumo.types import UserError
 from unit.training.by_path import restore, save

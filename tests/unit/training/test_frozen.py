@@ -14,7 +14,7 @@ from dumo.training.ema import MovingAverage
 from dumo.training.frozen import digest, frozen_weights, trained_state_dict
 from dumo.training.milestone import save_milestone
 from dumo.training.optim import AdamW
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.training.state import State, begin
 from dumo.types import UserError
 from unit.training.adapted import Adapted

@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from dumo.io import weights
+from dumo.io import tensor_files
 from forked import main_of
 from meeting import outputs
 from unit.training.by_path import fault, latest, restore, save
@@ -70,7 +70,7 @@ def test_layout(saved: Path, share: int) -> None:
 
 def test_a_milestone_is_one_file(saved: Path) -> None:
     for share in SHARES[2]:
-        found = weights.load(saved / f"milestones-{share}/step-00000002.safetensors")
+        found = tensor_files.load(saved / f"milestones-{share}/step-00000002.safetensors")
         whole = safetensors.torch.load_file(saved / f"share-{share}.safetensors")
         first = {name.removeprefix("0.99."): x for name, x in whole.items() if name.startswith("0.99.")}
         assert found.keys() == first.keys()

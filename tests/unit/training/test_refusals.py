@@ -14,7 +14,7 @@ from dumo.training.layout import share_of
 from dumo.training.log import read_log
 from dumo.training.micro_batch import split_batch
 from dumo.training.optim import Muon
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.training.state import begin
 from dumo.types import Objective, UserError
 from unit.training.adapted import Adapted

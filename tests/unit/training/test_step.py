@@ -15,7 +15,7 @@ from dumo.training.ema import Ema, PowerEma
 from dumo.training.metrics import MAX_LISTED_ROWS, Skipped, StepMetrics
 from dumo.training.micro_batch import rows_of_rank
 from dumo.training.optim import AdamW
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.training.state import State, begin
 from dumo.types import Frozen, Net, NoisyBatch, Terms, Time, TimeLaw, frozen
 from trained import ToyTrainer

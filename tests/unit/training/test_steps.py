@@ -10,7 +10,7 @@ from contract.drawn import counting
 from dumo.training.metrics import StepMetrics
 from dumo.training.optim import AdamW
 from dumo.training.schedule import Cosine
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.training.state import State, begin
 from dumo.types import NoisyBatch, Terms
 from trained import ToyTrainer

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from dumo.io import weights
+from dumo.io import tensor_files
 from dumo.training.state import begin
 from forked import main_of
 from meeting import outputs
@@ -59,7 +59,7 @@ def test_one_process_goes_on_from_adapters_of_two_ranks(met: Callable[[str], Pat
     folder = met("frozen")
     for share, reshard in CASES["frozen"].layouts:
         last = latest(folder / f"{share}-{reshard}")
-        assert not any("base" in name for name in weights.header(last / "net"))
+        assert not any("base" in name for name in tensor_files.header(last / "net"))
         state = begin(Adapted(seed=1), CASES["frozen"].spec)
         restore(last, state)
         again, two = tensors(state), safetensors.torch.load_file(folder / f"{share}-{reshard}.safetensors")

@@ -14,7 +14,7 @@ from dumo.training.ema import Ema
 from dumo.training.layout import full_tensor
 from dumo.training.metrics import StepMetrics
 from dumo.training.optim import Adam, AdamW
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.training.state import State, begin
 from dumo.types import (
     Cond,

@@ -16,11 +16,11 @@ from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope
 from dumo.flow.times import Pair
 from dumo.io.deferred import Loaders
-from dumo.nets.adapter import Lora
 from dumo.nets.dit import DiT
 from dumo.nets.learned import LearnedTexts
+from dumo.nets.lora import Lora
 from dumo.nets.route import Route
-from dumo.nets.rows import Rows
+from dumo.nets.text_rows import Rows
 from dumo.objectives import DuMo, MeanFlow
 from dumo.run.teacher import BaseNet
 from dumo.run.trainer import Batch
@@ -28,7 +28,7 @@ from dumo.runtime import dist
 from dumo.training import layout
 from dumo.training.ema import Ema
 from dumo.training.optim import AdamW, AdamW8bit
-from dumo.training.spec import Train
+from dumo.training.settings import Train
 from dumo.training.state import State, begin
 from dumo.types import Cond, Objective, Sample, Time
 from meeting import meeting

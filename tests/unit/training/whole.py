@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from contract.case import nets, one_each
 from dumo.autodiff import tape
-from dumo.config import recipes
+from dumo.config import recipe_files
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.encoders.tokens import ByteTokenizer
@@ -27,7 +27,7 @@ from dumo.run.weights import build
 from dumo.runtime.random import random_batch
 from dumo.testing.network import randomise
 from dumo.training.compile import compile_loss
-from dumo.training.spec import Compile
+from dumo.training.settings import Compile
 from dumo.training.state import begin
 from dumo.types import Frozen
 from trained import ToyTrainer
@@ -43,8 +43,8 @@ COMPILE = torch.compile
 def kinds() -> dict[str, Run]:
     """Our compiled recipes made small, one of each kind: of a net, an objective, a slope, and guided or not."""
     found: dict[tuple[object, ...], tuple[str, Run]] = {}
-    for name in recipes.names():
-        if "\n  compile: " not in (text := recipes.text(name)) or "\n  compile: none" in text:
+    for name in recipe_files.names():
+        if "\n  compile: " not in (text := recipe_files.text(name)) or "\n  compile: none" in text:
             continue
         classes = {"my-images": ["data.classes=3"], "my-images-256": ["data.images.classes=3"]}.get(name, [])
         run = load(name, [*SMALL, *classes, "train.batch=16", "train.micro_batch=8", f"train.steps={STEPS}"])

@@ -1,0 +1,387 @@
+"""Check that the parts of a run fit each other, and advise where a run departs from its sources.
+
+`check` raises UserError for the first mismatch between values. It builds no network and reads no file;
+`dumo.run.check_network` checks what needs those. Only mismatches that would train or judge wrongly without a word are
+refused here (docs/refusals.md).
+
+`check_ranks` and `check_guidance` are also called on their own, with a number of ranks or the guidance of one request.
+`advice` refuses nothing: it returns lines to print before training.
+"""
+
+import shlex
+from collections.abc import Sequence
+from itertools import chain
+from math import log
+from typing import TYPE_CHECKING
+
+from dumo.config.change import yaml_text
+from dumo.config.conditions import Conditions, shown_data
+from dumo.data import Data, Images, Latents
+from dumo.flow import solver
+from dumo.flow.compatibility import (
+    require_first_stage,
+    require_guidable,
+    require_names,
+    require_path,
+    require_precision,
+    require_teacher,
+    require_teacher_share,
+    require_times,
+    require_unguided_teacher,
+    training_guidance,
+)
+from dumo.flow.guide import CFG, GuidanceScale
+from dumo.flow.path import FlowPath
+from dumo.flow.times import Jumps, Pair
+from dumo.nets import Net, Pretrained
+from dumo.nets.precondition import PRECONDITIONED_HEADS
+from dumo.objectives import Objective
+from dumo.training.ema import Ema
+from dumo.training.layout import share_of
+from dumo.training.micro_batch import split_batch
+from dumo.training.settings import Train
+from dumo.types import Objective as AnyObjective
+from dumo.types import UserError
+
+if TYPE_CHECKING:
+    from dumo.config.spec import Evaluation, Run
+
+_KINDS_OF_ANY_SIZE = ("dit", "diffusers")
+
+# Advice is given beyond these ratios, either way.
+_MAX_SIDE_RATIO = 2.0  # side of the images / side that the pipeline makes
+_MAX_DIFFUSION_SIDE_RATIO = 1.4  # the same for diffusion models, e.g. Stable Diffusion 2.1 (768 pixels) at 512
+_MAX_SD_RATIO = 1.2  # standard deviation of the data / that of the path
+
+
+def check(run: "Run") -> None:
+    """Raise UserError for the first mismatch between the values of a run."""
+    data = run.data
+    objective = run.objective
+    train = run.train
+
+    # What the network reads must be what the data give.
+    _check_captions(run)
+    if getattr(data.captions, "source", None):
+        _check_editing(run)
+    _check_sizes(run)
+    _check_augmentation(data, run.net, objective)
+
+    # The objective needs formulas for the path, times that teach what it reads, a precision and a teacher.
+    require_path(objective, run.path.kind)
+    require_times(objective)
+    if run.net.precondition != "none":
+        _check_precondition(run)
+    require_precision(train.precision, objective.needs.amplifies, objective.kind)
+    _check_teacher(run)
+    _check_start(run)
+    if isinstance(data, Latents) and data.prior:
+        gives_velocity = run.teacher is not None and not run.teacher.pairs
+        require_teacher_share(data.prior, train.batch, objective, gives_velocity=gives_velocity, field="data.prior")
+    check_ranks(train, objective)
+
+    # Guidance, in training and in sampling.
+    _check_training_guidance(data, objective)
+    check_guidance(run.sample.guide, data, objective, run.training_guidance)
+    require_names("sample.knobs", run.sample.knobs, objective.needs.knobs, objective.kind)
+
+    # Weights in the dtype of the passes.
+    lora = run.net.lora
+    if lora and lora.frozen == "bfloat16" and train.precision != "bf16":
+        raise UserError(
+            f"net.lora.frozen = bfloat16 rounds the frozen weights, and train.precision is {train.precision}: set "
+            "train.precision=bf16, or net.lora.frozen=float32"
+        )
+
+    # Sampling and evaluation.
+    solver.check(run.sample.solver, run.readings, *run.sample.nfe, *run.evaluate.nfe)
+    run.evaluate.protocol.check(run.shown_shape, data.labels)
+    _check_validation(run.evaluate)
+
+
+def _check_captions(run: "Run") -> None:
+    """Captions must be given exactly if the network reads them. Else they would be numbered as classes."""
+    texts = run.net.texts
+    has_captions = run.data.captions is not None
+    reads_captions = texts is not None and texts.kind != "codes"
+    if reads_captions and not has_captions:
+        raise UserError(f"net.texts reads captions, and data '{run.data.kind}' have none. {ways_to_captions(run.data)}")
+    if has_captions and not reads_captions:
+        raise UserError(
+            f"{captions_field(run.data)} gives captions, and net '{run.net.kind}' reads none: set net.texts, or "
+            f"{captions_field(run.data)}=null"
+        )
+
+
+def _check_editing(run: "Run") -> None:
+    """A model that edits images always has an image as its condition: nothing may leave the condition out."""
+    training_guidance = GuidanceScale.of(run.objective.needs)
+    reason = ""
+    if run.objective.drop > 0:
+        reason = "objective.drop leaves out the condition: set it to 0"
+    elif training_guidance.active:
+        reason = f"{training_guidance.field} guides away from no condition: set {training_guidance.off}"
+    elif run.teacher and run.teacher.guide.active:
+        reason = "teacher.guide.scale guides away from no condition: set it to 1"
+    elif run.sample.guide.active:
+        reason = "sample.guide.scale guides away from no condition: set it to 1"
+    if reason:
+        raise UserError(f"captions.source names images to edit, which are always given, and {reason}")
+
+
+def _check_sizes(run: "Run") -> None:
+    """Images of several sizes need a network that takes them, and no teacher's pairs, which are squares."""
+    buckets = buckets_field(run.data)
+    if buckets is None:
+        return
+    if run.net.kind not in _KINDS_OF_ANY_SIZE:
+        raise UserError(
+            f"net '{run.net.kind}' is built for one size, and {buckets} has several: set {buckets}=null, or "
+            "net.kind=dit"
+        )
+    if run.teacher and run.teacher.pairs:
+        raise UserError(
+            f"teacher.pairs are squares, and {buckets} has other shapes: set {buckets}=null, or teacher.pairs=null"
+        )
+
+
+def _check_augmentation(data: Data, net: Net, objective: Objective) -> None:
+    """The network must take as many numbers as describe an image's augmentation, and training must not drop them."""
+    augment = shown_data(data).augment
+    num_labels = augment.augment_dim if augment else 0
+    if num_labels != net.augment:
+        fix = f"net.augment={num_labels}"
+        if num_labels and net.kind != "unet":
+            fix = f"net.kind=unet {fix}"
+        if num_labels:
+            fix += ", or data.augment=null"
+        raise UserError(
+            f"data '{data.kind}' describes how an image was augmented by {num_labels} numbers, net '{net.kind}' takes "
+            f"{net.augment}: set {fix}"
+        )
+    if augment and objective.drop:
+        raise UserError(
+            f"objective.drop = {objective.drop:g} would drop how an image was augmented with its label, and samples "
+            "would look augmented: set objective.drop=0, or data.augment=null"
+        )
+
+
+def _check_precondition(run: "Run") -> None:
+    """A preconditioned network gives velocities on the linear path, at positive times."""
+    objective = run.objective
+    excess: list[str] = []
+    if objective.needs.signed:
+        excess.append(f"the negative times of objective '{objective.kind}'")
+    if run.path.kind != "linear":
+        excess.append(f"path '{run.path.kind}'")
+    excess += [f"head '{head}'" for head in sorted(objective.needs.heads) if head not in PRECONDITIONED_HEADS]
+    if excess:
+        heads = " or ".join(f"'{head}'" for head in PRECONDITIONED_HEADS)
+        raise UserError(
+            f"net.precondition '{run.net.precondition}' is for velocities (heads {heads}) on path 'linear', not for "
+            f"{excess[0]}: set net.precondition=none"
+        )
+
+
+def _check_teacher(run: "Run") -> None:
+    """The teacher must give the velocity or the trajectories that the objective learns from, guided at most once."""
+    objective = run.objective
+    teacher = run.teacher
+    gives_velocity = teacher is not None and not teacher.pairs
+    gives_trajectories = teacher is not None and bool(teacher.pairs)
+    require_teacher(objective, gives_velocity=gives_velocity, gives_trajectories=gives_trajectories)
+    if objective.needs.teacher.points and objective.drop and may_have_classes(run.data):
+        # A trajectory belongs to its label. Without labels the net would learn the mean over all labels.
+        raise UserError(
+            f"objective.drop = {objective.drop:g}: objective '{objective.kind}' learns trajectories, each of one "
+            "label: set objective.drop=0"
+        )
+    if teacher is None:
+        return
+    if teacher.pairs and run.train.coupling:
+        raise UserError(
+            "train.coupling would part the data of teacher.pairs from the noise that they come from: set "
+            "train.coupling=null, or teacher.pairs=null"
+        )
+    if teacher.guide.active and not may_have_classes(run.data):
+        raise UserError(
+            f"teacher.guide.scale = {teacher.guide.scale:g}: data '{run.data.kind}' has no classes to guide by: set "
+            "teacher.guide.scale=1"
+        )
+    require_unguided_teacher(objective, teacher.guide.scale)
+
+
+def _check_start(run: "Run") -> None:
+    """An objective with a first stage needs that stage as theta^-, and adapters for a subject need a few-step run."""
+    # train.ref=1 is a decay of 1: the average that stays at the weights with which training began.
+    require_first_stage(run.objective, has_first_stage=run.start is not None and run.train.ref == 1)
+    if run.start:
+        require_names("start.heads", run.start.heads, run.objective.needs.heads, run.objective.kind)
+    lora = run.net.lora
+    starts_from_run = run.has_subject and run.start and run.start.kind == "run" and not run.start.heads
+    if lora and lora.subject and not starts_from_run:
+        raise UserError(
+            "net.lora.subject trains adapters on top of a few-step run's, on the weights of its pipeline: set "
+            "start={kind: run, source: RUN}, its folder, without start.heads, and net.weights=source"
+        )
+
+
+def check_ranks(train: Train, objective: AnyObjective, ranks: int = 1) -> None:
+    """Raise UserError if this number of ranks cannot share the training.
+
+    Each micro-batch must have rows with r < t and rows with r = t, if the batch has both; `train.share` must divide the
+    number of ranks; and `train.compile=loss` takes one rank.
+    """
+    times = objective.times
+    micro_batches_by_rank = split_batch(train, objective, ranks)
+    moving = times.moving(train.batch)
+    if moving is not None and 0 < times.moving_share < 1:
+        for rows in chain.from_iterable(micro_batches_by_rank):
+            kinds = set(moving[rows])
+            if len(kinds) > 1:
+                continue
+            law = f"'{getattr(times, 'kind', type(times).__name__)}'"
+            if isinstance(times, Jumps | Pair):
+                law += f", velocity_ratio {times.velocity_ratio:g}"
+            missing = "r = t" if kinds.pop() else "r < t"
+            raise UserError(
+                f"train.batch = {train.batch} on {ranks} ranks (train.micro_batch = {train.micro_batch}) has a "
+                f"micro-batch of {rows.stop - rows.start} rows without one with {missing} (objective.times {law}): "
+                "raise train.batch or train.micro_batch, or take fewer ranks"
+            )
+    share_of(train.share, ranks)
+    if ranks > 1 and train.compile == "loss":
+        raise UserError(f"train.compile = loss is for one rank, not for {ranks}: set train.compile=blocks")
+
+
+def _check_training_guidance(data: Data, objective: Objective) -> None:
+    """Guidance in training needs classes to guide by. A guide may be active although its scale is 1."""
+    if may_have_classes(data):
+        return
+    guidance = training_guidance(objective.needs)
+    if guidance is not None:
+        raise UserError(
+            f"{guidance.field} asks for guidance, but data '{data.kind}' has no classes to guide by: set {guidance.off}"
+        )
+
+
+def check_guidance(
+    guide: CFG,
+    data: Data,
+    objective: AnyObjective,
+    trained: GuidanceScale,
+    field: str = "sample.guide.scale",
+    source: str = "",
+) -> None:
+    """Raise UserError if `guide` guides a network that cannot be guided; `field` asks for it.
+
+    `trained` is the guidance of the network in training. `source` names the network's run in the message, if it is
+    another run than the one that is read.
+    """
+    require_guidable(
+        guide,
+        objective,
+        trained,
+        has_null=may_have_classes(data),
+        field=field,
+        model=f"the model of {source}" if source else "this model",
+        train=f"train {source}" if source else "train",
+    )
+
+
+def _check_validation(evaluation: "Evaluation") -> None:
+    """Validation in training needs steps to choose the best of, and a protocol that judges samples, enough of them."""
+    kind = evaluation.protocol.kind
+    if evaluation.best and not evaluation.every:
+        raise UserError("evaluate.best keeps the best of the steps that are judged: set evaluate.every to some steps")
+    if evaluation.every and kind == "likelihood":
+        raise UserError("evaluate.every judges samples, and protocol likelihood the data: set evaluate.every=0")
+    if evaluation.every and evaluation.few is not None and evaluation.few < evaluation.min_samples:
+        raise UserError(
+            f"evaluate.few = {evaluation.few}: protocol {kind} judges {evaluation.min_samples} samples or more: set as "
+            "many, or null"
+        )
+
+
+def captions_field(data: Data) -> str:
+    """The dotted path of the field that holds the images' captions."""
+    return "data.images.captions" if isinstance(data, Latents) else "data.captions"
+
+
+def buckets_field(data: Data) -> str | None:
+    """The dotted path of the field by which images have several sizes; None if all have one size."""
+    images = shown_data(data)
+    if not (isinstance(data, Images | Latents) and isinstance(images, Images) and images.buckets):
+        return None
+    return "data.images.buckets" if isinstance(data, Latents) else "data.buckets"
+
+
+def ways_to_captions(data: Data) -> str:
+    """The end of a message: three ways to give a pretrained model the captions that it reads."""
+    field = captions_field(data)
+    return (
+        f"Give them by {field}.kind=files, or make them of the classes' names by "
+        f'{field}={{kind: templates, templates: ["a photo of a {{}}"]}}, or take random codes for the classes by '
+        f"{field}=null and net.texts.kind=codes, with which the model reads no prompt"
+    )
+
+
+def may_have_classes(data: Data) -> bool:
+    """Whether the data have classes or captions, or may have some because classes are not counted yet."""
+    return data.classes > 0 or not Conditions(data).are_known
+
+
+def advice(run: "Run", sd: float | None = None) -> list[str]:
+    """A line for each departure of a run from its sources, with the setting that follows the source.
+
+    `sd` is the standard deviation of the data in their own unit, if it was measured.
+    """
+    lines: list[str] = []
+    if isinstance(run.net, Pretrained) and run.net.side:
+        max_ratio = _MAX_DIFFUSION_SIDE_RATIO if run.path.kind == "diffusion" else _MAX_SIDE_RATIO
+        lines += _size_advice(run.net.side, run.shown_shape, max_ratio)
+    decay = run.objective.needs.ref
+    if decay is not None and run.train.ref == "self":
+        lines.append(_reference_advice(run.objective.kind, decay, run.train))
+    if sd:
+        lines += _deviation_advice(run.objective, run.net, run.path, sd)
+    return lines
+
+
+def _size_advice(side: int, shape: Sequence[int], max_ratio: float) -> list[str]:
+    """Images (channels, height, width) far larger or smaller than those of `side` pixels that the pipeline makes."""
+    _, height, width = shape
+    if 1 / max_ratio <= height / side <= max_ratio:
+        return []
+    return [
+        f"the pipeline makes images of {side} x {side} pixels by default, and this run has {height} x {width}. "
+        f"As the pipeline:  data.images.side={side}"
+    ]
+
+
+def _reference_advice(objective: str, decay: float, train: Train) -> str:
+    """theta^- is the weights in training, and the objective's source averages them by this `decay`."""
+    fields = [f"train.ref={decay:g}"]
+    if decay not in [ema.key for ema in train.ema]:
+        averages = [ema.model_dump(mode="json") for ema in (*train.ema, Ema(decay=decay))]
+        fields.insert(0, f"train.ema={yaml_text(averages)}")
+    return (
+        f"objective '{objective}' takes theta^- in its source from an average of the weights, of decay "
+        f"{decay:g}; this run takes the weights in training (train.ref: self). As the source:  {shlex.join(fields)}"
+    )
+
+
+def _deviation_advice(objective: Objective, net: Net, path: FlowPath, sd: float) -> list[str]:
+    """Constants of the objective or net are for data of standard deviation 1, and these have sd / path.sd."""
+    owners: list[str] = []
+    if objective.needs.formulas.unit:
+        owners.append(f"objective '{objective.kind}'")
+    if net.precondition != "none":
+        owners.append(f"net.precondition '{net.precondition}'")
+    if not owners or abs(log(sd / path.sd)) <= log(_MAX_SD_RATIO):
+        return []
+    units = "" if path.sd == 1 else f" in units of path.sd = {path.sd:g}"
+    return [
+        f"the constants of {' and '.join(owners)} are for data of standard deviation 1; these data have "
+        f"{sd / path.sd:.2g}{units}. To train on them in units of it:  path.sd={sd:.2g}"
+    ]

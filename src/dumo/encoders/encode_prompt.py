@@ -1,0 +1,258 @@
+"""Texts through the text encoders of a pipeline of diffusers, by the pipeline's own method `encode_prompt`.
+
+`PromptReaderSpec.open` loads the pipeline's text encoders and tokenizers into a `PromptReader`. A call of the
+`PromptReader` turns texts into `Embeddings`. The pipeline has no autoencoder, and of its transformer the config alone,
+on the meta device.
+
+`encode_prompt` decides what a pipeline puts around a text, how it pads and cuts, which encoders it asks, and what means
+no text. It is called
+
+- for one text at a time, because some pipelines pad to the longest of several;
+- with the arguments that the pipeline's `__call__` passes by default (`encode_prompt_arguments`), because the method's
+  own defaults are others;
+- with copies of these arguments, because some pipelines write into them.
+"""
+
+import copy
+import inspect
+import logging
+import warnings
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from dumo.encoders.pipeline_folder import HINT, SCHEDULER, TRANSFORMER, OptionalPart, Pipeline, component_names
+from dumo.encoders.tokens import require_vocabulary
+from dumo.encoders.transformers_library import import_transformers, quietly
+from dumo.encoders.transformers_text import Embeddings
+from dumo.runtime import import_bitsandbytes, require
+from dumo.types import PLACE, Spec
+
+_COLUMNS = ("tokens", "mask", "pooled")  # what is kept of the outputs of encode_prompt
+
+
+class PromptReaderSpec(Spec):
+    """How a pipeline reads texts."""
+
+    kind: Literal["pipeline"] = "pipeline"
+    source: str = Field(json_schema_extra=PLACE)  # the pipeline's folder
+    pipeline: str  # its class in diffusers
+    encodes: str  # what its encode_prompt returns, in order (`dumo.nets.family`)
+    dtype: Literal["float16", "bfloat16", "float32"]  # of the encoders and of what is kept
+    # text encoders that are left out (`Pipeline.without`)
+    without: tuple[OptionalPart, ...] = Field(default=(), exclude_if=lambda names: not names)
+    padded: bool = False  # tokens that the mask leaves out are read, too, so they are kept, with the mask
+
+    def model_type(self) -> str:
+        """Return the name of what reads the texts, the pipeline's class."""
+        return self.pipeline
+
+    def files_hash(self) -> str:
+        """Return a hash of all files of encoders and tokenizers. Raises UserError if a part is missing."""
+        return Pipeline(source=self.source, without=self.without).texts_hash()
+
+    def open(self, device: torch.device | str = "cpu") -> "PromptReader":
+        """Load the encoders onto a device. Raises UserError where a part is missing or cannot be loaded."""
+        folder = Pipeline(source=self.source, without=self.without)
+        folder.require_text_files()
+        pipeline_class, pipe = self._load(folder)
+        text_parts = [getattr(pipe, name) for name in folder.text_parts]
+        encoders = [part for part in text_parts if isinstance(part, nn.Module)]
+        reader = PromptReader(
+            spec=self,
+            pipe=pipe,
+            arguments=encode_prompt_arguments(pipeline_class),
+            num_tokenizers=sum(name.startswith("tokenizer") for name in folder.text_parts),
+            encoders=encoders,
+            device=torch.device("cpu"),
+        )
+        reader.to(torch.device(device))
+        return reader
+
+    def require_tokenizers(self) -> None:
+        """Raise UserError where a tokenizer is missing, not whole or cannot be loaded; nothing for a published name."""
+        folder = Pipeline(source=self.source, without=self.without)
+        if folder.is_published:
+            return
+        transformers = import_transformers("net.texts")
+        for part in folder.text_parts:
+            library, class_name = folder.index[part]
+            if not part.startswith("tokenizer") or library != "transformers":
+                continue
+            with quietly():
+                tokenizer_class = getattr(transformers, class_name)
+                loaded = tokenizer_class.from_pretrained(
+                    folder.folder / part, local_files_only=True, trust_remote_code=False
+                )
+                tokenizer = getattr(loaded, "tokenizer", loaded)  # of a processor of texts and images
+                require_vocabulary(tokenizer, f"pipeline: {part} of {self.source} is not whole", HINT)
+
+    def _load(self, folder: Pipeline) -> tuple[Any, Any]:
+        """Load the pipeline, with its transformer on the meta device. Returns its class and the pipeline."""
+        import_bitsandbytes()
+        diffusers = require("diffusers", "pretrained", "net.texts")
+        import_transformers("net.texts")  # diffusers would fail without it, with another message
+        config = folder.config(TRANSFORMER)
+        with quietly(), quietly("diffusers"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # diffusers', of its own code
+            pipeline_class = getattr(diffusers, self.pipeline)
+            with torch.device("meta"):
+                model = getattr(diffusers, config["_class_name"]).from_config(config)
+            unused = component_names(pipeline_class) - {*folder.text_parts, SCHEDULER}
+            components = dict.fromkeys(unused) | {folder.model_part: model} | self._load_variants(folder)
+            pipe = pipeline_class.from_pretrained(
+                folder.folder,
+                **components,
+                torch_dtype=getattr(torch, self.dtype),
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+        return pipeline_class, pipe
+
+    def _load_variants(self, folder: Pipeline) -> dict[str, Any]:
+        """Load the text encoders whose weights are a variant: diffusers takes one variant for all parts, or none."""
+        encoders: dict[str, Any] = {}
+        for part in folder.text_parts:
+            if part.startswith("tokenizer"):
+                continue
+            variant = folder.weights(part).variant
+            library, class_name = folder.index[part]
+            if variant is None or library != "transformers":  # diffusers loads it
+                continue
+            encoder_class = getattr(import_transformers("net.texts"), class_name)
+            encoders[part] = encoder_class.from_pretrained(
+                folder.part_folder(part),
+                variant=variant,
+                dtype=getattr(torch, self.dtype),
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+        return encoders
+
+
+@dataclass
+class PromptReader:
+    """The text encoders of a pipeline, with their weights."""
+
+    spec: PromptReaderSpec
+    pipe: Any  # of diffusers
+    arguments: dict[str, Any]  # of encode_prompt, besides the prompt and the device
+    num_tokenizers: int
+    encoders: Sequence[nn.Module]
+    device: torch.device
+
+    def to(self, device: torch.device) -> None:
+        """Move the encoders to a device."""
+        if device != self.device:
+            for encoder in self.encoders:
+                nn.Module.to(encoder, device)
+            self.device = device
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> Embeddings:
+        """Return the embeddings of texts, on the CPU, padded with zeros to the longest of them.
+
+        The empty text is what the pipeline takes for no negative prompt. A text counts as cut where each tokenizer of
+        the pipeline says so; those of SANA, Qwen-Image, Z-Image, FLUX.2, Chroma, PRX and Wan cut without a word.
+        """
+        rows: list[dict[str, Tensor]] = []
+        cut_texts: list[str] = []
+        with quietly():
+            for text in texts:
+                with _diffusers_messages() as messages:
+                    rows.append(self.read_row(text))
+                num_cuts = sum("truncated" in message for message in messages)  # one by each tokenizer that cuts
+                if num_cuts >= max(1, self.num_tokenizers):
+                    cut_texts.append(text)
+            return _stack_rows(rows, cut_texts, keeps_padding=self.spec.padded)
+
+    def read_row(self, text: str) -> dict[str, Tensor]:
+        """Return what the transformer gets for a text: tokens (l, d), the mask (l,), pooled (p,), if it takes them."""
+        arguments = copy.deepcopy(self.arguments)  # some pipelines write into it
+        if "do_classifier_free_guidance" in self._argument_names:
+            arguments["do_classifier_free_guidance"] = not text  # else there is no negative prompt
+        outputs = self.pipe.encode_prompt(prompt=[text], device=self.device, **arguments)
+        output_names = self.spec.encodes.split()  # those of the negative prompt begin with "-"
+        has_negatives = any(name.startswith("-") for name in output_names)
+        sign = "-" if not text and has_negatives else ""
+        row: dict[str, Tensor] = {}
+        for column in _COLUMNS:
+            output_name = sign + column
+            if output_name not in output_names:
+                continue
+            output = outputs[output_names.index(output_name)]
+            if output is not None:
+                row[column] = output[0].cpu()
+        return row
+
+    @cached_property
+    def _argument_names(self) -> set[str]:
+        """The names of the arguments of encode_prompt."""
+        return {*inspect.signature(self.pipe.encode_prompt).parameters}
+
+
+class _MessageList(logging.Handler):
+    """Keeps the messages that are logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a message."""
+        self.messages.append(record.getMessage())
+
+
+@contextmanager
+def _diffusers_messages() -> Generator[list[str], None, None]:
+    """What diffusers logs inside the block goes to this list, and is not shown."""
+    logger = logging.getLogger("diffusers")
+    handlers = logger.handlers
+    message_list = _MessageList()
+    logger.handlers = [message_list]
+    try:
+        yield message_list.messages
+    finally:
+        logger.handlers = handlers
+
+
+def encode_prompt_arguments(pipeline_class: Any) -> dict[str, Any]:  # noqa: ANN401, a class of diffusers
+    """Return what the `__call__` of a pipeline passes to `encode_prompt`, if it is given a prompt alone."""
+    call_parameters = inspect.signature(pipeline_class.__call__).parameters
+    encode_parameters = inspect.signature(pipeline_class.encode_prompt).parameters
+    arguments: dict[str, Any] = {}
+    for name, parameter in call_parameters.items():
+        has_default = parameter.default is not parameter.empty
+        if has_default and name in encode_parameters and name not in ("prompt", "device"):
+            arguments[name] = parameter.default
+    return arguments
+
+
+def _stack_rows(rows: Sequence[dict[str, Tensor]], cut_texts: Sequence[str], *, keeps_padding: bool) -> Embeddings:
+    """Stack rows into a batch (b, l, d), with zeros behind each row's tokens; `cut_texts` are those that were cut.
+
+    Unless `keeps_padding`, tokens behind the last that a row's mask keeps are left out.
+    """
+    masks: list[Tensor] = []
+    lengths: list[int] = []
+    for row in rows:
+        mask = row["mask"].bool() if "mask" in row else torch.ones(len(row["tokens"]), dtype=torch.bool)
+        masks.append(mask)
+        if keeps_padding:
+            lengths.append(len(mask))
+        else:
+            lengths.append(int(mask.nonzero()[-1]) + 1)
+    longest = max(lengths, default=0)
+    tokens = [pad(row["tokens"][:n], (0, 0, 0, longest - n)) for row, n in zip(rows, lengths, strict=True)]
+    padded_masks = [pad(mask[:n], (0, longest - n)) for mask, n in zip(masks, lengths, strict=True)]
+    pooled = torch.stack([row["pooled"] for row in rows]) if "pooled" in rows[0] else None
+    return Embeddings(torch.stack(tokens), torch.stack(padded_masks), pooled, tuple(cut_texts))

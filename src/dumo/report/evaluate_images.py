@@ -1,0 +1,382 @@
+"""Evaluate images that others made, with the scores and the card that samples of a run would have.
+
+`judge`, which `dumo evaluate --images` calls, opens the images (`open_images`), completes the protocol by their number
+and shape, finds the real images that they are compared with, hashes the images, scores them, and writes the report.
+
+Images are read as the field's evaluators read them (pytorch-fid, torch-fidelity and clean-fid: `Image.convert("RGB")`):
+grey becomes three equal channels, and of 16-bit colours pillow gives the high byte. Three things differ: images are
+turned as their EXIF tag says; 16-bit grey is rounded to 8 bits, as protocols round samples, where the evaluators clip
+it, almost all to white; and transparency lies over white. No image is resized or cropped, because the way it is done
+moves a FID (Parmar et al. 2022, arXiv 2104.11222): all must have one size.
+
+The images of a reference folder are cropped and resized to the size of those that are judged, in the way of a run's
+data (`dumo.data.pixel.crop_middle`). So a folder has the same hash as a run's reference and as a reference here, and
+both reports can share a table.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from dumo.config.change import override
+from dumo.config.load import parse
+from dumo.config.suggestion import require_known
+from dumo.data import Digits, Images, pixel
+from dumo.data.images import Labels, Source, labels_of
+from dumo.data.rows import open_rows
+from dumo.encoders import vision
+from dumo.evaluation import Context, ImageProtocol, MetricProtocol
+from dumo.evaluation.bundled import ShippedKind
+from dumo.evaluation.npz import NpzImages
+from dumo.evaluation.protocol import ImageTick
+from dumo.evaluation.reference import PIECE, InceptionKind, hash_images, with_progress
+from dumo.io.data_source import Data
+from dumo.io.picture import to_uint8
+from dumo.io.read import first_few, user_path, write_json
+from dumo.report.evaluation_card import Card
+from dumo.run.judge import bar_while_reading
+from dumo.runtime import dist, signals
+from dumo.runtime.device import choose_device, software_versions
+from dumo.runtime.limits import GIGABYTE
+from dumo.runtime.progress import Bar, Tick, no_bar
+from dumo.runtime.random import stream
+from dumo.types import Spec, UserError
+
+# The protocol that needs no download.
+DEFAULT_KIND = "photos"
+# The protocols that judge by class if images and reference have the same classes.
+CLASSES_KINDS = ("photos", "cifar10-features")
+DIGIT_NUMERALS = tuple("0123456789")
+# The protocols that judge images without captions.
+KINDS = sorted({*get_args(InceptionKind), *get_args(ShippedKind), *get_args(vision.FeatureKind)} - {"toy"})
+# Pixels that are kept decoded, as of a run's data.
+MEMORY_BYTES = 2 * GIGABYTE
+
+# Sample indices (n,), and images (n, channels, height, width) in [-1, 1].
+Batch = tuple[Tensor, Tensor]
+
+
+class _ProtocolOnly(Spec):
+    """The part of a run's `evaluate` that applies to existing images."""
+
+    protocol: MetricProtocol
+
+
+class _ImagesSettings(Spec):
+    """The fields that --set may change: of the protocol, and of the data that are the reference."""
+
+    evaluate: _ProtocolOnly
+    data: Images | None = None
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The images of a folder or file."""
+
+    # Reads them by row.
+    source: Source | NpzImages
+    # 3, height, width.
+    shape: tuple[int, ...]
+    # None if they have no classes.
+    labels: Labels | None
+    # The name of the image in a row, for messages.
+    name: Callable[[int], str]
+    # Why their classes cannot be read.
+    label_problem: str = ""
+
+    def batches(self, total: int, channels: int) -> Iterator[Batch]:
+        """This rank's share of `total` images, at most all: sample indices (n,), and images in [-1, 1].
+
+        The images are (n, channels, height, width). An image's sample index is its place among the `total`. Batches
+        hold the same images however many ranks there are. Raises UserError for an image in colour if `channels` is 1,
+        and for one that is unreadable or of another size.
+        """
+        not_selected = -1
+        sample_index_by_row = torch.full((len(self.source),), not_selected)
+        sample_index_by_row[self.chosen_rows(total)] = torch.arange(total)
+
+        # Ranks take blocks of PIECE rows in turn, so that no batch depends on how many ranks there are. A rank without
+        # a block yields one empty batch, because the other ranks wait for its part.
+        num_rows = len(sample_index_by_row)
+        first_rows: Sequence[int] = range(dist.rank() * PIECE, num_rows, dist.world() * PIECE)
+        for first in first_rows or [num_rows]:
+            signals.check()
+            sample_indices = sample_index_by_row[first : first + PIECE]
+            is_selected = sample_indices != not_selected
+            x, _ = self.source.rows(slice(first, first + PIECE))
+            x = x[is_selected]
+            if channels == 1:
+                is_coloured = (x != x[:, :1]).flatten(1).any(1)
+                if is_coloured.any():
+                    row = first + int(is_selected.nonzero()[:, 0][is_coloured][0])
+                    raise UserError(f"{self.name(row)} is in colour, and this protocol judges grey images")
+            yield sample_indices[is_selected], x[:, :channels]
+
+    def chosen_rows(self, total: int) -> Tensor:
+        """The rows (total,) that are judged, in order: all, or a random choice, since files may be sorted by class."""
+        order = torch.randperm(len(self.source), generator=stream("images"))
+        return order[:total].sort().values
+
+
+def open_images(place: Path) -> ImageSet:
+    """Open the images of a folder, .npz, table or archive.
+
+    Classes are left out if they cannot be read (`ImageSet.label_problem`). An .npz does not say how many there are:
+    they are counted up to the largest number in it. Raises UserError if there are no images, or the first is
+    unreadable.
+    """
+    if place.suffix == ".npz":
+        source = NpzImages(place)
+        labels = None if source.c is None else Labels(source.c, int(source.c.max()) + 1)
+        _, height, width, _ = source.shape
+        return ImageSet(source, (3, height, width), labels, lambda row: f"image {row} of {place}")
+    rows = open_rows(place)
+    labels = None
+    problem = ""
+    try:
+        labels = labels_of(rows)
+    except UserError as error:
+        # The rest of the message says what to set in a run.
+        problem, _, _ = str(error).partition(": ")
+    try:
+        width, height = pixel.load_upright(rows.read(0)).size
+    except (OSError, ValueError) as error:
+        raise UserError(f"{rows.path(0)} {error}: repair or remove it") from error
+    to_pixels = pixel.SameSize(height=height, width=width, crop="none", first_name=rows.path(0))
+    source = Source(rows, to_pixels, labels).keep_decoded(MEMORY_BYTES)
+    return ImageSet(source, to_pixels.shape, labels, rows.path, problem)
+
+
+def judge(
+    images: str,
+    kind: str = DEFAULT_KIND,
+    *,
+    against: str | None = None,
+    fields: Sequence[str] = (),
+    out: Path | None = None,
+    device: str = "auto",
+    bar: Bar = no_bar,
+) -> dict[str, Any]:
+    """Judge images by the protocol `kind`, write the report, and return it.
+
+    `images` is a folder or a file of images to judge, `against` one of real images to compare them with. `fields` are
+    changes to a run's fields as --set gives them, such as "evaluate.protocol.samples=1000". `out` is the report's file;
+    its default is named after `images`, and after a protocol other than `DEFAULT_KIND`, in the working folder.
+
+    All images are judged. If their number is not the protocol's own, its name in the report says so. Several ranks
+    share the work, and the first one writes. Raises UserError, and writes nothing, if there are no images or none that
+    the protocol can judge, or if the reference is missing or does not fit.
+    """
+    place = user_path(images, "--images")
+    tree: dict[str, Any] = {"evaluate": {"protocol": {"kind": kind}}, "data": {}}
+    override(tree, fields)
+    kind = tree["evaluate"]["protocol"]["kind"]
+    require_known("protocol of images", kind, KINDS)
+    protocol_part = "" if kind == DEFAULT_KIND else f".{kind}"
+    path = out or Path(f"{place.resolve().name}{protocol_part}.evaluation.json")
+
+    # Open the images, and complete the protocol.
+    image_set = open_images(place)
+    protocol = _protocol_for(tree, image_set, place, against)
+    total = protocol.total
+    channels, num_judged_classes = judged_channels_and_classes(protocol, image_set, place)
+
+    # Find what they are compared with.
+    labels_of_images = image_set.labels if num_judged_classes else None
+    reference = _find_reference(protocol, tree, against, image_set, labels_of_images)
+    labels = reference.labels
+
+    # Hash them.
+    with bar("reading the images", total) as tick:
+        batches = with_progress(image_set.batches(total, channels), total, _update_bar(tick))
+        _, sha256 = hash_images((index, to_uint8(x)) for index, x in batches)
+
+    # Score them.
+    torch_device = choose_device(device)
+    with bar_while_reading(bar) as reading_tick:
+        c = labels.c[image_set.chosen_rows(total)] if labels else None
+        num_classes = labels.count if labels else 0
+        context = Context(reference.open, num_classes, device=torch_device, tick=reading_tick, c=c)
+        evaluator = protocol.evaluator(context)
+    with bar("judging", total) as tick:
+        batches = with_progress(image_set.batches(total, channels), total, _update_bar(tick))
+        scores = evaluator.score(batches)
+
+    # Write the report.
+    if labels:
+        labels_text = f"{labels.count} classes of the images"
+    elif image_set.label_problem:
+        labels_text = f"none: {image_set.label_problem}"
+    elif image_set.labels:
+        labels_text = "none: the protocol judges no classes, or the reference has others"
+    else:
+        labels_text = "none"
+    card: Card = {
+        "protocol": protocol.name,
+        "samples": total,
+        **evaluator.facts,
+        "images": f"{total:,} of {len(image_set.source):,} images in {place}",
+        "images_sha256": sha256,
+        "labels": labels_text,
+        "data": reference.spec,
+        "device": torch_device.type,
+        "versions": software_versions(),
+    }
+    report: dict[str, Any] = {
+        "images": str(place),
+        "file": str(path),
+        "protocol": protocol.name,
+        "samples": total,
+        "results": [scores],
+        "contrast": [],
+        "baselines": evaluator.baselines(),
+        "card": card,
+        "versions": software_versions(),
+    }
+    if dist.is_main():
+        write_json(path, report)
+    return report
+
+
+def _update_bar(tick: Tick) -> ImageTick:
+    """What to call after each batch to move the bar."""
+    return lambda done, total: tick(done, "")
+
+
+def _protocol_for(tree: dict[str, Any], image_set: ImageSet, place: Path, against: str | None) -> MetricProtocol:
+    """The protocol of the tree; it judges all images unless the tree says how many.
+
+    A protocol that compares with ADM's file gets `against` as its reference, in the tree, too. Raises UserError if
+    there are fewer images than it judges, if a file of the protocol is missing, and for a reference that it would
+    ignore.
+    """
+    count = len(image_set.source)
+    tree["evaluate"]["protocol"].setdefault("samples", count)
+    protocol = parse(_ImagesSettings, {"evaluate": tree["evaluate"]}).evaluate.protocol
+    if isinstance(protocol, ImageProtocol) and protocol.standard.url:
+        ignored = bool(tree["data"])
+        if against:
+            tree["evaluate"]["protocol"]["reference"] = against
+            protocol = parse(_ImagesSettings, {"evaluate": tree["evaluate"]}).evaluate.protocol
+    else:
+        ignored = protocol.kind == "digits" and bool(against or tree["data"])
+    if ignored:
+        raise UserError(
+            f"protocol {protocol.kind} has a reference of its own: leave out data, and for digits --against"
+        )
+    if protocol.total > count:
+        raise UserError(f"{place} has {count:,} images, evaluate.protocol.samples={protocol.total}: set no more")
+    if isinstance(protocol, ImageProtocol):
+        missing = protocol.missing_files("by --against, or in evaluate.protocol.reference")
+    else:
+        missing = protocol.missing
+    if missing:
+        raise UserError(f"protocol {protocol.kind} needs {missing}")
+    return protocol
+
+
+def judged_channels_and_classes(protocol: MetricProtocol, image_set: ImageSet, place: Path) -> tuple[int, int]:
+    """The number of channels and of classes by which the protocol can judge the images.
+
+    All 3 channels if it can, otherwise 1; all classes if it can, otherwise 0. Raises UserError if it judges neither 3
+    channels nor 1 of images of this size.
+    """
+    num_classes = image_set.labels.count if image_set.labels else 0
+    for channels in (3, 1):
+        shape = (channels, *image_set.shape[1:])
+        if not protocol.why_unfit(shape, 0):
+            return channels, 0 if protocol.why_unfit(shape, num_classes) else num_classes
+    _, height, width = image_set.shape
+    raise UserError(
+        f"{place} has {len(image_set.source):,} images of {width} x {height} pixels, such as {image_set.name(0)}: "
+        f"protocol {protocol.kind} {protocol.why_unfit(image_set.shape, 0)}"
+    )
+
+
+@dataclass(frozen=True)
+class _ImagesReference:
+    """What images are compared with, and the labels by which they are judged."""
+
+    # None if the protocol reads a file of its own.
+    data: Data | None
+    # The data as the card describes them; None if `data` is.
+    spec: Card | None
+    # Of the images that are judged; None if they are judged without classes.
+    labels: Labels | None
+
+    def open(self) -> Data:
+        """The data. A protocol that reads a file of its own never calls this."""
+        assert self.data is not None, "the protocol reads a file of its own"
+        return self.data
+
+
+def _find_reference(
+    protocol: MetricProtocol, tree: dict[str, Any], against: str | None, image_set: ImageSet, labels: Labels | None
+) -> _ImagesReference:
+    """What `image_set`, whose classes are `labels`, is compared with.
+
+    Protocols of `CLASSES_KINDS` judge by class only if images and reference have the same classes. Raises UserError if
+    --against is missing or names images of another size, and if the classes of protocol digits are not 0 to 9.
+    """
+    if protocol.kind == "digits":
+        # Classes are numbered in the order of their names, so only these names give the numbers of the digits.
+        if labels and labels.names and labels.names != DIGIT_NUMERALS:
+            raise UserError(
+                f"protocol digits needs the classes 0 to 9, got {first_few(labels.names)}: rename the folders, or put "
+                "all images into one folder to judge them without classes"
+            )
+        return _ImagesReference(Digits().originals(), Digits().model_dump(mode="json"), labels)
+    if isinstance(protocol, ImageProtocol) and protocol.standard.url:
+        return _ImagesReference(None, None, labels)
+    if against is None:
+        raise UserError(f"protocol {protocol.kind} compares with real images: give --against FOLDER or FILE.npz")
+    by_shared_classes = protocol.kind in CLASSES_KINDS
+    place = user_path(against, "--against")
+    _, height, width = image_set.shape
+    if place.suffix == ".npz" and not tree["data"]:
+        reference_set = open_images(place)
+        if reference_set.shape != image_set.shape:
+            _, reference_height, reference_width = reference_set.shape
+            raise UserError(
+                f"{place} has images of {reference_width} x {reference_height} pixels, and those that are judged "
+                f"{width} x {height}: give a reference of that size, or a folder of images"
+            )
+        spec = {"root": str(place)}
+        if by_shared_classes and not have_same_classes(labels, reference_set.labels):
+            return _ImagesReference(NpzImages(place, with_classes=False), spec, None)
+        return _ImagesReference(reference_set.source, spec, labels)
+
+    # Files of images are read as a run's data are.
+    if height != width:
+        raise UserError(
+            f"{image_set.name(0)} is {width} x {height} pixels, and a folder's images are brought to squares: give the "
+            "reference as an .npz of that size"
+        )
+    data_fields = {"kind": "images", "root": against, "side": height, **tree["data"]}
+    images = _reference_images(tree, data_fields)
+    if by_shared_classes:
+        reference_labels = Labels(torch.empty(0), images.labels, images.names or ())
+        if not have_same_classes(labels, reference_labels):
+            images = _reference_images(tree, {**data_fields, "labelled": False, "classes": 0})
+            labels = None
+    return _ImagesReference(images.originals(), images.model_dump(mode="json"), labels)
+
+
+def _reference_images(tree: dict[str, Any], data: dict[str, Any]) -> Images:
+    """The images of a reference, opened by the fields `data`."""
+    images = parse(_ImagesSettings, {"evaluate": tree["evaluate"], "data": data}).data
+    assert images is not None, "it is given"
+    return images.with_facts()
+
+
+def have_same_classes(a: Labels | None, b: Labels | None) -> bool:
+    """Whether two sets have as many classes, with equal names if both have names. False if one has no classes."""
+    if a is None or b is None or a.count != b.count:
+        return False
+    if not a.names or not b.names:
+        return True
+    return a.names == b.names
