@@ -2,7 +2,8 @@
 
 It writes into a temporary place, which it then renames to `out`: the folder of a run with a network of its own
 (`dumo.export.dumo_run`), a pretrained model as the folder of a pipeline (`_write_pipeline`), a LoRA
-(`dumo.export.lora`), or one file of weights (`_write_file`). The folder of a pipeline, for `DiffusionPipeline.from_pretrained(OUT)`:
+(`dumo.export.lora`), or one file of weights (`_write_file`). The folder of a pipeline, for
+`DiffusionPipeline.from_pretrained(OUT)`:
 
 transformer/       the model, with one head instead of its last layer
 scheduler/         for a flow map, one that adds fresh noise between two passes; for a velocity, the source's own
