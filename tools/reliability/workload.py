@@ -25,7 +25,7 @@ from PIL import Image
 from autoencoder import taef2
 from dumo.data import Latents
 from dumo.io import digest, tensor_files
-from dumo.run import encode
+from dumo.run import fill_caches
 from dumo.run.folder import CHECKPOINT_MARK
 from e2e.shell import TINY, sets
 from reliability import process
@@ -160,11 +160,11 @@ def write_inputs(inputs: Path, trained_run: Path) -> None:
     # Begin a cache whose shards have few images. `dumo encode` resumes it and keeps their number.
     with chdir(inputs.parent):
         codec_weights = f"data.codec.weights={INPUTS}/taef2.safetensors"
-        work = encode.encoding_work(
+        work = fill_caches.encoding_work(
             f"{INPUTS}/images", [codec_weights], out=f"{INPUTS}/cache", codec="taef2", side=IMAGE_SIDE
         )
         assert isinstance(work.data, Latents)
-        encode.encode(work.data, shard_rows=SHARD_ROWS, rank=NUM_SHARDS, world=NUM_SHARDS + 1)
+        fill_caches.encode(work.data, shard_rows=SHARD_ROWS, rank=NUM_SHARDS, world=NUM_SHARDS + 1)
 
 
 def new_work_folder(folder: Path, inputs: Path) -> Path:
