@@ -71,6 +71,18 @@ AURAFLOW = {
     r"time_step_proj\.linear_2": "t_embedder.mlp.2",
     "proj_out": "final_linear",
 }
+PIXART = {
+    BLOCK + r"attn1\.to_([qkv])": r"blocks.\1.attn.qkv",
+    BLOCK + r"attn1\.to_out\.0": r"blocks.\1.attn.proj",
+    BLOCK + r"attn2\.to_q": r"blocks.\1.cross_attn.q_linear",
+    BLOCK + r"attn2\.to_([kv])": r"blocks.\1.cross_attn.kv_linear",
+    BLOCK + r"attn2\.to_out\.0": r"blocks.\1.cross_attn.proj",
+    BLOCK + r"ff\.net\.0\.proj": r"blocks.\1.mlp.fc1",
+    BLOCK + r"ff\.net\.2": r"blocks.\1.mlp.fc2",
+    r"adaln_single\.emb\.timestep_embedder\.linear_1": "t_embedder.mlp.0",
+    r"adaln_single\.emb\.timestep_embedder\.linear_2": "t_embedder.mlp.2",
+    "proj_out": "final_layer.linear",
+}
 RULES: dict[str, dict[str, str]] = {
     "SD3Transformer2DModel": SD3,
     "FluxTransformer2DModel": FLUX,
@@ -79,6 +91,7 @@ RULES: dict[str, dict[str, str]] = {
     "QwenImageTransformer2DModel": {r"(.*)": r"\1"},  # its names are those of diffusers
     "ZImageTransformer2DModel": Z_IMAGE,
     "AuraFlowTransformer2DModel": AURAFLOW,
+    "PixArtTransformer2DModel": PIXART,
 }
 
 
@@ -104,30 +117,32 @@ def native(weights: State, kind: str) -> State:
 
 
 def loaded(weights: State, file: State, kind: str) -> State:
-    """The model under its own names after the loader has merged a file at strength 1. No key may be left over."""
+    """The model under its own names after the loader has merged a file at strength 1.
+
+    A key may be left over only if the file has the same layer by another name, too.
+    """
     there, used = native(weights, kind), set[str]()
-    targets: dict[str, tuple[str, tuple[int, int] | None]] = {
-        f"diffusion_model.{name.removesuffix('.weight')}": (name, None) for name in there
-    }
-    layers = {name.removesuffix(".weight"): len(x) for name, x in weights.items() if name.endswith(".weight")}
-    places = {layer: found for layer in layers if (found := place(layer, RULES[kind]))}
-    width = {own: layers[layer] for layer, (own, part) in places.items() if part == 0}  # of q, as of k and v
-    for layer, (own, part) in places.items():
-        targets[f"transformer.{layer}"] = (
-            f"{own}.weight",
-            None if part is None else (width[own] * part, layers[layer]),
-        )
-    for layer, (name, part) in targets.items():
-        weight = there.get(name)
-        if (up := file.get(f"{layer}.lora_up.weight")) is not None and weight is not None:
-            down = file[f"{layer}.lora_down.weight"]
-            scale = file[f"{layer}.alpha"].item() / len(down) if f"{layer}.alpha" in file else 1.0
-            (weight if part is None else weight.narrow(0, *part)).add_(scale * up @ down)
-            used |= {f"{layer}.lora_up.weight", f"{layer}.lora_down.weight", f"{layer}.alpha"}
-        for end, own in (("diff", name), ("diff_b", f"{name.removesuffix('.weight')}.bias")):
-            if (change := file.get(f"{layer}.{end}")) is not None:
-                assert part is None, f"{layer}.{end} would be lost: it is of a part of a fused layer"
-                there[own] += change
-                used.add(f"{layer}.{end}")
-    assert file.keys() <= used, f"ComfyUI leaves out {sorted(file.keys() - used)}"
+    # The rows of its own weights that each name of a layer stands for, (name of the weight, first row, number of rows).
+    rows: dict[str, tuple[str, int, int]] = {}
+    for name, tensor in there.items():
+        own = name.removesuffix(".weight")
+        rows[f"lora_unet_{own.replace('.', '_')}"] = (name, 0, len(tensor))
+    fused: dict[str, dict[int, str]] = {}
+    sizes = {name.removesuffix(".weight"): len(x) for name, x in weights.items() if name.endswith(".weight")}
+    for layer in sizes:
+        if found := place(layer, RULES[kind]):
+            own, part = found
+            fused.setdefault(own, {})[part or 0] = layer
+    for own, layers in fused.items():
+        first = 0
+        for _, layer in sorted(layers.items()):
+            rows[f"transformer.{layer}"] = (f"{own}.weight", first, sizes[layer])
+            first += sizes[layer]
+    for layer, (name, first, count) in rows.items():
+        if (up := file.get(f"{layer}.lora_B.weight")) is not None:
+            down = file[f"{layer}.lora_A.weight"]
+            there[name].narrow(0, first, count).add_((up.flatten(1) @ down.flatten(1)).view(count, *there[name].shape[1:]))
+            used |= {f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"}
+    for key in file.keys() - used:
+        assert any(torch.equal(file[key], file[other]) for other in used if file[other].shape == file[key].shape), key
     return there

@@ -274,16 +274,14 @@ def _reads_velocity_at_rest(objective: Objective) -> bool:
     return all(torch.equal(r, t) for r in ends)
 
 
-def require_pipeline(exported: ExportedModel, *, lora: bool = False) -> StockPipeline:
+def require_pipeline(exported: ExportedModel) -> StockPipeline:
     """Return the pipeline that runs the model.
 
-    Raises UserError if there is none, if it loads no `lora`, and if it guides differently than the run.
+    Raises UserError if there is none, and if it guides differently than the run.
     """
     stock = exported.stock
     if stock is None:
         raise UserError(f"no stock pipeline calls a {exported.model_class} as this run does: export to safetensors")
-    if lora and exported.spec.lora is None:
-        raise UserError("net.lora is null: all weights were tuned, which no LoRA holds: export to diffusers")
     scale = exported.run.sample.guide.scale
     if exported.head == "u" and scale != 1 and stock.rescales_guidance:
         raise UserError(
@@ -295,8 +293,6 @@ def require_pipeline(exported: ExportedModel, *, lora: bool = False) -> StockPip
             f"sample.guide.scale is {scale:g}, and {stock.pipeline} has no guidance beyond that in the weights, so its "
             "images would differ: set it to 1, or export to safetensors"
         )
-    if lora and not stock.loads_lora:
-        raise UserError(f"no pipeline of diffusers loads a LoRA for {exported.model_class}: export to diffusers")
     return stock
 
 

@@ -177,16 +177,17 @@ def _choose_head(objective: Objective, head: str | None) -> Head:
 
 def _write_file(exported: ExportedModel, provenance: model_card.Provenance, file: Path, *, to: str, dtype: str) -> None:
     """Write one file of weights: a LoRA for ComfyUI, or with `to` safetensors a whole model."""
+    metadata = model_card.header_metadata(exported, provenance)
     if to == "comfyui":
-        weights = lora.comfyui_tensors(exported, dtype=dtype)
-    else:
-        weights = unshared(exported.build_model().state_dict())
-        if exported.class_embeddings:
-            warnings.warn(
-                "the file lacks the embeddings of classes that the model was tuned on: the form diffusers has them",
-                stacklevel=2,
-            )
-    safetensors.torch.save_file(weights, file, metadata=model_card.header_metadata(exported, provenance))
+        lora.write_for_comfyui(exported, file, dtype=dtype, metadata=metadata)
+        return
+    weights = unshared(exported.build_model().state_dict())
+    if exported.class_embeddings:
+        warnings.warn(
+            "the file lacks the embeddings of classes that the model was tuned on: the form diffusers has them",
+            stacklevel=2,
+        )
+    safetensors.torch.save_file(weights, file, metadata=metadata)
 
 
 def _write_pipeline(

@@ -121,6 +121,14 @@ class Dualized(nn.Module):
         if family.mask_reader:
             model.get_submodule(family.mask_reader).register_forward_pre_hook(_with_readable_mask)
         model.set_submodule(family.last_layer, self._join([head.out for head in self._heads]))
+
+        # A LoRA holds products alone (`dumo.export.lora`), so the biases of layers that are trained in full stay fixed.
+        if lora:
+            trained_in_full: list[nn.Module] = [*self._heads, *map(model.get_submodule, embedder_paths)]
+            for layer in trained_in_full:
+                for name, p in layer.named_parameters():
+                    if name.endswith("bias"):
+                        p.requires_grad_(False)
         self.has_subject = bool(lora and lora.subject)
         if self.has_subject:  # all else is the few-step run's, its time embedder, too
             self.lowpass_fits = ()

@@ -11,9 +11,9 @@ rests, the gap runs as quickly as t, and du/dt would again have the waves that w
 embeds the index of its time, but its gap is one of times, as objectives measure their steps.
 
 For an export, `fit_fixed_times` corrects E so that it alone gives E + G at a list of passes, with one r for each t.
-With h_k the input of E's last layer at t_k, that layer's W and b change by the least D and d for which
+With h_k the input of E's last layer at t_k, that layer's W changes by the least D for which
 
-    (W + D) h_k + b + d = E(t_k) + G(t_k - r_k),    k = 1 ... K
+    (W + D) h_k + b = E(t_k) + G(t_k - r_k),    k = 1 ... K
 
 D has rank K at most. The step is well determined if the h_k differ enough, which the condition number of their matrix
 says; what counts is the error that is left after rounding, which is measured.
@@ -27,7 +27,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dumo.nets.heads import bias_or_none
 from dumo.nets.lowpass import frequencies, linear_layers, waves
 from dumo.types import Array, Time, UserError
 
@@ -102,7 +101,6 @@ def fit_fixed_times(embedder: nn.Module, x: Tensor, target: Tensor, dtype: torch
     corrected = copy.deepcopy(embedder)
     _, _, corrected_layer = linear_layers(corrected)
     corrected_layer.weight = layer.weight
-    corrected_layer.bias = layer.bias
 
     # errors after rounding
     uncorrected_output = _round_weights(embedder, torch.float32)(x)
@@ -125,28 +123,20 @@ def fit_fixed_times(embedder: nn.Module, x: Tensor, target: Tensor, dtype: torch
 
 
 def _corrected_last_layer(embedder: nn.Module, last: nn.Linear, x: Tensor, target: Tensor) -> tuple[nn.Linear, float]:
-    """Return a copy of the layer `last`, changed by the least D and d, and the condition number of its inputs.
+    """Return a copy of the layer `last`, changed by the least D, and the condition number of its inputs.
 
     `embedder` has `last` rounded, and maps the waves x (k, waves) to embeddings of which `target` (k, width) differs.
     """
     layer = copy.deepcopy(last)
-    bias = bias_or_none(layer)
     h = _last_layer_inputs(embedder, x)  # (k, features)
-    if bias is not None:
-        # d belongs to one more feature, a constant as large as the others are together
-        constant = h.square().sum(1).mean().sqrt()
-        h = torch.cat([h, constant.expand(len(h), 1)], 1)
 
     # least squares of the least norm: step = pinv(h) (target - embedding)
     left, singular_values, right = torch.linalg.svd(h, full_matrices=False)
     residual = target - embedder(x)
     step = right.T @ ((left.T @ residual) / singular_values[:, None])  # (features, width)
 
-    new_weight = layer.weight.double() + step[: layer.in_features].T
+    new_weight = layer.weight.double() + step.T
     layer.weight = nn.Parameter(new_weight.float(), False)
-    if bias is not None:
-        new_bias = bias.double() + h[0, -1] * step[-1]
-        layer.bias = nn.Parameter(new_bias.float(), False)
     condition = float(singular_values[0] / singular_values[-1])
     return layer, condition
 

@@ -5,7 +5,8 @@ over them. So du/dt is large and rough: a flow map that is regressed on it diver
 t -> temb that the embedder has learned hardly needs its quick waves. So
 
     cut      quick waves no longer enter: the first layer masks its columns for them (`MaskedLinear`);
-    refit    both layers are trained until their curve over [0, 1] is the old one, as closely as slow waves allow.
+    refit    both layers are trained until their curve over [0, 1] is the old one, as closely as slow waves allow. Biases
+             that are fixed for a LoRA stay fixed, which loses nothing.
 
 `dumo.nets.dualized` calls `cut` when a net is made and `refit` when the weights are loaded. The refit regresses the new
 curve on the old one: it needs no image, and takes seconds. The model keeps its class and shapes; its saved weights have
@@ -107,7 +108,7 @@ def cut(embedder: nn.Module, max_frequency: float, limit: float) -> LowpassFit:
 def refit(embedder: nn.Module, max_frequency: float, fit: LowpassFit) -> LowpassFit:
     """Train an embedder, in place, towards the curve that it had before `cut`; return `fit` with the remaining error.
 
-    Its weights are still those that it had then.
+    Its weights are still those that it had then. Parameters that require no gradient stay fixed.
     """
     if fit.kept == fit.waves:
         return fit
@@ -142,8 +143,8 @@ def _regress(new: nn.Module, old: nn.Module, w: Tensor) -> float:
     test_inputs = inputs[1::2]
     new = new.to(device)
     old = old.to(device).requires_grad_(False)
-    had_gradients = [p.requires_grad for p in new.parameters()]
-    optimizer = torch.optim.Adam(new.requires_grad_(True).parameters(), _LEARNING_RATE)
+    trained = [p for p in new.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, _LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     curve = old(training_inputs)
     for _ in range(STEPS):
@@ -155,7 +156,5 @@ def _regress(new: nn.Module, old: nn.Module, w: Tensor) -> float:
         target = old(test_inputs)
         error = (new(test_inputs) - target).norm() / (target - target.mean(0)).norm()
     new.zero_grad(set_to_none=True)
-    new = new.to(weights_device)
-    for p, requires_grad in zip(new.parameters(), had_gradients, strict=True):
-        p.requires_grad_(requires_grad)
+    new.to(weights_device)
     return float(error)

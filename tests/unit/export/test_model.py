@@ -200,12 +200,12 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path) -> None:
         _copy_files(tmp_path / "gone", tmp_path / "out")
 
 
-@pytest.mark.parametrize(("wide", "high", "bias"), [(3, 5, True), (5, 3, True), (4, 4, False)])
-def test_a_product_is_the_change(wide: int, high: int, bias: bool) -> None:
+@pytest.mark.parametrize(("wide", "high"), [(3, 5), (5, 3), (4, 4)])
+def test_a_product_is_the_change(wide: int, high: int) -> None:
     torch.manual_seed(0)
-    old, new = (nn.Linear(wide, high, bias, dtype=torch.float64) for _ in range(2))
-    path, a, b, c = change_as_product("layer", old, new)
+    old, new = (nn.Linear(wide, high, dtype=torch.float64) for _ in range(2))
+    new.bias = old.bias
+    path, a, b = change_as_product("layer", old, new)
     assert (path, a.shape, b.shape) == ("layer", (min(wide, high), wide), (high, min(wide, high)))
     x = torch.randn(7, wide, dtype=torch.float64)
-    torch.testing.assert_close(old(x) + (x @ a.T) @ b.T + c, new(x), rtol=0, atol=1e-14)
-    assert bias or not c.any()
+    torch.testing.assert_close(old(x) + (x @ a.T) @ b.T, new(x), rtol=0, atol=1e-14)

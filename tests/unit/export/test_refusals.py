@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dumo.config.load import load
+from dumo.export import lora
 from dumo.export.model import INDEX, ExportedModel, require_pipeline
 from dumo.export.scheduler import restart_for_scheduler
 from dumo.export.stock import PIPELINE_BY_MODEL
@@ -28,12 +29,22 @@ def of_own(folder: Path, **options: Any) -> None:  # noqa: ANN401
     export(load_run(NAME, device="cpu"), folder / "out", **options)
 
 
-def of_pipeline(name: str, *, lora: bool = False, has_lora: bool = True, scale: float = 1.0) -> None:
+def of_model(name: str, *, scale: float = 1.0) -> Any:  # noqa: ANN401, a stand-in
+    """A tuned model that is sampled with this guidance."""
+    run = SimpleNamespace(sample=SimpleNamespace(guide=SimpleNamespace(scale=scale)))
+    spec = SimpleNamespace(lora=None)
+    return SimpleNamespace(run=run, spec=spec, head="u", stock=PIPELINE_BY_MODEL.get(name), model_class=name)
+
+
+def of_pipeline(name: str, *, scale: float = 1.0) -> None:
     """Ask for the pipeline of a tuned model that is sampled with this guidance."""
-    run: Any = SimpleNamespace(sample=SimpleNamespace(guide=SimpleNamespace(scale=scale)))
-    spec: Any = SimpleNamespace(lora=SimpleNamespace() if has_lora else None)
-    model = SimpleNamespace(run=run, spec=spec, head="u", stock=PIPELINE_BY_MODEL.get(name), model_class=name)
-    require_pipeline(model, lora=lora)  # pyright: ignore[reportArgumentType], a stand-in
+    require_pipeline(of_model(name, scale=scale))
+
+
+def of_lora(name: str, folder: Path) -> None:
+    """Write a model as a LoRA for diffusers."""
+    none: Any = None
+    lora.write(of_model(name), none, folder, "out", dtype="float32")
 
 
 def hop_of_two_lengths(_: Path) -> None:
@@ -66,8 +77,8 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "dumo's own network as a LoRA": (lambda folder: of_own(folder, to="lora"), "net.kind"),
     "a subject alone of a run without one": (lambda folder: of_own(folder, alone=True), "net.lora.subject"),
     "no stock pipeline": (lambda _: of_pipeline("NoModel"), "NoModel"),
-    "a LoRA of all weights": (lambda _: of_pipeline("SD3Transformer2DModel", lora=True, has_lora=False), "net.lora"),
-    "a pipeline that loads no LoRA": (lambda _: of_pipeline("PRXTransformer2DModel", lora=True), "LoRA"),
+    "a LoRA of all weights": (lambda folder: of_lora("SD3Transformer2DModel", folder), "net.lora"),
+    "a pipeline that loads no LoRA": (lambda folder: of_lora("PRXTransformer2DModel", folder), "LoRA"),
     "a pipeline that guides differently": (
         lambda _: of_pipeline("QwenImageTransformer2DModel", scale=2.0),
         "sample.guide.scale",
