@@ -141,7 +141,8 @@ def loaded(weights: State, file: State, kind: str) -> State:
     for layer, (name, first, count) in rows.items():
         if (up := file.get(f"{layer}.lora_B.weight")) is not None:
             down = file[f"{layer}.lora_A.weight"]
-            there[name].narrow(0, first, count).add_((up.flatten(1) @ down.flatten(1)).view(count, *there[name].shape[1:]))
+            own_rows = there[name].narrow(0, first, count)
+            own_rows.add_((up.flatten(1) @ down.flatten(1)).view_as(own_rows))
             used |= {f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"}
     for key in file.keys() - used:
         assert any(torch.equal(file[key], file[other]) for other in used if file[other].shape == file[key].shape), key
