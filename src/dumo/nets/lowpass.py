@@ -5,8 +5,8 @@ over them. So du/dt is large and rough: a flow map that is regressed on it diver
 t -> temb that the embedder has learned hardly needs its quick waves. So
 
     cut      quick waves no longer enter: the first layer masks its columns for them (`MaskedLinear`);
-    refit    both layers are trained until their curve over [0, 1] is the old one, as closely as slow waves allow. Biases
-             that are fixed for a LoRA stay fixed, which loses nothing.
+    refit    both layers are trained until their curve over [0, 1] is the old one, as closely as slow waves allow.
+             Biases that are fixed for a LoRA stay fixed, which loses nothing.
 
 `dumo.nets.dualized` calls `cut` when a net is made and `refit` when the weights are loaded. The refit regresses the new
 curve on the old one: it needs no image, and takes seconds. The model keeps its class and shapes; its saved weights have
