@@ -15,7 +15,7 @@ def contract_layers() -> list[list[str]]:
     settings: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
     (contract,) = (one for one in settings["importlinter"]["contracts"] if one["type"] == "layers")
     assert "ignore_imports" not in contract
-    return [[room.strip() for room in layer.split("|")] for layer in contract["layers"]]
+    return [[room.strip() for room in re.split("[|:]", layer)] for layer in contract["layers"]]
 
 
 def drawn_arrows() -> list[tuple[list[str], list[str]]]:
