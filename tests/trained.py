@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dumo.config.spec import Run
 from dumo.flow.module import Flow
-from dumo.flow.noise import Draws
+from dumo.flow.noisy_batch import Draws
 from dumo.run.hooks import Hook
 from dumo.run.trainer import Batch, Trainer, open_trainer
 from dumo.runtime.progress import Bar, ignore_line, no_bar

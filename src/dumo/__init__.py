@@ -25,7 +25,7 @@ from importlib import import_module
 
 __all__ = ["Flow", "Stop", "UserError", "compare", "jvp", "load", "recipe", "recipes", "train"]  # pyright: ignore[reportUnsupportedDunderAll], see __init__.pyi
 
-HOMES = {"Flow": "dumo.flow.module", "Stop": "dumo.cli.callback", "jvp": "dumo.autodiff.jvp"}
+HOMES = {"Flow": "dumo.flow.module", "Stop": "dumo.cli.train_callback", "jvp": "dumo.autodiff.jvp"}
 
 
 def __getattr__(name: str) -> object:

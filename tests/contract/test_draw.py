@@ -5,7 +5,7 @@ import torch
 
 from contract.case import name, objectives
 from contract.drawn import counting
-from dumo.flow.noise import Noise, Signs, draw
+from dumo.flow.noisy_batch import Noise, Signs, draw
 from dumo.flow.path import Linear
 from dumo.testing import properties
 from dumo.testing.properties import tensors_of

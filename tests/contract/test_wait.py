@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from contract.case import name, nets, one_each
 from dumo.flow import module
 from dumo.flow.guide import Guide, Interval
-from dumo.flow.noise import draw, path_velocity
+from dumo.flow.noisy_batch import draw, path_velocity
 from dumo.flow.path import Linear
 from dumo.flow.slope import JvpSlope
 from dumo.objectives import DuMo

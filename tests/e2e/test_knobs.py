@@ -9,7 +9,7 @@ import torch
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.config.teacher_spec import Teacher
-from dumo.flow.noise import draw
+from dumo.flow.noisy_batch import draw
 from dumo.flow.path import Linear
 from dumo.lab.bench import PlainStep, slope_error
 from dumo.run import teacher

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from dumo.export import lora
 from dumo.flow.guide import Guide
 from dumo.flow.module import Flow
-from dumo.flow.noise import PRIOR, add_noise, make_draws
+from dumo.flow.noisy_batch import PRIOR, add_noise, make_draws
 from dumo.flow.reading import readings_of, teacher_velocity
 from dumo.io.tensor_files import load
 from dumo.run.weights import load_run

@@ -20,9 +20,9 @@ from dumo.encoders.transformers_text import TextEncoder
 from dumo.io import picture
 from dumo.io.tensor_files import load
 from dumo.report.name import name_part
-from dumo.report.write_samples import sample_to_files
+from dumo.report.sample_to_files import sample_to_files
 from dumo.run.fill_caches import encoding_work
-from dumo.run.sample_files import write_samples
+from dumo.run.write_samples import write_samples
 from e2e.shell import call, files
 
 TEMPLATES = ["{}", "the digit {n}", "a handwritten {}"]

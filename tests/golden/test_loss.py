@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from contract.case import members
-from dumo.flow.noise import draw, path_velocity
+from dumo.flow.noisy_batch import draw, path_velocity
 from dumo.flow.path import Linear
 from dumo.nets import DiT
 from dumo.objectives import Objective

@@ -1,4 +1,4 @@
-"""alpha-Flow against its formula and its authors' way to weigh it, at every alpha; its schedule, order and edges."""
+"""alpha-ExactFlow against its formula and its authors' way to weigh it, at every alpha; its schedule, order and edges."""
 
 from collections import Counter
 from dataclasses import replace
@@ -12,7 +12,7 @@ from dumo.flow.guide import Guide
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.flow.times import Pair
 from dumo.objectives import AlphaFlow
-from dumo.testing.exact import APART, ExactNet, Flow, column, exact_batch, gaussian, gradient
+from dumo.testing.exact import APART, ExactFlow, ExactNet, column, exact_batch, gaussian, gradient
 from dumo.testing.properties import loss_of
 from theory.exact import PRODUCT, drawn
 from theory.formula import GUIDES, Polynomial, agree, changed, guided, half, passes, rows
@@ -68,7 +68,7 @@ def test_formula(progress: float, guide: Guide, clip: float) -> None:
 
 
 @pytest.mark.parametrize(("flow", "guide"), [(APART, Guide()), (PRODUCT, Guide()), (gaussian(DUMO), DUMO)])
-def test_gradient_vanishes_with_alpha(flow: Flow, guide: Guide) -> None:
+def test_gradient_vanishes_with_alpha(flow: ExactFlow, guide: Guide) -> None:
     """Off the exact flow by O(alpha (t - r)); the floor, so large that it weighs all rows alike."""
     found = []
     for progress in (0.55, 0.58, 0.61, 0.64):
@@ -91,7 +91,7 @@ def test_it_rests_at_the_flow_when_alpha_is_zero_and_elsewhere_before(slope: Dua
 
 @pytest.mark.parametrize(("progress", "graded", "still"), [(0.0, 1, 0), (0.5, 1, 1), (1.0, 2, 0)])
 def test_passes_follow_the_training_and_nothing_else(progress: float, graded: int, still: int) -> None:
-    """Flow matching; a secant; a derivative that rides on the moving rows' share of the pass."""
+    """ExactFlow matching; a secant; a derivative that rides on the moving rows' share of the pass."""
     o = AlphaFlow(guide=Guide(), slope=DualSlope(), **WIDE)
     b, net = drawn(o, 8, progress=progress), Polynomial(1)
     assert passes(o, b) == (graded, still)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dumo.config.load import load
-from dumo.flow.noise import add_noise, draw, make_draws
+from dumo.flow.noisy_batch import add_noise, draw, make_draws
 from dumo.flow.path import Linear
 from dumo.flow.reading import teacher_velocity
 from dumo.flow.sampling import sample_trajectory
@@ -18,7 +18,7 @@ from dumo.flow.times import Grid
 from dumo.objectives import CMT
 from dumo.run import teacher
 from dumo.runtime.progress import no_bar
-from dumo.testing.exact import APART, ExactNet, Flow, column, gradient
+from dumo.testing.exact import APART, ExactFlow, ExactNet, column, gradient
 from dumo.testing.properties import loss_of
 from dumo.types import NoisyBatch, Readings, UserError
 from theory.exact import PRODUCT
@@ -29,7 +29,7 @@ FORMS = get_args(CMT.model_fields["of"].annotation)
 each_form = pytest.mark.parametrize("of", FORMS)
 
 
-def record(objective: CMT, flow: Flow, n: int = 64) -> NoisyBatch:
+def record(objective: CMT, flow: ExactFlow, n: int = 64) -> NoisyBatch:
     """Rows on trajectories of the exact flow, with its velocity there."""
     m, g = objective.times.steps, torch.Generator().manual_seed(1)
     c = torch.randint(0, flow.classes, (n,), generator=g)
@@ -62,7 +62,7 @@ def test_formula(of: str) -> None:
 
 @each_form
 @pytest.mark.parametrize("flow", [APART, PRODUCT], ids=["gaussian", "mixture"])
-def test_the_flow_is_at_rest_on_its_own_trajectories(of: str, flow: Flow) -> None:
+def test_the_flow_is_at_rest_on_its_own_trajectories(of: str, flow: ExactFlow) -> None:
     """Row by row; off it the gradient of every head is not zero."""
     objective = CMT.model_validate({"of": of})
     b, net = record(objective, flow), ExactNet(flow, objective.needs)

@@ -13,7 +13,7 @@ from dumo.config.load import load
 from dumo.flow.times import Karras
 from dumo.objectives import Consistency
 from dumo.objectives.consistency import Discretization, Equal, KarrasGrid, Ratio
-from dumo.testing.exact import APART, ExactNet, Flow, column, exact_batch, gaussian, gradient, stiffness
+from dumo.testing.exact import APART, ExactFlow, ExactNet, column, exact_batch, gaussian, gradient, stiffness
 from dumo.training.ema import Ema, MovingAverage
 from dumo.types import NoisyBatch, Spec, UserError
 from theory.exact import PRODUCT, falls
@@ -115,7 +115,7 @@ def test_the_first_stage_stays() -> None:
 
 @each_flow
 @pytest.mark.parametrize(("weighted", "order"), [(True, 1), (False, 2)])
-def test_gradient_vanishes_with_the_step(flow: Flow, weighted: bool, order: int) -> None:
+def test_gradient_vanishes_with_the_step(flow: ExactFlow, weighted: bool, order: int) -> None:
     """Along the velocity the secant is off by O(t - r); unweighted, the gradient has a factor t (t - r) besides."""
     objectives = [at_steps(L2.model_copy(update={"weighted": weighted}), q) for q in (250, 500, 1000, 2000)]
     left = [gradient(o, ExactNet(flow, o.needs), exact_batch(o, flow)).abs() for o in objectives]
@@ -123,7 +123,7 @@ def test_gradient_vanishes_with_the_step(flow: Flow, weighted: bool, order: int)
 
 
 @each_flow
-def test_on_a_grid_it_vanishes_too(flow: Flow) -> None:
+def test_on_a_grid_it_vanishes_too(flow: ExactFlow) -> None:
     """There t moves to the end of its step, and x_t with it."""
     grids = [KarrasGrid(first=n, last=n) for n in (100, 400, 1600)]
     objectives = [L2.model_copy(update={"discretization": grid, "weighted": False}) for grid in grids]
@@ -132,7 +132,7 @@ def test_on_a_grid_it_vanishes_too(flow: Flow) -> None:
 
 
 @each_flow
-def test_slopes_that_scatter_cancel_as_steps_get_short(flow: Flow) -> None:
+def test_slopes_that_scatter_cancel_as_steps_get_short(flow: ExactFlow) -> None:
     """A slope and its mirror image about the mean pull apart equally, up to O(t - r): D is asked at x_r, not at x_t."""
     sums = []
     for q in (500, 1000, 2000):
@@ -146,7 +146,7 @@ def test_slopes_that_scatter_cancel_as_steps_get_short(flow: Flow) -> None:
 
 
 @each_flow
-def test_descent_leads_back_to_the_flow(flow: Flow) -> None:
+def test_descent_leads_back_to_the_flow(flow: ExactFlow) -> None:
     o = at_steps(L2, 256)
     pull = stiffness(o, ExactNet(flow, o.needs), exact_batch(o, flow))
     assert torch.linalg.eigvals(pull).real.min() > 0.05

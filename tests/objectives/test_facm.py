@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.objectives import FACM
-from dumo.testing.exact import APART, ExactNet, Flow, column, exact_batch, gaussian, gradient
+from dumo.testing.exact import APART, ExactFlow, ExactNet, column, exact_batch, gaussian, gradient
 from dumo.types import Frozen
 from theory.exact import PRODUCT, plane
 from theory.formula import Polynomial, changed, gradients, guided, half, rows
@@ -46,7 +46,7 @@ def test_formula(guide: Guide, switches: dict[str, float | None], cls: type[FACM
         assert torch.allclose(mine, hand, rtol=bound, atol=bound * hand.abs().max().item())
 
 
-def at_rest(o: FACM, flow: Flow, n: int = 256) -> float:
+def at_rest(o: FACM, flow: ExactFlow, n: int = 256) -> float:
     return gradient(o, ExactNet(flow, o.needs), exact_batch(o, flow, n)).abs().max().item()
 
 

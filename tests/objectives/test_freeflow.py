@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dumo.config.load import load
 from dumo.objectives import FreeFlow, freeflow
-from dumo.testing.exact import APART, D, ExactNet, Flow, column, exact_batch, gaussian, gradient, growth
+from dumo.testing.exact import APART, D, ExactFlow, ExactNet, column, exact_batch, gaussian, gradient, growth
 from dumo.testing.properties import loss_of
 from dumo.types import Heads, UserError
 from theory.exact import PRODUCT, drawn
@@ -65,7 +65,7 @@ def test_agrees_with_the_paper() -> None:
 
 
 @pytest.mark.parametrize("flow", [gaussian(), APART, PRODUCT], ids=["gaussian", "apart", "mixture"])
-def test_it_rests_at_the_flow(flow: Flow) -> None:
+def test_it_rests_at_the_flow(flow: ExactFlow) -> None:
     """Row by row for u; for w on average only, which is the next test's. Off the flow it moves."""
     net, b = ExactNet(flow, OBJECTIVE.needs), exact_batch(OBJECTIVE, flow, 64)
     assert gradient(OBJECTIVE, net, b)[0].abs().max() < 1e-10

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.flow.times import Pair
 from dumo.objectives import ImprovedMeanFlow
-from dumo.testing.exact import APART, D, ExactNet, Flow, column, exact_batch, gaussian, gradient
+from dumo.testing.exact import APART, D, ExactFlow, ExactNet, column, exact_batch, gaussian, gradient
 from dumo.types import Heads, NoisyBatch
 from theory.exact import PRODUCT, plane
 from theory.formula import Polynomial, agree, changed, half, rows
@@ -73,7 +73,7 @@ def test_formula(w: float | None, power: float, floor: float) -> None:
     agree(o, net, b, loss, parts, clipped_share=half(u_error))
 
 
-def at_rest(o: ImprovedMeanFlow, flow: Flow, n: int = 256, **drawn: float) -> float:
+def at_rest(o: ImprovedMeanFlow, flow: ExactFlow, n: int = 256, **drawn: float) -> float:
     b = exact_batch(o, flow, n)
     b = replace(b, drawn={**b.drawn, **{name: torch.full_like(b.t, value) for name, value in drawn.items()}})
     return gradient(o, ExactNet(flow, o.needs), b).abs().max().item()

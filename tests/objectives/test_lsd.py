@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from dumo.autodiff.dual import Dual
 from dumo.config.load import load
 from dumo.flow.guide import Guide
-from dumo.flow.noise import draw
+from dumo.flow.noisy_batch import draw
 from dumo.flow.path import Linear
 from dumo.flow.times import Below, Pair
 from dumo.nets import DiT
 from dumo.objectives import LSD
 from dumo.objectives.lsd import BETA
-from dumo.testing.exact import APART, D, ExactNet, Flow, column, exact_batch, gaussian, gradient
+from dumo.testing.exact import APART, D, ExactFlow, ExactNet, column, exact_batch, gaussian, gradient
 from dumo.testing.network import randomise
 from dumo.testing.properties import loss_of
 from dumo.types import Heads, NoisyBatch
@@ -111,7 +111,7 @@ FLOWS = [gaussian(), APART, PRODUCT]
 
 
 @pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: type(flow).__name__)
-def test_two_heads_rest_at_the_flow(flow: Flow) -> None:
+def test_two_heads_rest_at_the_flow(flow: ExactFlow) -> None:
     """One net does, too: see tests/theory/test_fixed_point.py."""
     objective = LSD(times=SPREAD, drop=0.2, two_heads=True)
     net, b = ExactNet(flow, objective.needs), exact_batch(objective, flow)

@@ -1,4 +1,4 @@
-"""pi-Flow: its policy against steps of it, its loss by hand, and how near to the flow so many guesses are."""
+"""pi-ExactFlow: its policy against steps of it, its loss by hand, and how near to the flow so many guesses are."""
 
 from itertools import pairwise
 
@@ -10,7 +10,7 @@ from dumo.config.load import load
 from dumo.flow.times import Grid
 from dumo.objectives import PiFlow
 from dumo.objectives.pi_flow import Policy
-from dumo.testing.exact import APART, D, Flow, column
+from dumo.testing.exact import APART, D, ExactFlow, column
 from dumo.types import Frozen, Heads, NoisyBatch, UserError
 from theory.exact import PRODUCT, drawn
 from theory.formula import Polynomial, gradients
@@ -40,7 +40,7 @@ def stepped(x: Tensor, s: Tensor, to: Tensor, *policy: Tensor | Heads, steps: in
 class Guessing(nn.Module):
     """Knows the mean of the data at each place that the flow goes through; all heads are off by one probe."""
 
-    def __init__(self, flow: Flow, objective: PiFlow) -> None:
+    def __init__(self, flow: ExactFlow, objective: PiFlow) -> None:
         super().__init__()
         self.flow, self.n, self.parts = flow, objective.guesses, objective.times.steps
         self.probe = nn.Parameter(torch.zeros(2, dtype=D))
@@ -103,7 +103,7 @@ def test_formula() -> None:
 
 @pytest.mark.nightly
 @each_flow
-def test_it_rests_at_the_flow_to_the_order_of_its_guesses(flow: Flow) -> None:
+def test_it_rests_at_the_flow_to_the_order_of_its_guesses(flow: ExactFlow) -> None:
     """Between guesses the mean of the data is a line: the velocity is off by the square of their distance, and with its
     error the gradient of the mean square vanishes."""
     left: list[Tensor] = []

@@ -10,7 +10,7 @@ import torch
 from dumo.flow.guide import Guide
 from dumo.flow.times import Pair
 from dumo.objectives import RCGM
-from dumo.testing.exact import APART, ExactNet, Flow, column, exact_batch, gaussian, gradient, stiffness
+from dumo.testing.exact import APART, ExactFlow, ExactNet, column, exact_batch, gaussian, gradient, stiffness
 from theory.exact import PRODUCT, falls
 from theory.formula import GUIDES, Polynomial, agree, changed, guided, half, rows
 
@@ -42,7 +42,7 @@ def test_formula(guide: Guide, order: int, clip: float) -> None:
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize(("flow", "guide"), [(APART, Guide()), (PRODUCT, Guide()), (gaussian(DUMO), DUMO)])
-def test_gradient_vanishes_with_the_step(flow: Flow, guide: Guide, order: int) -> None:
+def test_gradient_vanishes_with_the_step(flow: ExactFlow, guide: Guide, order: int) -> None:
     """Off the exact flow by O(h), for the first step is straight; the N jumps after it are exact."""
     left = []
     for h in (0.02, 0.01, 0.005, 0.0025):

@@ -11,7 +11,7 @@ from dumo.flow.path import Trig
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.flow.solver import Restart
 from dumo.objectives import SCT
-from dumo.testing.exact import APART, D, ExactNet, Flow, exact_batch, gaussian, gradient
+from dumo.testing.exact import APART, D, ExactFlow, ExactNet, exact_batch, gaussian, gradient
 from dumo.types import Frozen, Heads, NoisyBatch
 from theory.exact import PRODUCT
 from theory.formula import Polynomial, agree, changed
@@ -29,7 +29,7 @@ class Gauged(nn.Module):
         return *self.of(x, c, t=t), *([self.gauge[0] + self.gauge[1] * t] if self.weigh else [])
 
 
-def rows(o: SCT, flow: Flow, progress: float, n: int = 64) -> NoisyBatch:
+def rows(o: SCT, flow: ExactFlow, progress: float, n: int = 64) -> NoisyBatch:
     """A batch of the circle, v_t as it falls."""
     b = replace(exact_batch(o, flow, n), progress=progress)
     x_t, v_t = Trig().at(b.x, b.z, b.t)
@@ -64,7 +64,7 @@ def test_formula(progress: float, warmup: float, grown: float, floor: float, wei
     agree(o, net, b, torch.stack(losses), parts, close=1e-10, near=1e-12, **notes)
 
 
-def taught(flow: Flow, progress: float = 1.0, weigh: bool = True) -> Tensor:
+def taught(flow: ExactFlow, progress: float = 1.0, weigh: bool = True) -> Tensor:
     """The gradient at the exact flow, v_t being its mean."""
     o = SCT(slope=DualSlope(), weigh=weigh)
     return gradient(o, ExactNet(flow, o.needs), replace(exact_batch(o, flow), progress=progress))
@@ -72,14 +72,14 @@ def taught(flow: Flow, progress: float = 1.0, weigh: bool = True) -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flow", [gaussian(), APART, PRODUCT], ids=["gaussian", "apart", "product"])
-def test_it_rests_at_the_flow_after_the_warm_up(flow: Flow) -> None:
+def test_it_rests_at_the_flow_after_the_warm_up(flow: ExactFlow) -> None:
     """Measured: 3e-15. Before, it is taught something else."""
     assert taught(flow).abs().max() < 1e-12
     assert taught(flow, weigh=False).abs().max() < 1e-12
     assert taught(flow, 0.0).abs().max() > 1e-2
 
 
-def tangent_head(flow: Flow, x: Tensor, c: Tensor, t: Tensor, r: Tensor) -> Tensor:
+def tangent_head(flow: ExactFlow, x: Tensor, c: Tensor, t: Tensor, r: Tensor) -> Tensor:
     """The mean direction of the path, dx_t/dtheta, in place of that to the data."""
     return flow.guided(x, c, t) * 2 / pi
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from dumo.flow.guide import Guide
 from dumo.flow.times import Pair
 from dumo.objectives import SoFlow
-from dumo.testing.exact import APART, ExactNet, Flow, column, exact_batch, gaussian, gradient, stiffness
+from dumo.testing.exact import APART, ExactFlow, ExactNet, column, exact_batch, gaussian, gradient, stiffness
 from dumo.testing.properties import loss_of
 from dumo.types import NoisyBatch
 from theory.exact import PRODUCT, drawn, falls
@@ -49,7 +49,7 @@ def test_formula(progress: float, power: float, floor: float) -> None:
 
 
 @pytest.mark.parametrize(("flow", "guide"), [(APART, Guide()), (PRODUCT, Guide()), (gaussian(DUMO), DUMO)])
-def test_gradient_vanishes_with_the_step(flow: Flow, guide: Guide) -> None:
+def test_gradient_vanishes_with_the_step(flow: ExactFlow, guide: Guide) -> None:
     """Off the exact flow by O(t - l), as one straight step is: halving it halves the gradient."""
     left = []
     for q in (0.04, 0.02, 0.01, 0.005):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dumo.config.load import load
 from dumo.objectives import TBSM
 from dumo.objectives.tbsm import bearing
-from dumo.testing.exact import D, ExactNet, Flow, column, gaussian
+from dumo.testing.exact import D, ExactFlow, ExactNet, column, gaussian
 from dumo.testing.properties import loss_of
 from dumo.types import Heads, NoisyBatch, UserError
 from theory.exact import PRODUCT, drawn
@@ -52,7 +52,7 @@ def test_a_bearing_has_one_length_whatever_the_distance() -> None:
     assert torch.equal(found[0], x[0])
 
 
-def exchanged(b: NoisyBatch, net: ExactNet, flow: Flow) -> tuple[NoisyBatch, NoisyBatch]:
+def exchanged(b: NoisyBatch, net: ExactNet, flow: ExactFlow) -> tuple[NoisyBatch, NoisyBatch]:
     """Rows whose data are made of noise by the flow, and the rows in which data and negative have changed places."""
     one = torch.ones_like(b.t)
     p_z = torch.randn(b.x.shape, generator=torch.Generator().manual_seed(4), dtype=D)
@@ -62,7 +62,7 @@ def exchanged(b: NoisyBatch, net: ExactNet, flow: Flow) -> tuple[NoisyBatch, Noi
 
 
 @pytest.mark.parametrize("flow", [gaussian(), PRODUCT], ids=lambda flow: type(flow).__name__)
-def test_it_rests_where_samples_are_the_data(flow: Flow) -> None:
+def test_it_rests_where_samples_are_the_data(flow: ExactFlow) -> None:
     """Of a mixture, too: what a row meets may as well be the other way round, and both gradients add up to nothing."""
     objective = TBSM()
     net = ExactNet(flow, objective.needs)

@@ -10,7 +10,7 @@ from torch import Tensor
 from dumo.flow.residual import huber, rmse
 from dumo.flow.slope import JvpSlope
 from dumo.objectives import UCGM
-from dumo.testing.exact import APART, D, ExactNet, Flow, column, exact_batch, gradient
+from dumo.testing.exact import APART, D, ExactFlow, ExactNet, column, exact_batch, gradient
 from dumo.types import Frozen, UserError
 from theory.exact import PRODUCT, falls
 from theory.formula import Polynomial, agree, changed, half, rows
@@ -73,7 +73,7 @@ def test_measures() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flow", [APART, PRODUCT])
-def test_gradient_vanishes_as_the_ratio_tends_to_1(flow: Flow) -> None:
+def test_gradient_vanishes_as_the_ratio_tends_to_1(flow: ExactFlow) -> None:
     """Off the exact flow by O(1 - ratio), for the line to ratio t is straight; at 1 it is exact."""
     left = []
     for ratio in (0.96, 0.98, 0.99, 0.995):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dumo.flow.guide import Guide
-from dumo.flow.noise import draw
+from dumo.flow.noisy_batch import draw
 from dumo.flow.path import Linear
 from dumo.flow.slope import CentralSlope
 from dumo.flow.times import Pair

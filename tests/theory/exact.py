@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from dumo.flow.guide import Guide
-from dumo.flow.noise import draw
+from dumo.flow.noisy_batch import draw
 from dumo.flow.path import Linear
-from dumo.testing.exact import PLAIN, D, Flow, RowGuide, column, gaussian, spread, table
+from dumo.testing.exact import PLAIN, D, ExactFlow, RowGuide, column, gaussian, spread, table
 from dumo.types import NoisyBatch, Objective
 
 
 @dataclass(frozen=True)
-class Mixture(Flow):
+class Mixture(ExactFlow):
     """Gaussian components shared by all classes, which differ in their weights; guided by w at all times."""
 
     weight: Tensor  # (classes + 1, k), rows sum to 1
@@ -146,7 +146,7 @@ PRODUCT = Product(
 
 
 def drawn(
-    objective: Objective, n: int = 64, flow: Flow | None = None, *, teacher: bool = False, progress: float = 0.0
+    objective: Objective, n: int = 64, flow: ExactFlow | None = None, *, teacher: bool = False, progress: float = 0.0
 ) -> NoisyBatch:
     """Rows as training draws them; with a teacher, v_t is its mean."""
     flow, g = flow or gaussian(), torch.Generator().manual_seed(1)

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from contract.case import name as named
 from contract.case import objectives
 from dumo.flow.guide import Guide
-from dumo.flow.noise import draw, path_velocity
+from dumo.flow.noisy_batch import draw, path_velocity
 from dumo.flow.path import Linear, Trig
 from dumo.flow.slope import DualSlope
 from dumo.nets import DiT

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from contract.case import kind, objectives
-from dumo.flow.noise import draw
+from dumo.flow.noisy_batch import draw
 from dumo.flow.path import FlowPath, Linear, Trig
 from dumo.flow.reading import jump_to_data
 from dumo.flow.sampling import sample_with_noise

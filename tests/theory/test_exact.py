@@ -9,14 +9,14 @@ from torch import Tensor
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
 from dumo.objectives import MeanFlow
-from dumo.testing.exact import APART, D, ExactNet, Flow, Gaussian, column, gaussian, mean_velocity_head, table
+from dumo.testing.exact import APART, D, ExactFlow, ExactNet, Gaussian, column, gaussian, mean_velocity_head, table
 from theory.exact import PRODUCT, Mixture, Product, integrate, plane
 from theory.formula import Polynomial, rows
 
 GUIDE = Guide(omega=0.2, zeta=0.92, interval=Interval(low=0.1, high=0.75))
 
 
-def points(flow: Flow, n: int = 40) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def points(flow: ExactFlow, n: int = 40) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Places where the flow has mass, conditions and pairs of times."""
     g = torch.Generator().manual_seed(1)
     c = torch.arange(n) % (flow.classes + 1)
@@ -42,7 +42,7 @@ def test_velocity_is_the_mean_slope_by_quadrature() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flow", [APART, plane()])
-def test_velocity_is_the_mean_of_the_paths_slopes(flow: Flow) -> None:
+def test_velocity_is_the_mean_of_the_paths_slopes(flow: ExactFlow) -> None:
     """Of the slopes that training sees, by their moments with 1, x_t and x_t^2: 400,000 draws, where a sign is 1."""
     g = torch.Generator().manual_seed(2)
     c = torch.zeros(400_000, dtype=torch.long)
@@ -65,7 +65,7 @@ def test_a_mixture_of_one_is_a_gaussian() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flow", [gaussian(GUIDE), gaussian(Guide(zeta=0.55)), APART, PRODUCT])
-def test_closed_flows_follow_their_velocity(flow: Flow) -> None:
+def test_closed_flows_follow_their_velocity(flow: ExactFlow) -> None:
     """Closed forms and quantiles against Runge and Kutta, piece by piece: the guide's corners cost order."""
     x, c, t, r = points(flow)
     for low, high in ((0.0, 0.1), (0.1, 0.75), (0.75, 1.0)):
@@ -76,7 +76,7 @@ def test_closed_flows_follow_their_velocity(flow: Flow) -> None:
 
 
 @pytest.mark.parametrize("flow", [gaussian(GUIDE), APART, PRODUCT, plane(Guide(zeta=0.55))])
-def test_flows_compose(flow: Flow) -> None:
+def test_flows_compose(flow: ExactFlow) -> None:
     x, c, t, r = points(flow)
     s = (t + r) / 2
     whole, halves = flow.carry(x, c, t, r), flow.carry(flow.carry(x, c, t, s), c, s, r)
@@ -85,7 +85,7 @@ def test_flows_compose(flow: Flow) -> None:
 
 
 @pytest.mark.parametrize("flow", [gaussian(GUIDE), plane(Guide(zeta=0.55))])
-def test_null_rows_are_unguided(flow: Flow) -> None:
+def test_null_rows_are_unguided(flow: ExactFlow) -> None:
     x, _, t, _ = points(flow)
     null = torch.full((len(x),), flow.classes)
     assert (flow.guided(x, null, t) - flow.velocity(x, null, t)).abs().max() < 1e-12

@@ -16,7 +16,7 @@ from dumo.flow.times import Pair
 from dumo.objectives import MeanFlow
 from dumo.objectives import Objective as AnyObjective
 from dumo.testing import properties
-from dumo.testing.exact import APART, ExactNet, Flow, Gaussian, exact_batch, gaussian, gradient, table
+from dumo.testing.exact import APART, ExactFlow, ExactNet, Gaussian, exact_batch, gaussian, gradient, table
 from theory.exact import PRODUCT, falls, plane
 
 NONE, DUMO = Guide(), Guide(zeta=0.55)
@@ -28,7 +28,7 @@ GUIDES = {  # by the word that stands in the name of a case
     "no_null_pass": Guide(omega=0.5, zeta=0.5),
     "no_pass_of_c": Guide(omega=1.5),
 }
-Case = tuple[AnyObjective, Flow]
+Case = tuple[AnyObjective, ExactFlow]
 
 
 # Compared over a step of finite length, they rest at the flow to its order only: tests/objectives holds them to that.
@@ -52,14 +52,14 @@ BENT = ("facm", "sct", "ucgm")
 PLANAR = ("dumo", "flow_matching", "meanflow", "several")  # guided in one way by all: a velocity, jumps, and both
 
 
-def serves(objective: AnyObjective, flow: Flow, guide: Guide) -> bool:
+def serves(objective: AnyObjective, flow: ExactFlow, guide: Guide) -> bool:
     """Whether the flow is where this objective leads to, by its own guidance."""
     if objective.needs.knobs:  # they guide each row in a way of its own
         return isinstance(flow, Gaussian) and not flow.mean.any()
     return not guide.active or isinstance(objective.needs.guide, Guide)
 
 
-def cases(*on: tuple[Flow, Guide], exact: bool = True) -> list[Case]:
+def cases(*on: tuple[ExactFlow, Guide], exact: bool = True) -> list[Case]:
     """Every objective without a finite step, with each guide, on its flow; three quarters of the pairs have r < t."""
     every = [(o, flow, guide) for flow, guide in on for o in objectives(exact=exact, guide=guide, drop=0.2)]
     found = [(o, flow) for o, flow, guide in every if o.kind not in STEPS and serves(o, flow, guide)]
@@ -67,7 +67,7 @@ def cases(*on: tuple[Flow, Guide], exact: bool = True) -> list[Case]:
     return [(o.model_copy(update=spread) if isinstance(o.times, Pair) else o, flow) for o, flow in found]
 
 
-def label(objective: AnyObjective, flow: Flow) -> str:
+def label(objective: AnyObjective, flow: ExactFlow) -> str:
     """Name of a case: the objective, and the mixture or the guide that makes its flow."""
     if flow is APART:
         words = ["apart"]
@@ -103,13 +103,13 @@ STRAIGHT = [
 
 
 @each(CLOSED)
-def test_gradient_vanishes_at_the_flow(objective: AnyObjective, flow: Flow) -> None:
+def test_gradient_vanishes_at_the_flow(objective: AnyObjective, flow: ExactFlow) -> None:
     """Measured: at most 1e-14, where the bar is 1e-10."""
     properties.gradient_vanishes_at_the_flow(objective, flow)
 
 
 @each(STRAIGHT)
-def test_gradient_vanishes_with_the_square_of_the_step(objective: AnyObjective, flow: Flow) -> None:
+def test_gradient_vanishes_with_the_square_of_the_step(objective: AnyObjective, flow: ExactFlow) -> None:
     steps = [objective.model_copy(update={"slope": CentralSlope(h=h)}) for h in (0.04, 0.02, 0.01, 0.005)]
     left = [gradient(o, ExactNet(flow, o.needs), exact_batch(o, flow)).abs() for o in steps]
     moved = left[-1] > 1e-14  # a head without a derivative in its target rests exactly
@@ -119,12 +119,12 @@ def test_gradient_vanishes_with_the_square_of_the_step(objective: AnyObjective, 
 
 @pytest.mark.slow
 @each(RIDING)
-def test_descent_leads_back_to_the_flow(objective: AnyObjective, flow: Flow) -> None:
+def test_descent_leads_back_to_the_flow(objective: AnyObjective, flow: ExactFlow) -> None:
     properties.descent_leads_back_to_the_flow(objective, flow)
 
 
 @each([(o, flow) for o, flow in RIDING if flow is APART and o.kind not in BENT])
-def test_gradient_is_the_mean_over_the_slopes(objective: AnyObjective, flow: Flow) -> None:
+def test_gradient_is_the_mean_over_the_slopes(objective: AnyObjective, flow: ExactFlow) -> None:
     """Targets are affine in v_t, so one slope and its mirror image about the mean pull apart equally."""
     objective = objective.model_copy(update={"power": 0.0} if "power" in type(objective).model_fields else {})
     net, b = ExactNet(flow, objective.needs), exact_batch(objective, flow)
@@ -156,7 +156,7 @@ def test_dropped_rows_learn_the_null_flow() -> None:
 
 @pytest.mark.nightly
 @each(IN_THE_PLANE)
-def test_gradient_vanishes_in_the_plane(objective: AnyObjective, flow: Flow) -> None:
+def test_gradient_vanishes_in_the_plane(objective: AnyObjective, flow: ExactFlow) -> None:
     """A mixture in two dimensions, guided: the flow by Runge and Kutta, to which the bar of 1e-10 applies."""
     assert gradient(objective, ExactNet(flow, objective.needs), exact_batch(objective, flow, 64)).abs().max() < 1e-10
 

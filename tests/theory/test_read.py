@@ -6,7 +6,7 @@ from contract.case import name, objectives
 from dumo.flow.guide import Guide
 from dumo.objectives import Objective
 from dumo.testing import properties
-from dumo.testing.exact import APART, ExactNet, Flow, gaussian
+from dumo.testing.exact import APART, ExactFlow, ExactNet, gaussian
 from theory.exact import PRODUCT
 
 GUESSED = ("pi_flow",)  # no finite number of guesses is a flow: its own test holds it to their order
@@ -15,7 +15,7 @@ FLOWS = [APART, PRODUCT, gaussian(Guide(zeta=0.55))]
 
 @pytest.mark.parametrize("flow", FLOWS)
 @pytest.mark.parametrize("objective", [o for o in objectives(exact=True) if o.kind not in GUESSED], ids=name)
-def test_readings_are_those_of_the_flow(objective: Objective, flow: Flow) -> None:
+def test_readings_are_those_of_the_flow(objective: Objective, flow: ExactFlow) -> None:
     """The slope, the data, and jumps to any time and back; of a flow map of some jumps, those."""
     properties.readings_are_those_of_the_flow(objective, flow)
 

@@ -14,7 +14,7 @@ import torch
 from pydantic_core import PydanticSerializationError
 from torch import nn
 
-from dumo.cli.callback import Callback, called_back
+from dumo.cli.train_callback import Callback, called_back
 from dumo.config import recipe_files as shipped_recipes
 from dumo.config.change import override, yaml_text
 from dumo.config.load import load as load_spec

@@ -93,7 +93,7 @@ def sample(
     from dumo.encoders.caption_ids import read_prompts
     from dumo.report import gallery
     from dumo.report.benchmark import LAYOUTS, make_images
-    from dumo.report.write_samples import DEFAULT_COUNT, sample_to_files
+    from dumo.report.sample_to_files import DEFAULT_COUNT, sample_to_files
     from dumo.run.weights import load_run
     from dumo.runtime import dist
 

@@ -38,7 +38,7 @@ from dumo.data.caption import Captioned, CaptionFiles, Captioning, Templates, ca
 from dumo.data.images import BucketedImages, Images, Source, errors_of_latents
 from dumo.encoders import Codec
 from dumo.encoders.caption_ids import Captions
-from dumo.flow.noise import PRIOR
+from dumo.flow.noisy_batch import PRIOR
 from dumo.io.audit import Audit
 from dumo.io.data_source import Bucketed, mirrored_rows, rows_of
 from dumo.io.read import user_path

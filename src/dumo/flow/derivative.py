@@ -132,7 +132,7 @@ def choose_slope(
     Every rank must call it, and all choose alike. Raises UserError if no slope is the derivative.
     """
     inputs = inputs_of(b, needs)
-    exact, uncertainty = _reference(net, b, inputs, is_copy=is_copy)
+    exact, uncertainty = _exact_derivative(net, b, inputs, is_copy=is_copy)
     # Passes may round so much that no two differences agree. An exact slope is then taken if it runs.
     uncertainty = dist.largest(uncertainty)
     is_compared = uncertainty <= MAX_SLOPE_ERROR
@@ -189,7 +189,9 @@ def copy_without_zero_layers(net: nn.Module) -> nn.Module | None:
     return copied
 
 
-def _reference(net: NetAdapter, b: NoisyBatch, inputs: Mapping[str, Time], *, is_copy: bool) -> tuple[Heads, float]:
+def _exact_derivative(
+    net: NetAdapter, b: NoisyBatch, inputs: Mapping[str, Time], *, is_copy: bool
+) -> tuple[Heads, float]:
     """`central_difference` on a batch: of a copy in float64 if the network can, else in the precision that holds now.
 
     Under autocast and of 16 bits the uncertainty is infinite: x ± h v is then x itself, and differences agree on what

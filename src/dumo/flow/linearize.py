@@ -35,7 +35,7 @@ from dumo.autodiff.general import whatever_the_slope
 from dumo.autodiff.tape import Later
 from dumo.flow import dropout
 from dumo.types import Array, Cond, Frozen, Heads, Net, Sample, Time
-from dumo.types.batch_rows import index, split_by_step
+from dumo.types.batch_rows import index, split_by_moving
 
 Along = Callable[[Sample], Heads]  # w (b, ...) -> the derivative of each head along w
 Moving = Sequence[bool]  # (b,), the rows whose derivative is wanted: no tensor, so that shapes are static
@@ -228,7 +228,7 @@ def tangent_or_zeros(head: Array) -> Tensor:
 
 def split_rows(moving: Moving | None, n: int) -> tuple[list[int], list[int]]:
     """The places of the rows that move, and of those that rest, each in order; None: all n move."""
-    return split_by_step([True] * n if moving is None else moving)
+    return split_by_moving([True] * n if moving is None else moving)
 
 
 def merge_rows(

@@ -42,7 +42,7 @@ from dumo.flow.adapter import (
 )
 from dumo.flow.derivative import choose_slope, copy_without_zero_layers
 from dumo.flow.guide import CFG, GuidanceScale
-from dumo.flow.noise import Coupling, Draws, add_noise, make_draws
+from dumo.flow.noisy_batch import Coupling, Draws, add_noise, make_draws
 from dumo.flow.path import FlowPath, Linear
 from dumo.flow.precision import Precision, autocast, using
 from dumo.flow.reading import available_readings, readings_of, teacher_velocity
@@ -111,8 +111,8 @@ class Flow(nn.Module):
     - `seed`: of all random numbers: times, noise, dropped conditions.
     - `shard`: (rank, ranks) of the data; None: those of torch.distributed.
 
-    If the objective names no slope, du/dt is taken by dual numbers, or by torch.func.jvp if the network admits no dual
-    numbers. `step` counts the losses, `last` has the detached terms of the last one, `shape` is that of a row, and
+    If `slope` of the objective was not set explicitly, its default is replaced: du/dt is taken by dual numbers, or by
+    torch.func.jvp if the network does not support dual numbers. `step` counts the losses, `last` has the detached terms of the last one, `shape` is that of a row, and
     `slope_report` says how du/dt is taken.
     """
 
@@ -196,8 +196,8 @@ class Flow(nn.Module):
         self.first_rows = 0  # the largest rank's batch in the first call, until one in training is counted
         self.shape: tuple[int, ...] | None = None
         self.last: Terms | None = None
-        self.has_named_slope = "slope" in getattr(objective, "model_fields_set", ("slope",))
-        self.chosen_slope: Slope | None = None  # if the objective names none
+        self.has_explicit_slope = "slope" in getattr(objective, "model_fields_set", ("slope",))
+        self.chosen_slope: Slope | None = None  # if the objective was given none
         self.slope_report = ""
         self.checked_modes: set[bool] = set()  # True: in training, which counts for evaluation, too
         self.is_check_of_copy = False  # the check worked on a copy of the network
@@ -238,7 +238,7 @@ class Flow(nn.Module):
         if z is not None and z.shape != x.shape:
             raise UserError(f"z has shape {tuple(z.shape)}, x {tuple(x.shape)}: give noise of the shape of x")
 
-        # Draw the random numbers of the step, and put noise to the batch.
+        # Draw the random numbers of the step, and add noise to the batch.
         self.shape = self.shape or tuple(x.shape[1:])
         if is_counted:
             rows = len(x) if self.rows else int(dist.largest(len(x)))
@@ -305,7 +305,7 @@ class Flow(nn.Module):
             teacher=teacher,
             coupling=self.coupling,
             between=between,
-            ask_at_x_t=self.objective.needs.teacher.at_x_t,
+            asks_teacher=self.objective.needs.teacher.reads_v_t,
         )
 
     def compute_loss(
@@ -328,8 +328,8 @@ class Flow(nn.Module):
         cache_casts: whether autocast keeps casts of weights to the end of the loss. Casts of weights that are gathered
             for one pass would keep them in memory.
         """
-        net = self._as_called(conditions, generator_key)
-        ref = self._reference(net)
+        net = self._net_for_objective(conditions, generator_key)
+        ref = self._theta_minus(net)
         masks = nullcontext() if dropout_keys is None else dropout.using(dropout_keys)
         casts = nullcontext()
         if self.precision is not None:
@@ -342,7 +342,7 @@ class Flow(nn.Module):
 
     @torch.inference_mode(False)  # the slope is chosen for training, also if validation comes first
     def check(self, x: Tensor, c: Condition = None) -> str:
-        """Try the network on a few rows, once, and return how du/dt is taken, and how far off it is.
+        """Try the network on a few rows, choose the slope, and return how du/dt is taken and how far off it is.
 
         Weights, buffers and generators stay as they are, and gradients are recorded, whatever the caller's mode. Under
         torch.distributed every rank must call it. Raises UserError if the objective cannot be combined with a setting,
@@ -357,7 +357,7 @@ class Flow(nn.Module):
             )
         compatibility.require_conditions(c, self.classes, self.null, waits=True)
 
-        # Put noise to a few rows, as a step does. Tensors of torch.inference_mode become plain ones.
+        # Add noise to a few rows, as a step does. Tensors of torch.inference_mode become plain ones.
         self.first_rows = int(dist.largest(len(x)))
         num_tried = rows_to_try(self.objective)
         x = x[:num_tried].detach().clone()
@@ -386,7 +386,7 @@ class Flow(nn.Module):
                 slope, self.slope_report = choose_slope(
                     self._slopes_to_try(), net, replace(batch, moving=None), needs, is_copy=copied is not None
                 )
-                if not self.has_named_slope:
+                if not self.has_explicit_slope:
                     self.chosen_slope = slope
                     self.objective = self.objective.model_copy(update={"slope": slope})
         self.checked_modes.add(self.training)
@@ -395,7 +395,7 @@ class Flow(nn.Module):
     def _slopes_to_try(self) -> list[Slope]:
         """The slope that the objective names; else first the one of a resumed run, then dual, then jvp."""
         named_slope = slope_of(self.objective)
-        if self.has_named_slope and named_slope is not None:
+        if self.has_explicit_slope and named_slope is not None:
             return [named_slope]
         slopes: list[Slope] = [DualSlope(), JvpSlope()]
         if self.chosen_slope is not None:
@@ -442,7 +442,7 @@ class Flow(nn.Module):
 
         Gradients are recorded, and the network stays in its mode and in the caller's precision.
         """
-        return self._readings(self._as_called(conditions, None), guide or self.guide, knobs)
+        return self._readings(self._net_for_objective(conditions, None), guide or self.guide, knobs)
 
     @torch.no_grad()
     def velocity(self, x: Tensor, t: Moment, c: Condition = None) -> Sample:
@@ -510,7 +510,7 @@ class Flow(nn.Module):
         if isinstance(c, Integral):  # of numpy, too
             c = int(c)
         conditions, index = self._sample_conditions(c)
-        net = self._as_called(conditions, None)
+        net = self._net_for_objective(conditions, None)
         readings = self._readings(net, guide)
         batches = sample_batches(
             net,
@@ -533,7 +533,7 @@ class Flow(nn.Module):
 
         Raises UserError if the velocity was never taught.
         """
-        read = self._require_reading("velocity", self._as_called(conditions, None))
+        read = self._require_reading("velocity", self._net_for_objective(conditions, None))
 
         def velocity(x: Sample, t: Time, c: Cond) -> Sample:
             with eval_mode(self.net), self._in_precision(x):
@@ -624,7 +624,7 @@ class Flow(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------ the network
 
-    def _as_called(self, c: Condition, key: int | None) -> nn.Module:
+    def _net_for_objective(self, c: Condition, key: int | None) -> nn.Module:
         """The network as an objective calls it, net(x, c, t=t): itself if it is called directly, else in an adapter.
 
         An adapter would hide attributes that dumo reads off its own networks, such as `compile_tangents`.
@@ -647,7 +647,7 @@ class Flow(nn.Module):
             key=key,
         )
 
-    def _reference(self, net: nn.Module) -> Frozen:
+    def _theta_minus(self, net: nn.Module) -> Frozen:
         """theta^-: the average given as `ref`, in evaluation mode, else the weights in training.
 
         Without `ref` it is the same object as the network of the loss: a slope then takes du/dt in the same pass.
@@ -693,7 +693,7 @@ class Flow(nn.Module):
         """The reading `name` of x at these times, (b, ...), in evaluation mode."""
         compatibility.require_conditions(c, self.classes, self.null, may_be_null=True)
         index = self._condition_index(len(x), c, x.device)
-        read = self._require_reading(name, self._as_called(c, None))
+        read = self._require_reading(name, self._net_for_objective(c, None))
         margin = _OVERSHOOT if name == "velocity" else _ROUNDING
         row_times = [_row_times(time, x, margin) for time in times]
         if name == "flow_map" and not self.objective.times.climbs:

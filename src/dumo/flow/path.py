@@ -13,7 +13,7 @@ alpha weighs the noise, as in DuMo's paper (Eq. 1); in diffusers alpha weighs th
 - `nearest_net_times(times)`: the times at which a sampler may call its net;
 - `sd`, the standard deviation of the data.
 
-x is the data in units of `sd`: `dumo.flow.noise` divides data by it before they meet the noise, and
+x is the data in units of `sd`: `dumo.flow.noisy_batch` divides data by it before they meet the noise, and
 `dumo.flow.sampling` multiplies samples by it. So constants that are meant for data of standard deviation 1 (noise
 levels, a Huber loss's c, EDM's preconditioning) are right for data of any standard deviation.
 """

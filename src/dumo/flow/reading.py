@@ -3,7 +3,7 @@
 The order of events:
 
 1. Before there is a net, `available_readings` says which readings an objective will teach.
-2. Of a trained net, `reading` fixes the knobs (`bind_knobs`) and lets the objective read it.
+2. Of a trained net, `readings_of` fixes the knobs (`bind_knobs`) and lets the objective read it.
 3. A solver calls the readings, or `teacher_velocity` makes a teacher of them.
 
 Objectives build their readings of `jump_to_data`, `velocity_and_jump` and `mean_velocity`. `head_of` names the heads

@@ -1,7 +1,7 @@
 """Laws from which the times (t, r) of a batch's rows are drawn, r <= t but for `both_ways`, or a number for each.
 
-1. `dumo.flow.noise` asks `moving`, which says without drawing which rows may have r != t. Kinds of rows are chosen by
-   their place in the batch, so that every rank and step has as many of each.
+1. `dumo.flow.noisy_batch` calls `moving`, which says without drawing which rows may have r != t. Kinds of rows are
+   chosen by their place in the batch, so that every rank and step has as many of each.
 2. It calls the law with the number of rows n and a generator. The law returns t and r, (n,) each.
 
 `Times` is the union of the laws that an objective may name. `Grid` is not in it: an objective that learns from a
@@ -28,7 +28,7 @@ from torch import Generator
 from dumo.runtime import random
 from dumo.runtime.limits import PASSES, require_order
 from dumo.types import Law, PerSample, Time, TimeLaw
-from dumo.types.batch_rows import split_by_step, spread_evenly
+from dumo.types.batch_rows import split_by_moving, spread_evenly
 
 # EDM is Karras et al. 2022
 EDM_SD = 0.5  # the standard deviation of the data (EDM, Tab. 1)
@@ -251,8 +251,8 @@ class Jumps(TimeLaw):
 
     def _places_by_kind(self, n: int) -> tuple[list[int], list[int], list[int]]:
         """The places of the first n rows: those with r = t, those that jump to the data (r = 0), the other jumps."""
-        jumps, rest = split_by_step(self.moving(n))
-        far, near = split_by_step(spread_evenly(len(jumps), self.data_ratio))
+        jumps, rest = split_by_moving(self.moving(n))
+        far, near = split_by_moving(spread_evenly(len(jumps), self.data_ratio))
         return rest, [jumps[i] for i in far], [jumps[i] for i in near]
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from dumo.config.spec import Run
 from dumo.config.suggestion import require_known
 from dumo.flow import dropout
-from dumo.flow.noise import draw, path_velocity
+from dumo.flow.noisy_batch import draw, path_velocity
 from dumo.flow.precision import Precision, autocast, product_precision, using
 from dumo.flow.slope import CentralSlope, Slope, slope_of
 from dumo.io.read import null_nonfinite

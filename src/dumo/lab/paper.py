@@ -21,7 +21,7 @@ from dumo.lab.plan import Plan
 from dumo.lab.result_table import average_by_arm, group_by_arm, main_score
 from dumo.plan.facts import far_share
 from dumo.report import chart, evaluation, gallery
-from dumo.report.write_samples import sample_to_files
+from dumo.report.sample_to_files import sample_to_files
 from dumo.run.judge import evaluator_of
 from dumo.runtime.progress import no_bar
 

@@ -1,6 +1,7 @@
-"""All objectives. To add one: write its file, and add its class to the union below. `module:Class` needs neither.
+"""All objectives. To add one, write its file and add its class to the union below. A class in a user's own file
+(`module:Class`) needs no entry here.
 
-Touches nothing: a loss draws nothing and changes nothing. Knows no net, no data and no trainer.
+A loss draws no random numbers and changes nothing. Objectives import no net, no data and no trainer.
 """
 
 from typing import Annotated

@@ -31,7 +31,7 @@ from dumo.flow import dropout
 from dumo.flow.compatibility import require_precise_passes
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.linearize import heads_and_end_derivatives
-from dumo.flow.noise import Noise, Signs
+from dumo.flow.noisy_batch import Noise, Signs
 from dumo.flow.reading import jump_to_data, mean_velocity, velocity_and_jump
 from dumo.flow.residual import (
     adaptive_l2,

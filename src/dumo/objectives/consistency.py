@@ -184,7 +184,7 @@ class Consistency(ObjectiveSpec):
         has_no_noise_level = not self.weighted and self.discretization.kind == "equal"  # none of the linear path's
         formulas = STRAIGHT if has_no_noise_level else Formulas(unit=True)
         keeps_t = not self.low and self.discretization.kind == "ratio"  # else v_t is taken anew, at another t
-        teacher = FromTeacher(at_x_t=keeps_t)
+        teacher = FromTeacher(reads_v_t=keeps_t)
         return Needs(
             inputs=("t",),
             heads=("u",),

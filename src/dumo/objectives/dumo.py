@@ -41,7 +41,8 @@ class DuMo(ObjectiveSpec):
     drop: float = Field(default=0.1, ge=0, le=1)  # UCGM; the paper is silent
     beta: float = Field(default=0.7, ge=0, le=1)  # weight of the velocity, Eq. 9 and Tab. 3
     guide: Guide = Guide(zeta=0.55)  # line 9 and Tab. 3
-    slope: Slope = CentralSlope(h=0.005)  # Sec. 3.3; h as UCGM
+    # Sec. 3.3; h as UCGM. `dumo.Flow` takes an exact slope instead if none is given.
+    slope: Slope = CentralSlope(h=0.005)
 
     @property
     def needs(self) -> Needs:

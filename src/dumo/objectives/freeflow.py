@@ -81,7 +81,7 @@ class FreeFlow(ObjectiveSpec):
             inputs=("t", "r"),
             heads=("u", "w"),
             laws={"r": Uniform(), "w.z": Noise(), "w.t": noisy},
-            teacher=FromTeacher("must", at_x_t=False),
+            teacher=FromTeacher("must", reads_v_t=False),
             group=GROUP,
         )
 

@@ -85,7 +85,7 @@ class LSD(ObjectiveSpec):
 
     def _velocity_at_the_end(self, ref: Frozen, b: NoisyBatch, x_r: Sample, v_star: Sample) -> Sample:
         """v(x_r, r) on the rows with r < t, and v* on the others. The pass is of the rows that may have r < t."""
-        rows, _ = b.rows_by_step
+        rows, _ = b.moving_and_resting_rows
         if not rows:
             return v_star
         i = index(rows, b.t.device)

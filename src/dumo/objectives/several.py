@@ -117,7 +117,7 @@ def _mean_of_halves(ref: Frozen, b: NoisyBatch, v_star: Sample) -> Sample:
     As Frans et al. 2025 (arXiv 2410.12557, Eq. 4 and 5), but m gets r in place of the level k: the finest half, a size
     that no row has, is read off between its neighbours, where theirs takes the velocity. Nothing is clipped (ours).
     """
-    rows, _ = b.rows_by_step
+    rows, _ = b.moving_and_resting_rows
     if not rows:
         return v_star
     i = index(rows, v_star.device)

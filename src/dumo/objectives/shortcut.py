@@ -55,7 +55,7 @@ class Shortcut(ObjectiveSpec):
         k = self._level(b.t - b.r)
         (u_hat,) = net(b.x_t, b.c, t=b.t, k=k)
         u_star = b.v_t.clone()
-        rows, _ = b.rows_by_step
+        rows, _ = b.moving_and_resting_rows
         if rows:
             i = index(rows, k.device)
             with dropout.rows(i):

@@ -19,7 +19,7 @@ from PIL import Image
 
 from dumo.encoders.caption_ids import Prompt, read_prompts
 from dumo.io import file, picture
-from dumo.report.write_samples import sampling_changes, sampling_settings
+from dumo.report.sample_to_files import sampling_changes, sampling_settings
 from dumo.run.trained import TrainedRun
 from dumo.runtime import dist, signals
 from dumo.runtime.progress import Bar, no_bar

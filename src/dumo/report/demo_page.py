@@ -22,9 +22,9 @@ from dumo.flow.compatibility import why_unguided
 from dumo.io import picture
 from dumo.report.gallery import TAUGHT_BY_LETTER, sampling_modes
 from dumo.run.prompt_rows import texts_of
-from dumo.run.sample_files import data_points
 from dumo.run.trained import TrainedRun
 from dumo.run.weights import load_run
+from dumo.run.write_samples import data_points
 from dumo.runtime import require, signals
 from dumo.types import UserError
 

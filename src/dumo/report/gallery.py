@@ -20,9 +20,9 @@ from dumo.flow.sampling import Samples
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver, can_make, check
 from dumo.io import picture
 from dumo.run.folder import require_own_file
-from dumo.run.sample_files import data_points
 from dumo.run.trained import TrainedRun
 from dumo.run.weights import load_net
+from dumo.run.write_samples import data_points
 from dumo.runtime.progress import Bar, no_bar
 from dumo.training.milestone import milestones
 from dumo.types import UserError

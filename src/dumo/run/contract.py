@@ -18,7 +18,7 @@ from dumo.config.code import has_own_net, is_from_outside
 from dumo.config.spec import Run
 from dumo.flow import dropout
 from dumo.flow.module import Flow
-from dumo.flow.noise import path_velocity
+from dumo.flow.noisy_batch import path_velocity
 from dumo.flow.path import FlowPath
 from dumo.flow.precision import using
 from dumo.flow.sampling import eval_mode

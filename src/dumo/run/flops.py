@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from dumo.flow import dropout
 from dumo.flow.guide import Guide
 from dumo.flow.linearize import Moving
-from dumo.flow.noise import draw, path_velocity
+from dumo.flow.noisy_batch import draw, path_velocity
 from dumo.flow.path import FlowPath
 from dumo.flow.slope import DualSlope, Way
 from dumo.flow.trainable import require_loss_per_row

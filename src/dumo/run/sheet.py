@@ -23,8 +23,8 @@ from dumo.data import Latents
 from dumo.flow import sampling
 from dumo.io.picture import SCATTER_POINTS
 from dumo.run.hooks import Hook
-from dumo.run.sample_files import write_samples
 from dumo.run.trained import TrainedRun, gather_samples
+from dumo.run.write_samples import write_samples
 from dumo.runtime import dist, signals
 from dumo.training import agreement
 from dumo.training.metrics import StepMetrics

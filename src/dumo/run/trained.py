@@ -146,6 +146,7 @@ class TrainedRun:
         return Flow(
             self.net,
             run.objective,
+            # The network is one of dumo's, so it is called without an adapter.
             direct=True,
             classes=run.data.classes,
             path=run.path,

@@ -42,7 +42,7 @@ from dumo.config.word import method
 from dumo.data import Data
 from dumo.data.ledger import ledger_of
 from dumo.flow.module import Loss
-from dumo.flow.noise import Draws
+from dumo.flow.noisy_batch import Draws
 from dumo.flow.precision import product_precision
 from dumo.io.data_source import Bucketed, DataSource
 from dumo.nets.dualized import Dualized

@@ -66,14 +66,14 @@ def load_run(
     *,
     weights: str | None = None,
     device: str = "auto",
-    fill: bool = True,
+    reads_weights: bool = True,
 ) -> TrainedRun:
     """Open a run's folder, or by name a run that comes with dumo or is on the Hub, to sample or judge it.
 
-    `weights` is a file, or a part of a checkpoint, to take in place of
-    the last checkpoint's sampled weights. Where reading fails, and a training has written or removed checkpoints
-    meanwhile, the last one of now is taken. Without `fill` everything is compared, and no weights are read. Raises
-    UserError where `source` is no run's folder, or has no checkpoint that is whole, unless `weights` are given.
+    `weights` is a file, or a part of a checkpoint, to open instead of the last checkpoint's sampled weights. If reading
+    fails because a training replaced the checkpoint meanwhile, the newest one is opened. With `reads_weights` False the
+    files are checked, but no trained weights are loaded. Raises UserError if `source` is not a run's folder, or has no
+    complete checkpoint and no `weights` are given.
     """
     from dumo.run import read_only
 
@@ -90,7 +90,7 @@ def load_run(
     while True:
         steps_before = run_folder.checkpoints.steps()
         try:
-            trained = _open_weights(run, run_folder, weights, choose_device(device), fill=fill)
+            trained = _open_weights(run, run_folder, weights, choose_device(device), reads_weights=reads_weights)
             own_output = None if output == folder else output
             return replace(
                 trained,
@@ -143,7 +143,7 @@ def _require_trained_images(run_folder: RunFolder, run: Run) -> None:
 
 
 def _open_weights(
-    run: Run, run_folder: RunFolder, weights: str | None, device: torch.device, *, fill: bool
+    run: Run, run_folder: RunFolder, weights: str | None, device: torch.device, *, reads_weights: bool
 ) -> TrainedRun:
     """The run with the weights of its last checkpoint or export, or of the file `weights`. Raises as `load_run`."""
     # find the file
@@ -179,7 +179,7 @@ def _open_weights(
         run_folder.require_own_weights(run, file)
 
     # load it, and compare with what the checkpoint lists
-    if fill:
+    if reads_weights:
         net = load_net(run, file, device)
         frozen_digest = frozen.digest(net)
     else:
@@ -282,7 +282,7 @@ def few_step_run(run: Run) -> TrainedRun:
     """
     start = run.start
     assert start, "a run without one has no subject"
-    source = load_run(start.source, device="cpu", fill=False)
+    source = load_run(start.source, device="cpu", reads_weights=False)
     _require_net(source.spec, start, run.net, run.path, (*_SAME_FUNCTION_FIELDS, *_SUBJECT_FIELDS))
     if start.sha256 not in (None, source.sha256):
         raise UserError(
@@ -404,7 +404,7 @@ def _open_source_weights(start: Start, run: Run, net: nn.Module, loaders: Loader
 
     Raises UserError where they make another function of this run's net, or on this path.
     """
-    source = load_run(start.source, device="cpu", fill=False)
+    source = load_run(start.source, device="cpu", reads_weights=False)
     _require_net(source.spec, start, run.net, run.path, _SAME_FUNCTION_FIELDS)
     if isinstance(run.net, Pretrained) and source.checkpoint:
         frozen.require(frozen.digest(net, loaders), source.checkpoint.facts.frozen, source.run_folder.path)

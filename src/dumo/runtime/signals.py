@@ -27,7 +27,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 REPEAT_SECONDS = 2.0  # within which one request may come twice: ours
 TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"  # torchrun sets it in the environment of its ranks
 
-# The state of the process. `dumo.cli.callback` sets the first where a callback ends a training.
+# The state of the process. `dumo.cli.train_callback` sets the first where a callback ends a training.
 received_signal: int | None = None  # the number of the signal that asked this process to stop
 is_listening = False  # whether `listening` is entered
 _is_uninterrupted = False  # whether `uninterrupted` is entered

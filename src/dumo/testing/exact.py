@@ -24,7 +24,7 @@ from torch import Generator, Tensor, nn
 
 from dumo.autodiff.dual import carry, primal
 from dumo.flow.guide import Guide
-from dumo.flow.noise import draw
+from dumo.flow.noisy_batch import draw
 from dumo.flow.path import Linear, Trig
 from dumo.runtime.random import stream
 from dumo.types import Frozen, Heads, Needs, NoisyBatch, Objective, UserError
@@ -65,7 +65,7 @@ class RowInterval:
     high: Tensor
 
 
-class Flow(ABC):
+class ExactFlow(ABC):
     """A flow from noise to data, for points (b, d) and conditions (b,)."""
 
     @property
@@ -95,7 +95,7 @@ class Flow(ABC):
 
 
 @dataclass(frozen=True)
-class Gaussian(Flow):
+class Gaussian(ExactFlow):
     """N(m, s^2 I) per class, guided by w at the times low <= t <= high; with guidance, all means are zero.
 
     d log S_c^w S_0^(1-w) / dt = A_c + (w - 1) (A_c - A_0), and the second part counts only inside [low, high]: clamping
@@ -149,14 +149,14 @@ class Gaussian(Flow):
 
 
 @dataclass(frozen=True)
-class OnTrig(Flow):
+class OnTrig(ExactFlow):
     """A flow of the linear path on the trigonometric one: x_t = x_s / n(s), s / (1 - s) = tan(pi t / 2).
 
     Here n(s)^2 = s^2 + (1 - s)^2. The means of noise and data given x_t are those of the same point on both paths,
     which gives the velocity.
     """
 
-    of: Flow
+    of: ExactFlow
 
     @property
     def classes(self) -> int:
@@ -194,29 +194,29 @@ class OnTrig(Flow):
         return sin / (sin + cos), 1 / (sin + cos)
 
 
-Head = Callable[[Flow, Tensor, Tensor, Tensor, Tensor], Tensor]  # (flow, x, c, t, r) -> what a head is at the flow
+Head = Callable[[ExactFlow, Tensor, Tensor, Tensor, Tensor], Tensor]  # (flow, x, c, t, r) -> what a head is at the flow
 
 
-def velocity_head(flow: Flow, x: Tensor, c: Tensor, t: Tensor, r: Tensor) -> Tensor:
+def velocity_head(flow: ExactFlow, x: Tensor, c: Tensor, t: Tensor, r: Tensor) -> Tensor:
     """The guided velocity."""
     return flow.guided(x, c, t)
 
 
-def mean_velocity_head(flow: Flow, x: Tensor, c: Tensor, t: Tensor, r: Tensor) -> Tensor:
+def mean_velocity_head(flow: ExactFlow, x: Tensor, c: Tensor, t: Tensor, r: Tensor) -> Tensor:
     """(x_t - x_r) / (t - r), and its limit where r = t."""
     same = column(t == r)
     u = (x - flow.carry(x, c, t, r)) / torch.where(same, 1, column(t - r))
     return torch.where(same, flow.guided(x, c, t), u)
 
 
-def growth_head(flow: Flow, x: Tensor, c: Tensor, t: Tensor, r: Tensor) -> Tensor:
+def growth_head(flow: ExactFlow, x: Tensor, c: Tensor, t: Tensor, r: Tensor) -> Tensor:
     """The mean of dv_i/dx_i on the way from r: the logarithm of dx_t/dx_r over t - r, and its limit where r = t."""
     same = column(t == r)
     limit = torch.func.jvp(lambda x: flow.guided(x, c, t), (x,), (torch.ones_like(x),))[1]
     return torch.where(same, limit, flow.log_stretch(x, c, t, r) / torch.where(same, 1, column(t - r)))
 
 
-def direction_head(flow: Flow, x: Tensor, c: Tensor, t: Tensor, r: Tensor) -> Tensor:
+def direction_head(flow: ExactFlow, x: Tensor, c: Tensor, t: Tensor, r: Tensor) -> Tensor:
     """The mean direction on the trigonometric path: (cos(theta) x_t - x_0) / sin(theta), and its limit at t = 0."""
     angle, start = column(t * pi / 2), column(t == 0)
     f = (angle.cos() * x - flow.carry(x, c, t, 0 * t)) / torch.where(start, 1, angle.sin())
@@ -245,7 +245,7 @@ class ExactNet(nn.Module):
     Raises UserError for heads and inputs that it does not know.
     """
 
-    def __init__(self, flow: Flow, needs: Needs, heads: Mapping[str, Head] | None = None) -> None:
+    def __init__(self, flow: ExactFlow, needs: Needs, heads: Mapping[str, Head] | None = None) -> None:
         super().__init__()
         self.flow = flow_on_path(flow, needs)
         self.needs = needs
@@ -276,7 +276,7 @@ class ExactNet(nn.Module):
             outputs.append(opaque(value, *moving) + a + b * x)
         return *outputs, *(0 * primal(t) for _ in self.needs.gauges)
 
-    def _flow_of_knobs(self, inputs: dict[str, Tensor]) -> Flow:
+    def _flow_of_knobs(self, inputs: dict[str, Tensor]) -> ExactFlow:
         """The flow that the knobs ask for."""
         if "w" not in inputs:
             return self.flow
@@ -295,7 +295,7 @@ class ExactNet(nn.Module):
         return t, r
 
 
-def flow_on_path(flow: Flow, needs: Needs) -> Flow:
+def flow_on_path(flow: ExactFlow, needs: Needs) -> ExactFlow:
     """The flow on the first path of an objective's formulas."""
     return OnTrig(flow) if "trig" in needs.formulas.paths[:1] else flow
 
@@ -327,7 +327,7 @@ APART = Gaussian(table([0.4, 0.6, 0.9, 0.7])[0], table([1.0, -0.5, 0.3, 0.0])[0]
 CORNERS = table([1.0, 0.0, 1.0, 0.5, 0.3], [0.0, 0.0, 1.0, 0.5, 0.0])  # t and r
 
 
-def exact_batch(objective: Objective, flow: Flow, rows: int = 256) -> NoisyBatch:
+def exact_batch(objective: Objective, flow: ExactFlow, rows: int = 256) -> NoisyBatch:
     """A batch as training draws it, with v_t replaced by its mean given x_t, at the end of the training.
 
     The first rows are at the corners of time, where the law of times leaves rows alone. Targets are affine in v_t, so

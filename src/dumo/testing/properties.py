@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from dumo.autodiff.dual import primal
 from dumo.flow.guide import Guide
-from dumo.flow.noise import draw, path_velocity
+from dumo.flow.noisy_batch import draw, path_velocity
 from dumo.flow.path import Linear
 from dumo.flow.reading import bind_knobs
 from dumo.flow.trainable import group_size
 from dumo.objectives.base import ObjectiveSpec
-from dumo.testing.exact import ExactNet, Flow, Head, exact_batch, gradient, stiffness
+from dumo.testing.exact import ExactFlow, ExactNet, Head, exact_batch, gradient, stiffness
 from dumo.testing.network import CountedNet
 from dumo.types import Frozen, Heads, NoisyBatch, Readings, Terms, UserError
 
@@ -445,7 +445,7 @@ def a_jump_of_no_time_stays(objective: ObjectiveSpec, net: nn.Module) -> None:
 
 
 def gradient_vanishes_at_the_flow(
-    objective: ObjectiveSpec, flow: Flow, heads: Mapping[str, Head] | None = None
+    objective: ObjectiveSpec, flow: ExactFlow, heads: Mapping[str, Head] | None = None
 ) -> None:
     """At the exact flow no head is pulled anywhere."""
     grad = gradient(objective, ExactNet(flow, objective.needs, heads), exact_batch(objective, flow))
@@ -460,7 +460,7 @@ def gradient_vanishes_at_the_flow(
 
 
 def descent_leads_back_to_the_flow(
-    objective: ObjectiveSpec, flow: Flow, heads: Mapping[str, Head] | None = None
+    objective: ObjectiveSpec, flow: ExactFlow, heads: Mapping[str, Head] | None = None
 ) -> None:
     """Near the flow the gradient is linear in the displacement of the heads, and all its eigenvalues are positive."""
     pull = stiffness(objective, ExactNet(flow, objective.needs, heads), exact_batch(objective, flow))
@@ -476,7 +476,7 @@ def descent_leads_back_to_the_flow(
 
 
 def readings_are_those_of_the_flow(
-    objective: ObjectiveSpec, flow: Flow, heads: Mapping[str, Head] | None = None
+    objective: ObjectiveSpec, flow: ExactFlow, heads: Mapping[str, Head] | None = None
 ) -> None:
     """The velocity, the endpoint, and jumps to any time and back; of a flow map of some jumps, those."""
     net = ExactNet(flow, objective.needs, heads)

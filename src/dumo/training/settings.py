@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from dumo.flow.noise import Coupling
+from dumo.flow.noisy_batch import Coupling
 from dumo.flow.precision import Precision
 from dumo.runtime.limits import MINUTES, ROWS, STEPS
 from dumo.training.ema import Average, Ema

@@ -1,4 +1,4 @@
-"""The nouns of dumo: every shape and every contract that two packages share. Of dumo it imports `error` and `rows`.
+"""The nouns of dumo: every shape and every contract that two packages share. Of dumo it imports `error` and `batch_rows`.
 
 Time runs from t = 0, the data x, to t = 1, the noise z. Times are dimensionless, in [0, 1], one per row.
 
@@ -28,7 +28,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from dumo.error import UserError as UserError
-from dumo.types.batch_rows import index, split_by_step
+from dumo.types.batch_rows import index, split_by_moving
 
 if TYPE_CHECKING:
     Array = Tensor
@@ -182,7 +182,7 @@ class FromTeacher(NamedTuple):
 
     velocity: Literal["may", "must", "no"] = "may"  # may: a teacher's can replace v_t; must: the loss asks for it
     points: int = 0  # steps of its trajectories, whose ends the loss learns from; 0: of none
-    at_x_t: bool = True  # whether the loss reads v_t; else no teacher is asked for it
+    reads_v_t: bool = True  # whether the loss reads v_t; else no teacher is asked for it
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class NoisyBatch:
     t: Time
     r: Time
     x_t: Sample
-    v_t: Sample  # dx_t/dt: given (x, z), or the teacher's where `FromTeacher.at_x_t`
+    v_t: Sample  # dx_t/dt: given (x, z), or the teacher's where `FromTeacher.reads_v_t`
 
     # conditions
     c: Cond  # on the rows whose condition was dropped: null
@@ -304,11 +304,11 @@ class NoisyBatch:
         return self.trail[row, point]
 
     @property
-    def rows_by_step(self) -> tuple[list[int], list[int]]:
+    def moving_and_resting_rows(self) -> tuple[list[int], list[int]]:
         """The places of the rows that may have r != t, and of those that may have r = t; all and all if not known."""
         if self.moving is None:
             return list(range(len(self.t))), list(range(len(self.t)))
-        return split_by_step(self.moving)
+        return split_by_moving(self.moving)
 
     def __getitem__(self, rows: slice | list[int] | Int[Tensor, " k"]) -> "NoisyBatch":
         """A batch of some of the rows.

@@ -1,6 +1,6 @@
 """Rows by their place in a batch, and how what the CPU knows of them gets to a device without waiting.
 
-`spread_evenly` picks rows and `split_by_step` parts them, by place alone: that is known before any pass, so shapes are
+`spread_evenly` picks rows and `split_by_moving` parts them, by place alone: that is known before any pass, so shapes are
 static, and every rank makes the same passes. `index`, `to_device` and `pin` send what was picked to a device.
 """
 
@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 
-def split_by_step(moving: Sequence[bool]) -> tuple[list[int], list[int]]:
+def split_by_moving(moving: Sequence[bool]) -> tuple[list[int], list[int]]:
     """The places of the rows that move, and of those that do not, each in order."""
     moving_places = [i for i, is_moving in enumerate(moving) if is_moving]
     resting_places = [i for i, is_moving in enumerate(moving) if not is_moving]

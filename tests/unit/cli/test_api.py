@@ -22,7 +22,7 @@ from dumo.flow.solver import Restart
 from dumo.io import run_places
 from dumo.io.tensor_files import load as load_weights
 from dumo.report.evaluation import report_path
-from dumo.report.write_samples import sample_to_files
+from dumo.report.sample_to_files import sample_to_files
 from dumo.run.trained import DEFAULT_COUNT
 from dumo.types import Readings, UserError
 from e2e.shell import call

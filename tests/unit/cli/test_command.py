@@ -13,7 +13,7 @@ from dumo.cli import export, lab, sample, terminal, train
 from dumo.export import write
 from dumo.lab import plan
 from dumo.report import benchmark, evaluate_images, tracker
-from dumo.run import sample_files
+from dumo.run import write_samples
 from e2e.shell import call
 
 PROGRAM: Any = typer.main.get_command(cli.app)
@@ -28,7 +28,7 @@ def parameters_of(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("command", "parameter", "known"),
     [
-        (sample.sample, "form", [*sample_files.FORMS, *benchmark.LAYOUTS]),
+        (sample.sample, "form", [*write_samples.FORMS, *benchmark.LAYOUTS]),
         (export.export, "to", write.FORMS),
         (export.export, "parts", write.PARTS),
         (export.export, "dtype", write.DTYPES),

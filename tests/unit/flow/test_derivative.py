@@ -10,7 +10,7 @@ import dumo
 from contract.own import Perceptron, waves
 from dumo.flow import derivative, trainable
 from dumo.flow.adapter import NetAdapter
-from dumo.flow.noise import draw
+from dumo.flow.noisy_batch import draw
 from dumo.flow.path import Linear
 from dumo.flow.slope import Along, DualSlope
 from dumo.nets import DiT

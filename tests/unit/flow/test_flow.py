@@ -18,7 +18,7 @@ from contract.own import Encoder, Numbers, Patches, Perceptron, Text, UNet
 from dumo.autodiff import dual
 from dumo.flow.adapter import Condition, NetAdapter
 from dumo.flow.module import Flow
-from dumo.flow.noise import draw, path_velocity
+from dumo.flow.noisy_batch import draw, path_velocity
 from dumo.flow.path import Linear, Trig
 from dumo.flow.solver import Heun
 from dumo.flow.times import Jumps

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dumo.flow import dropout
 from dumo.flow.guide import CFG, GuidanceScale, Guide, Interval
-from dumo.flow.noise import draw
+from dumo.flow.noisy_batch import draw
 from dumo.flow.path import Linear
 from dumo.flow.reading import mean_velocity
 from dumo.flow.sampling import join_batches, labels_in_turn, sample_batches

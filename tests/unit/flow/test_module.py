@@ -120,9 +120,9 @@ def test_a_network_that_is_called_directly_gets_no_adapter() -> None:
     """An adapter would hide `compile_tangents`, which a slope reads off theta^-."""
     net = Perceptron(TWO)
     flow = dumo.Flow(net, direct=True)
-    assert flow._as_called(None, None) is net
-    assert flow._reference(net).module is net
-    assert dumo.Flow(net)._reference(adapter := dumo.Flow(net)._adapter(None, None)).module is adapter
+    assert flow._net_for_objective(None, None) is net
+    assert flow._theta_minus(net).module is net
+    assert dumo.Flow(net)._theta_minus(adapter := dumo.Flow(net)._adapter(None, None)).module is adapter
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import dumo
 from contract.own import Numbers, Perceptron, UNet
 from dumo.flow.guide import CFG
 from dumo.flow.module import Flow
-from dumo.flow.noise import Coupling, path_velocity
+from dumo.flow.noisy_batch import Coupling, path_velocity
 from dumo.flow.path import Linear, Trig
 from dumo.objectives import Drift, FlowMatching, ImprovedMeanFlow
 from dumo.types import Frozen, Needs, Net, NoisyBatch, Terms, UserError

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import dumo
 from contract.own import Perceptron, UNet
-from dumo.flow.noise import path_velocity
+from dumo.flow.noisy_batch import path_velocity
 from dumo.objectives import FlowMatching
 from dumo.types import Frozen, Net, NoisyBatch, Terms, UserError
 from unit.flow.test_refusals import IMAGES, TWO, Around, MixesRows, StartsByData, X, points

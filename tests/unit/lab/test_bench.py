@@ -7,7 +7,7 @@ from torch import nn
 from contract.case import members
 from dumo.config.load import load
 from dumo.config.spec import Run
-from dumo.flow.noise import draw
+from dumo.flow.noisy_batch import draw
 from dumo.flow.slope import Along, JvpSlope, Slope
 from dumo.lab import bench
 from dumo.lab.bench import PlainStep, StepRow, slope_error

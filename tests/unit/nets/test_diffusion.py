@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import transformers_tiny as tiny
 from dumo.flow.guide import Guide
-from dumo.flow.noise import draw
+from dumo.flow.noisy_batch import draw
 from dumo.flow.path import Diffusion
 from dumo.flow.precision import Precision
 from dumo.flow.slope import DualSlope, JvpSlope, Slope

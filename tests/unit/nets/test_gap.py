@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dumo.flow.guide import Guide
-from dumo.flow.noise import draw
+from dumo.flow.noisy_batch import draw
 from dumo.flow.path import Diffusion, Linear
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.flow.times import Jumps, Pair

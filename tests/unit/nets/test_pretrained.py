@@ -17,7 +17,7 @@ from dumo.autodiff import float64
 from dumo.config.load import load
 from dumo.encoders.pipeline_folder import Pipeline
 from dumo.flow.guide import Guide
-from dumo.flow.noise import draw
+from dumo.flow.noisy_batch import draw
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope, JvpSlope, Slope
 from dumo.io.deferred import load_parameters

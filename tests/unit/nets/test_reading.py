@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dumo.flow.guide import CFG, Guide
-from dumo.flow.noise import draw
+from dumo.flow.noisy_batch import draw
 from dumo.flow.path import Linear
 from dumo.flow.sampling import sample_with_noise
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope

@@ -10,7 +10,7 @@ from dumo.config.load import load
 from dumo.flow import dropout
 from dumo.flow.dropout import keys, using
 from dumo.flow.guide import Guide
-from dumo.flow.noise import draw
+from dumo.flow.noisy_batch import draw
 from dumo.flow.path import Linear
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.nets.dit import DiT, Transformer

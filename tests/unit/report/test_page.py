@@ -22,7 +22,7 @@ from PIL import Image
 from docs.test_command import check
 from dumo.config import word
 from dumo.config.load import load
-from dumo.flow.noise import draw
+from dumo.flow.noisy_batch import draw
 from dumo.flow.path import Linear
 from dumo.io import picture, run_places
 from dumo.objectives import Critic

@@ -17,7 +17,7 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.config.teacher_spec import Start, Teacher
 from dumo.flow.guide import CFG
-from dumo.flow.noise import add_noise, make_draws
+from dumo.flow.noisy_batch import add_noise, make_draws
 from dumo.flow.path import Linear
 from dumo.flow.reading import available_readings
 from dumo.flow.slope import DualSlope
@@ -28,7 +28,7 @@ from dumo.run.net import meta_net
 from dumo.run.resolve import resolve
 from dumo.run.teacher import base_flow, open_teacher
 from dumo.run.weights import build, init_from, load_run
-from dumo.testing.exact import APART, ExactNet, Flow
+from dumo.testing.exact import APART, ExactFlow, ExactNet
 from dumo.training.duration import Duration
 from dumo.training.state import State
 from dumo.types import Cond, FromTeacher, Frozen, Heads, Sample, Time, UserError
@@ -175,7 +175,7 @@ class OnFewStepRun(nn.Module):
 @pytest.mark.parametrize("flow", [APART, PRODUCT], ids=["gaussian", "mixture"])
 @pytest.mark.parametrize("kind", LEARNS_VELOCITY)
 def test_prior_rows_learn_the_velocity_of_the_few_step_runs_flow(
-    kind: str, flow: Flow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, flow: ExactFlow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By its own objective's reading, whatever the net's first output is: FACM's is a jump, its velocity lies at -t."""
     objective = f"objective={{kind: '{kind}'}}"

@@ -15,7 +15,7 @@ from contract.case import nets, one_each
 from dumo.config.load import load
 from dumo.flow import linearize as linearizations
 from dumo.flow.guide import Guide, Interval
-from dumo.flow.noise import draw, path_velocity
+from dumo.flow.noisy_batch import draw, path_velocity
 from dumo.flow.path import Linear
 from dumo.flow.slope import Along, CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.times import Jumps, Pair, Uniform

@@ -17,7 +17,7 @@ import torch
 from dumo.config.load import load
 from dumo.config.place import RUN_FILE
 from dumo.config.spec import Run
-from dumo.flow.noise import Draws
+from dumo.flow.noisy_batch import Draws
 from dumo.io import digest, tensor_files
 from dumo.run import folder as folders
 from dumo.run.folder import CHECKPOINT_MARK, LOCK_FILE

@@ -10,7 +10,7 @@ from torch import nn
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.data import Latents
-from dumo.flow.noise import PRIOR, path_velocity
+from dumo.flow.noisy_batch import PRIOR, path_velocity
 from dumo.run.net import init_net, make_flow
 from dumo.runtime.random import keyed_normal, random_row_mask
 from dumo.training.state import State
@@ -38,7 +38,7 @@ def test_the_flow_in_training_has_what_the_run_says() -> None:
     assert torch.equal(z, run.train.coupling(x / run.path.sd, noise, c))
 
     # The network itself is called, without an adapter, in the precision of the run, and is theta^-.
-    assert flow._as_called(None, None) is net
+    assert flow._net_for_objective(None, None) is net
     assert flow._reference(net).module is net
     assert flow.precision == run.train.precision
 

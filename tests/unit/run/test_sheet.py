@@ -8,7 +8,7 @@ import pytest
 
 from dumo.config.load import load
 from dumo.config.spec import Run
-from dumo.report.write_samples import sample_to_files
+from dumo.report.sample_to_files import sample_to_files
 from dumo.run import sheet
 from dumo.run.folder import RunFolder
 from dumo.run.net import init_net

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from torch.overrides import TorchFunctionMode
 
 from dumo.flow.module import Flow
-from dumo.flow.noise import draw
+from dumo.flow.noisy_batch import draw
 from dumo.flow.path import Linear
 from dumo.training.ema import Ema, PowerEma
 from dumo.training.metrics import MAX_LISTED_ROWS, Skipped, StepMetrics

@@ -16,7 +16,7 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.encoders.tokens import ByteTokenizer
 from dumo.flow.guide import Guide
-from dumo.flow.noise import draw, path_velocity
+from dumo.flow.noisy_batch import draw, path_velocity
 from dumo.flow.path import Linear, Trig
 from dumo.lab.bench import PlainStep
 from dumo.nets.dit import DiT

@@ -82,7 +82,7 @@ def write_samples(
 ) -> Path:
     """Write samples of the conditions c (n,) as one file or folder, and return its path.
 
-    `rows` are as `Sampler.to_file_rows` makes them. `stem` is the path without its ending, `form` one of FORMS. `names`
+    `rows` are as `TrainedRun.to_file_rows` makes them. `stem` is the path without its ending, `form` one of FORMS. `names`
     are those of the conditions, if not those of the data. Next to single images of captions lies a table of them, blank
     for no caption, which `data.images.captions` reads. Points are drawn before some of the data, chosen by `seed`.
     """

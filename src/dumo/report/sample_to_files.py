@@ -10,8 +10,8 @@ from pathlib import Path
 from dumo.config.spec import Run, Sampling
 from dumo.flow.solver import Solver, check
 from dumo.report.name import changed_parts, name_part, sampling_fields
-from dumo.run.sample_files import write_samples
 from dumo.run.trained import DEFAULT_COUNT, TrainedRun, choose_solver, parse_size
+from dumo.run.write_samples import write_samples
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.types import UserError

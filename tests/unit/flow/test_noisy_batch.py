@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dumo.flow.guide import Guide
 from dumo.flow.module import Flow
-from dumo.flow.noise import Coupling, Noise, add_noise, draw, make_draws
+from dumo.flow.noisy_batch import Coupling, Noise, add_noise, draw, make_draws
 from dumo.flow.path import Linear
 from dumo.flow.times import Pair, Uniform
 from dumo.objectives import Consistency, DuMo, FlowMatching, FreeFlow, ImprovedMeanFlow, MeanFlow

@@ -187,7 +187,7 @@ def add_noise(
     teacher: TeacherVelocity | None = None,
     coupling: Coupling | None = None,
     between: Trail | None = None,
-    ask_at_x_t: bool = True,
+    asks_teacher: bool = True,
 ) -> NoisyBatch:
     """Make the noisy batch of data x (b, ...) and conditions c (b, ...) by draws of as many rows, on the device of x.
 
@@ -197,7 +197,7 @@ def add_noise(
     teacher: what it makes of (x_t, t, c, v_t) takes the place of v_t, on the rows `draws.teacher_rows`.
     coupling: which noise goes with which data; None: as drawn.
     between: the places from x to z that a trajectory goes through, at equal steps, of which t is to be an end.
-    ask_at_x_t: whether the teacher is asked for v_t; else it is asked by the loss alone (`FromTeacher.at_x_t`).
+    asks_teacher: whether the teacher is asked for v_t; else it is asked by the loss alone (`FromTeacher.reads_v_t`).
     """
     # Send the draws to the device. Times stay in float32 if the data are in 16 bits.
     device = x.device
@@ -250,7 +250,7 @@ def add_noise(
     )
     if trail is not None:
         b = replace(b, x_t=b.on(t))
-    if teacher and ask_at_x_t:
+    if teacher and asks_teacher:
         b = replace(b, v_t=b.velocity(b.x_t, t, v_t))
     return b
 
@@ -277,7 +277,7 @@ def draw(
 ) -> NoisyBatch:
     """Make the noisy batch of x (b, ...), rows `first : first + b` of a step's batch of `batch` rows (None: all of it).
 
-    null, z, teacher: as in `add_noise`; the teacher is asked only if the objective reads v_t (`FromTeacher.at_x_t`).
+    null, z, teacher: as in `add_noise`; the teacher is asked only if the objective reads v_t (`FromTeacher.reads_v_t`).
     Raises ValueError if the batch ends before these rows do.
     """
     if batch is None:
@@ -286,5 +286,5 @@ def draw(
     if rows.stop > batch:
         raise ValueError(f"rows {first} to {rows.stop} are not of a batch of {batch}")
     draws = make_draws(objective, x.shape[1:], seed=seed, step=step, batch=batch, rows=rows, z=z is None)
-    ask_at_x_t = objective.needs.teacher.at_x_t
-    return add_noise(draws, path, x, c, null, progress=progress, z=z, teacher=teacher, ask_at_x_t=ask_at_x_t)
+    asks_teacher = objective.needs.teacher.reads_v_t
+    return add_noise(draws, path, x, c, null, progress=progress, z=z, teacher=teacher, asks_teacher=asks_teacher)
