@@ -1,4 +1,4 @@
-"""alpha-ExactFlow against its formula and its authors' way to weigh it, at every alpha; its schedule, order and edges."""
+"""alpha-Flow against its formula and its authors' way to weigh it, at every alpha; its schedule, order and edges."""
 
 from collections import Counter
 from dataclasses import replace

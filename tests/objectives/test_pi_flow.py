@@ -1,4 +1,4 @@
-"""pi-ExactFlow: its policy against steps of it, its loss by hand, and how near to the flow so many guesses are."""
+"""pi-Flow: its policy against steps of it, its loss by hand, and how near to the flow so many guesses are."""
 
 from itertools import pairwise
 

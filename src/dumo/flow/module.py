@@ -112,8 +112,8 @@ class Flow(nn.Module):
     - `shard`: (rank, ranks) of the data; None: those of torch.distributed.
 
     If `slope` of the objective was not set explicitly, its default is replaced: du/dt is taken by dual numbers, or by
-    torch.func.jvp if the network does not support dual numbers. `step` counts the losses, `last` has the detached terms of the last one, `shape` is that of a row, and
-    `slope_report` says how du/dt is taken.
+    torch.func.jvp if the network does not support dual numbers. `step` counts the losses, `last` has the detached terms
+    of the last one, `shape` is that of a row, and `slope_report` says how du/dt is taken.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The nouns of dumo: every shape and every contract that two packages share. Of dumo it imports `error` and `batch_rows`.
+"""The nouns of dumo: every shape and every contract that two packages share.
 
 Time runs from t = 0, the data x, to t = 1, the noise z. Times are dimensionless, in [0, 1], one per row.
 

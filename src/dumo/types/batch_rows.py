@@ -1,7 +1,7 @@
 """Rows by their place in a batch, and how what the CPU knows of them gets to a device without waiting.
 
-`spread_evenly` picks rows and `split_by_moving` parts them, by place alone: that is known before any pass, so shapes are
-static, and every rank makes the same passes. `index`, `to_device` and `pin` send what was picked to a device.
+`spread_evenly` picks rows and `split_by_moving` splits them, by their place alone, which is known before any pass. So
+shapes are static, and every rank makes the same passes. `index`, `to_device` and `pin` send the places to a device.
 """
 
 from collections.abc import Sequence
