@@ -91,7 +91,7 @@ def test_it_rests_at_the_flow_when_alpha_is_zero_and_elsewhere_before(slope: Dua
 
 @pytest.mark.parametrize(("progress", "graded", "still"), [(0.0, 1, 0), (0.5, 1, 1), (1.0, 2, 0)])
 def test_passes_follow_the_training_and_nothing_else(progress: float, graded: int, still: int) -> None:
-    """ExactFlow matching; a secant; a derivative that rides on the moving rows' share of the pass."""
+    """Flow matching; a secant; a derivative that rides on the moving rows' share of the pass."""
     o = AlphaFlow(guide=Guide(), slope=DualSlope(), **WIDE)
     b, net = drawn(o, 8, progress=progress), Polynomial(1)
     assert passes(o, b) == (graded, still)

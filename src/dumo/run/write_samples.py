@@ -84,7 +84,8 @@ def write_samples(
 
     `rows` are as `TrainedRun.to_file_rows` makes them. `stem` is the path without its ending, `form` one of FORMS.
     `names` are those of the conditions, if not those of the data. Next to single images of captions lies a table of
-    them, blank for no caption, which `data.images.captions` reads. Points are drawn before some of the data, chosen by `seed`.
+    them, blank for no caption, which `data.images.captions` reads. Points are drawn before
+    some of the data, chosen by `seed`.
     """
     are_points = len(shown_data(data).shape) == 1
     conditions = Conditions(data)
