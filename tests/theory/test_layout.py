@@ -81,5 +81,6 @@ def check_bits(rows: list[dict[str, Any]], cases: list[str]) -> None:
     for row in rows:
         assert row["numbers"] > 50
         assert row["differ"] == [], (row["case"], row["share"], row["reshard"])
-        assert row["loss"] < 1e-7
+        # The logged loss is a sum in float32 of all rows, which ranks and micro-batches add up in other orders.
+        assert row["loss"] < 5e-7
         assert row["norms"] < 1e-5  # of shards the parts are added up in another order

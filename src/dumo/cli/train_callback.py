@@ -16,6 +16,8 @@ from dumo.training.state import State
 if TYPE_CHECKING:
     from dumo.run.trainer import Trainer
 
+# The signal that stands for a `Stop`.
+STOP_SIGNAL = signal.SIGTERM
 # Called with the state after a step, and what the step measured.
 Callback = Callable[[State, StepMetrics], object]
 
@@ -35,13 +37,14 @@ class CallBack(Hook):
         self.is_stopped = False
 
     def after_step(self, trainer: "Trainer", metrics: StepMetrics) -> None:
-        """Call all callbacks. If one raises `Stop`, ask this process to stop."""
+        """Call all callbacks. If one raises `Stop`, ask this process to stop, unless a signal has done so already."""
         try:
             for callback in self.callbacks:
                 callback(trainer.state, metrics)
         except Stop:
-            self.is_stopped = True
-            signals.received_signal = signal.SIGTERM
+            if signals.poll() is None:
+                self.is_stopped = True
+                signals.received_signal = STOP_SIGNAL
 
 
 @contextmanager
@@ -51,10 +54,12 @@ def called_back(trainer: "Trainer", callbacks: Sequence[Callback]) -> Generator[
     trainer.hooks.append(hook)
     try:
         yield
-    except signals.Stopped:
-        # Where nobody listens to signals, a callback of another rank has stopped it.
-        if signals.is_listening and not hook.is_stopped:
+    except signals.Stopped as stopped:
+        # Where nobody listens to signals, a callback of another rank has stopped it. Where somebody does, another
+        # signal may have come after a callback's.
+        is_by_callback = hook.is_stopped and stopped.number == STOP_SIGNAL
+        if signals.is_listening and not is_by_callback:
             raise
     finally:
-        if hook.is_stopped:
+        if hook.is_stopped and signals.received_signal == STOP_SIGNAL:
             signals.received_signal = None

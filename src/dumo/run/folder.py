@@ -13,15 +13,15 @@ Other parts of a run add teacher.json and pairs/ (`dumo.run.teacher`), speed.jso
 commands make, such as samples/ and report.html.
 
 A training locks the folder, compares the run with what is there (`require_resumable`, `require_same_config`), and then
-brings the folder to the step from which it resumes (`begin_at`). Until then nothing is written but the lock and, for a
-run that begins from a checkpoint of another, where it begins from and a copy of that checkpoint.
+brings the folder to the step from which it resumes (`begin_at`). Until then nothing is written but the lock. A run that
+begins from a checkpoint of another run is built from that run's folder, and `begin_at` copies the checkpoint.
 """
 
 import json
 import shutil
 from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
@@ -48,7 +48,6 @@ from dumo.training.checkpoint import (
     Checkpoints,
     FileEntry,
     paths_by_step,
-    rewind,
     step_of,
     write_state_file,
 )
@@ -194,38 +193,30 @@ class RunFolder:
                     require_in_place(path)
                 raise
 
-    def begin_from(self, origin: Origin, run: Run) -> None:
-        """Record that `run` begins from a checkpoint of another run, unless this folder has begun so before.
+    def origin_checkpoint(self, origin: Origin) -> Checkpoint:
+        """The checkpoint of another run that this run begins from. Every rank must call it, and they share the hashing.
 
-        The record comes first and the checkpoint second (`copy_origin`), so that a start which is killed in between
-        does not train from scratch when it is repeated. Raises UserError if the folder holds another run.
+        Raises UserError, on all ranks, if it is missing or damaged.
         """
-        if self.text is None:
-            self.write_run(run, origin)
-        elif self.origin != origin:
-            raise UserError(
-                f"{self.path} holds another run, not one that began from step {origin.step} of {origin.run}: give "
-                "another folder with --out"
-            )
+        source = RunFolder(Path(origin.run))
+        checkpoint = agreement.on_each_rank(lambda: source.checkpoint_at(origin.step))
+        fault = source.checkpoints.find_fault(origin.step, together=True)
+        if fault:
+            raise UserError(f"{fault}: begin from another step")
+        # The log and the record of images are those of the other run.
+        facts = checkpoint.facts.model_copy(update={"log": None, "ledger": None})
+        return replace(checkpoint, facts=facts)
 
-    def copy_origin(self) -> None:
-        """Copy the checkpoint that the run begins from, if the folder has none yet. The copy is of this run."""
-        if self.origin is None or self.checkpoints.steps() or self._has_saved:
-            return
-        source = RunFolder(Path(self.origin.run)).checkpoint_at(self.origin.step)
-        problem = source.find_fault()
-        if problem:
-            raise UserError(f"{problem}: begin from another step")
+    def _copy(self, checkpoint: Checkpoint) -> None:
+        """Copy a checkpoint of another run, with this run's run.yaml."""
         self.checkpoints.folder.mkdir(exist_ok=True)
-        target = self.checkpoints.folder / source.path.name
+        target = self.checkpoints.path(checkpoint.facts.step)
         temp_path = files.temp_path_for(target)
         files.remove(temp_path)
-        shutil.copytree(source.path, temp_path)
+        shutil.copytree(checkpoint.path, temp_path)
         run_file = temp_path / RUN_FILE
         shutil.copy(self.path / RUN_FILE, run_file)
-        # The log and the record of images are those of the run before.
-        facts = source.facts.model_copy(update={"log": None, "ledger": None})
-        write_state_file(temp_path, facts, {**source.files, RUN_FILE: FileEntry.of(run_file)})
+        write_state_file(temp_path, checkpoint.facts, {**checkpoint.files, RUN_FILE: FileEntry.of(run_file)})
         files.commit(temp_path, target, durable=True)
 
     def checkpoint_at(self, step: int) -> Checkpoint:
@@ -251,8 +242,16 @@ class RunFolder:
                 )
         return self.checkpoints.latest(together=True)
 
-    def require_resumable(self) -> None:
-        """Raise UserError if the folder has lost its checkpoints, or is an export, which never had any."""
+    def require_resumable(self, origin: Origin | None = None) -> None:
+        """Raise UserError if the folder has lost its checkpoints, or is an export, which never had any.
+
+        Also if it holds a run that did not begin from `origin`, where one is given.
+        """
+        if origin and self.text and self.origin != origin:
+            raise UserError(
+                f"{self.path} holds another run, not one that began from step {origin.step} of {origin.run}: give "
+                "another folder with --out"
+            )
         if self.checkpoints.steps():
             return
         if self.exported_weights:
@@ -298,10 +297,15 @@ class RunFolder:
 
     # ------------------------------------------------------------------------------------------------ while it trains
 
-    def begin_at(self, run: Run, checkpoint: Checkpoint | None, step: int) -> Iterator[str]:
+    def begin_at(
+        self, run: Run, checkpoint: Checkpoint | None, step: int, origin: Origin | None = None
+    ) -> Iterator[str]:
         """Bring the folder to a step: undo what lies after it, and write run.yaml. Rank 0 alone calls it.
 
-        `checkpoint` is the one that is resumed, None if training begins. Yields lines for the user.
+        - `checkpoint`: the one that is resumed; None: training begins.
+        - `origin`: where it is, if it is of another run; it is copied.
+
+        Yields lines for the user.
         """
         # Remove the rows of the log after the step: they are logged again.
         if step == 0 and self.log_file.exists() and any(row["step"] for row in log.read_log(self.log_file)):
@@ -316,11 +320,16 @@ class RunFolder:
         # Remove the weights after the step: other steps may lead elsewhere. Checkpoints after it are damaged: each
         # stays, since it may be repaired, until a new one of its step replaces it.
         for name in ("milestones", BEST_FOLDER):
-            rewind(self.path / name, step)
+            for file_step, file in paths_by_step(self.path / name, ".safetensors").items():
+                if file_step > step:
+                    file.unlink()
 
-        # Write the run.
+        # Write the run, and then copy the checkpoint that it begins from: a start that is killed in between begins
+        # from it again.
         yield from self._record_changes(run, step)
-        self.write_run(run, self.origin)
+        self.write_run(run, origin or self.origin)
+        if origin and checkpoint:
+            self._copy(checkpoint)
         if step == 0:
             (self.path / CHECKPOINT_MARK).unlink(missing_ok=True)
         else:

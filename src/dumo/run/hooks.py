@@ -31,7 +31,6 @@ from dumo.runtime import dist, signals
 from dumo.runtime.device import known_peak_tflops
 from dumo.runtime.progress import Tick
 from dumo.training import agreement, layout, log, milestone
-from dumo.training.checkpoint import save_state
 from dumo.training.duration import FIRST_SAVE_SHARE, SECONDS_PER_MINUTE
 from dumo.training.metrics import Skipped, StepMetrics
 from dumo.training.state import State
@@ -264,8 +263,7 @@ class SaveCheckpoints(Hook):
             if clock:
                 clock.note_save(began)
 
-        save_state(
-            folder.checkpoints,
+        folder.checkpoints.save(
             trainer.state,
             folder.written_text,
             keep=trainer.config.keep,

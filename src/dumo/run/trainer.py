@@ -4,13 +4,13 @@
         trainer.train()
 
 This file reads in the order of events. `Trainer.__init__` builds everything, or restores it from the newest whole
-checkpoint, and refuses what cannot be trained. It writes missing caches and, for a new run from the checkpoint of
-another, where it begins from and a copy of the checkpoint. `train` brings the folder to the step of the checkpoint,
-then takes steps (`train_step`) and calls hooks (`dumo.run.hooks`) until the run's duration is over.
+checkpoint, and refuses what cannot be trained. It writes nothing but missing caches. `train` brings the folder to the
+step of the checkpoint, then takes steps (`train_step`) and calls hooks (`dumo.run.hooks`) until the run's duration is
+over.
 
 On several ranks, every rank runs every line. Rank 0 alone locks the folder, writes and prints. What may fail on one
-rank while the run is opened or a checkpoint is saved runs inside `agreement`, so that it fails on all of them; inside a
-step torchrun stops the others.
+rank while the run is opened, a checkpoint is saved or samples are scored runs inside `agreement`, so that it fails on
+all of them; inside a step torchrun stops the others.
 
 A batch and its random numbers depend on the number of the step alone. So N steps, a stop and M more steps equal N + M
 steps, skipped ones included, and both may be made ahead of the step, by any thread. The gradient is that of the mean
@@ -57,7 +57,7 @@ from dumo.run.sheet import RenderSheets
 from dumo.run.summary import empty_classes_line, training_summary
 from dumo.run.teacher import TeacherPairs, open_teacher
 from dumo.run.validation import Validation
-from dumo.run.weights import begin_or_resume
+from dumo.run.weights import build_deferred, init_from
 from dumo.runtime import dist, shell_path, stopwatch
 from dumo.runtime.device import choose_device
 from dumo.runtime.formatting import duration_text, minutes_text
@@ -66,13 +66,14 @@ from dumo.runtime.progress import Bar, ignore_line, no_bar
 from dumo.runtime.signals import Stopped, uninterrupted
 from dumo.runtime.threads import cores, restored_threads, set_threads
 from dumo.training import agreement, layout
+from dumo.training.checkpoint import restore_last_finite
 from dumo.training.compile import compile_loss
 from dumo.training.duration import Clock, Duration, Timing
 from dumo.training.metrics import StepMetrics, find_bad_rows, join_terms
 from dumo.training.micro_batch import rows_of_rank
 from dumo.training.optim import half_rates
 from dumo.training.prefetch import BATCHES_AHEAD, Prefetch
-from dumo.training.state import Diverged, State
+from dumo.training.state import Diverged, State, begin
 from dumo.types import Terms, Time, UserError, marks_of
 from dumo.types.batch_rows import pin, to_device
 
@@ -115,7 +116,7 @@ class Trainer:
 
     - `run`: what to train.
     - `folder`: the run's folder, locked. Training resumes from its newest whole checkpoint, if there is one.
-    - `origin`: the checkpoint of another run that a new run begins from.
+    - `origin`: the checkpoint of another run that a new run begins from; None: the one that run.yaml names.
     - `print_line`: called with lines for the user, on rank 0.
     - `bar`: shows progress, on rank 0.
     - `began`: when `train.minutes` began to count, in seconds of `stopwatch.wall_clock`.
@@ -161,17 +162,21 @@ class Trainer:
         self.run = run = with_hashes(run, recorded_run)
         self.config = config = run.train
 
-        # Choose the newest whole checkpoint. A run started with --from first copies its source checkpoint.
-        agreement.on_main_rank(folder.require_resumable)
-        if origin:
-            agreement.on_main_rank(lambda: folder.begin_from(origin, run))
-        agreement.on_main_rank(folder.copy_origin, is_long=True)
+        # Choose the newest whole checkpoint. A new run from a checkpoint of another (--from) takes that one.
+        agreement.on_main_rank(lambda: folder.require_resumable(origin))
         checkpoint = folder.newest_checkpoint()
+        self.origin = None
+        if checkpoint is None:
+            self.origin = origin or folder.origin
+        if self.origin:
+            checkpoint = folder.origin_checkpoint(self.origin)
 
         # Refuse another run, and a duration shorter than what is trained already, before anything expensive is done.
-        agreement.on_each_rank(lambda: folder.require_same_config(run, checkpoint))
+        own_checkpoint = None if self.origin else checkpoint
+        agreement.on_each_rank(lambda: folder.require_same_config(run, own_checkpoint))
         recorded = recorded_run.train if recorded_run else None
-        Duration.resolve(config, recorded, checkpoint.facts if checkpoint else None)
+        if checkpoint:
+            Duration.resolve(config, recorded, checkpoint.facts)
 
         # Encode missing latents and texts before the network takes the memory; this does not count towards
         # train.minutes. Open the data.
@@ -183,11 +188,23 @@ class Trainer:
         # Compare du/dt with the derivative in float64, on a small network with random weights.
         examination.examine(run, self.device).require()
 
-        # Build the network from the run's seed, its averages and the optimizer, and load the checkpoint; if a value of
-        # it is not finite, the one before. The duration is resolved again, because an older one may have been loaded.
-        self.state, self.resumed_from = begin_or_resume(run, folder.checkpoints, self.device, checkpoint)
+        # Build the network with the weights of another run or of a published file (`start`), else with those of its
+        # seed. The low-pass of a published model is fitted once, before the first step.
+        if run.start and not run.has_subject and checkpoint is None:
+            net, loaders = init_from(run, run.start)
+        else:
+            net, loaders = build_deferred(run)
+        if isinstance(net, Dualized) and not run.start and checkpoint is None:
+            net.refit()
+
+        # Make its averages and the optimizer, each rank its part. Load the checkpoint; if a value of it is not finite,
+        # the one before.
+        self.state = begin(net, config, self.device, loaders, restored=checkpoint is not None)
+        self.resumed_from = None
+        if checkpoint:
+            self.resumed_from = restore_last_finite(folder.checkpoints, checkpoint, self.state)
+            self.state.duration = Duration.resolve(config, recorded, self.resumed_from.facts)
         facts = self.resumed_from.facts if self.resumed_from else None
-        self.state.duration = Duration.resolve(config, recorded, facts)
         timing = self.state.duration.timing
         self.clock = Clock(timing, began) if timing else None
 
@@ -196,7 +213,7 @@ class Trainer:
 
         # Compare the data with those of the checkpoint.
         compare_data(run.data, self.data, folder.path, self.resumed_from)
-        if self.resumed_from and recorded_run:
+        if self.resumed_from and recorded_run and not self.origin:
             agreement.on_each_rank(lambda: require_same_fingerprint(recorded_run, self.data, folder.path))
 
         # Join network and objective. A teacher's velocity replaces that of the data.
@@ -235,7 +252,7 @@ class Trainer:
 
         # Bring the folder to this step, once every rank has read what it holds. Make the pairs of a teacher.
         dist.barrier()
-        for line in agreement.on_main_rank(self._begin_in_folder):
+        for line in agreement.on_main_rank(self._begin_in_folder, is_long=True):
             self.print_line(line)
         if self.teacher:
             self.source = self.teacher.training_source(self.data, self.run, self.folder.path, self.device, self.bar)
@@ -327,9 +344,9 @@ class Trainer:
     def _begin_in_folder(self) -> list[str]:
         """Bring the folder to the step, on rank 0, and record run and data. Returns lines that say what changed."""
         # A run that begins measures its data: what run.yaml has of them may be of a start that was killed.
-        recorded = self.folder.run if self.resumed_from else None
+        recorded = self.folder.run if self.resumed_from and not self.origin else None
         run = with_data_facts(self.run, recorded, self.data)
-        lines = [*self.folder.begin_at(run, self.resumed_from, self.state.step)]
+        lines = [*self.folder.begin_at(run, self.resumed_from, self.state.step, self.origin)]
         begin_ledger(self.folder.path, self.data, self.resumed_from)
         facts = recorded_facts(run)
         return [*lines, *advice(run, facts.sd if facts else None)]

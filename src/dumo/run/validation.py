@@ -7,13 +7,15 @@ Random streams are separate (`dumo.runtime.random`), and the net's mode is resto
 or without it. Ranks share the sampling.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dumo.evaluation.protocol import Evaluator, Scores
+from dumo.flow import sampling
 from dumo.flow.precision import product_precision
 from dumo.run.hooks import Hook
 from dumo.run.judge import evaluator_of, sample_conditions
@@ -101,13 +103,19 @@ class Validation(Hook):
     def _score(self, step: int) -> Scores:
         """Make samples and score them. A stop that is asked for meanwhile waits: only this step can make this score."""
         started = wall_clock()  # that of `speed.Meter`, which excludes these seconds
+        samples = self.samples()
         try:
             with (
                 signals.uninterrupted(),
                 torch.compiler.set_stance("force_eager"),
                 product_precision("fp32", self.trained.device),
             ):
-                all_scores = self.evaluator.score(self.samples())
+                try:
+                    all_scores = self.evaluator.score(samples)
+                except BaseException as error:
+                    # Tell the other ranks, which wait for this one's next batch.
+                    samples.throw(error)
+                    raise
         except UserError as error:
             self.trainer.print_line(f"warning: step {step:,} is not judged: {error}")
             return {}
@@ -120,7 +128,29 @@ class Validation(Hook):
             scores[error_name] = all_scores[error_name]
         return scores
 
-    def samples(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's samples with their numbers, decoded."""
-        for batch in self.trained.make_batches(self.conditions, nfe=self.settings.nfe[0], seed=self.settings.seed):
-            yield batch.index, batch.x
+    def samples(self) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """This rank's samples with their numbers, decoded.
+
+        Ranks meet at each batch, and once more when all have judged their last one. So an error of one rank, while it
+        makes a batch or while it judges one and throws the error in here, is raised on all.
+        """
+        batches = self.trained.make_batches(self.conditions, nfe=self.settings.nfe[0], seed=self.settings.seed)
+        batch: sampling.Batch | None = None
+
+        def make_batch() -> bool:
+            nonlocal batch
+            batch = next(batches, None)
+            return batch is not None
+
+        while any(agreement.gather_results(make_batch)):
+            if batch is None:
+                continue
+            try:
+                yield batch.index, batch.x
+            except BaseException as error:
+                agreement.gather_results(partial(_raise, error))
+
+
+def _raise(error: BaseException) -> None:
+    """Raise an error, on the rank where it occurred."""
+    raise error

@@ -1,9 +1,9 @@
 """A run's net with its weights: drawn, of its own folder, of another run, or of a published file.
 
-To sample or judge, `load_run` reads a run's folder. To train, `begin_or_resume` returns the state to go on from: of
-a checkpoint, else of what `start` names, else as drawn. `build` makes the net at step 0; `init_on_device` does so
-without asking for room. `build_deferred` leaves the weights of a pipeline in their files, to be read one by one when
-they are needed (`dumo.io.deferred`).
+To sample or judge, `load_run` reads a run's folder. To train, `build_deferred` makes the net at step 0 and leaves the
+weights of a pipeline in their files, to be read one by one when they are needed (`dumo.io.deferred`); `init_from` gives
+it the weights that `start` names. `build` makes the net at step 0 with all its weights; `init_on_device` does so
+without asking for room.
 """
 
 import shlex
@@ -29,7 +29,6 @@ from dumo.flow.precision import to_float32
 from dumo.io.deferred import Loaders, load_parameters
 from dumo.io.tensor_files import compare, header, load_checked
 from dumo.nets import Net, Pretrained
-from dumo.nets.dualized import Dualized
 from dumo.run.data import recorded_facts
 from dumo.run.folder import RunFolder
 from dumo.run.net import deferred_net, meta_net, require_room
@@ -41,13 +40,9 @@ from dumo.training.checkpoint import (
     FIX,
     STATE_FILE,
     Checkpoint,
-    Checkpoints,
-    restore_last_finite,
     step_of,
 )
 from dumo.training.settings import Train
-from dumo.training.state import State
-from dumo.training.state import begin as begin_training
 from dumo.types import Spec, UserError
 
 # Weights that an objective asks for: the net of another may lack them.
@@ -317,27 +312,6 @@ def _load_few_step_run(run: Run, net: nn.Module, loaders: Loaders) -> Loaders:
         frozen_digest = frozen.digest(net, loaders, without=source_weights)
         frozen.require(frozen_digest, source.checkpoint.facts.frozen, source.run_folder.path)
     return loaders
-
-
-def begin_or_resume(
-    run: Run, checkpoints: Checkpoints, device: torch.device, chosen: Checkpoint | None
-) -> tuple[State, Checkpoint | None]:
-    """The state that a run resumes from, and its checkpoint: the `chosen` one, which the caller knows to be whole.
-
-    If a value in it is not finite, the last whole one before it is taken. Where none is chosen, the
-    state is of another run (`start`), or as drawn. Every rank must call it. The caller has asked whether the device has
-    room (`dumo.run.net.require_room_to_train`). Raises UserError.
-    """
-    if run.start and not chosen and not run.has_subject:
-        net, loaders = init_from(run, run.start)
-    else:
-        net, loaders = build_deferred(run)
-    if isinstance(net, Dualized) and not (run.start or chosen):
-        net.refit()
-    state = begin_training(net, run.train, device, loaders, restored=chosen is not None)
-    if chosen is None:
-        return state, None
-    return state, restore_last_finite(checkpoints, chosen, state)
 
 
 def init_from(run: Run, start: Start) -> tuple[nn.Module, Loaders]:

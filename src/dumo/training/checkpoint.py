@@ -7,9 +7,9 @@
         run.yaml                                      the run when it was saved
         state.json                                    the facts, and the size and SHA-256 of every other file
 
-- Save: `save_state` passes the state to `Checkpoints.save`. It copies what this rank holds to host memory and returns.
-  A thread writes the copy to a hidden folder, lists the files in state.json, renames the folder and removes old
-  checkpoints. So a folder that is named step-... was written completely.
+- Save: `Checkpoints.save` copies what this rank holds to host memory and returns. A thread writes the copy to a hidden
+  folder, lists the files in state.json, renames the folder and removes old checkpoints. So a folder that is named
+  step-... was written completely.
 - Load: `Checkpoints.latest` finds the last checkpoint whose files are as listed, and `restore` fills a state from it,
   on any number of ranks. `restore_last_finite` passes over a checkpoint with a NaN.
 
@@ -27,7 +27,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
 from pathlib import Path
 from threading import Thread
@@ -133,29 +132,21 @@ class Checkpoint:
             raise Damaged(f"{file} was changed, or is of another step")
         return cls(path, listing.facts, listing.files)
 
-    @cached_property
+    @property
     def run_text(self) -> str:
-        """The text of its run.yaml. Raises Damaged if it is not as listed."""
-        file = self.path / RUN_FILE
-        entry = self.files.get(RUN_FILE)
-        try:
-            content = file.read_bytes()
-        except FileNotFoundError as error:
-            raise Damaged(f"{file} is missing") from error
-        if entry is None or digest.of_bytes(content) != entry.sha256:
-            raise Damaged(f"{file} is damaged: its SHA-256 is not the one in {STATE_FILE}")
-        return content.decode()
+        """The text of its run.yaml, which `find_fault` has compared with the list."""
+        return (self.path / RUN_FILE).read_text(encoding="utf-8")
 
     def sha256(self, part: str) -> str:
-        """The SHA-256 of a part by the listed ones of its files, as `weights.sha256` makes it of the files."""
+        """The SHA-256 of a part by the listed ones of its files, as `tensor_files.sha256` makes it of the files."""
         listed = {name: entry.sha256 for name, entry in self.files.items() if name.startswith(f"{part}/")}
         return tensor_files.combine_digests(listed)
 
     def find_fault(self, parts: Collection[str] | None = None, share: slice = slice(None)) -> str | None:
         """What is wrong, naming the file; None if its files are as listed.
 
-        All sizes are compared. The files of `parts` (net, ema-0.999; None: all) and run.yaml are hashed; of their
-        sorted names only the `share`.
+        All sizes are compared. run.yaml and the files of `parts` (net, ema-0.999; None: all) are hashed, or only a
+        `share` of their sorted names.
         """
         # Another file of tensors in the folder of a part would be read, too.
         found = {file.relative_to(self.path).as_posix() for file in self.path.glob("*/*.safetensors")}
@@ -171,16 +162,12 @@ class Checkpoint:
             if size != entry.bytes:
                 return f"{file} has {size:,} bytes, not {entry.bytes:,}"
 
-        names = sorted(self.files.keys() - {RUN_FILE})
+        names = sorted(self.files)
         if parts is not None:
-            names = [name for name in names if name.split("/")[0] in parts]
+            names = [name for name in names if name.split("/")[0] in {RUN_FILE, *parts}]
         for name in names[share]:
             if digest.of_file(self.path / name) != self.files[name].sha256:
                 return f"{self.path / name} is damaged: its SHA-256 is not the one in {STATE_FILE}"
-        try:
-            _ = self.run_text
-        except Damaged as error:
-            return str(error)
         return None
 
 
@@ -259,10 +246,8 @@ class Checkpoints:
 
     def last_good(self, step: int) -> int | None:
         """The last step up to `step` whose checkpoint is from before the loss diverged; None if there is none."""
-        for checkpoint in self._sound(step):
-            if checkpoint.facts.trend.is_good:
-                return checkpoint.facts.step
-        return None
+        good_steps = (checkpoint.facts.step for checkpoint in self._sound(step) if checkpoint.facts.trend.is_good)
+        return next(good_steps, None)
 
     def _sound(self, step: int) -> list[Checkpoint]:
         """The checkpoints up to `step` whose files have the listed sizes, the last one first."""
@@ -276,24 +261,43 @@ class Checkpoints:
 
     def save(
         self,
-        parts: Parts,
-        facts: Facts,
+        state: State,
         run_text: str = "",
         *,
         keep: int = 2,
+        threads: int | None = None,
+        log: FileEntry | None = None,
+        ledger: FileEntry | None = None,
         before: Callable[[], object] | None = None,
         after: Callable[[], object] | None = None,
     ) -> None:
-        """Copy the state of a step, and write it in a thread while training continues.
+        """Copy a state, and write it in a thread while training continues. Every rank must call it.
 
-        A checkpoint of the step that exists already is left alone, unless it is damaged. Raises what `wait` raises of
-        the checkpoint before.
+        A checkpoint of the step that exists already is left alone, unless it is damaged. Raises Diverged, on all ranks,
+        if a value is not finite; and what `wait` raises of the checkpoint before.
 
-        - `parts`: the tensors; those of several ranks may be DTensors
         - `run_text`: the content of run.yaml, on rank 0
         - `keep`: how many checkpoints stay, as in `prune`
+        - `threads`, `log`, `ledger`: as in `Facts`
         - `before`, `after`: called in the thread before it writes, and once the checkpoint has its name
         """
+        parts = parts_of(state)
+        bad_tensor = find_nonfinite(parts, state.net)
+        if bad_tensor:
+            raise Diverged(f"step {state.step}: {bad_tensor} is not finite, so no checkpoint is written of it.")
+        facts = Facts(
+            step=state.step,
+            images=state.images,
+            skips=state.skips,
+            trend=state.trend,
+            ranks=dist.world(),
+            versions=software_versions(),
+            frozen=state.frozen,
+            threads=threads,
+            timing=state.duration.timing,
+            log=log,
+            ledger=ledger,
+        )
         self.wait()
         own_parts, offsets = agreement.on_each_rank(lambda: self._copy_own_parts(parts))
         # The thread has a process group of its own, since its collectives would mix with those of training.
@@ -365,46 +369,47 @@ class Checkpoints:
         target = self.path(facts.step)
         temp_path = files.temp_path_for(target)
         exists = agreement.on_main_rank(target.exists)
-        if not exists or self.find_fault(facts.step, together=True):
+        if exists and not self.find_fault(facts.step, together=True):
+            return
 
-            def prepare() -> None:
-                require_in_place(target)
-                self.folder.mkdir(parents=True, exist_ok=True)
-                for half_written in self.folder.glob(".step-*.tmp"):
-                    files.remove(half_written)
-                for part in own_parts:
-                    (temp_path / part).mkdir(parents=True)
-                (temp_path / RUN_FILE).write_text(run_text, encoding="utf-8")
+        def prepare() -> None:
+            require_in_place(target)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for half_written in self.folder.glob(".step-*.tmp"):
+                files.remove(half_written)
+            for part in own_parts:
+                (temp_path / part).mkdir(parents=True)
+            (temp_path / RUN_FILE).write_text(run_text, encoding="utf-8")
 
-            def write_files() -> dict[str, FileEntry]:
-                written = [temp_path / RUN_FILE] if dist.is_main() else []
-                for part, tensors in own_parts.items():
-                    if tensors:
-                        file = temp_path / part / f"{dist.rank():05d}.safetensors"
-                        tensor_files.write_part(file, tensors, offsets[part])
-                        written.append(file)
-                return {file.relative_to(temp_path).as_posix(): FileEntry.of(file) for file in written}
+        def write_files() -> dict[str, FileEntry]:
+            written = [temp_path / RUN_FILE] if dist.is_main() else []
+            for part, tensors in own_parts.items():
+                if tensors:
+                    file = temp_path / part / f"{dist.rank():05d}.safetensors"
+                    tensor_files.write_part(file, tensors, offsets[part])
+                    written.append(file)
+            return {file.relative_to(temp_path).as_posix(): FileEntry.of(file) for file in written}
 
-            def commit() -> None:
-                write_state_file(temp_path, facts, entries)
-                # This rank may not see the files of others, on a disk of its own.
-                fault = _find_missing_file(temp_path, entries)
-                if fault:
-                    raise UserError(fault)
-                files.commit(temp_path, target, durable=True)
+        def commit() -> None:
+            write_state_file(temp_path, facts, entries)
+            # This rank may not see the files of others, on a disk of its own.
+            fault = Checkpoint(temp_path, facts, entries).find_fault(())
+            if fault:
+                raise UserError(f"{fault}: train in a folder on a file system that all ranks share")
+            files.commit(temp_path, target, durable=True)
 
-            try:
-                agreement.on_main_rank(prepare)
-                entries: dict[str, FileEntry] = {}
-                for entries_of_rank in agreement.gather_results(write_files):
-                    entries |= entries_of_rank
-                agreement.on_main_rank(commit)
-            except BaseException:
-                if dist.is_main():
-                    files.remove(temp_path)
-                raise
-            self._rejected.pop(facts.step, None)
-            self._read.pop(facts.step, None)
+        try:
+            agreement.on_main_rank(prepare)
+            entries: dict[str, FileEntry] = {}
+            for entries_of_rank in agreement.gather_results(write_files):
+                entries |= entries_of_rank
+            agreement.on_main_rank(commit)
+        except BaseException:
+            if dist.is_main():
+                files.remove(temp_path)
+            raise
+        self._rejected.pop(facts.step, None)
+        self._read.pop(facts.step, None)
 
     def prune(self, step: int, keep: int) -> None:
         """Remove the checkpoints up to `step` that come before the last `keep`. One rank calls it.
@@ -415,19 +420,17 @@ class Checkpoints:
         sound = self._sound(step)
         if len(sound) < keep:
             return
-        kept = sound[:keep]
-        oldest_step = kept[-1].facts.step
-        good = next((checkpoint for checkpoint in sound if checkpoint.facts.trend.is_good), None)
-        if good and good not in kept:
-            kept.append(good)
+        oldest_step = sound[keep - 1].facts.step
+        good_step = self.last_good(step)
+        if good_step is not None and good_step < oldest_step:
             warnings.warn(
-                f"{self.folder}: the loss has risen to more than {FAR:g} times its lowest, so {good.path.name}, from "
-                "before, is kept, too. To begin a new run from it:  "
-                f"dumo train {shell_path(self.folder.parent)} --from {good.facts.step} --out NEW",
+                f"{self.folder}: the loss has risen to more than {FAR:g} times its lowest, so {folder_of(good_step)}, "
+                "from before, is kept, too. To begin a new run from it:  "
+                f"dumo train {shell_path(self.folder.parent)} --from {good_step} --out NEW",
                 stacklevel=2,
             )
         for path_step, path in paths_by_step(self.folder).items():
-            if path_step < oldest_step and path not in (checkpoint.path for checkpoint in kept):
+            if path_step < oldest_step and path_step != good_step:
                 remove(path)
 
 
@@ -457,54 +460,7 @@ def write_state_file(folder: Path, facts: Facts, entries: Mapping[str, FileEntry
     (folder / STATE_FILE).write_text(f"{listing.model_dump_json(indent=2)}\n", encoding="utf-8")
 
 
-def _find_missing_file(folder: Path, entries: Mapping[str, FileEntry]) -> str | None:
-    """What is wrong if this rank does not see a file that another has written."""
-    for name in entries:
-        if not (folder / name).is_file():
-            return (
-                f"{folder.parent}: the first rank does not see what another wrote ({name}): train in a folder on a "
-                "file system that all ranks share"
-            )
-    return None
-
-
 # --------------------------------------------------------------------------------------------- the state of a training
-
-
-def save_state(
-    checkpoints: Checkpoints,
-    state: State,
-    run_text: str = "",
-    *,
-    keep: int = 2,
-    threads: int | None = None,
-    log: FileEntry | None = None,
-    ledger: FileEntry | None = None,
-    before: Callable[[], object] | None = None,
-    after: Callable[[], object] | None = None,
-) -> None:
-    """Save a state, as `Checkpoints.save`. Every rank must call it.
-
-    Raises Diverged, on all ranks, if a value is not finite.
-    """
-    parts = parts_of(state)
-    bad_tensor = find_nonfinite(parts, _buffer_names(state.net))
-    if bad_tensor:
-        raise Diverged(f"step {state.step}: {bad_tensor} is not finite, so no checkpoint is written of it.")
-    facts = Facts(
-        step=state.step,
-        images=state.images,
-        skips=state.skips,
-        trend=state.trend,
-        ranks=dist.world(),
-        versions=software_versions(),
-        frozen=state.frozen,
-        threads=threads,
-        timing=state.duration.timing,
-        log=log,
-        ledger=ledger,
-    )
-    checkpoints.save(parts, facts, run_text, keep=keep, before=before, after=after)
 
 
 def step_of(place: Path, default: int) -> int:
@@ -521,11 +477,16 @@ def restore_last_finite(checkpoints: Checkpoints, checkpoint: Checkpoint, state:
     """
     while True:
         restore(checkpoint, state)
-        bad_tensor = find_nonfinite(parts_of(state), _buffer_names(state.net))
+        bad_tensor = find_nonfinite(parts_of(state), state.net)
         if bad_tensor is None:
             return checkpoint
-        checkpoints.reject(checkpoint.facts.step, f"{checkpoint.path}: {bad_tensor} is not finite")
-        checkpoint = checkpoints.latest(together=True) or checkpoint  # it raises if there is none
+        fault = f"{checkpoint.path}: {bad_tensor} is not finite"
+        checkpoints.reject(checkpoint.facts.step, fault)
+        older = checkpoints.latest(together=True)
+        # It is in another folder, of the run that this one begins from.
+        if older is None:
+            raise UserError(f"{fault}: begin from another step")
+        checkpoint = older
 
 
 def restore(checkpoint: Checkpoint, state: State) -> None:
@@ -588,23 +549,25 @@ def _empty_optimizer_state(place: Path, state: State) -> dict[str, Tensor]:
     saved = tensor_files.header(place)
     parameters = dict(state.net.named_parameters())
     names = {p: name for name, p in parameters.items()}
-    templates: dict[str, Tensor] = {}
-    # The parameters of a group all have the same keys.
+    empty: dict[str, Tensor] = {}
     for group in state.optimizer.param_groups:
         names_in_group = {names[p] for p in group["params"]}
-        saved_keys: set[str] = set()
+        keys: set[str] = set()
         saved_names: set[str] = set()
         for full_name in saved:
             key, _, name = full_name.partition(".")
             if name in names_in_group:
-                saved_keys.add(key)
+                keys.add(key)
                 saved_names.add(name)
-        if STACK_KEY in group:  # of matrices that Muon moves, whatever optimizer wrote the file
-            saved_keys = {MOMENTUM_KEY}
-        for key, name in product(saved_keys, saved_names):
-            templates[f"{key}.{name}"] = _state_template(state.optimizer, key, parameters[name])
-    tensor_files.compare(place, saved, templates, "the run", FIX)
-    return {name: torch.empty_like(x, requires_grad=False) for name, x in templates.items()}
+        # The parameters of a group all have the same keys. Matrices that Muon moves have its momentum, whatever
+        # optimizer wrote the file.
+        if STACK_KEY in group:
+            keys = {MOMENTUM_KEY}
+        for key, name in product(keys, saved_names):
+            template = _state_template(state.optimizer, key, parameters[name])
+            empty[f"{key}.{name}"] = torch.empty_like(template, requires_grad=False)
+    tensor_files.compare(place, saved, empty, "the run", FIX)
+    return empty
 
 
 def _state_template(optimizer: torch.optim.Optimizer, key: str, p: Tensor) -> Tensor:
@@ -626,17 +589,13 @@ def _by_parameter_index(flat: Mapping[str, Tensor], state: State) -> dict[int, d
     return by_index
 
 
-def _buffer_names(net: nn.Module) -> set[str]:
-    """The names of the buffers of a network, and so of its averages."""
-    return {name for name, _ in net.named_buffers(remove_duplicate=False)}
-
-
-def find_nonfinite(parts: Parts, buffers: Collection[str] = ()) -> str | None:
+def find_nonfinite(parts: Parts, net: nn.Module) -> str | None:
     """Return the part and name of the first tensor with a value that is not finite; None if all are finite.
 
-    Of `buffers`, by name, only NaN counts: a mask may be infinite by design, and running statistics that break become
-    NaN. Synchronizes each device once. Every rank must call it, and gets the same answer.
+    Of the buffers of `net`, and so of its averages, only NaN counts: a mask may be infinite by design, and running
+    statistics that break become NaN. Synchronizes each device once. Every rank must call it, and gets the same answer.
     """
+    buffers = {name for name, _ in net.named_buffers(remove_duplicate=False)}
     flags_by_device: dict[torch.device, dict[str, Tensor]] = {}
     for part, tensors in parts.items():
         for name, tensor in tensors.items():
@@ -688,25 +647,7 @@ def folder_of(step: int) -> str:
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint; it is hidden first, so that half of one never looks like one.
 
-    Of a file that some process has mapped, NFS keeps a part, and with it the hidden folder, until a later save.
-    Of a symbolic link the link alone is removed.
+    Of a file that some process has mapped, NFS keeps a part, and with it the hidden folder, until a later save. Of a
+    symbolic link the link alone is removed.
     """
-    if checkpoint.is_symlink():
-        checkpoint.unlink()
-    else:
-        files.remove(checkpoint.rename(files.temp_path_for(checkpoint)))
-
-
-def rewind(folder: Path, step: int) -> list[int]:
-    """Remove the checkpoints, or files of weights, after a step; return their steps."""
-    removed: list[int] = []
-    for suffix in ("", ".safetensors"):
-        for path_step, path in paths_by_step(folder, suffix).items():
-            if path_step <= step:
-                continue
-            if path.is_dir():
-                remove(path)
-            else:
-                path.unlink()
-            removed.append(path_step)
-    return removed
+    files.remove(checkpoint.rename(files.temp_path_for(checkpoint)))

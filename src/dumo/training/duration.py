@@ -4,9 +4,9 @@
 continues to that total. A run with `train.minutes` ends by the clock. Its learning rate falls with time, and its number
 of steps is not known before it ends.
 
-`Duration.resolve` decides how long a run trains when it is started. `Clock.read` gives the `Timing` of a run by the
-clock before each step, on rank 0, whose clock counts for all ranks. `Timing` is part of a checkpoint, so a resumed run
-takes its schedule from there alone.
+`Duration.of` says how long a run trains that begins, `Duration.resolve` one that resumes. `Clock.read` gives the
+`Timing` of a run by the clock before each step, on rank 0, whose clock counts for all ranks. `Timing` is part of a
+checkpoint, so a resumed run takes its schedule from there alone.
 
 The learning rate of a run by the clock follows the share s of its time, which grows from 0 to 1. With `left` the
 seconds that were left for steps, dt seconds since the last reading give
@@ -90,18 +90,15 @@ class Duration:
         return cls(train.steps, None if train.minutes is None else Timing(minutes=train.minutes))
 
     @classmethod
-    def resolve(cls, requested: Train, recorded: Train | None, checkpoint: Trained | None) -> Self:
-        """The duration of a run that is started.
+    def resolve(cls, requested: Train, recorded: Train | None, checkpoint: Trained) -> Self:
+        """The duration of a run that resumes.
 
         - `requested`: how to train it.
         - `recorded`: how the run in the folder was to be trained; None: the folder holds none.
-        - `checkpoint`: the facts of the checkpoint to resume from; None: training begins.
+        - `checkpoint`: the facts of the checkpoint to resume from.
 
         Raises UserError if the run has trained for longer, or would not read what is requested.
         """
-        if checkpoint is None:
-            return cls.of(requested)
-
         # A run ends by its steps or by the clock from its beginning on: its schedule is a function of one of them.
         if recorded and (recorded.minutes is None) != (requested.minutes is None):
             given, other = ("steps", "minutes") if recorded.minutes is None else ("minutes", "steps")

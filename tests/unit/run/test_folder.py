@@ -132,6 +132,35 @@ def test_a_new_run_begins_from_a_checkpoint_and_is_resumed_when_it_is_typed_agai
         train(tiny(), new)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["train.steps=1"], "train.steps=1, but 2 steps are trained already"),
+        (["net.width=9"], "old/checkpoints/step-00000002/net: .* in the file, .* in the run"),
+    ],
+)
+def test_a_new_run_that_is_refused_leaves_nothing(changes: list[str], words: str, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    train(tiny(), old)
+    prepared = prepare(old, changes, new, step=2)
+    opened = open_trainer(new, prepared.run, changes=prepared.changes, origin=prepared.origin, device="cpu")
+    with pytest.raises(UserError, match=words), opened:
+        pass
+    assert not new.exists()
+
+
+def test_weights_after_the_step_of_a_resumed_run_go(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    files = [
+        tmp_path / place / f"step-{step:08d}.safetensors" for place in ("milestones", "best") for step in (1, 2, 3)
+    ]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    assert [*folder.begin_at(tiny(), None, 2)] == []
+    assert [file.exists() for file in files] == [True, True, False] * 2
+
+
 @pytest.mark.slow
 def test_a_permitted_change_is_listed_and_a_deciding_one_is_refused(tmp_path: Path) -> None:
     train(tiny(), tmp_path)

@@ -19,7 +19,6 @@ from dumo.io.tensor_files import facts_of
 from dumo.run.folder import RunFolder
 from dumo.run.trained import TrainedRun
 from dumo.run.weights import load_run
-from dumo.training.checkpoint import Checkpoint
 from dumo.types import UserError
 from trained import train
 from unit.run import known
@@ -180,8 +179,6 @@ def test_a_run_that_is_damaged_in_its_checkpoint_is_as_any_damage(run: Path) -> 
     file.write_text(file.read_text().replace("batch: 4", "batch: 6"))
     with pytest.warns(UserWarning, match=r"run\.yaml is damaged: .*step-00000002, before it, is taken"):
         assert load_run(str(run)).step == 2
-    with pytest.raises(UserError, match=r"run\.yaml is damaged"):
-        _ = Checkpoint.read(run / LAST).run_text
 
 
 @pytest.mark.slow

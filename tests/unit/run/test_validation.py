@@ -22,9 +22,13 @@ from dumo.runtime import signals
 from dumo.training import log
 from dumo.training.metrics import StepMetrics
 from dumo.types import UserError
+from forked import main_of
+from meeting import outputs
 from trained import After, train
 from unit.run import known
+from unit.run.judged import CASES
 
+PATIENCE = 240  # seconds, on a busy machine
 JUDGED = ("train.steps=6", "train.log_every=3", "evaluate.every=2", "evaluate.best=true", "train.keep=1")
 
 
@@ -270,3 +274,11 @@ def test_how_many_samples() -> None:
     assert samples("my-images") == "photos"
     assert samples("my-images", "evaluate.protocol.kind=folder") == "folder (500 samples, no Fréchet distances)"
     assert samples("imagenet256-xl2") == "adm-imagenet256-50k (1000 samples, no Fréchet distances)"
+
+
+@pytest.mark.slow
+def test_what_fails_on_one_rank_is_not_judged_on_any(tmp_path: Path) -> None:
+    """Samples that are not made, and those that cannot be judged; what is a fault ends both."""
+    processes = [main_of("unit.run.judged", rank, tmp_path / "meet", tmp_path, cwd=tmp_path) for rank in (0, 1)]
+    for out, _ in outputs(processes, PATIENCE):
+        assert out.splitlines()[-1] == f"{[*CASES][-1]} agrees"

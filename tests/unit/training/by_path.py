@@ -4,7 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from dumo.training import checkpoint
-from dumo.training.checkpoint import Checkpoint, Checkpoints, save_state
+from dumo.training.checkpoint import Checkpoint, Checkpoints
 from dumo.training.state import State
 
 
@@ -22,7 +22,7 @@ def fault(place: Path, parts: Collection[str] | None = None, *, together: bool =
 def save(folder: Path, state: State, keep: int, run_text: str = "") -> Path:
     """Write the checkpoint of a state's step into a folder."""
     with Checkpoints(folder) as checkpoints:
-        save_state(checkpoints, state, run_text, keep=keep)
+        checkpoints.save(state, run_text, keep=keep)
     return checkpoints.path(state.step)
 
 

@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dumo.training.checkpoint import paths_by_step, rewind
+from dumo.training.checkpoint import paths_by_step
 from dumo.training.duration import Duration
-from dumo.training.milestone import save_milestone
 from dumo.training.settings import Train
 from dumo.training.state import Diverged, State, Trend, begin
 from dumo.types import UserError
@@ -251,16 +250,6 @@ def test_the_last_good_one_stays_besides_those_that_are_kept(tmp_path: Path) -> 
         kept.append([*paths_by_step(tmp_path)])
         assert len(told) == (5 in kept[-1] and step > 6)
     assert kept == [[4], [4, 5], [5, 6], [5, 6, 7], [5, 7, 8], [8, 9], [9, 10]]
-
-
-def test_after_a_step_all_goes(tmp_path: Path) -> None:
-    state = trained()
-    for step in (1, 2, 3):
-        state.step = step
-        save(tmp_path, state, 3)
-        save_milestone(tmp_path, state)
-    assert rewind(tmp_path, 1) == [2, 3, 2, 3]
-    assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "step-00000001.safetensors"}
 
 
 @pytest.mark.parametrize(

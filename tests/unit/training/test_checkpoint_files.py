@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from dumo.io import digest, tensor_files
 from dumo.training import checkpoint
-from dumo.training.checkpoint import STATE_FILE, Checkpoint, Checkpoints, save_state
+from dumo.training.checkpoint import STATE_FILE, Checkpoint, Checkpoints
 from dumo.training.settings import Train
 from dumo.training.state import begin
 from dumo.types import UserError
@@ -177,7 +177,7 @@ def test_a_damaged_step_does_not_count_as_kept(folder: Path, harm: str) -> None:
     with pytest.warns(UserWarning, match="step-00000002, before it"):
         assert checkpoints.latest()
     for state.step, stand in ((4, (2, 3, 4)), (5, (4, 5))):
-        save_state(checkpoints, state, keep=2)
+        checkpoints.save(state, keep=2)
         checkpoints.wait()
         assert [path.name for path in sorted(folder.iterdir())] == [f"step-0000000{n}" for n in stand]
 

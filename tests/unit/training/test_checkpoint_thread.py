@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from dumo.plan.cluster import fake_ranks
-from dumo.training.checkpoint import Checkpoints, assign_tensors, save_state
+from dumo.training.checkpoint import Checkpoints, assign_tensors
 from dumo.training.duration import Duration
 from dumo.training.settings import Train
 from dumo.training.state import begin
@@ -27,7 +27,7 @@ def test_what_is_written_is_of_its_step(tmp_path: Path) -> None:
     state, free = trained(), Event()
 
     def begun() -> dict[str, torch.Tensor]:
-        save_state(checkpoints, state, keep=9, before=lambda: free.wait(SECONDS))
+        checkpoints.save(state, keep=9, before=lambda: free.wait(SECONDS))
         return tensors(state)
 
     with Checkpoints(tmp_path) as checkpoints:
@@ -62,7 +62,7 @@ def save(checkpoints: Checkpoints, step: int, before: Callable[[], object], afte
     """Save a state as of this step, and call these functions in the thread."""
     state = trained()
     state.step = step
-    save_state(checkpoints, state, keep=9, before=before, after=after)
+    checkpoints.save(state, keep=9, before=before, after=after)
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:

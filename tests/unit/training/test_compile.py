@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 
 from forked import python
+from meeting import outputs
+
+PATIENCE = 900  # seconds, on a busy machine
 
 
 @pytest.mark.nightly
 def test_losses_compile_whole_and_our_recipes_for_a_gpu_once(tmp_path: Path) -> None:
     """Guided ones too, whatever the number of the rows that guidance needs; of each kind of recipe one."""
-    out, _ = python("from unit.training.whole import main; main()", cwd=tmp_path).communicate()
+    ((out, _),) = outputs([python("from unit.training.whole import main; main()", cwd=tmp_path)], PATIENCE)
     found, wholes = json.loads(out.splitlines()[-1])
     assert all(wholes.values()), wholes
     assert {"PlainStep", "DuMo", "TwinFlow", "Outside"} <= {case.split()[0] for case in wholes}

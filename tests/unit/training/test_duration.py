@@ -53,7 +53,7 @@ class Machine:
         `prepare` seconds go by before the first step.
         """
         began = self.clock.now
-        duration = Duration.resolve(spec, spec, at if at.step else None)
+        duration = Duration.resolve(spec, spec, at) if at.step else Duration.of(spec)
         assert duration.timing is not None
         clock = Clock(duration.timing, began, self.clock)
         self.clock.now += prepare

@@ -23,13 +23,14 @@ from dumo.nets.dit import DiT
 from dumo.nets.learned import LearnedTexts
 from dumo.nets.route import Route
 from dumo.run.net import make_flow
-from dumo.run.weights import build
+from dumo.run.weights import init_on_device
 from dumo.runtime.random import random_batch
 from dumo.testing.network import randomise
 from dumo.training.compile import compile_loss
 from dumo.training.settings import Compile
 from dumo.training.state import begin
 from dumo.types import Frozen
+from rows_given import load_captions
 from trained import ToyTrainer
 from unit.nets.given import Given
 
@@ -64,7 +65,9 @@ def trained(run: Run, choice: Compile, backend: str = "eager", net: DiT | None =
     torch.compile = partial(COMPILE, backend=backend)
     spec = run.train.model_copy(update={"compile": choice})
     torch.manual_seed(0)
-    state = begin(build(run.model_copy(update={"net": net or run.net}), torch.device("cpu")), spec)
+    built = init_on_device(run.model_copy(update={"net": net or run.net}), "cpu")
+    load_captions(built, [f"a {n}" for n in range(run.data.classes)])
+    state = begin(built, spec)
     x, c = random_batch("compile", spec.batch, run.data.shape, run.data.classes)
     seen = list[tuple[float, int]]()
     trainer = ToyTrainer(state, make_flow(run, state), spec)
