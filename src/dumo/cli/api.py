@@ -16,6 +16,7 @@ from torch import nn
 
 from dumo.cli.train_callback import Callback, called_back
 from dumo.config import recipe_files as shipped_recipes
+from dumo.config import trust
 from dumo.config.change import override, yaml_text
 from dumo.config.load import load as load_spec
 from dumo.config.load import parse
@@ -145,6 +146,7 @@ def recipe(source: str | Path | Run, changes: Changes | None = None, *, trust_co
     if not isinstance(source, Run):
         with trusting(trust_code):
             return load_spec(source, _settings(changes))
+    trust.accept_object(source)
     tree = source.model_dump(mode="json")
     override(tree, _settings(changes))
     return parse(Run, tree)

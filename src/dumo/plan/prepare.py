@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from dumo.config import recipe_files
+from dumo.config import recipe_files, trust
 from dumo.config.change import yaml_text
 from dumo.config.load import dump, load, load_recipe, parse
 from dumo.config.place import RUN_FILE
@@ -100,6 +100,7 @@ def prepare(
     if isinstance(source, Run):
         if out is None or any(part is not None for part in (objective, data, net)):
             raise UserError('a run that has its parts needs a folder: say out="runs/NAME", and no other parts')
+        trust.accept_object(source)
         text = parse_text(dump(source), out / RUN_FILE)
         return Prepared(out, load(without_resolved(text), overrides), overrides)
 
@@ -217,6 +218,7 @@ def _plain_part(name: str, part: object) -> Fields | None:
     if isinstance(part, str):
         return {"kind": part}
     if isinstance(part, Spec):
+        trust.accept_object(part)
         return part.model_dump(mode="json")
     raise UserError(f"{name} is a {type(part).__name__}: give the name of a kind, or a spec (docs/library.md)")
 

@@ -9,6 +9,7 @@ import pytest
 import dumo
 from dumo.config import trust
 from dumo.config.load import load
+from dumo.types.outside import import_class
 
 CODE = """
 open("ran", "a").close()
@@ -76,6 +77,20 @@ def test_consent_is_for_this_process(name: str, how: str) -> None:
     assert not taken()
 
 
-def test_what_is_imported_already_needs_none(name: str) -> None:
+def test_what_is_imported_already_needs_consent_too(name: str) -> None:
     __import__(name)
+    Path("ran").unlink()
+    assert not taken()
+
+
+@pytest.mark.parametrize("source", ["builtins:print", "os:system", "shutil:rmtree"])
+def test_functions_of_python_need_consent(source: str) -> None:
+    with pytest.raises(dumo.UserError, match="--trust-code"):
+        trust.require([source], "teacher.source of this run")
+
+
+def test_an_object_of_python_is_consent(name: str) -> None:
+    theirs = import_class(f"{name}:Theirs")()
+    run = dumo.recipe("digits-flow-matching").model_copy(update={"objective": theirs})
+    assert dumo.recipe(run, {"train.steps": 2}).objective == theirs
     assert taken()
