@@ -216,7 +216,7 @@ def test_an_answer_that_nobody_gets_is_an_error(words: list[str], stdout: str) -
     done = subprocess.run(["sh", "-c", typed], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("error: writing: ")
+    assert done.stderr.startswith("error: reading or writing: ")
 
 
 @pytest.mark.nightly

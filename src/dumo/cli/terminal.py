@@ -6,6 +6,7 @@ with `out`, `err`, `show_lines` and `show_table`, and add what helps to an error
 `resume_hint`.
 """
 
+import codecs
 import errno
 import faulthandler
 import os
@@ -18,7 +19,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, nullcontext
 from functools import wraps
-from io import StringIO
+from io import StringIO, TextIOWrapper
 from typing import Any, NoReturn
 
 import typer
@@ -57,6 +58,10 @@ _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Unable to allo
 _MISSING_MEMORY = re.compile(r"allocate ([\d.]+ \w+)")
 _HUB_PACKAGES = {"huggingface_hub", "httpx", "httpx2"}
 MEMORY_FIX = "use a device with more memory (--device cpu takes the machine's), or end what else runs there"
+
+
+# Characters of ours that a terminal without UTF-8 lacks, and what is printed in their place.
+_PLAIN_CHARACTERS = str.maketrans({"±": "+-", "−": "-", "…": "...", "·": ".", "–": "-", "→": "->", "²": "^2"})
 
 
 def stoppable(command: Callable[..., None], *, between_pieces: bool = True) -> Callable[..., None]:
@@ -98,15 +103,27 @@ def _acknowledge(number: int) -> None:
 
 
 def reopen_streams() -> None:
-    """Open streams that the program was started without (>&-).
+    """Open streams that the program was started without (>&-), and let all print what their encoding lacks.
 
-    Otherwise Python would drop what is printed, and a file that is opened later, such as a checkpoint, would have the
-    number of the closed stream, into which C code prints. Writing to the new stdout fails; stderr drops its text.
+    Without an open stream Python would drop what is printed, and a file that is opened later, such as a checkpoint,
+    would have the number of the closed stream, into which C code prints. Writing to the new stdout fails; stderr drops
+    its text. On a terminal without UTF-8 a character that it lacks would end the command with a traceback.
     """
     streams = (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w"))
     for name, flags, mode in streams:
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode, closefd=False))
+    codecs.register_error("plain_characters", _spell_out)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="plain_characters")
+
+
+def _spell_out(error: UnicodeError) -> tuple[str, int]:
+    """Return what to print in place of characters that a stream's encoding lacks, and where to print on."""
+    assert isinstance(error, UnicodeEncodeError)
+    lacking = error.object[error.start : error.end].translate(_PLAIN_CHARACTERS)
+    return lacking.encode("ascii", "backslashreplace").decode(), error.end
 
 
 @contextmanager
@@ -198,7 +215,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     if _is_a(error, "yaml", "YAMLError"):
         return _one_line(str(error)), 2
     if isinstance(error, OSError) and error.strerror:
-        return escape_line(f"{error.filename or 'writing'}: {error.strerror}"), 2
+        return escape_line(f"{error.filename or 'reading or writing'}: {error.strerror}"), 2
     if isinstance(error, OSError) or _is_of_the_hub(error):
         return _one_line(str(error)), 2
     return None

@@ -5,12 +5,13 @@ from difflib import get_close_matches
 
 from dumo.error import UserError
 from dumo.io.read import brief
+from dumo.runtime.formatting import escape_line
 
 
 def nearest(name: str, names: list[str]) -> str:
     """The end of a message: the valid name that is nearest, or all of them if none is near."""
     near_names = get_close_matches(brief(name), names, n=1)
-    return f"did you mean '{near_names[0]}'?" if near_names else f"valid: {', '.join(names)}"
+    return f"did you mean '{brief(near_names[0])}'?" if near_names else f"valid: {escape_line(', '.join(names))}"
 
 
 def require_known(what: str, name: str, known: Iterable[str]) -> None:

@@ -43,6 +43,7 @@ from dumo.io.read import brief, decode_utf8, first_few, parse_json, read_text, t
 from dumo.io.run_places import RUNS_FOLDER, holds_own_images
 from dumo.io.suffix import IMAGE_SUFFIXES
 from dumo.runtime import signals
+from dumo.runtime.formatting import escape_line
 from dumo.runtime.progress import bar
 from dumo.types import UserError
 
@@ -55,8 +56,18 @@ TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "captions.jsonl"
 # Columns that captions are looked for in, and the endings of text files next to an image.
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
 CAPTION_ENDINGS = ("txt", "caption")
-# Folders that operating systems and network drives put next to people's images; they hold thumbnails and deleted files.
-SYSTEM_FOLDERS = frozenset(("@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "System Volume Information"))
+# Folders that systems, network drives and programs of backups put next to people's images, in lower case. They hold
+# thumbnails, deleted files and earlier states. Names that begin with a dot are left out without being listed here.
+SYSTEM_FOLDERS = frozenset(
+    (
+        *("$recycle.bin", "system volume information", "found.000"),  # Windows
+        *("__macosx", "network trash folder", "temporary items", "thevolumesettingsfolder"),  # macOS
+        "lost+found",  # Linux
+        *("@eadir", "#recycle", "#snapshot", "@tmp", "@sharebin"),  # Synology
+        *("@recycle", "@recently-snapshot", "@__thumb"),  # QNAP
+        *("~snapshot", "_gsdata_", "_vti_cnf"),  # NetApp, GoodSync, FrontPage
+    )
+)
 # The image column that is preferred if a table has several.
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "pixel_values")
 # If more rows than this share name no image, the names are wrong as a whole.
@@ -100,7 +111,7 @@ class Rows(ABC):
 
     def path(self, i: int) -> str:
         """What to call image i in a message."""
-        return os.path.join(self.root, self.names[i])
+        return escape_line(os.path.join(self.root, self.names[i]))
 
     @abstractmethod
     def read(self, i: int) -> bytes:
@@ -516,14 +527,14 @@ class TarScan:
         seen: set[str] = set()
         two_dots: list[str] = []
         try:
-            with tarfile.open(file, "r:") as archive:
+            with files.named_in_errors(file), tarfile.open(file, "r:") as archive:
                 while info := archive.next():
                     # tarfile would keep a kilobyte for each member.
                     setattr(archive, "members", [])  # noqa: B010, the attribute is not typed
                     if info.size < 0 or info.issparse():
                         raise UserError(f"{file} is damaged, or sparse, at byte {info.offset}: fetch it again")
                     path = PurePosixPath(info.name)
-                    if not info.isfile() or path.name.startswith("."):
+                    if info.isdir() or _is_of_the_system(path):
                         continue
                     ending = path.name.partition(".")[2]
                     key = _sample_key(info.name)
@@ -532,12 +543,19 @@ class TarScan:
                         if path.suffix.lower() in IMAGE_SUFFIXES:
                             two_dots.append(info.name)
                         continue
-                    if info.name in seen:
+                    if not info.isfile():
+                        raise UserError(
+                            f"{file} has {info.name} as a link, which is not followed: write the archive anew by tar "
+                            "--dereference --hard-dereference"
+                        )
+                    # One file may be written as a.png and ./a.png, and é as one character or two.
+                    same_name = f"{key}.{ending}"
+                    if same_name in seen:
                         raise UserError(
                             f"{file} has the member {info.name} twice, so which caption and class belong to which is "
                             "not known: write the archive anew, with other names"
                         )
-                    seen.add(info.name)
+                    seen.add(same_name)
                     if is_image:
                         images.append((info.name, info.offset_data, info.size))
                     elif ending == "cls":
@@ -684,7 +702,7 @@ def _walk(root: str) -> dict[str, tuple[int, int]]:
                 continue
             if not stat.S_ISDIR(entry_stat.st_mode):
                 states[entry.path] = (entry_stat.st_size, entry_stat.st_mtime_ns)
-            elif entry.name in SYSTEM_FOLDERS:
+            elif entry.name.lower() in SYSTEM_FOLDERS:
                 system_folders.append(entry.path)
             else:
                 walk(entry.path, above | {identity})
@@ -839,7 +857,8 @@ def _readable(file: str) -> Generator[None]:
     from pyarrow import ArrowException  # slow to import
 
     try:
-        yield
+        with files.named_in_errors(file):
+            yield
     except (ArrowException, OSError) as error:
         # An error of the system, such as too many open files, is no damage.
         if isinstance(error, OSError) and error.errno is not None:
@@ -932,9 +951,14 @@ def _sample_key(name: str) -> str:
     return _composed(str(path.with_name(path.name.partition(".")[0])))
 
 
+def _is_of_the_system(path: PurePosixPath) -> bool:
+    """Whether a member is hidden, or in a hidden folder or one of SYSTEM_FOLDERS. `..` is neither."""
+    return any((part.startswith(".") and part != "..") or part.lower() in SYSTEM_FOLDERS for part in path.parts)
+
+
 def _read_span(file: str, start: int, size: int) -> bytes:
     """Bytes of a file."""
-    with open(file, "rb") as opened:
+    with files.named_in_errors(file), open(file, "rb") as opened:
         opened.seek(start)
         return opened.read(size)
 
@@ -946,7 +970,7 @@ def _require_whole_end(file: str, end: int) -> None:
     nothing but zeros after it, no more than fill the archive's last record of up to a MiB.
     """
     size = os.stat(file).st_size
-    with open(file, "rb") as archive:
+    with files.named_in_errors(file), open(file, "rb") as archive:
         archive.seek(end)
         block = archive.read(tarfile.BLOCKSIZE)
         if len(block) < tarfile.BLOCKSIZE or any(block):

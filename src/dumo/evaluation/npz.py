@@ -31,6 +31,7 @@ from torch import Tensor
 
 from dumo.io.picture import from_uint8
 from dumo.io.read import brief
+from dumo.runtime import limits
 from dumo.types import UserError
 
 IMAGES = "arr_0"  # the name of the array of images
@@ -79,6 +80,11 @@ class NpzImages:
         self.next_image = 0  # the number of the image that the open file reads next
         with _open_array(path, IMAGES) as file:
             self.shape = _read_images_shape(path, file)
+        with zipfile.ZipFile(path) as archive:
+            num_bytes = archive.getinfo(f"{IMAGES}.npy").file_size
+        # A header can claim more images than any memory holds.
+        if num_bytes < prod(self.shape):
+            raise UserError(f"{path}: {IMAGES} has {num_bytes:,} bytes, too few for shape {self.shape}: fetch it again")
         has_classes = with_classes and LABELS in _array_names(path)
         self.c = self._read_classes() if has_classes else None
 
@@ -158,10 +164,11 @@ class NpzImages:
         return file
 
     def _read_classes(self) -> Tensor:
-        """The class numbers (n,). Raises UserError for a negative one."""
+        """The class numbers (n,). Raises UserError for a negative one, and for one that no data set has."""
         c = read_array(self.path, LABELS, "iu", (len(self),), "class numbers")
-        if c.min() < 0:
-            raise UserError(f"{self.path}: {LABELS} has the class {c.min()}: number classes from 0, or leave it out")
+        if c.min() < 0 or c.max() >= limits.CLASSES:
+            wrong = c.min() if c.min() < 0 else c.max()
+            raise UserError(f"{self.path}: {LABELS} has the class {wrong}: number classes from 0, or leave it out")
         return torch.from_numpy(c.astype(np.int64))
 
 
@@ -195,7 +202,10 @@ def _array_names(path: Path) -> list[str]:
         if path.exists() and not path.is_file():  # opening a pipe would wait for ever
             raise OSError("no file")
         with zipfile.ZipFile(path) as file:
-            return [name.removesuffix(".npy") for name in file.namelist()]
+            names = [name.removesuffix(".npy") for name in file.namelist()]
+    if len(set(names)) < len(names):
+        raise UserError(f"{path} has an array twice ({', '.join(names)}): write it anew")
+    return names
 
 
 def _open_array(path: Path, name: str) -> zipfile.ZipExtFile:
@@ -211,7 +221,7 @@ def _read_images_shape(path: Path, file: zipfile.ZipExtFile) -> tuple[int, int, 
     """Read the header of an open array of images: their shape (n, height, width, 3). Raises UserError for others."""
     header = _read_header(path, file)
     shape = header.shape
-    are_images = len(shape) == 4 and shape[3] == 3 and 0 not in shape
+    are_images = len(shape) == 4 and shape[3] == 3 and min(shape) > 0
     if header.dtype != np.uint8 or header.fortran_order or not are_images:
         raise UserError(f"{path}: {IMAGES} is {header.dtype} of shape {shape}, not images, uint8 (n, height, width, 3)")
     count, height, width, colours = shape

@@ -4,7 +4,7 @@ So a file that has its name is whole, whenever the process stops. A `durable` on
 
 `write` writes the bytes of a file; `atomic_write` yields a path for whatever else writes. Both refuse a folder that was
 moved meanwhile (`dumo.io.guard`). Code that writes longer than a `with` can last takes `temp_path_for` and, at the end,
-`commit`. `is_disk_full` knows the error of a full disk.
+`commit`. `is_disk_full` knows the error of a full disk. `named_in_errors` names the file that could not be read.
 """
 
 import errno
@@ -42,6 +42,17 @@ def atomic_write(path: Path, *, writer: int | str | None = None, durable: bool =
             number = getattr(error, "errno", None) or errno.ENOSPC
             raise OSError(number, os.strerror(number), str(path)) from error
         raise
+
+
+@contextmanager
+def named_in_errors(path: Path | str) -> Generator[None, None, None]:
+    """Name a file in an OSError of what is read inside: the system names only a file that it cannot open."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, f"cannot be read ({error.strerror})", str(path)) from error
 
 
 def commit(temp_path: Path, path: Path, *, durable: bool = False) -> None:

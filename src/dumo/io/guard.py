@@ -36,6 +36,13 @@ def locked(
         lock.acquire(cancel_check=is_cancelled)
     except Timeout as error:
         raise UserError(f"{busy} ({path} is locked)") from error
+    except OSError as error:
+        # The system names a file that it cannot open, but not one that it cannot lock, as on some network drives.
+        if error.filename is not None:
+            raise
+        path.unlink(missing_ok=True)
+        problem = f"this folder cannot be locked ({error.strerror}), so take one on a disk that has locks"
+        raise OSError(error.errno, problem, str(path.parent)) from error
     try:
         lock_stat = path.stat()
         try:

@@ -17,6 +17,7 @@ from typing import Any, TypeGuard
 
 from dumo.error import UserError
 from dumo.io import file, run_places
+from dumo.runtime.formatting import escape_line
 
 FEW = 3  # items that a message names
 CACHE_VARIABLE = "DUMO_CACHE"  # the environment variable that names the cache's folder
@@ -57,15 +58,15 @@ def cache_folder() -> Path:
 
 
 def brief(text: object, max_length: int = 200) -> str:
-    """A text for a message; of a longer one the first `max_length` characters and "…"."""
+    """A text for a message, in one line; of a longer one the first `max_length` characters and "…"."""
     text = str(text)
-    return text if len(text) <= max_length else f"{text[:max_length]}…"
+    return escape_line(text) if len(text) <= max_length else f"{escape_line(text[:max_length])}…"
 
 
 def first_few(items: Iterable[Any], name: Callable[[Any], str] = str, *, max_items: int = FEW) -> str:
-    """The names of the first items, `max_items` of them, and how many more there are: `a, b, c and 1,234 more`."""
+    """The names of the first items in one line, and how many more there are: `a, b, c and 1,234 more`."""
     items = list(items)
-    text = ", ".join(name(item) for item in items[:max_items])
+    text = ", ".join(escape_line(name(item)) for item in items[:max_items])
     num_more = len(items) - max_items
     return f"{text} and {num_more:,} more" if num_more > 0 else text
 
@@ -88,7 +89,7 @@ def text_lines(path: Path, newline: str | None = "") -> Iterator[str]:
 
     Raises OSError, and UserError for what is not UTF-8.
     """
-    with path.open(encoding="utf-8-sig", newline=newline) as lines:
+    with file.named_in_errors(path), path.open(encoding="utf-8-sig", newline=newline) as lines:
         try:
             yield from lines
         except UnicodeDecodeError as error:

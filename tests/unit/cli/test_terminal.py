@@ -97,7 +97,7 @@ def hub_response(code: int, name: str) -> object:
         (raised(lambda: yaml.safe_load("a: b: c")), "mapping values are not allowed here in", 2),
         (raised(lambda: Path("not/there").read_text()), "not/there: No such file or directory", 2),
         (PermissionError(errno.EACCES, "Permission denied", "a\nb"), r"a\nb: Permission denied", 2),
-        (OSError(errno.ENOSPC, "No space left on device"), "writing: No space left on device", 2),
+        (OSError(errno.ENOSPC, "No space left on device"), "reading or writing: No space left on device", 2),
         (OSError(errno.ENOSPC, "No space left on device", "run/x"), "run/x: No space left on device", 2),
         (OSError("a/b is no model\nSee the Hub."), "a/b is no model See the Hub.", 2),
         (
