@@ -545,8 +545,8 @@ class TarScan:
                         continue
                     if not info.isfile():
                         raise UserError(
-                            f"{file} has {info.name} as a link, which is not followed: write the archive anew by tar "
-                            "--dereference --hard-dereference"
+                            f"{file} has {info.name}, which is a link or no regular file, and is not read: write the "
+                            "archive anew by tar --dereference --hard-dereference"
                         )
                     # One file may be written as a.png and ./a.png, and é as one character or two.
                     same_name = f"{key}.{ending}"
@@ -566,7 +566,9 @@ class TarScan:
                     else:
                         texts[f"{key}.{ending}"] = (info.offset_data, info.size)
                 end = archive.offset
-        except tarfile.TarError as error:
+        except UserError:
+            raise
+        except (tarfile.TarError, ValueError) as error:  # tarfile trusts the numbers in headers
             raise UserError(f"{file} is no whole tar archive: {error}; fetch it again, or remove it") from error
         _require_whole_end(file, end)
         samples = {_sample_key(name) for name, _, _ in images}

@@ -1,6 +1,7 @@
 """What a name holds is shown, not obeyed; a limit of the machine, and what the user can mend, are lines."""
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -17,7 +18,17 @@ from huggingface_hub import errors
 from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 from pydantic import BaseModel, ConfigDict
 
-from dumo.cli.terminal import MEMORY_FIX, err, explain, memory_hint, out, show_lines, show_table, stoppable
+from dumo.cli.terminal import (
+    MEMORY_FIX,
+    err,
+    explain,
+    memory_hint,
+    out,
+    reopen_streams,
+    show_lines,
+    show_table,
+    stoppable,
+)
 from dumo.runtime import progress
 from dumo.runtime.formatting import escape_controls, escape_line
 from dumo.runtime.progress import bar, print_line
@@ -32,6 +43,18 @@ def test_control_characters_are_spelt_out() -> None:
     assert escape_controls(NAME) == SHOWN
     assert escape_controls("a\tb\nc, é, 猫, 👩‍🚀") == "a\tb\nc, é, 猫, 👩‍🚀"
     assert escape_line("a\nb") == r"a\nb"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"), [("ascii", r"1 +- 2... \u732b"), ("latin-1", "1 ± 2... \\u732b"), ("utf-8", "1 ± 2… 猫")]
+)
+def test_a_terminal_without_utf_8_is_printed_to(encoding: str, printed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    reopen_streams()
+    print_line("1 ± 2… 猫")
+    sys.stderr.flush()
+    assert sys.stderr.buffer.getvalue().decode(encoding) == f"{printed}\n"
 
 
 def test_wherever_they_come_out(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -87,15 +88,40 @@ def test_the_clear_level_of_grey_of_16_bits_is_white() -> None:
     assert x[:, 8:].unique().tolist() == [78]
 
 
+SYSTEM_FOLDERS = [
+    *("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", ".@__thumb", "@__thumb", "_gsdata_"),
+    *("$RECYCLE.BIN", "$Recycle.Bin", "System Volume Information", "lost+found", ".Trash-1000", "~snapshot"),
+    *("__MACOSX", "Network Trash Folder", "Temporary Items", ".AppleDouble"),
+]
+
+
 def test_folders_of_the_system_are_left_out(tmp_path: Path) -> None:
     as_folder(tmp_path)
-    for folder in ("@eaDir", "ant/@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "System Volume Information"):
+    for folder in (*SYSTEM_FOLDERS, "ant/@eaDir"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "thumbnail.png").write_bytes(picture(0))
     with pytest.warns(UserWarning, match="folders of the system are left out") as caught:
         images = spec(tmp_path)
     assert (images.classes, images.open().size) == (3, COUNT)
     assert len(caught) == 1
+
+
+def test_members_of_the_system_are_left_out(tmp_path: Path) -> None:
+    members = {f"{folder}/{i}.png": picture(0) for i, folder in enumerate(SYSTEM_FOLDERS)}
+    archive(tmp_path / "a.tar", {"a/0.png": picture(0), **members, "a/.0.png": picture(0), "../1.png": picture(1)})
+    assert rows.open_rows(tmp_path).names == ["a.tar member a/0.png", "a.tar member ../1.png"]
+
+
+def test_an_error_of_the_system_names_the_archive(tmp_path: Path) -> None:
+    """The next header would lie where no file reaches, so the system refuses to seek there."""
+    archive(tmp_path / "a.tar", {"0.png": picture(0)})
+    info = tarfile.TarInfo("0.png")
+    info.size = 2**63 - 1000
+    with (tmp_path / "a.tar").open("r+b") as file:
+        file.write(info.tobuf(tarfile.GNU_FORMAT))
+    with pytest.raises(OSError, match="cannot be read") as raised:
+        rows.open_rows(tmp_path)
+    assert raised.value.filename == str(tmp_path / "a.tar")
 
 
 @pytest.mark.parametrize("place", ["folder", "tar"])

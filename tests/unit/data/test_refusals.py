@@ -1,5 +1,6 @@
 """What data refuse: one case per row, with the name that the message must contain (docs/refusals.md)."""
 
+import io
 import json
 import os
 import tarfile
@@ -286,6 +287,17 @@ def not_utf8(root: Path) -> None:
     os.rename(os.fsencode(root) + b"/bee", os.fsencode(root) + b"/caf\xe9")
 
 
+def odd_member(root: Path, **facts: object) -> None:
+    """An image in an archive, and a second one with a header of its own."""
+    with tarfile.open(root / "a.tar", "w") as out:
+        for name, special in (("0.png", {}), ("9.png", facts)):
+            info = tarfile.TarInfo(name)
+            info.size = len(picture(0))
+            for fact, value in special.items():
+                setattr(info, fact, value)
+            out.addfile(info, io.BytesIO(picture(0)))
+
+
 Folder = tuple[Callable[[Path], object], dict[str, object], str]
 NAMED_WORDS = {"captions": {"kind": "files", "name": "words"}}
 FOLDERS: dict[str, Folder] = {
@@ -336,6 +348,22 @@ FOLDERS: dict[str, Folder] = {
     "an archive that was cut": (cut_tar, {}, "animals-train-000001.tar"),
     "two archives in one": (two_tars_in_one, {}, "animals-train-000000.tar"),
     "a member twice": (twice, {}, "0.png"),
+    "a member twice, by two paths": (lambda r: archive(r / "a.tar", {"0.png": b"", "./0.png": b""}), {}, "./0.png"),
+    "a member twice, in two forms of Unicode": (
+        lambda r: archive(r / "a.tar", {"\u00e9.png": b"", "e\u0301.png": b""}), {}, "e\u0301.png"
+    ),
+    "a hard link": (partial(odd_member, type=tarfile.LNKTYPE, linkname="0.png"), {}, "9.png"),
+    "a link of an archive": (partial(odd_member, type=tarfile.SYMTYPE, linkname="0.png"), {}, "9.png"),
+    **{
+        f"a member of pax headers {headers}": (partial(odd_member, pax_headers=headers), {}, "a.tar")
+        for headers in (
+            {"size": "-1024"},
+            {"size": str(2**70)},
+            {"GNU.sparse.map": "0,10,20,5", "GNU.sparse.size": "4096"},
+            {"GNU.sparse.map": "a,b", "GNU.sparse.size": "x"},
+            {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9", "GNU.sparse.name": "a"},
+        )
+    },
     # captions
     "no captions": (as_folder, FILES, "captions.name"),
     "no captions in a table": (as_parquet, FILES, "label"),

@@ -118,6 +118,31 @@ def test_a_header_is_believed_in_nothing(tmp_path: Path, shape: tuple[int, ...],
             read_adm(path, count=COUNT)
 
 
+@pytest.mark.parametrize(("dtype", "c"), [(np.int64, -1), (np.int64, 2**62), (np.uint64, 2**64 - 1)])
+def test_classes_that_no_data_have_are_refused(dtype: type, c: int, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"arr_1 has the class {c}"):
+        npz.NpzImages(written(tmp_path / "a.npz", arr_1=np.full(len(IMAGES), c, dtype)))
+
+
+@pytest.mark.parametrize("count", [-1, 0, 11, 2**40])
+def test_images_that_are_not_there_are_not_believed_in(count: int, tmp_path: Path) -> None:
+    path = written(tmp_path / "a.npz", arr_0=None)
+    shape = (count, *IMAGES.shape[1:])
+    with zipfile.ZipFile(path, "a") as file, file.open("arr_0.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        member.write(IMAGES.tobytes())
+    with pytest.raises(UserError, match=re.escape(str(shape))):
+        npz.NpzImages(path)
+
+
+def test_an_array_twice_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.npz")
+    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(path, "a") as file:
+        file.writestr("arr_0.npy", b"")
+    with pytest.raises(UserError, match="twice"):
+        npz.NpzImages(path)
+
+
 def test_no_npz_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "one.npy", IMAGES)
     with zipfile.ZipFile(tmp_path / "text.npz", "w") as file:
@@ -128,20 +153,24 @@ def test_no_npz_is_refused(tmp_path: Path) -> None:
 
 
 def test_damage_is_found_where_it_is(tmp_path: Path) -> None:
-    """A byte that flipped among the images, and images that are fewer than the header says."""
+    """A byte that flipped among the images."""
     path = written(tmp_path / "a.npz")
     whole = path.read_bytes()
     place = whole.index(IMAGES[7].tobytes())
     (tmp_path / "flipped.npz").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    shorter: list[Path] = []
-    for missing in (1, IMAGES[0].nbytes):  # a byte, and a whole image
-        shorter.append(written(tmp_path / f"short-{missing}.npz", arr_0=None))
-        with zipfile.ZipFile(path) as old, zipfile.ZipFile(shorter[-1], "a") as new:
-            new.writestr("arr_0.npy", old.read("arr_0.npy")[:-missing])
-    for damaged in (tmp_path / "flipped.npz", *shorter):
-        images = read_adm(damaged, count=COUNT).images(4)
-        with pytest.raises(UserError, match=rf"{damaged.name} is damaged at image \d .*: fetch it again"):
-            list(images)
+    images = read_adm(tmp_path / "flipped.npz", count=COUNT).images(4)
+    with pytest.raises(UserError, match=r"flipped.npz is damaged at image \d .*: fetch it again"):
+        list(images)
+
+
+@pytest.mark.parametrize("missing", [1, IMAGES[0].nbytes])  # a byte, and a whole image
+def test_images_that_are_fewer_than_the_header_says_are_refused(missing: int, tmp_path: Path) -> None:
+    whole = written(tmp_path / "a.npz")
+    shorter = written(tmp_path / "short.npz", arr_0=None)
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(shorter, "a") as new:
+        new.writestr("arr_0.npy", old.read("arr_0.npy")[:-missing])
+    with pytest.raises(UserError, match=r"short.npz(: arr_0 has .* bytes, too few| is damaged at image \d)"):
+        list(read_adm(shorter, count=COUNT).images(4))
 
 
 def test_damage_behind_an_image_leaves_it_readable(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Nothing stands under a name until all of it is written; what stood before stands until then."""
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -170,6 +171,18 @@ def test_a_lock_whose_file_cannot_be_looked_at_is_let_go(tmp_path: Path, monkeyp
             pass
     with guard.locked(lock, busy="it is held still"):
         assert raised.value.errno == errno.ESTALE
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
+def test_a_folder_without_locks_is_named(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="cannot be locked") as raised, guard.locked(tmp_path / "lock"):
+        pass
+    assert raised.value.filename == str(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_of_a_link_the_link_is_removed(tmp_path: Path) -> None:
