@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from e2e.shell import call, sets
+from e2e.shell import call
 from stock.case import FULL, Case, must
 
 
@@ -25,7 +25,7 @@ class TinyRuns:
         """A recipe's run, trained with these fields, as the folder `to`."""
 
         def train(run: Path) -> None:
-            must(call("train", recipe, "--out", run, *sets(*fields)))
+            must(call("train", recipe, "--out", run, *fields))
 
         return shutil.copytree(self._once(recipe, fields, train), to)
 

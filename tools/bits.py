@@ -164,10 +164,7 @@ def record_recipe(name: str, fields: Fields) -> Record:
         if key not in NOT_FIELDS:
             text = value if isinstance(value, str) else json.dumps(value)
             settings.append(f"{key}={text}")
-    options: list[str] = []
-    for setting in settings:
-        options += ["--set", setting]
-    options += ["--device", "cpu"]
+    options = [*settings, "--device", "cpu"]
     training = ["train", recipe, "--out", str(run), *options]
     if "ranks" in fields:
         _run_dumo_on_ranks(fields["ranks"], *training)

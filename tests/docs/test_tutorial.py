@@ -21,7 +21,7 @@ from dumo.lab.plan import read_plan
 from dumo.objectives import DuMo, base
 from dumo.testing import CheckError
 from dumo.types import Spec
-from e2e.shell import TINY, call, sets
+from e2e.shell import TINY, call
 from forked import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
@@ -163,7 +163,7 @@ def test_an_objective_in_the_package(here: Path) -> None:
         return subprocess.run([sys.executable, "-m", *words], cwd=here, env=env, capture_output=True, text=True)
 
     command = shlex.split(blocks(PAGES / "own-objective.md", "sh")[0])
-    done = run("dumo", *command[1:], *TINY, *sets("train.steps=2"))
+    done = run("dumo", *command[1:], *TINY, "train.steps=2")
     assert (done.returncode, "runs/any-step" in done.stderr) == (0, True), done.stderr
     law = "tests/theory/test_fixed_point.py::test_gradient_vanishes_at_the_flow"
     bare = ("-o", "addopts=--import-mode=importlib")  # shapes are not checked, which takes longer than this law

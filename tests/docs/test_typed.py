@@ -13,21 +13,25 @@ import pytest
 from docs.page import PAGES, ROOT, blocks, lines, unrolled
 from docs.test_tutorial import photos
 from docs.turn import tier
-from e2e.shell import call, sets
+from e2e.shell import call
 from pipelines import SIDE, save
 
 ELSEWHERE = {"README", "photos", "compare", "paper", "own-objective", "library", "loop"}
-TWO = sets("train.steps=2", "train.schedule.warmup=0", "evaluate.protocol.samples=20")
+TWO = ["train.steps=2", "train.schedule.warmup=0", "evaluate.protocol.samples=20"]
 TUNED = [
-    *sets(f"data.images.side={SIDE}", "train.batch=4", "train.micro_batch=4", "train.share=1", "train.precision=fp32"),
-    *sets("net.lora.frozen=float32"),
+    f"data.images.side={SIDE}",
+    "train.batch=4",
+    "train.micro_batch=4",
+    "train.share=1",
+    "train.precision=fp32",
+    "net.lora.frozen=float32",
     *TWO,
 ]
-DIGITS = sets("train.steps=2", "train.batch=32")
+DIGITS = ["train.steps=2", "train.batch=32"]
 MORE = {  # by recipe
-    "digits-drift": sets("train.batch=256"),
-    "digits-cmt": sets("teacher.pairs.count=32"),
-    "photos": ["--yes", *sets("net.width=16", "net.depth=1", "net.attention=2", "train.batch=4")],
+    "digits-drift": ["train.batch=256"],
+    "digits-cmt": ["teacher.pairs.count=32"],
+    "photos": ["--yes", "net.width=16", "net.depth=1", "net.attention=2", "train.batch=4"],
 }
 COUNTED = {  # what `dumo show --cost` is given: published models take it minutes
     **{f"{one}-lora": [f"pipeline.source=$PWD/{one}", f"data.images.side={SIDE}"] for one in ("sd3", "sdxl", "flux")},
@@ -43,7 +47,7 @@ def typed(page: str, small: list[str], **instead: str) -> None:
             os.environ |= {name: value for name, _, value in (word.partition("=") for word in words)}
         elif program == "dumo":
             more = [*small, *MORE.get(words[1], ())] if words[0] in ("train", "encode") or "--check" in words else []
-            more += sets(*map(os.path.expandvars, COUNTED.get(words[1], ()))) if "--cost" in words else []
+            more += [*map(os.path.expandvars, COUNTED.get(words[1], ()))] if "--cost" in words else []
             if words[0] == "train" and "--out" not in words and Path("runs", words[1]).exists():
                 more += ["--out", f"runs/{len(list(Path('runs').iterdir()))}"]  # an alternative to one before
             done = call(*(instead.get(word, word) for word in words), *more)
@@ -71,7 +75,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @tier("pretrained")
 def test_pretrained(here: Path) -> None:
-    typed("pretrained", [*TUNED, *sets(f"pipeline={save('SD3', here / 'sd3')}")])
+    typed("pretrained", [*TUNED, f"pipeline={save('SD3', here / 'sd3')}"])
     assert (here / "few-steps/README.md").is_file()
 
 
@@ -82,7 +86,7 @@ def test_personal(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "prior.txt").write_text("a dog on a beach\na cat\n", encoding="utf-8")
     monkeypatch.setenv("MY_IMAGES", str(here / "photos"))
     for verb in ("encode", "train"):
-        assert call(verb, "sd3-lora", *sets("pipeline=sd3"), *TUNED).code == 0
+        assert call(verb, "sd3-lora", "pipeline=sd3", *TUNED).code == 0
     (here / "mine").mkdir()
     (here / "photos").rename(here / "mine/photos")
     typed("personal", TUNED, **{"200": "4"})
@@ -91,13 +95,13 @@ def test_personal(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @tier("sdxl")
 def test_sdxl(here: Path) -> None:
-    typed("sdxl", [*TUNED, *sets(f"pipeline={save('SDXL', here / 'sdxl')}")])
+    typed("sdxl", [*TUNED, f"pipeline={save('SDXL', here / 'sdxl')}"])
     assert (here / "fox.safetensors").is_file()
 
 
 @tier("families")
 def test_families(here: Path) -> None:
-    typed("families", [*TUNED, *sets(f"pipeline={save('Flux2-klein', here / 'klein')}")])
+    typed("families", [*TUNED, f"pipeline={save('Flux2-klein', here / 'klein')}"])
     assert "guidance_scale=1.0" in (here / "few-steps/README.md").read_text(encoding="utf-8")
 
 
@@ -111,8 +115,8 @@ def test_captions(here: Path) -> None:
 def test_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save("SD3", here / "sd3")
     monkeypatch.setenv("MY_IMAGES", str(here / "photos"))
-    flux = sets(f"pipeline={save('Flux', here / 'flux')}")
-    assert call("encode", "flux-lora", *flux, *sets("train.micro_batch=2"), *TUNED).code == 0
+    flux = [f"pipeline={save('Flux', here / 'flux')}"]
+    assert call("encode", "flux-lora", *flux, "train.micro_batch=2", *TUNED).code == 0
     typed("memory", [*TUNED, *flux])
 
 
@@ -123,8 +127,8 @@ def test_gpus(here: Path) -> None:
 
 @tier("evaluation")
 def test_evaluation(here: Path) -> None:
-    small = sets("net.width=8", "train.batch=8", "train.steps=5", "data.side=16", "evaluate.protocol.samples=60")
-    small += sets("sample.solver.m=0.3")  # as of photos that are learned at 64 x 64
+    small = ["net.width=8", "train.batch=8", "train.steps=5", "data.side=16", "evaluate.protocol.samples=60"]
+    small += ["sample.solver.m=0.3"]  # as of photos that are learned at 64 x 64
     for caption in here.rglob("*.txt"):
         caption.unlink()
     assert call("train", "photos", "--yes", *small).code == 0

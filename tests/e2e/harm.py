@@ -30,11 +30,11 @@ from dumo.config import recipe_files
 from dumo.data import Latents
 from dumo.io import digest, tensor_files
 from dumo.run import fill_caches
-from e2e.shell import Done, call, files, sets
+from e2e.shell import Done, call, files
 
 COUNT, SHARD = 24, 8  # images, and those in a shard
-LEAN = sets("net.width=16", "net.depth=1", "train.batch=8", "train.steps=4", "train.save_every=2", "train.keep=3")
-LEAN += sets("train.log_every=1", "train.milestones=[2, 4]", "evaluate.protocol={kind: photos, samples: 24}")
+LEAN = ["net.width=16", "net.depth=1", "train.batch=8", "train.steps=4", "train.save_every=2", "train.keep=3"]
+LEAN += ["train.log_every=1", "train.milestones=[2, 4]", "evaluate.protocol={kind: photos, samples: 24}"]
 End = dict[str, str]
 
 
@@ -53,7 +53,7 @@ class Harm:
 
 def train(run: str, *more: str) -> tuple[str, ...]:
     """Two steps more."""
-    return ("train", f"runs/{run}", "--set", "train.steps=6", *more)
+    return ("train", f"runs/{run}", "train.steps=6", *more)
 
 
 def sample(run: str) -> tuple[str, ...]:
@@ -99,7 +99,7 @@ def encode_images(name: str, rank: int = 0, world: int = 1) -> None:
 
 def begin(name: str, *fields: str) -> None:
     """Train a run of a few steps."""
-    done("train", "digits", "--out", f"runs/{name}", *LEAN, *sets(*fields))
+    done("train", "digits", "--out", f"runs/{name}", *LEAN, *fields)
 
 
 def words() -> None:
@@ -110,7 +110,7 @@ def words() -> None:
     tree["data"] = {"kind": "digits", "captions": {"kind": "templates", "templates": ["{}", "the digit {n}"]}}
     tree["net"] = {"kind": "dit", "patch": 4, "width": 16, "depth": 1, "attention": 2, "texts": texts}
     Path("words.yaml").write_text(yaml.safe_dump(tree))
-    done("train", "words.yaml", "--out", "runs/words", *sets("train.steps=4", "train.batch=8", "train.save_every=2"))
+    done("train", "words.yaml", "--out", "runs/words", "train.steps=4", "train.batch=8", "train.save_every=2")
 
 
 def done(*words: object) -> None:
@@ -376,7 +376,7 @@ def of_latents() -> Iterator[Harm]:
     strange = "latents/strange/shard-00000.safetensors"
     yield Harm("latents", "a shard of other images", taken(shard, strange), train("latents"), ("shard-00000",))
     yield Harm("latents", "a cache of other images", taken("latents/large", "latents/strange"), train("latents"), ("",))
-    encode_again = ("encode", "large", "latents/large", "--codec", "taef2", "--side", "32", *sets(*CODEC))
+    encode_again = ("encode", "large", "--out", "latents/large", "--codec", "taef2", "--side", "32", *CODEC)
     repaint = lambda: paint("large", 1, 32)  # noqa: E731
     for words in (encode_again, train("latents"), evaluate("latents")):
         yield Harm("latents", "their images replaced at equal size", repaint, words, ("large",))
@@ -451,7 +451,7 @@ def of_checkpoints() -> Iterator[Harm]:
     swap = swapped(f"{last}/net/00000.safetensors", f"{last}/ema-0.999/00000.safetensors")
     yield Harm("checkpoint", "net and average swapped", swap, train("digits"), ("safetensors",), harmless=True)
     alien = taken(last, "runs/teacher/checkpoints/step-00000004")
-    for words in (train("digits"), sample("digits"), evaluate("digits"), ("export", "runs/digits", "out")):
+    for words in (train("digits"), sample("digits"), evaluate("digits"), ("export", "runs/digits", "--out", "out")):
         yield Harm("checkpoint", "another run's", alien, words, ("train.seed",))
     steps = swapped(last, "runs/digits/checkpoints/step-00000002")
     yield Harm("checkpoint", "two steps swapped", steps, train("digits"), ("step-0000000",))
@@ -476,7 +476,7 @@ def of_records() -> Iterator[Harm]:
     spec = "runs/digits/run.yaml"
 
     other = lines(spec, lambda rows: [re.sub(r"time_scale: .*", "time_scale: 7.0", row) for row in rows])
-    for words in (train("digits"), sample("digits"), evaluate("digits"), ("export", "runs/digits", "out")):
+    for words in (train("digits"), sample("digits"), evaluate("digits"), ("export", "runs/digits", "--out", "out")):
         yield Harm("run.yaml", "another net.time_scale", other, words, ("net.time_scale",))
     yield Harm("run.yaml", "another run's", taken(spec, "runs/photos/run.yaml"), sample("digits"), ("data",))
     log = "runs/digits/metrics.jsonl"

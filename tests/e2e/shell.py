@@ -43,12 +43,7 @@ class Done:
         return json.loads(self.out, parse_constant=refuse)
 
 
-def sets(*fields: str) -> list[str]:
-    """--set for each field."""
-    return [word for field in fields for word in ("--set", field)]
-
-
-TINY = sets("net.width=32", "net.depth=1", "train.batch=16", "train.steps=20", "evaluate.protocol.samples=500")
+TINY = ["net.width=32", "net.depth=1", "train.batch=16", "train.steps=20", "evaluate.protocol.samples=500"]
 
 
 def call(*words: object) -> Done:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import dumo
-from e2e.shell import TINY, Done, call, sets
+from e2e.shell import TINY, Done, call
 
 PROMPTS: list[dict[str, Any]] = [  # as GenEval's file has them
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
@@ -28,7 +28,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("benchmark")
     done = call(
         *("train", "digits-words", "--out", folder / "run", *TINY),
-        *sets("train.steps=4", "train.log_every=4"),
+        "train.steps=4",
+        "train.log_every=4",
     )
     assert done.code == 0, done
     return folder / "run"

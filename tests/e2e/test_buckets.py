@@ -13,20 +13,22 @@ from dumo.data import Latents
 from dumo.data.pixel import upright_size
 from dumo.run import fill_caches
 from dumo.runtime.random import stream
-from e2e.shell import call, refused, sets, together
+from e2e.shell import call, refused, together
 from e2e.test_ranks import same
 
 SIZES = [(40, 24), (24, 40), (32, 32), (50, 31), (31, 45), (16, 15)]  # width and height; the last is small
 COUNT, LAST = 20, "checkpoints/step-00000008"
 RECIPE = (
     "my-images-buckets",
-    *sets("data.root=cache", "data.images.root=photos", "data.codec.weights=taef2.safetensors"),
+    "data.root=cache",
+    "data.images.root=photos",
+    "data.codec.weights=taef2.safetensors",
 )
-SMALL = sets(
+SMALL = [
     *("data.images.side=32", "data.images.buckets.step=8", "data.images.buckets.smaller=[16]", "net.patch=1"),
     *("net.width=16", "net.depth=1", "net.attention=2", "train.batch=8", "train.steps=8", "train.schedule.warmup=2"),
     *("train.compile=none", "train.precision=fp32", "train.save_every=4", "train.log_every=1"),
-)
+]
 SAID = "images are in 4 of 4 buckets (40 x 24: 7, 32 x 32: 3, 24 x 40: 7, 16 x 16: 3); cut off are "
 
 
@@ -52,7 +54,7 @@ def photos(here: Path) -> Path:
 
 @pytest.mark.nightly
 def test_a_run_on_buckets_is_the_same_stopped_and_on_two_ranks(photos: Path) -> None:
-    whole = call("train", *RECIPE, *SMALL, "--out", "whole", *sets("train.micro_batch=4"))
+    whole = call("train", *RECIPE, *SMALL, "--out", "whole", "train.micro_batch=4")
     assert whole.code == 0, whole.err
     assert SAID in whole.err
     shutil.copytree("whole", "stopped")
@@ -65,7 +67,7 @@ def test_a_run_on_buckets_is_the_same_stopped_and_on_two_ranks(photos: Path) -> 
 @pytest.mark.nightly
 def test_sizes_are_stated_and_asked_for(photos: Path) -> None:
     assert "buckets: 4 of 4 buckets" in call("show", "--check", *RECIPE, *SMALL).out
-    assert call("train", *RECIPE, *SMALL, "--out", "run", *sets("train.steps=1")).code == 0
+    assert call("train", *RECIPE, *SMALL, "--out", "run", "train.steps=1").code == 0
     done = call("sample", "run", "--nfe", "1", "--count", "2", "--size", "24x40", "--format", "images")
     assert done.code == 0, done.err
     (folder,) = map(Path, done.out.split())
@@ -74,10 +76,10 @@ def test_sizes_are_stated_and_asked_for(photos: Path) -> None:
     assert dumo.load("run").sample(count=1, size="40x24").shape == (1, 3, 24, 40)
     assert dumo.load("run").sample(count=1).shape == (1, 3, 32, 32)
     refused("sample", "run", "--size", "40x40", named=("size 40x40", "40x24, 32x32, 24x40, 16x16"))
-    assert call("evaluate", "run", *sets("evaluate.protocol.samples=20")).code == 0  # squares against squares
+    assert call("evaluate", "run", "evaluate.protocol.samples=20").code == 0  # squares against squares
     done = call("report", "run")
     assert done.code == 0, done.err
-    assert call("export", "run", "out").code == 0
+    assert call("export", "run", "--out", "out").code == 0
     card = Path("out/README.md").read_text("utf-8")
     assert "and how many: 40 x 24 (7), 24 x 40 (7), 32 x 32 (3), 16 x 16 (3) |" in card
 
@@ -88,6 +90,6 @@ def test_what_knows_one_size_refuses_buckets(photos: Path) -> None:
         ("data.images.buckets.step=12", "data.images: buckets of 32 x 32 pixels", "multiple of buckets.step = 12"),
         ("data.images.crop=none", "crop is of one size"),
     ):
-        refused("train", *RECIPE, *SMALL, *sets(field), "--out", "run", named=(*named,))
+        refused("train", *RECIPE, *SMALL, field, "--out", "run", named=(*named,))
     net = ("net={kind: unet, width: 8, multipliers: [1], depth: 1}", "data.images.buckets=null")
-    refused("train", *RECIPE, *sets("net=null", net[0]), "--out", "run", named=("net 'unet'", net[1]))
+    refused("train", *RECIPE, "net=null", net[0], "--out", "run", named=("net 'unet'", net[1]))

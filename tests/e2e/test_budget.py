@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dumo.encoders.encode_prompt import PromptReader
 from dumo.io.tensor_files import load, read
-from e2e.shell import call, refused, sets, together
+from e2e.shell import call, refused, together
 from stock.case import LORA, SHORT, Case, must
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]  # of diffusers about its own parts
@@ -33,7 +33,7 @@ def tabled(tmp_path_factory: pytest.TempPathFactory) -> Case:
 def words(case: Case, *more: str) -> list[str]:
     """A run of the same pipeline and images without a table."""
     where = (f"net.texts.root={case.folder / 'none'}", "net.texts.dtype=float32")
-    return ["sd3-lora", *sets(*case.fields, *SHORT, *FIELDS, *where, LIVE, *more)]
+    return ["sd3-lora", *case.fields, *SHORT, *FIELDS, *where, LIVE, *more]
 
 
 def weights(run: Path) -> dict[str, Tensor]:
@@ -76,9 +76,9 @@ def test_a_cache_that_is_filled_meanwhile_is_read(
     (model / "tokenizer_3" / "tokenizer_config.json").write_text("{}")
     named = ("another", "is not StableDiffusion3Pipeline-")
     monkeypatch.chdir(tmp_path)
-    refused("train", "run", "--from", 2, *sets(f"pipeline.source={model}"), named=named)
+    refused("train", "run", "--from", 2, f"pipeline.source={model}", named=named)
     monkeypatch.setattr(PromptReader, "read_row", None)
-    must(call("train", "run", "--from", 2, *sets(f"net.texts.root={tabled.folder / 'texts'}")))
+    must(call("train", "run", "--from", 2, f"net.texts.root={tabled.folder / 'texts'}"))
     assert_same(tmp_path / "run", tabled)
 
 

@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from dumo.data.rows import warn_once
-from e2e.shell import call, refused, sets
+from e2e.shell import call, refused
 
-RECIPE = sets("data.images.root=photos", "data.images.flip=false")
+RECIPE = ["data.images.root=photos", "data.images.flip=false"]
 
 
 @pytest.fixture

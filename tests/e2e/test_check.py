@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from e2e.shell import TINY, call, refused, sets
+from e2e.shell import TINY, call, refused
 
-BROKEN = sets("objective.slope.kind=central", "objective.slope.h=1.0e-7")  # rounding over rounding
+BROKEN = ["objective.slope.kind=central", "objective.slope.h=1.0e-7"]  # rounding over rounding
 
 
 @pytest.mark.parametrize(("name", "words", "ok"), [("moons", BROKEN, False), ("moons-flow-matching", [], True)])
@@ -30,7 +30,7 @@ def test_train_refuses_a_slope_that_is_no_derivative(here: Path) -> None:
     refused("train", "digits", *TINY, *BROKEN, named=named)
 
 
-SHORTCUT = sets("objective.kind=shortcut", "sample.solver.kind=hop")
+SHORTCUT = ["objective.kind=shortcut", "sample.solver.kind=hop"]
 
 
 @pytest.mark.slow
@@ -40,5 +40,5 @@ def test_it_is_said_by_what_looks_at_a_run(tmp_path: Path) -> None:
         assert done.code == 0
         assert "train.ref=0.999" in done.err
         assert "train.ref=0.999" not in done.out
-    followed = call("show", "digits", *TINY, *SHORTCUT, "--set", "train.ref=0.999")
+    followed = call("show", "digits", *TINY, *SHORTCUT, "train.ref=0.999")
     assert (followed.code, followed.err) == (0, "")

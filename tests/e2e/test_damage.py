@@ -72,7 +72,7 @@ def test_damaged_checkpoint(name: str, harm: Callable[[Path], object], here: Pat
     assert tree(run) == before
     shutil.rmtree(run / "checkpoints/step-00000010")
     refused("sample", "run", named=(f"run/{name}", "no whole checkpoint"), run=run)
-    refused("train", "run", "--set", "train.steps=25", named=(f"run/{name}", "no whole checkpoint"))
+    refused("train", "run", "train.steps=25", named=(f"run/{name}", "no whole checkpoint"))
 
 
 def warned(done: Done, name: str) -> None:
@@ -137,7 +137,7 @@ def test_a_field_that_was_edited_is_refused_by_all(here: Path, trained: dict[str
     for words in (
         ["sample", "run"],
         ["evaluate", "run"],
-        ["export", "run", "out"],
+        ["export", "run", "--out", "out"],
         ["report", "run"],
         ["train", "run"],
     ):
@@ -149,4 +149,4 @@ def test_log_that_is_damaged_in_the_middle(here: Path, trained: dict[str, Path])
     run = shutil.copytree(trained["moons"], here / "run")
     log = run / "metrics.jsonl"
     log.write_text(f'{{"loss": 1}}\n{log.read_text()}')
-    refused("train", "run", "--set", "train.steps=25", named=("run/metrics.jsonl", "line 1"))
+    refused("train", "run", "train.steps=25", named=("run/metrics.jsonl", "line 1"))

@@ -11,7 +11,7 @@ from dumo.export.model_card import PROMPT
 from dumo.nets.text_rows import Texts
 from dumo.run import prompt_rows
 from dumo.run.weights import load_run
-from e2e.shell import call, refused, sets
+from e2e.shell import call, refused
 from stock.case import CAPTIONS, EDITED, FULL, SHORT, Case
 
 ALONE = ("data.images.captions.source=source", "data.images.flip=false")
@@ -75,7 +75,7 @@ def test_an_image_that_changed_is_another_caption(case: Case, tmp_path: Path, he
     shutil.copytree(case.folder / "before", folder / "before")
     more = [f"data.root={folder / 'latents'}", f"data.images.root={folder / 'photos'}"]
     more += [f"net.texts.root={case.folder / 'texts'}", "net.texts.dtype=float32"]
-    words = sets(*case.fields, *SHORT, *FULL, *more)
+    words = [*case.fields, *SHORT, *FULL, *more]
     assert call("encode", "sd3-lora", *words).code == 0  # a copy of all is the same
     Image.new("RGB", (64, 64)).save(folder / "before" / "1.png")
     shutil.rmtree(folder / "latents")
@@ -103,12 +103,13 @@ def test_what_cannot_be_edited_is_refused(case: Case, here: Path) -> None:
         "data.images.captions.source=null": ("captions.source", "FluxKontextPipeline"),
         "data.images.captions.source=before": ("no row with 'before' in metadata.csv", "outside data.images.root"),
     }.items():
-        refused("encode", "sd3-lora", *sets(*words, field), named=named)
-    refused("show", "sd3-lora", *sets(*ALONE), named=("captions.source", "objective.drop"))
+        refused("encode", "sd3-lora", *words, field, named=named)
+    refused("show", "sd3-lora", *ALONE, named=("captions.source", "objective.drop"))
     refused(
         "show",
         "sd3-lora",
-        *sets(*EDITED, "objective.guide={omega: 1, zeta: 0}"),
+        *EDITED,
+        "objective.guide={omega: 1, zeta: 0}",
         named=("is a column of images to edit", "leave it out"),
     )
     refused("sample", case.run, "--prompt", PROMPT, named=("edits images", "--source FILE"))

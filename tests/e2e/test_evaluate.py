@@ -10,7 +10,7 @@ from PIL import Image
 
 from dumo.encoders import inception as network
 from dumo.runtime.random import stream
-from e2e.shell import call, refused, sets
+from e2e.shell import call, refused
 from unit.evaluation.extractor import Peephole
 
 COUNT = 120  # images
@@ -32,7 +32,7 @@ def of(album: Path, protocol: str = "folder", *more: str) -> list[str]:
     tiny = ("net.width=16", "net.depth=1", "net.attention=1", "train.batch=8", "train.steps=2", "train.save_every=2")
     data = ("data.kind=images", f"data.root={album}", "data.side=8")
     judged = (f"evaluate.protocol.kind={protocol}", f"evaluate.protocol.samples={COUNT}")
-    return sets(*tiny, *data, *judged, "evaluate.protocol.frechet=false", "evaluate.nfe=[1]", *more)
+    return [*tiny, *data, *judged, "evaluate.protocol.frechet=false", "evaluate.nfe=[1]", *more]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_from_images_to_a_table(here: Path, peephole: Peephole) -> None:
 @pytest.mark.slow
 def test_samples_in_a_file_are_judged_as_their_run_and_stand_in_its_table(here: Path, album: Path) -> None:
     """Photos round samples to 8 bits, as a file does: so all numbers are equal."""
-    photos = sets(f"evaluate.protocol={{kind: photos, samples: {COUNT}}}", "evaluate.contrast=[]")
+    photos = [f"evaluate.protocol={{kind: photos, samples: {COUNT}}}", "evaluate.contrast=[]"]
     run = call("evaluate", "a", *photos, "--json").json
     call("sample", "a", "--format", "npz", "--count", COUNT, "--nfe", "1", "--out", "samples")
     [file] = Path("samples").glob("*.npz")

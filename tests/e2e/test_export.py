@@ -24,7 +24,7 @@ from dumo.flow.sampling import integrate
 from dumo.flow.solver import Euler
 from dumo.report.evaluation_card import sample_settings
 from dumo.run.weights import load_run
-from e2e.shell import call, files, finish, refused, sets, start
+from e2e.shell import call, files, finish, refused, start
 from forked import ENVIRONMENT
 from hub import serving
 from pipelines import PIPELINES, save
@@ -33,7 +33,7 @@ from tiers import tiered
 from tiny import TinyRuns
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about its own parts, and of peft about merges
-RESTART = sets("sample.solver={kind: restart, m: 0.7}")
+RESTART = ["sample.solver={kind: restart, m: 0.7}"]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TWO = (  # times, by steps so long that the second counts
     "objective={kind: meanflow, slope: {kind: dual}, times: {kind: jumps}, guide: {zeta: 0}}",
@@ -114,9 +114,9 @@ def test_the_card_of_two_times_makes_dumos_images(name: str, tmp_path: Path) -> 
     assert [r for _, r in said["passes"]] == [0, 0, 0, 0]
     assert said["embedding"]["error"] < 1e-6 < said["embedding"]["half"] < 0.02
     assert f"condition number {said['embedding']['condition']:.3g}, off by" in (out / "README.md").read_text()
-    must(call("train", case.run, *sets("sample.solver={kind: hop}")))
+    must(call("train", case.run, "sample.solver={kind: hop}"))
     if case.stock.indexed_times:
-        done = call("export", case.run, tmp_path / "hops")
+        done = call("export", case.run, "--out", tmp_path / "hops")
         assert (done.code, "sample.solver" in done.err) == (2, True)
         return
     case = replace(case)  # which samples otherwise
@@ -130,7 +130,7 @@ def test_passes_that_a_stock_model_cannot_tell_apart_are_refused(here: Path, tmp
     """Two r at one t, and no number of passes. Nothing is written."""
     case = Case.of("SD3", tmp_path, *FULL, *TWO, "sample.solver={kind: hop}")
     for nfe, word in (("1,2", "t = 1"), ("0", "0")):
-        refused("export", case.run, here / "out", "--nfe", nfe, named=(word,), lines=None)
+        refused("export", case.run, "--out", here / "out", "--nfe", nfe, named=(word,), lines=None)
         assert not (here / "out").exists()
 
 
@@ -139,9 +139,9 @@ def test_a_head_that_the_run_does_not_sample_by_is_refused(here: Path, tmp_path:
     """Of three heads, m jumps from time to time; v is read at r = 0, and a stock model's velocity is at r = t."""
     three = "objective={kind: several, slope: {kind: dual}, guide: {zeta: 0}}"
     case = Case.of("SD3", tmp_path, *FULL, three, "sample.solver={kind: hop}")
-    refused("export", case.run, here / "out", named=("sample.solver",))
-    refused("export", case.run, here / "out", "--head", "v", named=("another r than t",))
-    must(call("train", case.run, *sets("sample.solver={kind: restart}")))
+    refused("export", case.run, "--out", here / "out", named=("sample.solver",))
+    refused("export", case.run, "--out", here / "out", "--head", "v", named=("another r than t",))
+    must(call("train", case.run, "sample.solver={kind: restart}"))
     case = replace(case)  # which samples otherwise
     assert max(case.image_errors(case.export("out"), nfe=(1, 2))) < LIMITS["full"]
 
@@ -187,7 +187,7 @@ def test_a_loras_parts_all_count(tuned: Case) -> None:
 
 def test_one_file_holds_what_the_folder_holds(sd3: Case) -> None:
     file = sd3.folder / "model.safetensors"
-    done = call("export", sd3.run, file, "--to", "safetensors")
+    done = call("export", sd3.run, "--out", file, "--to", "safetensors")
     assert (done.code, done.out.strip()) == (0, str(file))
     one, other = load_file(file), load_file(sd3.folder / "out" / "transformer" / WEIGHTS)
     assert one.keys() == other.keys() == load_file(sd3.source / "transformer" / WEIGHTS).keys()
@@ -198,7 +198,7 @@ def test_one_file_holds_what_the_folder_holds(sd3: Case) -> None:
 def test_one_file_for_comfyui_makes_the_model_that_is_exported(tuned: Case) -> None:
     file, whole = tuned.folder / "comfyui.safetensors", tuned.folder / "whole.safetensors"
     for to, out in (("comfyui", file), ("safetensors", whole)):
-        assert call("export", tuned.run, out, "--to", to).code == 0
+        assert call("export", tuned.run, "--out", out, "--to", to).code == 0
     kind, before = "SD3Transformer2DModel", load_file(tuned.source / "transformer" / WEIGHTS)
     found, after = loaded(before, load_file(file), kind), native(load_file(whole), kind)
     assert max(float((found[name] - x).abs().max()) for name, x in after.items()) < 1e-6
@@ -238,7 +238,7 @@ def test_the_card_says_what_was_tuned(tuned: Case, tmp_path: Path) -> None:
     run, source = on_a_copy_of_its_pipeline(tuned, tmp_path)
     index = json.loads((source / INDEX).read_text())
     (source / INDEX).write_text(json.dumps(index | {"_name_or_path": "owner/model"}))
-    assert call("export", run, tmp_path / "out", "--to", "lora").code == 0
+    assert call("export", run, "--out", tmp_path / "out", "--to", "lora").code == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert f'from_pretrained("{source.name}", ' in card
     assert f"| tuned from | {source.name}, " in card
@@ -254,7 +254,7 @@ def test_parts_are_copied_linked_or_left_out(sd3: Case, tmp_path: Path) -> None:
     for name in (pickle, "diffusion_pytorch_model.fp16.bin", "statistics.pt"):
         (source / "vae" / name).touch()
     for parts in ("copy", "link", "none"):
-        assert call("export", run, tmp_path / parts, "--parts", parts).code == 0
+        assert call("export", run, "--out", tmp_path / parts, "--parts", parts).code == 0
     assert {path.name for path in (tmp_path / "none").iterdir()} == {
         *("README.md", "dumo.json", "model_index.json", "scheduler", "transformer")
     }
@@ -292,7 +292,7 @@ def test_the_card_of_a_lora_with_codes_for_a_model_alone_runs(tmp_path: Path, mo
 def test_what_a_pipeline_guides_otherwise_is_refused(tiny_runs: TinyRuns, tmp_path: Path) -> None:
     case = tiny_runs.case(tmp_path, "Qwen-Image", *FULL)
     case.guide(2)
-    done = call("export", case.run, tmp_path / "out")
+    done = call("export", case.run, "--out", tmp_path / "out")
     assert (done.code, "sample.guide.scale" in done.err) == (2, True), done.err
     assert not (tmp_path / "out").exists()
 
@@ -310,7 +310,7 @@ def test_a_distilled_klein_is_exported_without_guidance(tiny_runs: TinyRuns, tmp
     assert max(case.errors_over_limits("full", out)) < 1
     assert "is ignored for step-wise distilled models" not in (folder / "printed.txt").read_text()
     case.guide(GUIDED)
-    done = call("export", case.run, folder / "guided")
+    done = call("export", case.run, "--out", folder / "guided")
     assert (done.code, "Flux2KleinPipeline" in done.err) == (2, True), done
 
 
@@ -335,7 +335,7 @@ def test_parts_of_another_pipeline_are_refused(sd3: Case, tmp_path: Path) -> Non
     run, other = on_a_copy_of_its_pipeline(sd3, tmp_path)
     file = other / "vae" / WEIGHTS
     save_file({name: x + 1 for name, x in load_file(file).items()}, file)
-    for words in (("sample", run, "--nfe", "1"), ("export", run, tmp_path / "out")):
+    for words in (("sample", run, "--nfe", "1"), ("export", run, "--out", tmp_path / "out")):
         done = call(*words)
         assert done.code == 2
         assert "has another vae (weights) than when this run began" in done.err
@@ -350,7 +350,7 @@ def test_a_failure_leaves_nothing(sd3: Case, tmp_path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dumo.export.model_card.tuned_card", fails)
-    assert call("export", sd3.folder / "run", tmp_path / "out").code == 2
+    assert call("export", sd3.folder / "run", "--out", tmp_path / "out").code == 2
     assert [*tmp_path.iterdir()] == []
 
 
@@ -358,7 +358,7 @@ def test_what_a_run_says_of_itself_is_text_on_its_card(trained: dict[str, Path],
     """A hub shows the card as a page."""
     run, about = shutil.copytree(trained["digits"], here / "run"), "<script>alert(1)</script> a|b"
     (run / "run.yaml").write_text(re.sub("about: .*", f"about: '{about}'", (run / "run.yaml").read_text()))
-    assert call("export", run, "out").code == 0
+    assert call("export", run, "--out", "out").code == 0
     card = (here / "out/README.md").read_text()
     assert r"| recipe | &lt;script&gt;alert(1)&lt;/script&gt; a\|b |" in card
     assert "<script" not in card
@@ -377,7 +377,7 @@ def test_what_an_evaluation_says_is_text_on_the_card(trained: dict[str, Path], h
     scores = {"nfe": 1, "solver": EVIL, EVIL: 0.5, "fd_grey": 12.3}
     report = {"step": 20, "protocol": EVIL, "results": [scores], "contrast": [], "card": card}
     (run / EVALUATION_FILE).write_text(json.dumps(report), encoding="utf-8")
-    assert call("export", run, "out").code == 0
+    assert call("export", run, "--out", "out").code == 0
     text = (here / "out/README.md").read_text("utf-8")
     assert f"| NFE | solver | {TEXT} | fd_grey |" in text
     assert f"| 1 | {TEXT} | 0.5 | 12.3 |" in text
@@ -398,7 +398,7 @@ def test_any_name_of_an_export_is_a_string_in_its_python(
         ("lora", tuned.run, ("--to", "lora")),
     ):
         out = tmp_path / kind / name
-        assert call("export", run, out, *words).code == 0
+        assert call("export", run, "--out", out, *words).code == 0
         text = (out / "README.md").read_text("utf-8")
         strings: list[object] = []
         for block in re.findall("```py\n(.*?)\n```", text, re.S):
@@ -411,7 +411,7 @@ def test_any_name_of_an_export_is_a_string_in_its_python(
 def test_an_export_is_uploaded_as_it_is(trained: dict[str, Path], here: Path) -> None:
     """In a process that knows the hub by its environment alone; where that refuses, the folder stays, and is whole."""
     with serving() as hub:
-        words = [sys.executable, "-m", "dumo", "export", str(trained["digits"]), "out", "--push", "owner/name"]
+        words = [sys.executable, "-m", "dumo", "export", str(trained["digits"]), "--out", "out", "--push", "owner/name"]
         environment = {**ENVIRONMENT, **hub.environment, "HF_HUB_OFFLINE": "0"}
         done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (0, f"out\n{hub.address}/owner/name\n"), done.stderr
@@ -429,10 +429,10 @@ def test_an_export_is_uploaded_as_it_is(trained: dict[str, Path], here: Path) ->
 @pytest.mark.slow
 def test_a_killed_export_leaves_no_folder_of_its_name(trained: dict[str, Path], here: Path) -> None:
     kill = "from dumo.export import own; own.write = lambda *a, **k: os.kill(os.getpid(), 9)"
-    killed = finish(start("export", trained["digits"], "out/one", cwd=here, first=f"import os; {kill}"))
+    killed = finish(start("export", trained["digits"], "--out", "out/one", cwd=here, first=f"import os; {kill}"))
     assert killed.code == -9
     assert not (here / "out/one").exists()
-    assert call("export", trained["digits"], "out/one").code == 0
+    assert call("export", trained["digits"], "--out", "out/one").code == 0
 
 
 @pytest.mark.slow
@@ -443,7 +443,7 @@ def test_the_card_says_what_was_measured_of_these_weights_alone(sd3: Case, tmp_p
     for sha256, there in ((sd3.opened.sha256, True), ("0" * 64, False)):
         report = {"step": 2, "protocol": "digits", "results": [scores], "contrast": []}
         file.write_text(json.dumps({**report, "card": {**card, "weights_sha256": sha256}}), encoding="utf-8")
-        assert call("export", run, tmp_path / sha256).code == 0
+        assert call("export", run, "--out", tmp_path / sha256).code == 0
         text = (tmp_path / sha256 / "README.md").read_text("utf-8")
         assert ("| 1 | restart | 12.3 |" in text) == there
         assert "sigmas=[1.0, 0.7], guidance_scale=1.0" in text

@@ -19,7 +19,6 @@ from PIL import Image
 from pyarrow import parquet
 
 from dumo.io import run_places
-from e2e.shell import sets
 from forked import ENVIRONMENT
 from hub import COMMIT, Hub, Repository, serving
 from pipelines import SIDE, save
@@ -27,7 +26,7 @@ from pipelines import SIDE, save
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 UNREACHABLE = {"HF_ENDPOINT": "http://127.0.0.1:9"}
 NO_TOKEN = {"HF_TOKEN": ""}
-SMALL = sets(
+SMALL = [
     "train.steps=2",
     "train.batch=4",
     "net.width=16",
@@ -35,7 +34,7 @@ SMALL = sets(
     "net.attention=2",
     "data.side=32",
     "data.split=train",
-)
+]
 CARD = """---
 configs:
 - config_name: plain
@@ -119,7 +118,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
 @pytest.mark.slow
 def test_a_data_set_is_trained_on_by_name(machine: Machine) -> None:
     """Its classes are found by their type; the run resumes at its commit, offline and when the Hub has moved on."""
-    words = ("train", "my-images", *SMALL, *sets("data.root=owner/pets"), "--out", "run")
+    words = ("train", "my-images", *SMALL, "data.root=owner/pets", "--out", "run")
     printed = machine.call(*words)
     assert f"downloading owner/pets at {COMMIT}" in printed
     assert "3 classes: cat, dog, fox" in printed
@@ -127,9 +126,9 @@ def test_a_data_set_is_trained_on_by_name(machine: Machine) -> None:
     text = (machine.here / "run/run.yaml").read_text()
     assert f"root: owner/pets@{COMMIT}\n" in text
     machine.hub.datasets["owner/pets"] = pets(48, commit=OTHER)
-    assert "24 images" in machine.call(*words, *sets("train.steps=3"))
+    assert "24 images" in machine.call(*words, "train.steps=3")
     for steps, env in ((4, OFFLINE), (5, UNREACHABLE)):
-        assert "24 images" in machine.call("train", "run", *sets(f"train.steps={steps}"), **env)
+        assert "24 images" in machine.call("train", "run", f"train.steps={steps}", **env)
     assert "24 images" in machine.call(*words[:-1], "offline", **OFFLINE)
     assert machine.sent() == set()
     assert "48 images" in machine.call(*words[:-1], "new")
@@ -144,7 +143,7 @@ def test_a_run_is_opened_by_name(machine: Machine) -> None:
     machine.call("sample", "digits-trained", "--nfe", "1", "--count", "4")
     name = "samples/hop-nfe1-count4.png"
     assert (machine.here / "digits" / name).read_bytes() == (machine.here / "digits-trained" / name).read_bytes()
-    machine.call("export", "owner/digits", "exported", **OFFLINE)
+    machine.call("export", "owner/digits", "--out", "exported", **OFFLINE)
     assert "digits" in machine.call("compare", "owner/digits", **OFFLINE)
     assert machine.sent() == set()
 
@@ -158,25 +157,25 @@ def test_a_pipeline_is_tuned_by_name(machine: Machine) -> None:
         Image.new("RGB", (SIDE, SIDE), (60 * number, 9, 200)).save(machine.here / f"sd3/{number}.png")
         (machine.here / f"sd3/{number}.txt").write_text(f"number {number}")
     (machine.here / "sd3").rename(machine.here / "photos")
-    fields = sets("pipeline=owner/sd3", "data.images.root=photos", f"data.images.side={SIDE}", "train.steps=2")
-    fields += sets("train.batch=2", "train.precision=fp32", "net.lora.rank=2", "net.lora.frozen=float32")
-    fields += sets("net.texts.dtype=float32")
+    fields = ["pipeline=owner/sd3", "data.images.root=photos", f"data.images.side={SIDE}", "train.steps=2"]
+    fields += ["train.batch=2", "train.precision=fp32", "net.lora.rank=2", "net.lora.frozen=float32"]
+    fields += ["net.texts.dtype=float32"]
     machine.call("show", "sd3-lora", *fields, "--cost")
     assert not [name for name in machine.sent() if name.endswith(".safetensors")]
     machine.call("encode", "sd3-lora", *fields)
     machine.call("train", "sd3-lora", *fields)
     assert machine.sent() == {name for name in whole.files if name.endswith(".safetensors")}
     assert f"source: owner/sd3@{COMMIT}\n" in (machine.here / "runs/sd3-lora/run.yaml").read_text()
-    machine.call("train", "runs/sd3-lora", *sets("train.steps=3"), **OFFLINE)
+    machine.call("train", "runs/sd3-lora", "train.steps=3", **OFFLINE)
     machine.call("sample", "runs/sd3-lora", "--prompt", "a dog", "--nfe", "1", **OFFLINE)
-    machine.call("export", "runs/sd3-lora", "few", **OFFLINE)
+    machine.call("export", "runs/sd3-lora", "--out", "few", **OFFLINE)
     assert 'DiffusionPipeline.from_pretrained("few"' in (machine.here / "few/README.md").read_text()
     assert machine.sent() == set()
 
 
 @pytest.mark.nightly
 def test_one_of_two_ranks_downloads(machine: Machine) -> None:
-    words = ["train", "my-images", *SMALL, *sets("data.root=owner/pets"), "--out", "run", "--device", "cpu"]
+    words = ["train", "my-images", *SMALL, "data.root=owner/pets", "--out", "run", "--device", "cpu"]
     env = {**ENVIRONMENT, **machine.hub.environment, "HF_HOME": str(machine.here / "cache")}
     env.pop("DUMO_DATA", None)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dumo", *words]
@@ -188,17 +187,17 @@ def test_one_of_two_ranks_downloads(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("words", "env", "said"),
     [
-        (["train", "cifar10-small", *sets("data.root=owner/gated")], NO_TOKEN, "gated"),
-        (["train", "cifar10-small", *sets("data.root=owner/none")], {}, "Repository Not Found"),
+        (["train", "cifar10-small", "data.root=owner/gated"], NO_TOKEN, "gated"),
+        (["train", "cifar10-small", "data.root=owner/none"], {}, "Repository Not Found"),
         (["train", "cifar10-small"], UNREACHABLE, "check your internet connection"),
         (["train", "cifar10-small"], OFFLINE, "HF_HUB_OFFLINE=0"),
-        (["train", "sd3-lora", *sets("pipeline=owner/gated", "data.images.root=.")], NO_TOKEN, "gated"),
+        (["train", "sd3-lora", "pipeline=owner/gated", "data.images.root=."], NO_TOKEN, "gated"),
         (["sample", "owner/none"], {}, "Repository Not Found"),
         (["sample", "owner/gated"], {}, "is not a run's folder"),
         # A mistyped folder: the Hub is not asked.
         (["train", "here/pohtos"], {}, "there is no recipe, file or run's folder"),
-        (["train", "my-images", *sets("data.root=here/pohtos")], {}, "there is no folder or file"),
-        (["train", "sd3-lora", *sets("pipeline=here/sd3", "data.images.root=x")], {}, "there is no folder here/sd3"),
+        (["train", "my-images", "data.root=here/pohtos"], {}, "there is no folder or file"),
+        (["train", "sd3-lora", "pipeline=here/sd3", "data.images.root=x"], {}, "there is no folder here/sd3"),
         (["sample", "runs/digist"], {}, "is not a run's folder"),
     ],
     ids=lambda case: " ".join(case[:3]) if isinstance(case, list) else None,

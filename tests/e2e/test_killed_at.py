@@ -4,13 +4,20 @@ from pathlib import Path
 
 import pytest
 
-from e2e.shell import TINY, call, files, finish, sets, start
+from e2e.shell import TINY, call, files, finish, start
 from tiers import tiered
 
 WORDS = (
     *("train", "digits", "--out", "run", *TINY),
-    *sets("train.steps=6", "train.save_every=2", "train.keep=2", "train.log_every=1", "train.milestones=[0, 2, 4]"),
-    *sets("evaluate.every=2", "evaluate.best=true", "train.sheets=2", "sample.nfe=[1, 2]"),
+    "train.steps=6",
+    "train.save_every=2",
+    "train.keep=2",
+    "train.log_every=1",
+    "train.milestones=[0, 2, 4]",
+    "evaluate.every=2",
+    "evaluate.best=true",
+    "train.sheets=2",
+    "sample.nfe=[1, 2]",
 )
 # A function by its module and name, and which call of it: the process is killed where that begins.
 POINTS = [

@@ -78,8 +78,7 @@ def test_the_whole_way(home: Path) -> None:
 )
 def test_bad_input_to_encode(home: Path, tmp_path: Path, sets: tuple[str, ...], said: tuple[str, ...]) -> None:
     """One plain line, exit code 2, and nothing begun."""
-    words = [word for one in sets for word in ("--set", one)]
-    refused("encode", home / "run.yml", tmp_path / "cache", *words, named=said, lines=None)
+    refused("encode", home / "run.yml", "--out", tmp_path / "cache", *sets, named=said, lines=None)
     assert not (tmp_path / "cache").exists()
 
 
@@ -89,11 +88,11 @@ def test_a_file_that_is_no_image_is_named(home: Path, tmp_path: Path) -> None:
     images.mkdir()
     shutil.copy(home / "images" / "class0" / "000.png", images / "good.png")
     (images / "bad.png").write_text("no image")
-    words = ("encode", images, tmp_path / "cache", "--codec", "taef2", "--side", SIDE)
-    words += ("--set", f"data.codec.weights={home / 'taef2.safetensors'}")
+    words = ("encode", images, "--out", tmp_path / "cache", "--codec", "taef2", "--side", SIDE)
+    words += f"data.codec.weights={home / 'taef2.safetensors'}"
     refused(*words, named=("bad.png", "data.images.on_bad=skip"))
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-        made = call(*words, "--set", "data.images.on_bad=skip")
+        made = call(*words, "data.images.on_bad=skip")
     assert "bad.png" in made.err
     assert "1 images (1 could not be read)" in made.out

@@ -20,7 +20,7 @@ from dumo.io.tensor_files import load
 from dumo.run.weights import load_run
 from dumo.runtime.random import random_row_mask
 from dumo.types import frozen
-from e2e.shell import call, refused, sets, together
+from e2e.shell import call, refused, together
 from forked import ENVIRONMENT
 from stock.case import CAPTIONS, SHORT, Case, must
 
@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.slow,
 ]
 LARGE = "train.optimizer.lr=0.01"  # steps so long that a few of them count
-LR = sets(LARGE, "train.steps=4", "train.save_every=2", "train.schedule.warmup=0", "train.sheets=4")
+LR = [LARGE, "train.steps=4", "train.save_every=2", "train.schedule.warmup=0", "train.sheets=4"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Personal(Case):
 
     def words(self) -> list[str]:
         """What is set of it."""
-        return sets(*(f"{part}={self.folder / part.replace('.root', '')}" for part in ("data.root", "net.texts.root")))
+        return [*(f"{part}={self.folder / part.replace('.root', '')}" for part in ("data.root", "net.texts.root"))]
 
 
 def personal(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Personal:
@@ -132,13 +132,13 @@ def test_it_goes_on_and_is_trained_by_two_ranks_to_the_bit(
 ) -> None:
     monkeypatch.setenv("FEW_STEPS", str(sd3.few))
     monkeypatch.setenv("MY_IMAGES", str(sd3.folder / "mine"))
-    words = ["train", "personal", *sd3.words(), *LR, *sets("train.micro_batch=2")]
+    words = ["train", "personal", *sd3.words(), *LR, "train.micro_batch=2"]
     must(call(*words, "--out", tmp_path / "whole"))
-    must(call(*words, *sets("train.steps=2"), "--out", tmp_path / "parts"))
+    must(call(*words, "train.steps=2", "--out", tmp_path / "parts"))
     must(call(*words, "--out", tmp_path / "parts"))
     env = {"FEW_STEPS": str(sd3.few), "MY_IMAGES": str(sd3.folder / "mine")}
     with patch.dict(ENVIRONMENT, env):
-        together(2, *words, *sets("train.share=1"), "--out", tmp_path / "ranks", cwd=tmp_path)
+        together(2, *words, "train.share=1", "--out", tmp_path / "ranks", cwd=tmp_path)
     places = (tmp_path / name / "checkpoints/step-00000004" for name in ("whole", "parts", "ranks"))
     whole, parts, ranks = (load(place / "net") for place in places)
     assert whole.keys() == parts.keys() == ranks.keys()
@@ -154,7 +154,7 @@ def test_stock_pipelines_make_dumos_images_of_both_loras(
 ) -> None:
     """Fused on the stock model, alone on the few-step run's export, merged; at one pass and two, by their cards."""
     case = sd3 if name == "SD3" else personal(name, tmp_path, monkeypatch)
-    must(call("export", case.few, case.folder / "few-steps"))
+    must(call("export", case.few, "--out", case.folder / "few-steps"))
     fused, alone = case.export("fused", "--to", "lora"), case.export("alone", "--to", "lora", "--alone")
     assert max(case.errors_over_limits("lora", fused)) < 1
     assert max(case.errors_over_limits("lora", alone)) < 1
@@ -167,7 +167,7 @@ def test_stock_pipelines_make_dumos_images_of_both_loras(
 @pytest.mark.nightly
 def test_both_adapters_are_a_few_steps_lora_and_the_subjects_next_to_it(sd3: Personal) -> None:
     """As adapters of two names, too, on the stock model."""
-    must(call("export", sd3.few, sd3.folder / "few-lora", "--to", "lora"))
+    must(call("export", sd3.few, "--out", sd3.folder / "few-lora", "--to", "lora"))
     subject, whole = sd3.export("subject", "--to", "lora", "--alone"), sd3.export("whole", "--to", "lora")
     made = []
     for names in ({"whole": whole}, {"few": sd3.folder / "few-lora", "subject": subject}):
@@ -183,7 +183,7 @@ def test_both_adapters_are_a_few_steps_lora_and_the_subjects_next_to_it(sd3: Per
 def test_comfyui_gets_both_or_the_subject(sd3: Personal) -> None:
     """Both are the few-step run's LoRA and the subject's, rank after rank, and the layers that the former changed."""
     fused, alone = (sd3.export(f"{n}.safetensors", "--to", "comfyui", *w) for n, w in (("f", ()), ("a", ("--alone",))))
-    must(call("export", sd3.few, first := sd3.folder / "first.safetensors", "--to", "comfyui"))
+    must(call("export", sd3.few, "--out", first := sd3.folder / "first.safetensors", "--to", "comfyui"))
     both, few, one = map(load_file, (fused, first, alone))
     assert both.keys() == few.keys()
     assert one.keys() == {key for key in both if ".lora_" in key}
@@ -198,13 +198,13 @@ def test_comfyui_gets_both_or_the_subject(sd3: Personal) -> None:
 @pytest.mark.nightly
 def test_another_few_step_run_is_refused(sd3: Personal, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that was trained on, or of another net; and no run at all."""
-    refused("sample", sd3.run, *sets("start.source=nowhere"), named=("start.source",), lines=None)
+    refused("sample", sd3.run, "start.source=nowhere", named=("start.source",), lines=None)
     monkeypatch.setenv("MY_IMAGES", str(sd3.folder / "mine"))
-    words = [*sd3.words(), *sets(*SHORT), "--out", "new"]
+    words = [*sd3.words(), *SHORT, "--out", "new"]
     monkeypatch.setenv("FEW_STEPS", str(here))
     refused("train", "personal", *words, named=("FEW_STEPS",), lines=None)
     monkeypatch.setenv("FEW_STEPS", str(sd3.few))
-    refused("train", "personal", *words, *sets("net.lora.rank=3"), named=("net.lora.rank: 4 there, 3 asked",))
-    refused("train", "personal", *words, *sets("start=null"), named=("net.lora.subject", "set start="))
-    refused("export", sd3.few, "out", "--to", "lora", "--alone", named=("net.lora.subject",))
-    refused("export", sd3.run, "out", "--alone", named=("net.lora.subject",))
+    refused("train", "personal", *words, "net.lora.rank=3", named=("net.lora.rank: 4 there, 3 asked",))
+    refused("train", "personal", *words, "start=null", named=("net.lora.subject", "set start="))
+    refused("export", sd3.few, "--out", "out", "--to", "lora", "--alone", named=("net.lora.subject",))
+    refused("export", sd3.run, "--out", "out", "--alone", named=("net.lora.subject",))

@@ -22,17 +22,22 @@ from PIL import Image
 import dumo
 from dumo.config.load import load
 from dumo.plan import photos as rules
-from e2e.shell import Done, call, refused, sets
+from e2e.shell import Done, call, refused
 from forked import ENVIRONMENT
 from tiers import tiered
 
 CLASSES = ("cats", "dogs", "fish", "zoo birds")
-FOR_CPU = sets("train.compile=none", "train.precision=fp32")
+FOR_CPU = ["train.compile=none", "train.precision=fp32"]
 SMALL = [
     *FOR_CPU,
-    *sets("net.width=32", "net.depth=1", "train.steps=3", "train.batch=64", "evaluate.nfe=[1]", "sample.nfe=[1]"),
+    "net.width=32",
+    "net.depth=1",
+    "train.steps=3",
+    "train.batch=64",
+    "evaluate.nfe=[1]",
+    "sample.nfe=[1]",
 ]
-PIXELS = [*SMALL, *sets("net.attention=2", "data.side=16", "evaluate.protocol.samples=40", "evaluate.contrast=[]")]
+PIXELS = [*SMALL, "net.attention=2", "data.side=16", "evaluate.protocol.samples=40", "evaluate.contrast=[]"]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +63,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(photos: Path) -> Path:
     folder = photos.parent / "run"
-    done, told = said("train", "my-images", "--out", folder, *PIXELS, *sets(f"data.root={photos}"))
+    done, told = said("train", "my-images", "--out", folder, *PIXELS, f"data.root={photos}")
     assert done.code == 0, done
     assert "1 of 61 images cannot be read" in told
     assert "dogs/broken.png" in told
@@ -151,7 +156,7 @@ def test_labels_by_name(run: Path) -> None:
 def test_the_settings_of_a_run_are_those_of_a_new_one_on_other_classes(photos: Path, run: Path, tmp_path: Path) -> None:
     for name in CLASSES[2:]:
         shutil.copytree(photos / name, tmp_path / "others" / name)
-    done, told = said("train", run, "--out", "new", *sets(f"data.root={tmp_path / 'others'}"))
+    done, told = said("train", run, "--out", "new", f"data.root={tmp_path / 'others'}")
     assert done.code == 0, done
     assert "30 images in 2 classes: fish, zoo birds" in told
 
@@ -161,16 +166,16 @@ def test_other_folders_are_refused(photos: Path, run: Path) -> None:
     again = ("train", run)
     (photos / "cats").rename(photos / "lions")
     try:
-        refused(*again, *sets(f"data.root={photos}"), named=("without cats", "with lions"), run=run)
+        refused(*again, f"data.root={photos}", named=("without cats", "with lions"), run=run)
     finally:
         (photos / "lions").rename(photos / "cats")
-    fields = sets(f"data.root={photos}", "data.on_bad=raise")
+    fields = [f"data.root={photos}", "data.on_bad=raise"]
     refused("train", "my-images", *PIXELS, *fields, named=("dogs/broken.png", "data.on_bad=skip"))
 
 
 @pytest.mark.slow
 def test_a_run_that_needs_inception_does_not_hint_at_judging(photos: Path) -> None:
-    fields = sets(f"data.root={photos}", "evaluate.protocol={kind: folder, samples: 40, frechet: false}")
+    fields = [f"data.root={photos}", "evaluate.protocol={kind: folder, samples: 40, frechet: false}"]
     done, told = said("train", "my-images", *PIXELS[: PIXELS.index("evaluate.protocol.samples=40") - 1], *fields)
     assert done.code == 0
     assert "dumo evaluate runs" not in told
@@ -181,8 +186,8 @@ def test_a_run_that_needs_inception_does_not_hint_at_judging(photos: Path) -> No
 @pytest.mark.data
 def test_in_latents(photos: Path) -> None:
     """With a real autoencoder: stopped by the broken file, nothing is in the way of the true run."""
-    fields = sets(f"data.images.root={photos}", "data.images.side=32")
-    before = call("encode", "my-images-256", *fields, *sets("data.images.on_bad=raise"))
+    fields = [f"data.images.root={photos}", "data.images.side=32"]
+    before = call("encode", "my-images-256", *fields, "data.images.on_bad=raise")
     assert before.code == 2
     assert "broken.png" in before.err
     assert "data.images.on_bad=skip" in before.err
@@ -190,7 +195,7 @@ def test_in_latents(photos: Path) -> None:
     assert done.code == 0, told
     assert "60 images (1 could not be read)" in done.out
     hint = done.err.split("next:  dumo ")[1].splitlines()[0].split()
-    rest = sets("net.attention=2", "evaluate.protocol.samples=20", "evaluate.contrast=[]")
+    rest = ["net.attention=2", "evaluate.protocol.samples=20", "evaluate.contrast=[]"]
     assert hint == ["train", "my-images-256", *fields]
     done, told = said(*hint, *SMALL, *rest)
     assert done.code == 0, told
@@ -206,11 +211,11 @@ def test_in_latents(photos: Path) -> None:
 @pytest.mark.data
 def test_what_an_empty_beginning_left_is_no_obstacle(photos: Path) -> None:
     """A cache that holds nothing yet binds nobody to the number of images that there were."""
-    fields = ["--codec=taef2", "--side=32", "--set", "data.images.on_bad=raise"]
-    assert call("encode", photos, "cache", *fields).code == 2
+    fields = ["--codec=taef2", "--side=32", "data.images.on_bad=raise"]
+    assert call("encode", photos, "--out", "cache", *fields).code == 2
     bad = (photos / "dogs" / "broken.png").rename(photos.parent / "broken.png")
     try:
-        done = call("encode", photos, "cache", *fields)
+        done = call("encode", photos, "--out", "cache", *fields)
     finally:
         bad.rename(photos / "dogs" / "broken.png")
     assert done.code == 0, done
@@ -218,9 +223,9 @@ def test_what_an_empty_beginning_left_is_no_obstacle(photos: Path) -> None:
 
 
 # `dumo train FOLDER`
-QUICK = sets("net.width=32", "net.depth=1", "net.route=null", "train.batch=8", "train.coupling=null")
-QUICK_PIXELS = sets("net.width=8", "net.multipliers=[1, 1]", "net.attend=[]", "train.batch=4")
-JUDGED = sets("evaluate.protocol.samples=20")
+QUICK = ["net.width=32", "net.depth=1", "net.route=null", "train.batch=8", "train.coupling=null"]
+QUICK_PIXELS = ["net.width=8", "net.multipliers=[1, 1]", "net.attend=[]", "train.batch=4"]
+JUDGED = ["evaluate.protocol.samples=20"]
 
 
 def save(folder: Path, side: int, classes: tuple[str, ...] = ("cats", "dogs")) -> Path:
@@ -237,17 +242,17 @@ def save(folder: Path, side: int, classes: tuple[str, ...] = ("cats", "dogs")) -
 @pytest.mark.slow
 def test_photos_are_learned_in_latents_which_training_makes(here: Path) -> None:
     photos = save(here / "photos", 48)
-    began = call("train", "photos", "--yes", "--device", "cpu", *QUICK, *JUDGED, *sets("train.steps=2"))
+    began = call("train", "photos", "--yes", "--device", "cpu", *QUICK, *JUDGED, "train.steps=2")
     assert began.code == 0, began
     assert "trained as  latents of taef2 at 48 x 48" in began.out
     root = Path(load("runs/photos").data.root)
     assert root.parent == here / "runs/latents"
 
     # Again, in Python, and for another run: the cache is there.
-    again = call("train", "photos", *sets("train.steps=3", "data.on_bad=skip"))
+    again = call("train", "photos", "train.steps=3", "data.on_bad=skip")
     assert (again.code, "encoding" in again.err) == (0, False), again
     assert dumo.train("photos", {"train.steps": 4}, device="cpu").step == 4
-    second = call("train", "photos", "--out", "second", "--yes", *QUICK, *JUDGED, *sets("train.steps=2"))
+    second = call("train", "photos", "--out", "second", "--yes", *QUICK, *JUDGED, "train.steps=2")
     assert (second.code, "encoding" in second.err) == (0, False), second
     for words in (("sample", "--nfe", "1,2"), ("evaluate", "--nfe", "1"), ("report",)):
         done = call(words[0], "runs/photos", *words[1:])
@@ -255,17 +260,17 @@ def test_photos_are_learned_in_latents_which_training_makes(here: Path) -> None:
 
     # A lost cache is made again.
     shutil.rmtree(root)
-    lost = call("train", "runs/photos", *sets("train.steps=5"))
+    lost = call("train", "runs/photos", "train.steps=5")
     assert (lost.code, root.is_dir()) == (0, True), lost
 
     # Another photo: the run refuses it, with its cache and without, and a new run has a cache of its own.
     Image.new("RGB", (64, 48)).save(photos / "cats/3.png")
-    other = call("train", "photos", *sets("train.steps=6"))
+    other = call("train", "photos", "train.steps=6")
     assert (other.code, "cats/3.png" in other.err) == (2, True), other
     shutil.rmtree(root)
-    without_cache = call("train", "photos", *sets("train.steps=6"))
+    without_cache = call("train", "photos", "train.steps=6")
     assert without_cache.code == 2, without_cache
-    new = call("train", "photos", "--out", "new", "--yes", *QUICK, *JUDGED, *sets("train.steps=2"))
+    new = call("train", "photos", "--out", "new", "--yes", *QUICK, *JUDGED, "train.steps=2")
     assert new.code == 0, new
     assert load("new").data.root != str(root)
 
@@ -275,13 +280,13 @@ def test_small_photos_are_learned_in_pixels_by_the_clock(here: Path) -> None:
     """And a run that has ended goes on for more minutes."""
     save(here / "photos", 12)
     began = time.perf_counter()
-    done = call("train", "photos", "--yes", "--minutes", "0.15", "--device", "cpu", *QUICK_PIXELS)
+    done = call("train", "photos", "--yes", "minutes=0.15", "--device", "cpu", *QUICK_PIXELS)
     assert done.code == 0, done
     assert "trained as  pixels at 16 x 16" in done.out
     assert "length      9 seconds" in done.out
-    again = call("train", "photos", "--yes", "--minutes", "0.15", "--device", "cpu", *QUICK_PIXELS)
+    again = call("train", "photos", "--yes", "minutes=0.15", "--device", "cpu", *QUICK_PIXELS)
     assert "runs/photos has trained its 9 seconds. For more:  dumo train runs/photos" in again.err
-    more = call("train", "runs/photos", "--minutes", "0.25")
+    more = call("train", "runs/photos", "minutes=0.25")
     assert more.code == 0, more
     assert "0:06 of 0:15 are left, from step" in " ".join(more.err.split())
     assert load("runs/photos").train.minutes == 0.25
@@ -291,7 +296,7 @@ def test_small_photos_are_learned_in_pixels_by_the_clock(here: Path) -> None:
 @pytest.mark.nightly
 def test_captions_are_read(here: Path) -> None:
     photos = save(here / "photos", 48)
-    reading = sets("net.width=16", "net.depth=1", "net.attention=2", "train.batch=4", "train.steps=2")
+    reading = ["net.width=16", "net.depth=1", "net.attention=2", "train.batch=4", "train.steps=2"]
     for i in range(12):
         (photos / f"cats/{i}.txt").write_text(f"a cat, number {i}")
     incomplete = call("train", "photos", "--yes", "--device", "cpu", *reading)
@@ -306,12 +311,12 @@ def test_captions_are_read(here: Path) -> None:
     run = load("runs/photos")
     assert (run.data.captions.kind, run.net.kind, run.net.texts.kind) == ("files", "dit", "learned")
     assert call("sample", "runs/photos", "--prompt", "a dog", "--nfe", "1").code == 0
-    assert call("train", "photos", *sets("train.steps=3")).code == 0
+    assert call("train", "photos", "train.steps=3").code == 0
 
     # A run that was moved with its texts finds them.
     Path("runs").rename("big")
     assert call("sample", "big/photos", "--prompt", "a dog", "--nfe", "1").code == 0
-    assert call("train", "big/photos", *sets("train.steps=4")).code == 0
+    assert call("train", "big/photos", "train.steps=4").code == 0
     assert not Path("runs").exists()
 
 
@@ -339,7 +344,7 @@ def test_it_asks_on_a_terminal(here: Path, monkeypatch: pytest.MonkeyPatch, answ
 
     save(here / "photos", 12)
     monkeypatch.setattr(sys, "stdin", Terminal(answer))
-    done = call("train", "photos", "--device", "cpu", *QUICK_PIXELS, *sets("train.steps=1"))
+    done = call("train", "photos", "--device", "cpu", *QUICK_PIXELS, "train.steps=1")
     assert done.code == code, done
     assert "train? [Y/n]" in done.err
     assert Path("runs/photos").exists() == (code == 0)
@@ -350,7 +355,7 @@ def test_ctrl_c_at_the_question_ends_it(here: Path) -> None:
     save(here / "photos", 12)
     program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may ignore it
     program += "from dumo.cli import main; main()"
-    command = [sys.executable, "-c", program, "train", "photos", "--device", "cpu", *sets("train.steps=1")]
+    command = [sys.executable, "-c", program, "train", "photos", "--device", "cpu", "train.steps=1"]
     terminal, its_end = pty.openpty()
     running = subprocess.Popen(command, stdin=its_end, stdout=its_end, stderr=its_end, env=ENVIRONMENT)
     os.close(its_end)
@@ -377,7 +382,7 @@ def test_a_folder_that_cannot_be_trained_on_is_refused(here: Path) -> None:
         (("photos", "--device", "cpu"), "--yes"),
         (("empty", "--yes"), "empty"),
         (("bad", "--yes"), "one.png"),
-        (("photos", "--yes", *sets("net.widht=3")), "widht"),
+        (("photos", "--yes", "net.widht=3"), "widht"),
     ):
         done = call("train", *words)
         assert (done.code, name in done.err) == (2, True), done

@@ -12,7 +12,7 @@ from PIL import Image
 from autoencoder import taef2
 from dumo.config import recipe_files
 from dumo.config.load import load
-from e2e.shell import call, files, refused, sets
+from e2e.shell import call, files, refused
 
 SIDE = 16
 NET = {"kind": "dit", "patch": 1, "width": 16, "depth": 1, "attention": 2, "time_scale": 10.0}
@@ -61,7 +61,7 @@ def test_a_run_keeps_to_what_it_began_with(home: Path, monkeypatch: pytest.Monke
     assert data.codec.weights == str(home / "models" / WEIGHTS)  # pyright: ignore
     assert (data.root, data.images.root) == (str(home / "cache"), str(home / "images"))  # pyright: ignore
     assert "$PRETRAINED" in call("show", "recipe.yml").out
-    again = ("train", home / "run", *sets("train.steps=3"))
+    again = ("train", home / "run", "train.steps=3")
     monkeypatch.setenv("PRETRAINED", str(home / "elsewhere"))
     assert sampled("run") == wanted
     monkeypatch.delenv("PRETRAINED")
@@ -79,14 +79,14 @@ def test_other_weights_are_refused_and_moved_ones_are_found(home: Path) -> None:
     file.rename(home / WEIGHTS)
     named = ("No such file", str(file))
     refused("sample", "run", "--count", "1", "--nfe", "1", "--out", "x", named=named)
-    assert sampled("run", *sets(f"data.codec.weights={WEIGHTS}")) == wanted
-    another = sets("data.codec.weights=elsewhere/" + WEIGHTS)
+    assert sampled("run", f"data.codec.weights={WEIGHTS}") == wanted
+    another = ["data.codec.weights=elsewhere/" + WEIGHTS]
     named = ("data.codec.weights", "elsewhere", "SHA-256", "put those weights back")
     refused("sample", "run", *another, "--out", "x", named=named)
     shutil.copy(home / "elsewhere" / WEIGHTS, file)
     for words in (("sample", "--out", "x"), ("evaluate",)):
         refused(words[0], "run", *words[1:], named=(str(file), "SHA-256"))
-    refused("train", "run", *another, *sets("train.steps=3", "train.sheets=1"), named=("SHA-256",))
+    refused("train", "run", *another, "train.steps=3", "train.sheets=1", named=("SHA-256",))
 
 
 @pytest.mark.nightly
@@ -94,8 +94,8 @@ def test_a_moved_run_says_what_it_misses(home: Path) -> None:
     (home / "there").mkdir()
     for name in ("run", "cache", "models"):
         (home / name).rename(home / "there" / name)
-    refused("train", "there/run", *sets("train.steps=3"), named=(str(home / "models"),))
-    moved = sets("data.root=there/cache", f"data.codec.weights=there/models/{WEIGHTS}", "train.steps=3")
+    refused("train", "there/run", "train.steps=3", named=(str(home / "models"),))
+    moved = ["data.root=there/cache", f"data.codec.weights=there/models/{WEIGHTS}", "train.steps=3"]
     assert (done := call("train", "there/run", *moved)).code == 0, done
     assert load("there/run").data.root == str(home / "there/cache")  # pyright: ignore
     assert sampled("there/run")
@@ -108,7 +108,7 @@ def test_a_project_that_was_moved_takes_the_command_that_it_took(home: Path, mon
         (home / name).rename(home / "there" / name)
     monkeypatch.chdir(home / "there")
     monkeypatch.setenv("PRETRAINED", str(home / "there/models"))
-    assert (done := call("train", "recipe.yml", "--out", "run", *sets("train.steps=3"))).code == 0, done
+    assert (done := call("train", "recipe.yml", "--out", "run", "train.steps=3")).code == 0, done
     data = load("run").data
     assert (data.root, data.images.root) == (str(home / "there/cache"), str(home / "there/images"))  # pyright: ignore
 
@@ -116,13 +116,13 @@ def test_a_project_that_was_moved_takes_the_command_that_it_took(home: Path, mon
 @pytest.mark.nightly
 def test_images_that_were_moved_are_those_that_were_trained_on(home: Path) -> None:
     """Of images without a cache: their place is free, what they are is not."""
-    fields = sets("data={kind: images, root: images, side: 16, crop: none}", "net.patch=8")
+    fields = ["data={kind: images, root: images, side: 16, crop: none}", "net.patch=8"]
     assert (done := call("train", "recipe.yml", "--out", "plain", *fields)).code == 0, done
     (home / "images").rename(home / "moved")
-    assert call("sample", "plain", "--count", "1", "--nfe", "1", *sets("data.root=moved")).code == 0
+    assert call("sample", "plain", "--count", "1", "--nfe", "1", "data.root=moved").code == 0
     shutil.copytree(home / "moved/class0", home / "fewer/class0")
     shutil.copytree(home / "moved/class0", home / "fewer/class1")
     named = ("fewer has other images than plain was trained on",)
-    refused("evaluate", "plain", *sets("data.root=fewer"), named=named, run=home / "plain")
-    refused("train", "plain", *sets("data.root=fewer", "train.steps=3"), named=("the data are not those",))
-    assert call("train", "plain", *sets("data.root=moved", "train.steps=3")).code == 0
+    refused("evaluate", "plain", "data.root=fewer", named=named, run=home / "plain")
+    refused("train", "plain", "data.root=fewer", "train.steps=3", named=("the data are not those",))
+    assert call("train", "plain", "data.root=moved", "train.steps=3").code == 0

@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from dumo.encoders.part import DIFFUSERS_FILE as WEIGHTS
 from dumo.io.tensor_files import load
 from dumo.nets import lowpass
-from e2e.shell import call, files, refused, sets
+from e2e.shell import call, files, refused
 
 DIGITS: dict[str, Any] = {
     "sample_size": 8, "patch_size": 2, "in_channels": 1, "out_channels": 1, "num_layers": 2, "attention_head_dim": 8,
     "num_attention_heads": 4, "joint_attention_dim": 16, "caption_projection_dim": 32, "pooled_projection_dim": 16,
     "pos_embed_max_size": 8,
 }  # fmt: skip
-SHORT = sets("train.steps=4", "train.save_every=2")
+SHORT = ["train.steps=4", "train.save_every=2"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def net(folder: Path, *fields: str) -> list[str]:
     """As it is typed."""
-    return sets("net.kind=diffusers", "net.texts.kind=codes", f"pipeline={folder}", *fields)
+    return ["net.kind=diffusers", "net.texts.kind=codes", f"pipeline={folder}", *fields]
 
 
 @pytest.mark.slow
@@ -47,17 +47,17 @@ def test_from_a_folder_to_samples(here: Path, folder: Path) -> None:
         first = call("train", "digits", *net(folder), *SHORT, "--out", "tuned")
         assert (first.code, fitted.call_count) == (0, 1), "the time embedder is refitted before the first step"
         assert "low-pass at 10 rad: 128 of 256 waves of time stay; the curve of time is off by" in first.err
-        assert call("train", "tuned", *sets("train.steps=6")).code == 0
+        assert call("train", "tuned", "train.steps=6").code == 0
         assert call("sample", "tuned", "--nfe", "1").code == 0
         assert fitted.call_count == 1, "trained weights take its place"
     another = shutil.copytree(folder, here / "another")
     same = files(here / "tuned/samples")
-    assert call("sample", "tuned", "--nfe", "1", *sets(f"pipeline.source={another}")).code == 0
+    assert call("sample", "tuned", "--nfe", "1", f"pipeline.source={another}").code == 0
     assert files(here / "tuned/samples") == same
     file = another / "transformer/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"qk_norm": "rms_norm"}))
     named = ("pipeline", "another transformer (config.json)", "pipeline.source")
-    refused("sample", "tuned", *sets(f"pipeline.source={another}"), named=named)
+    refused("sample", "tuned", f"pipeline.source={another}", named=named)
     done = call("show", "digits", *net(folder), "--json")
     assert (done.code, done.json["parameters"]) == (0, 75_976)
 
@@ -65,7 +65,7 @@ def test_from_a_folder_to_samples(here: Path, folder: Path) -> None:
 def trained_in_parts(here: Path, words: list[str]) -> dict[str, torch.Tensor]:
     """What is saved of a run of four steps, `whole`: to the bit as of one that was stopped after two and goes on."""
     assert call(*words, "--out", "whole").code == 0
-    assert call(*words, *sets("train.steps=2"), "--out", "parts").code == 0
+    assert call(*words, "train.steps=2", "--out", "parts").code == 0
     assert call(*words, "--out", "parts").code == 0
     whole, parts = (load(here / name / "checkpoints/step-00000004/net") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
@@ -76,9 +76,9 @@ def trained_in_parts(here: Path, words: list[str]) -> dict[str, torch.Tensor]:
 @pytest.mark.nightly
 def test_adapters_alone_are_saved_and_taught_by_their_base(here: Path, folder: Path) -> None:
     """Stopped and gone on with, the same weights to the bit as in one go."""
-    words = ["train", "digits", *net(folder, "net.lora.rank=4"), *SHORT, *sets("teacher.kind=base")]
-    words += sets("teacher.guide.scale=2")
-    words += sets("train.schedule.kind=constant")
+    words = ["train", "digits", *net(folder, "net.lora.rank=4"), *SHORT, "teacher.kind=base"]
+    words += ["teacher.guide.scale=2"]
+    words += ["train.schedule.kind=constant"]
     whole = trained_in_parts(here, words)
     assert all(name.startswith("heads.") or "lora_" in name or "timestep_embedder" in name for name in whole)
 
@@ -88,9 +88,9 @@ def test_adapters_alone_are_saved_and_taught_by_their_base(here: Path, folder: P
 def test_two_times_are_trained_in_parts_and_jumped_between(here: Path, folder: Path, objective: str) -> None:
     """Beside adapters the embedding of the gap is trained, saved and gone on with, to the bit."""
     taught = "teacher={kind: base}" if objective == "dumo_any" else "teacher=null"
-    words = ["train", "digits", *net(folder, "net.lora.rank=4"), *SHORT, *sets("train.schedule.kind=constant", taught)]
-    words += sets(f"objective={{kind: {objective}, slope: {{kind: dual}}, times: {{kind: jumps}}}}")
-    words += sets("sample.solver={kind: hop}")
+    words = ["train", "digits", *net(folder, "net.lora.rank=4"), *SHORT, "train.schedule.kind=constant", taught]
+    words += [f"objective={{kind: {objective}, slope: {{kind: dual}}, times: {{kind: jumps}}}}"]
+    words += ["sample.solver={kind: hop}"]
     whole = trained_in_parts(here, words)
     assert whole["gap.layers.linear_2.weight"].any()
     assert call("sample", "whole", "--nfe", "2").code == 0
@@ -102,15 +102,15 @@ def test_two_times_are_trained_in_parts_and_jumped_between(here: Path, folder: P
 def test_a_coded_base_is_trained_on_sampled_and_merged_as_it_is_stored(here: Path, folder: Path, coding: str) -> None:
     """Also gone on with, to the bit; on another coding, or on other weights, it is refused."""
     words = net(folder, "net.lora.rank=4", f"net.lora.frozen={coding}")
-    whole = ["train", "digits", *words, *SHORT, *sets("train.schedule.kind=constant", "teacher.kind=base")]
+    whole = ["train", "digits", *words, *SHORT, "train.schedule.kind=constant", "teacher.kind=base"]
     for done in (
         call(*whole, "--out", "whole"),
-        call(*whole, *sets("train.steps=2"), "--out", "parts"),
+        call(*whole, "train.steps=2", "--out", "parts"),
         call(*whole, "--out", "parts"),
         call("sample", "whole", "--nfe", "1"),
         call("show", "digits", "--check", *words),
-        call("export", "whole", "merged"),
-        call("export", "whole", "adapters", "--to", "lora"),
+        call("export", "whole", "--out", "merged"),
+        call("export", "whole", "--out", "adapters", "--to", "lora"),
     ):
         assert done.code == 0, done
     one, two = (load(here / name / "checkpoints/step-00000004/net") for name in ("whole", "parts"))
@@ -123,7 +123,7 @@ def test_a_coded_base_is_trained_on_sampled_and_merged_as_it_is_stored(here: Pat
     key, name = "model.transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q.weight"
     a, b = (own[f"{key}.lora_{part}.default.weight"] for part in "AB")
     assert torch.allclose(merged[name], stored[name] + b @ a, atol=1e-6)
-    more = ("train", "whole", *sets("train.steps=8", f"net.lora.frozen={'nf4' if coding == 'int8' else 'int8'}"))
+    more = ("train", "whole", "train.steps=8", f"net.lora.frozen={'nf4' if coding == 'int8' else 'int8'}")
     refused(*more, named=(f"net.lora.frozen: {coding} there",), lines=None)
     named = ("was trained on other frozen weights", "keep net.lora.frozen as it was")
     done = call(*more, "--from", "4", "--out", "new")
@@ -141,23 +141,23 @@ def test_a_check_looks_at_the_weights(here: Path, folder: Path) -> None:
 
 
 def test_what_older_runs_have_is_named(here: Path, folder: Path) -> None:
-    refused("train", "digits", *sets(f"net.source={folder}", "net.kind=diffusers"), named=("net.source",), lines=None)
+    refused("train", "digits", f"net.source={folder}", "net.kind=diffusers", named=("net.source",), lines=None)
 
 
 def test_captions_are_what_a_pretrained_model_is_tuned_on(here: Path) -> None:
     """Codes are for who asks for them by name."""
-    words = ["sd3-lora", *sets(f"data.images.root={here}")]
+    words = ["sd3-lora", f"data.images.root={here}"]
     ways = ("data.images.captions.kind=files", 'templates: ["a photo of a {}"]', "net.texts.kind=codes")
-    refused("train", *words, *sets("data.images.captions=null"), named=ways)
+    refused("train", *words, "data.images.captions=null", named=ways)
     Image.new("RGB", (8, 8)).save(here / "one.png")
     refused("encode", *words, named=("no captions found",))
 
 
 @pytest.mark.nightly
 def test_codes_and_templates_take_the_place_of_captions(here: Path) -> None:
-    codes = sets("data.images.captions=null", "net.texts.kind=codes")
+    codes = ["data.images.captions=null", "net.texts.kind=codes"]
     assert call("show", "sd3-lora", *codes).code == 0
-    named = sets("data.images.captions={kind: templates, templates: ['a photo of a {}']}")
+    named = ["data.images.captions={kind: templates, templates: ['a photo of a {}']}"]
     assert call("show", "sd3-lora", *named).code == 0
 
 
@@ -177,7 +177,7 @@ def test_variants_are_refused_with_the_reason(here: Path, kind: str, does: str) 
         (here / "model" / part).mkdir(parents=True)
         (here / "model" / part / "config.json").write_text(json.dumps(published_config("Qwen/Qwen-Image")[part]))
     (here / "model" / "model_index.json").write_text(json.dumps({"_class_name": kind}))
-    refused("show", "qwen-image", *sets("pipeline=model"), named=(kind, does, "QwenImagePipeline"))
+    refused("show", "qwen-image", "pipeline=model", named=(kind, does, "QwenImagePipeline"))
 
 
 @pytest.mark.slow
@@ -185,7 +185,7 @@ def test_what_does_not_fit_is_refused(here: Path, folder: Path) -> None:
     refused("train", "digits", *net(here), named=("pipeline", "config.json"))
     refused("train", "digits-shortcut", *net(folder), named=("input 'k'", "objective.kind dumo"))
     refused("train", "moons", *net(folder), named=("takes images",))
-    central = sets("net.lowpass=null", "objective.slope.kind=central")
+    central = ["net.lowpass=null", "objective.slope.kind=central"]
     refused("train", "digits", *net(folder), *central, named=("time_scale = 1000",))
     (here / "only").mkdir()
     (here / "only" / "config.json").write_text(json.dumps({"_class_name": "SD3Transformer2DModel", **DIGITS}))
@@ -196,6 +196,6 @@ def test_what_does_not_fit_is_refused(here: Path, folder: Path) -> None:
 @pytest.mark.parametrize("verb", ["show", "encode", "train"])
 def test_images_beyond_a_models_positions_are_refused(here: Path, verb: str) -> None:
     named = ("192 patches a side", "have 256", "data.images.side=3072")
-    refused(verb, "sd3-lora", *sets("data.images.side=4096"), named=named)
-    wide = sets("data.images.side=2048", "data.images.buckets={step: 64, ratio: 4}")
+    refused(verb, "sd3-lora", "data.images.side=4096", named=named)
+    wide = ["data.images.side=2048", "data.images.buckets={step: 64, ratio: 4}"]
     refused(verb, "sd3-lora", *wide, named=("192 patches a side", "data.images.buckets.ratio"))

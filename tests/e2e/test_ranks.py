@@ -20,12 +20,12 @@ from autoencoder import taef2
 from dumo.data import Latents
 from dumo.io.tensor_files import load
 from dumo.run import fill_caches
-from e2e.shell import TINY, Done, apart, call, sets, together, tree
+from e2e.shell import TINY, Done, apart, call, together, tree
 from forked import ENVIRONMENT
 from reliability.process import is_alive, worker_pids
 
-OFTEN = sets("train.save_every=10", "train.keep=9", "train.log_every=10", "evaluate.every=10")
-SPLIT = sets("train.micro_batch=8")  # of 16 rows: as two ranks take them
+OFTEN = ["train.save_every=10", "train.keep=9", "train.log_every=10", "evaluate.every=10"]
+SPLIT = ["train.micro_batch=8"]  # of 16 rows: as two ranks take them
 LAST = "checkpoints/step-00000020"
 LATE = """# dumo, with steps that take at least a fifth of a second: between two of them there is time for a signal
 import time
@@ -130,7 +130,7 @@ def test_a_killed_rank_and_a_restart_are_the_same_run(run: Path, here: Path) -> 
 
 @pytest.mark.nightly
 def test_ranks_that_are_asked_to_stop_save_their_step_and_go_on_from_it(run: Path, here: Path) -> None:
-    words = ("train", "digits", "--out", "asked", *TINY, *OFTEN, *sets("train.log_every=1"))
+    words = ("train", "digits", "--out", "asked", *TINY, *OFTEN, "train.log_every=1")
     process, ranks = begun(words, here / "asked")
     process.send_signal(signal.SIGTERM)  # torchrun hands it on
     done = ended(process)
@@ -155,11 +155,11 @@ def test_a_new_run_from_a_checkpoint_is_resumed_when_it_is_typed_again(run: Path
 
 @pytest.mark.nightly
 def test_more_steps_on_any_number_of_ranks(run: Path, here: Path) -> None:
-    words = [*TINY, *OFTEN, *sets("train.steps=10", "train.sheets=10")]
+    words = [*TINY, *OFTEN, "train.steps=10", "train.sheets=10"]
     together(2, "train", "digits", "--out", "parts", *words, cwd=here)
-    together(2, "train", "parts", *sets("train.steps=20"), cwd=here)
+    together(2, "train", "parts", "train.steps=20", cwd=here)
     same(here / "parts" / LAST, run / LAST)
-    more = sets("train.steps=24", "train.share=3", "train.sheets=[24]", "evaluate.every=12")
+    more = ["train.steps=24", "train.share=3", "train.sheets=[24]", "evaluate.every=12"]
     all_done = together(3, "train", "parts", *more, cwd=here)
     assert ["the weights in parts over all" in done.err for done in all_done] == [True, False, False]
     judged = json.loads((here / "parts/metrics.jsonl").read_text().splitlines()[-1])
@@ -171,7 +171,7 @@ def test_more_steps_on_any_number_of_ranks(run: Path, here: Path) -> None:
     assert sheets == [f"step-{n:08d}-nfe1.png" for n in (10, 20, 24)]
     sheet, samples = Image.open("parts/sheets/step-00000024-nfe1.png"), Image.open("one/restart-nfe1-count64.png")
     assert max(high for _, high in ImageChops.difference(sheet, samples).getextrema()) <= 1
-    done = call("train", "parts", *sets("train.steps=26"))
+    done = call("train", "parts", "train.steps=26")
     assert done.code == 0, done
     assert [json.loads(line)["step"] for line in (here / "parts/metrics.jsonl").read_text().splitlines()][:2] == [
         10,
@@ -202,9 +202,9 @@ def test_samples_and_scores_are_those_of_one(ranks: int, run: Path, here: Path) 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        pytest.param(("digits", *sets("train.lr=1")), "train.lr: unknown key", marks=pytest.mark.nightly),
+        pytest.param(("digits", "train.lr=1"), "train.lr: unknown key", marks=pytest.mark.nightly),
         pytest.param(
-            ("digits-meanflow", *sets("train.batch=4")),
+            ("digits-meanflow", "train.batch=4"),
             "without one with r < t",
             marks=pytest.mark.nightly,
         ),
@@ -224,7 +224,7 @@ def test_what_does_not_fit_is_said_once(words: tuple[str, ...], said: str, here:
 @pytest.mark.slow
 def test_ranks_that_are_asked_for_different_runs_are_refused(here: Path) -> None:
     words = ("train", "digits", "--out", "run", *TINY)
-    done = apart([words, (*words, *sets("train.optimizer.lr=0.5"))], cwd=here)
+    done = apart([words, (*words, "train.optimizer.lr=0.5")], cwd=here)
     assert [one.code for one in done] == [2, 2], done
     assert "train.optimizer.lr is 0.5 on rank 1, and " in done[0].err
     assert " on rank 0: type the same command on every node" in done[0].err
@@ -242,6 +242,6 @@ def test_the_first_rank_waits_for_the_whole_cache(here: Path) -> None:
     data = fill_caches.encoding_work("images", [codec], out="cache", codec="taef2", side=16).data
     assert isinstance(data, Latents)
     fill_caches.encode(data, shard_rows=2, rank=4, world=5)
-    words = ("encode", "images", "cache", "--codec", "taef2", "--side", "16", *sets(codec))
+    words = ("encode", "images", "--out", "cache", "--codec", "taef2", "--side", "16", codec)
     done, _ = together(2, *words, cwd=here)
     assert done.out.splitlines()[0] == "cache: 9 images as (32, 2, 2) in float16, no classes, 2 shards made now"

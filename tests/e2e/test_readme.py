@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from docs.test_tutorial import photos
-from e2e.shell import TINY, sets
+from e2e.shell import TINY
 from fresh import ENVIRONMENT, finished, link, made
 
 ROOT = Path(__file__).parents[2]
 SMALL = shlex.join(TINY)
-PHOTOS = sets("net.width=8", "train.batch=8", "train.steps=5", "data.side=16", "evaluate.protocol.samples=100")
+PHOTOS = ["net.width=8", "train.batch=8", "train.steps=5", "data.side=16", "evaluate.protocol.samples=100"]
 # What a command gets more, by how it begins, the longest beginning first; one that begins otherwise fails the test.
 MORE = {
     "git clone REPOSITORY dumo": "",
@@ -28,7 +28,7 @@ MORE = {
     "touch .venv/bin/": "",
     "echo ": "",
     "pip install": "",
-    "dumo train dumo-best": f"{SMALL} --set train.batch=32",  # its coupling takes 32 rows
+    "dumo train dumo-best": f"{SMALL} train.batch=32",  # its coupling takes 32 rows
     "dumo train digits-meanflow": SMALL,
     "dumo train photos": f"--yes {shlex.join(PHOTOS)}",  # there is no terminal to ask on
     "dumo sample runs/": "",

@@ -27,8 +27,8 @@ COMMANDS = {  # typed in a folder that holds `run`, and which of WATCHED are rea
     "report run": WEIGHTS,
     "export run out --parts none": WEIGHTS,
     "train run": WEIGHTS,
-    "train run --set train.steps=21": WEIGHTS,
-    "train run --out other --set train.steps=1": SETTINGS,
+    "train run train.steps=21": WEIGHTS,
+    "train run --out other train.steps=1": SETTINGS,
     "show run": SETTINGS,
     "show run --cost": SETTINGS,
 }

@@ -9,13 +9,13 @@ from PIL import Image
 
 from dumo.cli.api import recipe
 from dumo.types import UserError
-from e2e.shell import TINY, call, refused, sets
+from e2e.shell import TINY, call, refused
 from tiers import tiered
 
 
 def test_half_a_character(here: Path) -> None:
     """Of a field's name or value: no text in UTF-8."""
-    refused("show", "digits", "--set", "net.\udcff=1", named=("half a character",))
+    refused("show", "digits", "net.\udcff=1", named=("half a character",))
     for field in ({"\ud800": 1}, {"net": {"\ud800": 1}}, {"about": "\ud800"}):
         with pytest.raises(UserError, match=r"half a character|no number, text|not a YAML value"):
             recipe("digits", field)
@@ -31,11 +31,11 @@ POINTS = [
 
 @pytest.mark.parametrize(("field", "named"), POINTS, ids=[field for field, _ in POINTS])
 def test_field_that_does_not_fit_points(field: str, named: tuple[str, ...], here: Path) -> None:
-    refused("show", "moons", *TINY, *sets(*field.split("; ")), named=named)
+    refused("show", "moons", *TINY, *field.split("; "), named=named)
 
 
 def test_text_is_shown_as_it_was_typed(here: Path) -> None:
-    refused("show", "digits", "--set", "[/b]:x:=1", named=("[/b]:x:",))
+    refused("show", "digits", "[/b]:x:=1", named=("[/b]:x:",))
 
 
 SOURCES = [
@@ -124,20 +124,20 @@ def test_places_that_cannot_be_written(here: Path, trained: dict[str, Path]) -> 
 @pytest.mark.slow
 def test_another_run_lives_there(here: Path, trained: dict[str, Path]) -> None:
     run = shutil.copytree(trained["digits"], here / "run")
-    words = [*TINY, *sets("net.depth=2", "objective.drop=0.25", "train.log_every=9")]
+    words = [*TINY, "net.depth=2", "objective.drop=0.25", "train.log_every=9"]
     done = refused("train", "digits", "--out", run, *words, named=("another run", "--out"), lines=None)
     assert "  net.depth: 1 there, 2 asked\n" in done.err
     assert " there, 0.25 asked\n" in done.err
     assert "log_every" not in done.err
     refused("train", "moons", "--out", run, named=("data: ", "digits", "moons"), lines=None)
-    refused("sample", run, "--set", "net.width=64", named=("net.width: 32 there, 64 asked",), lines=2)
-    refused("train", run, "--set", "train.ema=[]", named=("train.ema", "0.999"), lines=None)
-    refused("train", run, "--set", "train.ema.0.decay=0.5", named=("train.ema", "0.5"), lines=None)
+    refused("sample", run, "net.width=64", named=("net.width: 32 there, 64 asked",), lines=2)
+    refused("train", run, "train.ema=[]", named=("train.ema", "0.999"), lines=None)
+    refused("train", run, "train.ema.0.decay=0.5", named=("train.ema", "0.5"), lines=None)
 
 
 def test_fewer_steps_than_are_done(here: Path, trained: dict[str, Path]) -> None:
     shutil.copytree(trained["digits"], here / "run")
-    refused("train", "run", "--set", "train.steps=5", named=("20", "5"))
+    refused("train", "run", "train.steps=5", named=("20", "5"))
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "meta", ""])
@@ -147,7 +147,7 @@ def test_device_that_is_not_there(device: str, here: Path) -> None:
 
 @pytest.mark.slow
 def test_divergence_is_a_failure_not_a_mistake(here: Path) -> None:
-    words = sets("train.optimizer.lr=1.0e+06", "train.schedule.kind=constant", "train.log_every=1")
+    words = ["train.optimizer.lr=1.0e+06", "train.schedule.kind=constant", "train.log_every=1"]
     done = call("train", "digits", *TINY, *words)
     assert done.code == 1
     assert "error: step " in done.err

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from e2e.shell import TINY, call, files, finish, sets, start, wait
+from e2e.shell import TINY, call, files, finish, start, wait
 from tiers import tiered
 
-OFTEN = sets("train.log_every=1", "train.save_every=10", "train.keep=3", "train.schedule.kind=constant")
+OFTEN = ["train.log_every=1", "train.save_every=10", "train.keep=3", "train.schedule.kind=constant"]
 
 
 def steps_logged(run: Path) -> list[int]:
@@ -31,8 +31,8 @@ def steps_saved(run: Path) -> list[int]:
 
 def test_more_steps_are_the_same_as_many_at_once(here: Path) -> None:
     for name, steps in (("whole", 17), ("parts", 9)):
-        assert call("train", "moons", "--out", name, *TINY, *OFTEN, "--set", f"train.steps={steps}").code == 0
-    done = call("train", "parts", "--set", "train.steps=17")
+        assert call("train", "moons", "--out", name, *TINY, *OFTEN, f"train.steps={steps}").code == 0
+    done = call("train", "parts", "train.steps=17")
     assert done.code == 0
     assert "17" in done.err
     last = "checkpoints/step-00000017"
@@ -44,8 +44,8 @@ def test_more_steps_are_the_same_as_many_at_once(here: Path) -> None:
 @pytest.mark.slow
 def test_fields_that_may_change_do_and_are_kept(here: Path, trained: dict[str, Path]) -> None:
     shutil.copytree(trained["moons"], here / "run")
-    words = sets("train.steps=22", "train.log_every=1", "train.save_every=2", "train.keep=1", "about=mine")
-    words += sets("sample.nfe=[3]", "evaluate.protocol.samples=300", "sample.solver.kind=euler")
+    words = ["train.steps=22", "train.log_every=1", "train.save_every=2", "train.keep=1", "about=mine"]
+    words += ["sample.nfe=[3]", "evaluate.protocol.samples=300", "sample.solver.kind=euler"]
     assert call("train", "run", *words).code == 0
     assert steps_saved(here / "run") == [22]
     assert steps_logged(here / "run") == [5, 10, 15, 20, 21, 22]
@@ -110,7 +110,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(
     file = sorted((run / "checkpoints").iterdir())[-1] / name
     kept = file.rename(here / "kept")
     file.symlink_to(file)
-    done = call("train", "run", *sets("train.steps=1000"))
+    done = call("train", "run", "train.steps=1000")
     assert done.code == 2
     assert str(file.relative_to(here)) in done.err
     assert "remove" not in done.err
@@ -121,7 +121,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(
 
 def test_interrupt_says_so_and_can_go_on(here: Path) -> None:
     run = here / "run"
-    process = start("train", "moons", "--out", "run", *TINY, *OFTEN, *sets("train.steps=1000000"), cwd=here)
+    process = start("train", "moons", "--out", "run", *TINY, *OFTEN, "train.steps=1000000", cwd=here)
     wait(process, lambda: bool(steps_saved(run)))
     process.send_signal(signal.SIGINT)
     done = finish(process)
@@ -130,7 +130,7 @@ def test_interrupt_says_so_and_can_go_on(here: Path) -> None:
     assert "Traceback" not in done.err
     _, _, hint = done.err.rstrip().splitlines()[-1].partition("  dumo ")
     steps = steps_logged(run)[-1] + 3
-    assert call(*shlex.split(hint), "--set", f"train.steps={steps}").code == 0  # as it was typed
+    assert call(*shlex.split(hint), f"train.steps={steps}").code == 0  # as it was typed
     assert [path.name for path in run.iterdir() if path.name.startswith(".")] == [".saved"]
     assert steps_logged(run) == list(range(1, steps + 1))
 
@@ -148,8 +148,8 @@ def files_up_to(size: int) -> Generator[None, None, None]:
 
 @pytest.mark.slow
 def test_full_disk_keeps_the_last_good_checkpoint(here: Path) -> None:
-    words = ["moons", *TINY, *OFTEN, *sets("net.width=128")]  # weights larger than the log
-    more = ["--set", "train.steps=40"]
+    words = ["moons", *TINY, *OFTEN, "net.width=128"]  # weights larger than the log
+    more = ["train.steps=40"]
     assert call("train", *words, "--out", "whole", *more).code == 0
     assert call("train", *words, "--out", "full").code == 0
     full = here / "full"
@@ -171,9 +171,9 @@ def test_full_disk_keeps_the_last_good_checkpoint(here: Path) -> None:
 def test_full_disk_when_anything_else_is_written(size: int, here: Path, trained: dict[str, Path]) -> None:
     run = shutil.copytree(trained["moons"], here / "run")
     before = files(run)
-    fresh = ["train", "moons", "--out", "new", *TINY, *sets("train.log_every=1")]
+    fresh = ["train", "moons", "--out", "new", *TINY, "train.log_every=1"]
     commands = [
-        ["train", "run", *sets("train.steps=40", "train.log_every=1")],
+        ["train", "run", "train.steps=40", "train.log_every=1"],
         fresh,
         ["evaluate", "run", "--nfe", "1"],
         ["sample", "run", "--count", "1000", "--nfe", "1", "--format", "npz"],

@@ -12,12 +12,12 @@ import typer
 
 from dumo import cli
 from dumo.io import run_places
-from e2e.shell import call, finish, sets, start, wait
+from e2e.shell import call, finish, start, wait
 from forked import ENVIRONMENT
 from tiers import tiered
 
 DIGITS, CIFAR10 = "digits-trained", "cifar10-trained"
-FEW_SAMPLES = {DIGITS: sets("evaluate.protocol.samples=500"), CIFAR10: sets("evaluate.protocol.samples=1000")}
+FEW_SAMPLES = {DIGITS: ["evaluate.protocol.samples=500"], CIFAR10: ["evaluate.protocol.samples=1000"]}
 LABEL = {DIGITS: "3", CIFAR10: "cat"}  # as docs/trained.md types it
 NO_RUN = {"recipes", "reproduce"}  # commands that take no run
 
@@ -42,10 +42,8 @@ CASES = {
     "compare": Case("compare {name} dumo:{name}", out="perfect sampler"),
     "evaluate": Case("evaluate {name} --nfe 1 {few}", files=(r"{name}/evaluation-.*\.json",)),
     "report": Case("report {name}", files=(r"{name}/report\.html",)),
-    "bench": Case("bench {name} --set train.batch=32 --rounds 1 --slope dual", out="F"),
-    "train": Case(
-        "train {name} --set train.steps=1 --set train.batch=32", files=(r"runs/{name}/.*",), refused="{train}"
-    ),
+    "bench": Case("bench {name} train.batch=32 --rounds 1 --slope dual", out="F"),
+    "train": Case("train {name} train.steps=1 train.batch=32", files=(r"runs/{name}/.*",), refused="{train}"),
     "encode": Case("encode {name}", refused="{encode}"),
 }
 WORDS = {  # what a run lacks, by run and command

@@ -15,7 +15,7 @@ from dumo.config.source import FORMAT, FORMAT_KEY, read
 from dumo.run.net import meta_net
 from dumo.run.resolve import resolve
 from dumo.run.weights import build
-from e2e.shell import TINY, call, refused, sets
+from e2e.shell import TINY, call, refused
 from forked import ENVIRONMENT
 from tiers import tiered
 
@@ -118,7 +118,7 @@ def test_show_json_is_one_object_and_true(name: str, here: Path) -> None:
 @pytest.mark.parametrize("alone", [[], ["--yaml"]])
 def test_what_show_prints_is_a_file_that_trains(alone: list[str], here: Path) -> None:
     about = "a long line that says what this is " * 5
-    words = [*TINY, *sets(f"about={about}", "train.steps=2")]
+    words = [*TINY, f"about={about}", "train.steps=2"]
     done = call("show", "digits-guided", *words, *alone)
     assert (done.code, done.err) == (0, "")
     (here / "my.yaml").write_text(done.out)
@@ -133,7 +133,7 @@ def test_what_show_prints_is_a_file_that_trains(alone: list[str], here: Path) ->
 
 def test_what_was_typed_stays_in_its_comment(here: Path) -> None:
     (here / "a\tb\x07.yaml").write_text("base: digits")
-    done = call("show", "a\tb\x07.yaml", "--yaml", *sets("about='one\n\n  about: two'"))
+    done = call("show", "a\tb\x07.yaml", "--yaml", "about='one\n\n  about: two'")
     run = load("digits")
     assert yaml.safe_load(done.out) == {FORMAT_KEY: FORMAT, **summary(run), "about": "one\nabout: two"}
     whole = call("show", "digits", "--yaml", "--all")

@@ -15,10 +15,10 @@ from PIL import Image
 from dumo.run import weights
 from dumo.run.trainer import Trainer
 from dumo.runtime import signals
-from e2e.shell import TINY, call, finish, refused, sets, start, tree, wait
+from e2e.shell import TINY, call, finish, refused, start, tree, wait
 from forked import ENVIRONMENT
 
-LONG = [*TINY, *sets("train.steps=1000000", "train.save_every=5", "train.log_every=1")]
+LONG = [*TINY, "train.steps=1000000", "train.save_every=5", "train.log_every=1"]
 
 
 def test_one_process_trains_in_a_folder(here: Path) -> None:
@@ -37,7 +37,7 @@ def test_one_process_trains_in_a_folder(here: Path) -> None:
     assert finish(first).code == -signal.SIGKILL
     assert (here / "run/.training.lock").exists()
     step = int(sorted(checkpoints.glob("step-*"))[-1].name.removeprefix("step-"))
-    done = call("train", "run", *sets(f"train.steps={step + 1}"))
+    done = call("train", "run", f"train.steps={step + 1}")
     assert done.code == 0, done
     there = sorted(path.name for path in (here / "run").iterdir())
     assert there == [".saved", "changes.jsonl", "checkpoints", "metrics.jsonl", "run.yaml", "speed.jsonl"]
@@ -164,7 +164,7 @@ def test_the_start_line(here: Path) -> None:
         f"net dit ({facts['parameters']:,} parameters), steps 0 to 20 of 16 images"
     )
     assert objective.startswith("objective: DuMo (Duality Models, arXiv 2602.17682, Sec. 3 and Alg. 1): one input")
-    done = call("train", "moons", *TINY, *sets("train.steps=1"))
+    done = call("train", "moons", *TINY, "train.steps=1")
     assert "data moons (points drawn anew), net mlp" in done.err.splitlines()[0]
 
 
@@ -174,11 +174,11 @@ def test_warnings_are_plain_lines(here: Path) -> None:
     for i in range(8):
         Image.new("RGB", (8, 8), (i, i, i)).save(f"album/a/{i}.png")
     Path("album/a/bad.png").write_text("no image")
-    words = sets("data.kind=images", "data.root=album", "data.side=8", "data.on_bad=skip", "data.classes=0")
-    words += sets("data.labelled=false", "evaluate.protocol.kind=folder", "evaluate.protocol.frechet=false")
+    words = ["data.kind=images", "data.root=album", "data.side=8", "data.on_bad=skip", "data.classes=0"]
+    words += ["data.labelled=false", "evaluate.protocol.kind=folder", "evaluate.protocol.frechet=false"]
     with warnings.catch_warnings():
         warnings.simplefilter("default")  # as a user's Python has it, not as pytest
-        done = call("train", "digits", "--out", "run", *TINY[:-2], *words, *sets("train.steps=1"))
+        done = call("train", "digits", "--out", "run", *TINY[:-2], *words, "train.steps=1")
     assert done.code == 0, done
     (line,) = [line for line in done.err.splitlines() if "bad.png" in line]
     assert line.startswith("warning: 1 of 9 images cannot be read")

@@ -81,7 +81,7 @@ def test_wrong_prompts_are_refused_in_a_line(home: Path) -> None:
     assert "--labels, --prompt and" in refused(*sample, "--prompt", "a", "--labels", "3")
     assert not (home / "run" / "samples").exists()
     moved = shutil.copytree(home / "run", home / "elsewhere")
-    lost = ("--set", f"net.texts.encoder.source={home / 'nowhere'}")
+    lost = f"net.texts.encoder.source={home / 'nowhere'}"
     assert "is no folder" in refused("sample", moved, "--nfe", 1, "--prompt", "a red seven", *lost)
 
 
@@ -158,13 +158,13 @@ def test_encoding_ahead_fills_the_cache_that_training_reads(
     recipe, trained = home / "words.yaml", next((home / "run" / "checkpoints").glob("*/net/00000.safetensors"))
     root = f"net.texts.root={tmp_path / 'texts'}"
     (folder,) = (home / "texts").iterdir()
-    done = call("encode", recipe, "--set", root)
+    done = call("encode", recipe, root)
     said = "30 captions and the empty text, 1 shards made now"
     assert (done.code, done.out) == (0, f"{tmp_path / 'texts' / folder.name}: {said}\n")
-    assert call("encode", recipe, "--set", root).out.endswith("0 shards made now\n")
+    assert call("encode", recipe, root).out.endswith("0 shards made now\n")
     assert files(tmp_path / "texts") == files(home / "texts")
 
-    lost = ("--set", root, "--set", f"net.texts.encoder.source={tmp_path / 'nowhere'}")
+    lost = (root, f"net.texts.encoder.source={tmp_path / 'nowhere'}")
     monkeypatch.setattr(TextEncoder, "open", None)
     assert call("train", recipe, "--out", tmp_path / "run", *lost).code == 0
     (again,) = (tmp_path / "run" / "checkpoints").glob("*/net/00000.safetensors")
@@ -176,9 +176,9 @@ def test_other_captions_and_another_use_of_the_encoder_are_encoded_and_trained_o
     recipe, root = home / "words.yaml", f"net.texts.root={shutil.copytree(home / 'texts', tmp_path / 'texts')}"
     there = files(tmp_path / "texts")
     for i, field in enumerate(("data.captions.templates=['{}', '{n}', 'a {}']", "net.texts.encoder.template=so {}")):
-        fields = ("--set", field, "--set", "train.steps=1")
-        assert call("train", recipe, "--out", tmp_path / f"old{i}", "--set", root, *fields).code == 0
-        fresh = ("--set", f"net.texts.root={tmp_path / f'fresh{i}'}")
+        fields = (field, "train.steps=1")
+        assert call("train", recipe, "--out", tmp_path / f"old{i}", root, *fields).code == 0
+        fresh = f"net.texts.root={tmp_path / f'fresh{i}'}"
         assert call("train", recipe, "--out", tmp_path / f"new{i}", *fresh, *fields).code == 0
         one, other = (
             load(next((tmp_path / f"{run}{i}" / "checkpoints").glob("*/net/00000.safetensors")))
@@ -191,7 +191,7 @@ def test_other_captions_and_another_use_of_the_encoder_are_encoded_and_trained_o
 
 @pytest.mark.slow
 def test_rows_on_disk_train_the_same_net(home: Path, tmp_path: Path) -> None:
-    recipe, disk = home / "words.yaml", ("--set", "net.texts.memory=0")
+    recipe, disk = home / "words.yaml", ("net.texts.memory=0")
     assert call("train", recipe, "--out", tmp_path / "run", *disk).code == 0
     held, looked_up = (load(next((run / "checkpoints").glob("*/net"))) for run in (home / "run", tmp_path / "run"))
     assert held.keys() == looked_up.keys()

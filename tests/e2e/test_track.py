@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from e2e.shell import TINY, call, finish, refused, sets, start, wait
+from e2e.shell import TINY, call, finish, refused, start, wait
 
-LOGGED = sets("train.log_every=5", "train.save_every=100", "evaluate.every=50", "train.schedule.kind=constant")
+LOGGED = ["train.log_every=5", "train.save_every=100", "evaluate.every=50", "train.schedule.kind=constant"]
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -24,7 +24,7 @@ def test_tensorboard_follows_a_run_over_a_kill(here: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     words = ("train", "digits", "--out", "run", "--track", "tensorboard", *TINY, *LOGGED)
-    killed = start(*words, *sets("train.steps=100000"), cwd=here)
+    killed = start(*words, "train.steps=100000", cwd=here)
 
     def ahead() -> bool:
         """Whether it has rows that no checkpoint has, and stands still."""
@@ -39,7 +39,7 @@ def test_tensorboard_follows_a_run_over_a_kill(here: Path) -> None:
     os.kill(killed.pid, signal.SIGKILL)
     finish(killed)
     far = rows(here / "run")[-1]["step"]
-    done = call(*words, *sets(f"train.steps={far + 20}"))
+    done = call(*words, f"train.steps={far + 20}")
     assert done.code == 0, done
     read = EventAccumulator(str(here / "run/tensorboard"), size_guidance={"scalars": 0}).Reload()
     tags = read.Tags()["scalars"]

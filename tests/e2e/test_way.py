@@ -12,7 +12,7 @@ from PIL import Image
 from dumo.config.load import load
 from dumo.io.digest import of_file
 from e2e.conftest import RECIPES
-from e2e.shell import TINY, call, finish, refused, sets, start, tree
+from e2e.shell import TINY, call, finish, refused, start, tree
 from tiers import tiered
 
 SOLVERS = {"digits": "restart", "digits-flow-matching": "euler", "digits-meanflow": "hop", "moons": "restart"}
@@ -31,7 +31,7 @@ def test_training_leaves_a_whole_run(name: str, trained: dict[str, Path]) -> Non
 
 @pytest.mark.nightly
 def test_processes_of_their_own_say_the_same(here: Path, trained: dict[str, Path]) -> None:
-    words = [*TINY, *sets("train.log_every=5", "train.save_every=10")]
+    words = [*TINY, "train.log_every=5", "train.save_every=10"]
     done = finish(start("train", "moons", *words, cwd=here))
     assert (done.code, done.out) == (0, "")
     assert "runs/moons" in done.err
@@ -85,7 +85,7 @@ def test_no_sheet_writes_over_another(here: Path, trained: dict[str, Path]) -> N
         "restart-nfe1-count9": ["--count", 9],
         "restart-nfe1-labels3-5": ["--labels", "3,5"],
         "restart-nfe1-seed1": ["--seed", 1],
-        "restart-nfe1-m0.25": ["--set", "sample.solver.m=0.25"],
+        "restart-nfe1-m0.25": ["sample.solver.m=0.25"],
         "euler-nfe1": ["--solver", "euler"],
     }
     asked[f"restart-nfe1-net-{of_file(last / 'net/00000.safetensors')[:6]}"] = ["--weights", last / "net"]
@@ -113,7 +113,7 @@ def test_what_changes_a_sample_and_what_does_not(here: Path, trained: dict[str, 
         assert np.array_equal(made("--count", 9, *one), first)
     for other in (("--seed", 1), ("--solver", "euler"), ("--weights", last / "net")):
         assert not np.array_equal(made("--count", 9, *other), first)
-    assert np.array_equal(made("--count", 9, "--set", "sample.seed=1"), made("--count", 9, "--seed", 1))
+    assert np.array_equal(made("--count", 9, "sample.seed=1"), made("--count", 9, "--seed", 1))
 
 
 @pytest.mark.nightly
@@ -177,10 +177,10 @@ def test_report_is_one_page_that_needs_no_other(here: Path, trained: dict[str, P
 
 @pytest.mark.parametrize("name", tiered(["ü ñ/x y", "a[/b]", "[bold]:x:.c"], ci=["ü ñ/x y", "[bold]:x:.c"]))
 def test_folders_by_any_name(name: str, here: Path) -> None:
-    done = call("train", "moons", "--out", name, *TINY, *sets("train.steps=1", "train.batch=2"))
+    done = call("train", "moons", "--out", name, *TINY, "train.steps=1", "train.batch=2")
     assert done.code == 0
     assert name in done.err
-    again = call("train", name, *sets("train.steps=2"))
+    again = call("train", name, "train.steps=2")
     assert again.code == 0
     made = call("sample", name, "--count", "2", "--nfe", "1", "--format", "npz")
     assert made.code == 0
@@ -190,7 +190,7 @@ def test_folders_by_any_name(name: str, here: Path) -> None:
 
 @pytest.mark.nightly
 def test_grids_of_milestones(here: Path) -> None:
-    words = [*TINY, *sets("train.milestones=[0,10]", "train.save_every=10", "train.keep=1")]
+    words = [*TINY, "train.milestones=[0,10]", "train.save_every=10", "train.keep=1"]
     assert call("train", "digits", "--out", "run", *words).code == 0
     done = call("sample", "run", "--checkpoints", "0,20", "--nfe", "1,2", "--count", "2", "--labels", "3,7")
     names = [f"{letter}-step-{step}.png" for letter in "uv" for step in ("00000000", "00000020")]
@@ -201,10 +201,10 @@ def test_grids_of_milestones(here: Path) -> None:
 @pytest.mark.nightly
 def test_a_run_is_sampled_at_any_scale(here: Path) -> None:
     run = here / "run"
-    assert call("train", "digits-flow-matching", "--out", run, *TINY, *sets("objective.drop=0.1")).code == 0
+    assert call("train", "digits-flow-matching", "--out", run, *TINY, "objective.drop=0.1").code == 0
 
     def made(name: str, *words: str) -> np.ndarray:
-        done = call("sample", run, "--out", here / name, "--format", "npz", "--count", 4, "--nfe", 4, *sets(*words))
+        done = call("sample", run, "--out", here / name, "--format", "npz", "--count", 4, "--nfe", 4, *words)
         assert done.code == 0, done
         (file,) = (here / name).glob("*.npz")
         with np.load(file) as archive:
@@ -215,8 +215,8 @@ def test_a_run_is_sampled_at_any_scale(here: Path) -> None:
     assert np.array_equal(made("one", "sample.guide.scale=1"), plain)
     assert np.array_equal(made("never", "sample.guide.scale=4", "sample.guide.interval.high=0.1"), plain)
     assert np.array_equal(made("again", "sample.guide.scale=4"), strong)
-    refused("sample", run, *sets("sample.guide.scale=0"), named=("sample.guide.scale", "greater than 0"))
-    refused("sample", run, *sets("objective.guide.zeta=0.44"), named=("objective.guide.zeta", "0.44"), lines=None)
+    refused("sample", run, "sample.guide.scale=0", named=("sample.guide.scale", "greater than 0"))
+    refused("sample", run, "objective.guide.zeta=0.44", named=("objective.guide.zeta", "0.44"), lines=None)
 
 
 def test_logs_of_several_runs_in_one_figure(here: Path, trained: dict[str, Path]) -> None:

@@ -9,7 +9,7 @@ from zipfile import ZipFile
 import pytest
 
 from dumo.config import recipe_files
-from e2e.shell import TINY, sets
+from e2e.shell import TINY
 from e2e.test_shipped import CASES, CIFAR10, DIGITS, FEW_SAMPLES, LABEL, WORDS, Case
 from forked import ENVIRONMENT
 from fresh import ALONE, finished, made
@@ -51,7 +51,7 @@ def venv(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("installed")
     venv = made(folder / "venv")
     finished(venv / "bin/python", "-P", "-m", "pip", "install", "--quiet", wheel, cwd=folder)
-    finished(venv / "bin/dumo", "train", "digits", *TINY, *sets("train.steps=20"), cwd=folder)
+    finished(venv / "bin/dumo", "train", "digits", *TINY, "train.steps=20", cwd=folder)
     finished(venv / "bin/dumo", "sample", "runs/digits", cwd=folder)
     finished(venv / "bin/dumo", "evaluate", "runs/digits", cwd=folder)
     return venv

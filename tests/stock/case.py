@@ -32,7 +32,7 @@ from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES, unpack_latents
 from dumo.run.trained import TrainedRun
 from dumo.run.weights import load_run
-from e2e.shell import Done, call, sets
+from e2e.shell import Done, call
 from forked import ENVIRONMENT
 from pipelines import PIPELINES, SIDE, save
 from transformers_tiny import TINY
@@ -170,10 +170,10 @@ class Case:
         must(call("train", RECIPE, "--out", self.run, *self.options(*fields)))
 
     def options(self, *fields: str) -> list[str]:
-        """The options `--set` of the run, with `fields` next to those of every case."""
+        """The overrides of the run, with `fields` next to those of every case."""
         if CODES[0] not in fields:
             fields = (*fields, f"net.texts.root={self.home / 'texts'}", "net.texts.dtype=float32")
-        return sets(*self.fields, *SHORT, *fields)
+        return [*self.fields, *SHORT, *fields]
 
     @property
     def home(self) -> Path:
@@ -228,11 +228,11 @@ class Case:
 
     def guide(self, scale: float) -> None:
         """Let the run be sampled with this scale of guidance from now on."""
-        must(call("train", self.run, *sets(f"sample.guide.scale={scale}")))
+        must(call("train", self.run, f"sample.guide.scale={scale}"))
 
     def export(self, out: str, *options: object) -> Path:
         """Export the run to a folder `out` next to it; return the folder."""
-        must(call("export", self.run, self.folder / out, *options))
+        must(call("export", self.run, "--out", self.folder / out, *options))
         return self.folder / out
 
     @cached_property

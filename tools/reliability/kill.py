@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where this is started as a
 
 from dumo.config.place import RUN_FILE
 from dumo.io import file as files
-from e2e.shell import TINY, finish, sets, start
+from e2e.shell import TINY, finish, start
 from reliability import process
 from reliability.workload import (
     INPUTS,
@@ -61,7 +61,11 @@ MAX_MISSES_PER_KILL = 5  # kills that do not count, for each that must: ours
 # A run by the clock of some 60 steps, by a clock of a second a step, whose checkpoints take a while to write.
 CLOCK_WORDS = (
     *("train", "digits", "--out", "run", *TINY, *TRAINING_FIELDS),
-    *sets("train.minutes=1", "train.save_every=1000", "net.width=128", "net.depth=2", "train.batch=4"),
+    "train.minutes=1",
+    "train.save_every=1000",
+    "net.width=128",
+    "net.depth=2",
+    "train.batch=4",
 )
 CLOCKED = "import reliability.clocked"
 CLOCK_SAVE_SECONDS = 0.15

@@ -27,7 +27,7 @@ from dumo.data import Latents
 from dumo.io import digest, tensor_files
 from dumo.run import fill_caches
 from dumo.run.folder import CHECKPOINT_MARK
-from e2e.shell import TINY, sets
+from e2e.shell import TINY
 from reliability import process
 
 Fingerprint = dict[str, str]  # texts and hashes by name: two ends of a work are the same if these are equal
@@ -42,7 +42,7 @@ STEPS_PER_SAVE = 2
 NUM_PAIR_FILES = 6  # of the workload `pairs`: 6,144 pairs in files of 1,024
 NUM_REPORT_ROWS = 3  # of the workload `evaluating`
 VOLATILE_KEYS = ("seconds", "date", "when", "machine", "rate")  # of JSON: they differ from run to run
-TRAINING_FIELDS = sets(  # all that has a state: two averages, reference draws, a schedule with warm-up, clipping
+TRAINING_FIELDS = [  # all that has a state: two averages, reference draws, a schedule with warm-up, clipping
     "train.log_every=1",
     "train.keep=3",
     "train.ema=[{decay: 0.99}, {decay: 0.9, ramp: false}]",
@@ -51,7 +51,7 @@ TRAINING_FIELDS = sets(  # all that has a state: two averages, reference draws, 
     "train.schedule.kind=cosine",
     "train.schedule.warmup=20",
     "objective.guide.zeta=0.5",
-)
+]
 
 
 @dataclass(frozen=True)
@@ -70,20 +70,20 @@ class Workload:
 def workloads() -> dict[str, Workload]:
     """All workloads by name."""
     train = ("train", "digits", "--out", "run", *TINY, *TRAINING_FIELDS)
-    saving_fields = sets(
+    saving_fields = [
         "net.width=256",  # so that writing a checkpoint takes time
         "net.depth=2",
         "train.batch=4",
         f"train.steps={NUM_SAVES * STEPS_PER_SAVE}",
         f"train.save_every={STEPS_PER_SAVE}",
-    )
-    encode = ("encode", f"{INPUTS}/images", "cache", "--codec", "taef2", "--side", str(IMAGE_SIDE))
-    codec_weights = sets(f"data.codec.weights={INPUTS}/taef2.safetensors")
-    teacher_fields = sets("train.steps=10", f"teacher.source={INPUTS}/digits", "teacher.pairs.count=6144")
+    ]
+    encode = ("encode", f"{INPUTS}/images", "--out", "cache", "--codec", "taef2", "--side", str(IMAGE_SIDE))
+    codec_weights = [f"data.codec.weights={INPUTS}/taef2.safetensors"]
+    teacher_fields = ["train.steps=10", f"teacher.source={INPUTS}/digits", "teacher.pairs.count=6144"]
     all_workloads = [
         Workload(
             name="training",
-            words=(*train, *sets(f"train.steps={NUM_STEPS}", "train.save_every=10")),
+            words=(*train, f"train.steps={NUM_STEPS}", "train.save_every=10"),
             num_units=NUM_STEPS,
             unit_seconds=0.02,
             count_units=_count_logged_steps,

@@ -14,6 +14,7 @@ import typer
 
 from dumo import runtime
 from dumo.cli import compare, demo, encode, evaluate, export, lab, recipes, report, sample, show, train
+from dumo.cli.command import Command
 from dumo.cli.terminal import err, explain, plain_warnings, reopen_streams, silenced_other_ranks, stoppable
 
 # The headings of help.
@@ -35,18 +36,18 @@ app = typer.Typer(
     "Then  dumo sample runs/digits,  dumo evaluate runs/digits,  dumo report runs/digits.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(rich_help_panel=MAKE)(stoppable(sample.sample))
-app.command(rich_help_panel=MAKE)(stoppable(demo.demo))
-app.command(rich_help_panel=TRAIN)(stoppable(recipes.recipes, between_pieces=False))
-app.command(rich_help_panel=TRAIN)(stoppable(train.train))
-app.command(rich_help_panel=TRAIN)(stoppable(encode.encode))
-app.command(rich_help_panel=BEFORE)(stoppable(show.show, between_pieces=False))
-app.command(rich_help_panel=JUDGE)(stoppable(evaluate.evaluate))
-app.command(rich_help_panel=JUDGE)(stoppable(compare.compare))
-app.command(rich_help_panel=LOOK)(stoppable(report.report))
-app.command(rich_help_panel=SHARE)(stoppable(export.export))
-app.command(rich_help_panel=RESEARCH)(stoppable(lab.reproduce))
-app.command(rich_help_panel=RESEARCH)(stoppable(lab.bench))
+app.command(cls=Command, rich_help_panel=MAKE)(stoppable(sample.sample))
+app.command(cls=Command, rich_help_panel=MAKE)(stoppable(demo.demo))
+app.command(cls=Command, rich_help_panel=TRAIN)(stoppable(recipes.recipes, between_pieces=False))
+app.command(cls=Command, rich_help_panel=TRAIN)(stoppable(train.train))
+app.command(cls=Command, rich_help_panel=TRAIN)(stoppable(encode.encode))
+app.command(cls=Command, rich_help_panel=BEFORE)(stoppable(show.show, between_pieces=False))
+app.command(cls=Command, rich_help_panel=JUDGE)(stoppable(evaluate.evaluate))
+app.command(cls=Command, rich_help_panel=JUDGE)(stoppable(compare.compare))
+app.command(cls=Command, rich_help_panel=LOOK)(stoppable(report.report))
+app.command(cls=Command, rich_help_panel=SHARE)(stoppable(export.export))
+app.command(cls=Command, rich_help_panel=RESEARCH)(stoppable(lab.reproduce))
+app.command(cls=Command, rich_help_panel=RESEARCH)(stoppable(lab.bench))
 
 
 def show_version(version: bool) -> None:

@@ -17,15 +17,16 @@ from torch import nn
 from dumo.cli.train_callback import Callback, called_back
 from dumo.config import recipe_files as shipped_recipes
 from dumo.config import trust
-from dumo.config.change import override, yaml_text
 from dumo.config.load import load as load_spec
-from dumo.config.load import parse
+from dumo.config.load import run_of
 from dumo.config.place import EVALUATION_FILE
+from dumo.config.source import RunText
 from dumo.config.spec import Run
 from dumo.config.trust import trusting
 from dumo.evaluation.user_metrics import OwnMetric
 from dumo.flow.solver import Solver
 from dumo.io.read import user_path
+from dumo.io.yaml import yaml_text
 from dumo.plan.prepare import plain_data, plain_net, prepare
 from dumo.report import comparison as comparison
 from dumo.report import evaluation as evaluation
@@ -40,7 +41,8 @@ from dumo.types import Spec
 from dumo.types import UserError as UserError
 from dumo.types.outside import name_of
 
-Changes = Mapping[str, Any]  # dotted fields of a run and their values, e.g. {"train.steps": 100}
+# Fields of a run and their values, e.g. {"train.steps": 100}: what the command line takes as field=value.
+Overrides = Mapping[str, Any]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -112,7 +114,7 @@ def _path(path: str | Path, argument: str) -> Path:
 
 def load(
     folder: str | Path,
-    changes: Changes | None = None,
+    overrides: Overrides | None = None,
     *,
     data: Any = None,  # noqa: ANN401
     net: nn.Module | None = None,
@@ -124,7 +126,7 @@ def load(
 
     Raises UserError where it is none, or has no checkpoint yet.
 
-    `changes` may set what sampling and evaluation read, e.g. {"sample.guide.scale": 2}. `data` and `net` are the
+    `overrides` may set what sampling and evaluation read, e.g. {"sample.guide.scale": 2}. `data` and `net` are the
     objects that `train` was given: another process needs the net to sample, and the data to evaluate. `weights` is a
     safetensors file, or a folder of shards, instead of the run's first average. `device`: auto takes the GPU where
     there is one. `trust_code`: run the code that the folder names (`dumo.config.trust`).
@@ -134,22 +136,20 @@ def load(
     plain_net(net)
     file = None if weights is None else str(_path(weights, "weights"))
     with trusting(trust_code):
-        return LoadedRun(**vars(load_run(folder, _settings(changes), weights=file, device=str(device))))
+        return LoadedRun(**vars(load_run(folder, _words(overrides), weights=file, device=str(device))))
 
 
-def recipe(source: str | Path | Run, changes: Changes | None = None, *, trust_code: bool = False) -> Run:
-    """The complete run of a recipe's name, a YAML file or a run's folder, with these fields changed.
+def recipe(source: str | Path | Run, overrides: Overrides | None = None, *, trust_code: bool = False) -> Run:
+    """The complete run of a recipe's name, a YAML file or a run's folder, with these fields set.
 
-    A value may be a dict or a list, which replaces the field whole. `trust_code` as in `load`. Raises UserError for
-    each wrong field, with the nearest valid name.
+    `overrides` as in `train`. A value may be a dict or a list, which replaces the field whole. `trust_code` as in
+    `load`. Raises UserError for each wrong field, with the nearest valid name.
     """
     if not isinstance(source, Run):
         with trusting(trust_code):
-            return load_spec(source, _settings(changes))
+            return load_spec(source, _words(overrides))
     trust.accept_object(source)
-    tree = source.model_dump(mode="json")
-    override(tree, _settings(changes))
-    return parse(Run, tree)
+    return run_of(RunText(source.model_dump(mode="json"), ""), _words(overrides))
 
 
 def recipes() -> list[dict[str, str | None]]:
@@ -183,13 +183,17 @@ def _evaluation_source(run: TrainedRun) -> str:
 
 def train(
     source: str | Path | Run | Any = None,  # noqa: ANN401, a notebook's data
-    changes: Changes | None = None,
+    overrides: Overrides | None = None,
     *,
+    steps: int | None = None,
+    lr: float | None = None,
+    batch: int | None = None,
+    seed: int | None = None,
+    minutes: float | None = None,
     objective: str | Mapping[str, Any] | Spec | None = None,
     data: Any = None,  # noqa: ANN401, what a notebook has
     net: str | Mapping[str, Any] | Spec | nn.Module | None = None,
     callbacks: Sequence[Callback] = (),
-    minutes: float | None = None,
     out: str | Path | None = None,
     step: int | None = None,
     device: str | torch.device = "auto",
@@ -203,8 +207,11 @@ def train(
         train("photos", minutes=10)                     a folder of images: a recipe is chosen
         train("runs/photos", minutes=30)                resumes a run until it has trained for 30 minutes
         train((array, labels), out="runs/mine")         images in memory
-        train("digits", objective="meanflow", out="runs/mine")
+        train("digits", steps=500, objective="meanflow", overrides={"net.width": 96}, out="runs/mine")
         train(data=array, net=module, objective=Mine(), callbacks=[f], out="runs/mine")
+
+    `steps`, `lr`, `batch`, `seed` and `minutes` set fields of `train`: steps and minutes are totals. `overrides` sets
+    any field of the run, by the names that the command line has.
 
     `objective`, `data` and `net` are names of kinds, specs, or dicts as YAML has them. `data` may also be a folder, an
     array, a pair (array, labels), or a data set (`dumo.data.in_memory.Memory.of`); `net` a module, called as
@@ -214,13 +221,12 @@ def train(
     A callback is f(state, metrics), called after every step (`dumo.training.state.State`,
     `dumo.training.metrics.StepMetrics`). `raise dumo.Stop` in it ends the training; what it returns is ignored.
 
-    - `minutes`: how long to train in all, as `train.minutes` in `changes`
     - `out`: the run's folder; None: that of the run that `source` names, else runs/NAME. A run in it is compared with
       the one that is asked for, and resumed
     - `step`: begin a new run in `out` from the checkpoint of this step of the run in the folder `source`
     - `bar`: shows the progress, on stderr by default
     - `track`: tensorboard, wandb or trackio gets the rows of the log
-    - `trust_code`: run the code that a file or folder names; objects and `changes` do not need it
+    - `trust_code`: run the code that a file or folder names; objects and `overrides` do not need it
 
     Raises UserError as `recipe` does, and if the folder holds another run.
     """
@@ -230,15 +236,15 @@ def train(
             raise UserError(f"data are given twice: as {name_of(type(source))}, and by data=")
         data = source
         source = None
-    settings = _settings(changes)
-    if minutes is not None:
-        settings.append(f"train.minutes={minutes:g}")
+    short_forms = {"steps": steps, "lr": lr, "batch": batch, "seed": seed, "minutes": minutes}
+    given = {name: value for name, value in short_forms.items() if value is not None}
+    words = _words({**(overrides or {}), **given})
     if track is not None:
         require_tracker(track)
     with trusting(trust_code):
         prepared = prepare(
             source,
-            settings,
+            words,
             folder,
             step=step,
             objective=objective,
@@ -263,12 +269,12 @@ def train(
         return load(prepared.path, device=device)
 
 
-def _settings(changes: Changes | None) -> list[str]:
-    """Changes as texts `a.b=c`, as `--set` takes them. Raises UserError for a value that YAML does not have."""
-    settings: list[str] = []
-    for field, value in (changes or {}).items():
+def _words(overrides: Overrides | None) -> list[str]:
+    """Overrides as the command line has them, `a.b=c`. Raises UserError for a value that YAML does not have."""
+    words: list[str] = []
+    for field, value in (overrides or {}).items():
         try:
-            settings.append(f"{field}={yaml_text(value)}")
+            words.append(f"{field}={yaml_text(value)}")
         except (PydanticSerializationError, UnicodeEncodeError) as error:
             raise UserError(f"{field}: {value!r} is no number, text, list or dict") from error
-    return settings
+    return words

@@ -21,7 +21,9 @@ def compare(
 ) -> None:
     """Set scores of runs side by side, a table for each protocol.
 
-    Example:  dumo compare runs/digits runs/digits-meanflow
+    Examples:
+    dumo compare runs/digits runs/digits-meanflow
+    dumo compare runs/photos samples.evaluation.json --json
     """
     from dumo.report.comparison import compare_by_protocol
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dumo.cli.option import Device, Set, TrustCode, Weights
+from dumo.cli.option import Device, TrustCode, Weights
 from dumo.cli.terminal import err, out
 
 
@@ -16,9 +16,8 @@ def demo(
         typer.Argument(metavar="[RUN...]", help="Folders of runs, side by side. Default: digits-trained."),
     ] = None,
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Default: the first that is free from 7860 on.")
+        int | None, typer.Option(min=1, max=65535, metavar="N", help="Default: the first that is free from 7860 on.")
     ] = None,
-    set_: Set = None,
     weights: Weights = None,
     device: Device = "auto",
     trust_code: TrustCode = False,
@@ -28,7 +27,9 @@ def demo(
     It needs Gradio, the extra demo. Only this machine can reach the page; from another one, open it by the ssh command
     that is printed.
 
-    Example:  dumo demo cifar10-trained
+    Examples:
+    dumo demo cifar10-trained
+    dumo demo runs/digits runs/digits-meanflow --port 8000
     """
     from dumo.report.demo_page import build_page, open_demo, serve, tunnel_text
     from dumo.runtime import dist
@@ -44,5 +45,5 @@ def demo(
     # Gradio keeps the pictures that it shows in a folder.
     with TemporaryDirectory(prefix="dumo-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        runs = open_demo(run_folders or ["digits-trained"], set_ or [], weights=weights, device=device)
+        runs = open_demo(run_folders or ["digits-trained"], weights=weights, device=device)
         serve(build_page(runs), port, print_address)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dumo.cli.option import Device, Set, TrustCode
+from dumo.cli.option import Device, Overrides, TrustCode
 from dumo.cli.terminal import err, out, resume_hint
 from dumo.runtime.limits import ROWS
 from dumo.runtime.progress import bar, print_line
@@ -16,15 +16,21 @@ if TYPE_CHECKING:
 
 def encode(
     source: Annotated[str, typer.Argument(help="A recipe of latents or captions, or a folder or file of images.")],
+    overrides: Overrides = None,
     folder: Annotated[
-        str | None, typer.Argument(metavar="[OUT]", help="The cache's folder. Default: the recipe's data.root.")
+        str | None,
+        typer.Option("--out", metavar="FOLDER", help="The cache of latents. Default: the recipe's data.root."),
     ] = None,
-    codec: Annotated[str | None, typer.Option(help="taef2, sd-vae, dc-ae or pipeline. Default: the recipe's.")] = None,
-    side: Annotated[int | None, typer.Option(min=1, help="Pixels along a side. Default: the recipe's.")] = None,
+    codec: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="taef2, sd-vae, dc-ae or pipeline. Default: the recipe's."),
+    ] = None,
+    side: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Pixels along a side. Default: the recipe's.")
+    ] = None,
     count: Annotated[
-        int | None, typer.Option(min=1, max=ROWS, help="Encode the first images only. Default: all.")
+        int | None, typer.Option(min=1, max=ROWS, metavar="N", help="Encode the first images only. Default: all.")
     ] = None,
-    set_: Set = None,
     device: Device = "auto",
     trust_code: TrustCode = False,
 ) -> None:
@@ -36,7 +42,9 @@ def encode(
     Run it again to resume. Images are encoded mirrored, too, if the data are flipped. A damaged shard is named and made
     again; a shard of other images is refused.
 
-    Example:  dumo encode cifar10-latents
+    Examples:
+    dumo encode my-images-256 data.images.root=photos
+    dumo encode photos --out latents --codec taef2 --side 256
     """
     from dumo.config.source import choose
     from dumo.data import Latents
@@ -44,7 +52,7 @@ def encode(
     from dumo.runtime import dist
 
     # Encode the images, then the captions. The ranks wait for each other at the end.
-    work = encoding.encoding_work(source, set_ or [], out=folder, codec=codec, side=side, count=count)
+    work = encoding.encoding_work(source, overrides or [], out=folder, codec=codec, side=side, count=count)
     results: list[EncodeResult | TextResult] = []
     with resume_hint(), dist.join():
         rank, world = dist.torchrun_rank_and_world()
@@ -63,7 +71,5 @@ def encode(
             out.print(line, soft_wrap=True)
     is_complete = all(result.is_finished for result in results)
     if is_complete and choose(source).kind == "recipe":
-        command = ["dumo", "train", source]
-        for setting in [*encoding.options_as_settings(folder, codec, side, count), *(set_ or [])]:
-            command += ["--set", setting]
-        err.print(f"next:  {join(command)}", soft_wrap=True)
+        fields = [*encoding.options_as_overrides(folder, codec, side, count), *(overrides or [])]
+        err.print(f"next:  {join(['dumo', 'train', source, *fields])}", soft_wrap=True)

@@ -10,8 +10,8 @@ from dumo.cli.option import (
     AsJson,
     Device,
     Nfe,
+    SamplingOverrides,
     Seed,
-    Set,
     SolverName,
     TrustCode,
     Weights,
@@ -24,36 +24,36 @@ from dumo.runtime.progress import bar
 def evaluate(
     run_folder: Annotated[
         str | None,
-        typer.Argument(help="A run's folder, such as runs/digits, or digits-trained."),
+        typer.Argument(help="A run's folder, such as runs/digits, or digits-trained. With --images: none."),
     ] = None,
+    overrides: SamplingOverrides = None,
     nfe: Nfe = None,
     seed: Seed = None,
     solver: SolverName = None,
-    set_: Set = None,
     weights: Weights = None,
     images: Annotated[
         str | None,
         typer.Option(
             metavar="PLACE",
             help="Judge images that others made, in place of a run: a folder (folders in it are classes), an .npz in "
-            "ADM's layout, parquet or tar shards. All of one size: none is resized.",
+            "ADM's layout, parquet or tar shards. None is resized.",
         ),
     ] = None,
     protocol: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="With --images: photos (default; from 20 images on), cifar10-features, digits; by Inception's "
-            "features folder, cifar10-train50k, adm-imagenet256-50k, adm-imagenet512-50k; by a model of yours, --set "
-            "evaluate.protocol.model=DIR, dinov2, cmmd.",
+            help="With --images: photos (default), cifar10-features, digits; by Inception's features folder, "
+            "cifar10-train50k, adm-imagenet256-50k, adm-imagenet512-50k; by evaluate.protocol.model=NAME, a model of "
+            "the Hub or a folder, dinov2, cmmd.",
         ),
     ] = None,
     against: Annotated[
         str | None,
         typer.Option(
             metavar="PLACE",
-            help="With --images: the real images to compare with: a folder, brought to the size of the others as in "
-            "training, if that is square; an .npz of that size; of adm-* ADM's file.",
+            help="With --images: the real images to compare with: a folder, resized as in training; an .npz; ADM's "
+            "file for adm-*.",
         ),
     ] = None,
     file: Annotated[
@@ -62,12 +62,11 @@ def evaluate(
             "--out",
             dir_okay=False,
             metavar="FILE",
-            help="With --images: the report. Default, here: PLACE.evaluation.json; by another protocol than photos "
-            "PLACE.NAME.evaluation.json.",
+            help="With --images: the report. Default: PLACE.evaluation.json, here.",
         ),
     ] = None,
     all_scores: Annotated[
-        bool, typer.Option("--all", help="Print all scores. Without it: the distance that leads, recall and copies.")
+        bool, typer.Option("--all", help="Print all scores, not only the main distance, recall and copies.")
     ] = False,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -75,20 +74,27 @@ def evaluate(
 ) -> None:
     """Score a trained run, or images that others made.
 
-    A run is judged by its protocol, next to the score of a perfect sampler, which is that of new real images.
+    A run is judged by its protocol, evaluate.protocol, next to the score of a perfect sampler, which is that of new
+    real images. With --images: judge what another repository, a stock pipeline or a GAN made; dumo compare takes the
+    report next to those of runs that the same protocol judged.
 
-    With --images: judge what another repository, a stock pipeline or a GAN made; dumo compare takes the report next to
-    those of runs that the same protocol judged: dumo evaluate --images samples.npz --against photos.
     Under torchrun (torchrun --nproc-per-node 2 -m dumo evaluate RUN) the ranks share the work.
 
-    Example:  dumo evaluate runs/digits
+    Examples:
+    dumo evaluate runs/digits --nfe 1,2
+    dumo evaluate --images samples.npz --against photos
     """
+    # With --images there is no run, and every word is an override.
+    if images is not None and run_folder is not None and "=" in run_folder:
+        overrides = [run_folder, *(overrides or [])]
+        run_folder = None
+
     # Refuse options of the other use, which would otherwise be ignored.
     if images is not None and any((run_folder, nfe, seed is not None, solver, weights)):
         raise typer.BadParameter("--images judges what others made: leave out RUN, --nfe, --seed, --solver, --weights")
     if images is None and (protocol or against or file):
         raise typer.BadParameter(
-            "--protocol, --against and --out are for --images: a run is judged as --set evaluate.protocol.kind=... says"
+            "--protocol, --against and --out are for --images: a run is judged by its evaluate.protocol"
         )
 
     from dumo.report import evaluate_images as image_report
@@ -103,13 +109,13 @@ def evaluate(
                 images,
                 protocol or image_report.DEFAULT_KIND,
                 against=against,
-                fields=set_ or [],
+                fields=overrides or [],
                 out=file,
                 device=device,
                 bar=bar,
             )
         elif run_folder is not None:
-            trained = load_run(run_folder, set_ or [], weights=weights, device=device)
+            trained = load_run(run_folder, overrides or [], weights=weights, device=device)
             passes = parse_integers(nfe, "--nfe")
             report = evaluation.evaluate(trained, nfe=passes, seed=seed, solver=solver, bar=bar)
         else:

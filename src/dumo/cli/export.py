@@ -9,68 +9,81 @@ from typing import Annotated, Literal
 
 import typer
 
-from dumo.cli.option import Folder, Set, TrustCode, Weights, parse_integers
+from dumo.cli.option import Folder, SamplingOverrides, TrustCode, Weights, parse_integers
 from dumo.cli.terminal import err, out
 
 
 def export(
     run_folder: Folder,
-    target: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[OUT]",
-            help="The folder to write, or for comfyui and safetensors the file. It must not exist yet. Default: next "
-            "to the run, or here for a run that ships with dumo, by its name and --to.",
-        ),
-    ] = None,
+    overrides: SamplingOverrides = None,
     to: Annotated[
         Literal["diffusers", "lora", "comfyui", "safetensors"],
         typer.Option(
             "--to",
-            help="diffusers (a folder for from_pretrained; a network of dumo's own for dumo.load, too), lora (a folder "
-            "for load_lora_weights), comfyui (a LoRA as one file) or safetensors (all weights as one file).",
+            metavar="FORM",
+            show_default=False,
+            help="diffusers (default; a folder for from_pretrained, and for dumo.load), lora (a folder for "
+            "load_lora_weights), comfyui (a LoRA as one file) or safetensors (all weights as one file).",
         ),
     ] = "diffusers",
+    target: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="PATH",
+            help="A new folder; for comfyui and safetensors a new file. Default: next to the run, by its name and "
+            "--to; here for a run that ships with dumo.",
+        ),
+    ] = None,
     head: Annotated[
         str | None,
-        typer.Option(help="Of a pretrained model: u, which jumps, or v, an ordinary flow. Default: u, if taught."),
+        typer.Option(
+            metavar="HEAD",
+            help="Of a pretrained model: u, which jumps, or v, an ordinary flow. Default: u, if it was trained.",
+        ),
     ] = None,
     parts: Annotated[
         Literal["copy", "link", "none"],
-        typer.Option(help="The pipeline's other parts (text encoders, decoder ...): copy, link or none."),
+        typer.Option(
+            metavar="HOW",
+            show_default=False,
+            help="The pipeline's other components (text encoders, decoder ...): copy (default), link or none.",
+        ),
     ] = "copy",
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="In which weights are written.")
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(metavar="DTYPE", help="Of the weights: float32, bfloat16 or float16."),
     ] = "float32",
     nfe: Annotated[
         str | None,
         typer.Option(
-            help="For a pretrained model of two times: the numbers of passes that the export can make, e.g. 1,2,4. "
-            "They are fixed, because stock programs give a model t alone. Default: 2, and 1 if both jump to the data."
+            metavar="N,N...",
+            help="For a pretrained model of two times: the numbers of function evaluations that the export can make. "
+            "They are fixed, because stock programs give a model t alone. Default: 2, and 1 if both jump to the data.",
         ),
     ] = None,
     alone: Annotated[
         bool,
         typer.Option(
             "--alone",
-            help="For a run on top of a few-step run: write its own adapters alone, to load onto that run's export. "
-            "Default: both in one LoRA, to load onto the stock model.",
+            help="For a run on top of a few-step run: write its own adapters alone, to load onto that run's export.",
         ),
     ] = False,
-    set_: Set = None,
     weights: Weights = None,
     push: Annotated[
         str | None,
         typer.Option(
             metavar="OWNER/NAME",
-            help="Also upload it to this repository of the Hugging Face Hub; a new one is private. Needs a token.",
+            help="Also upload it to this repository of the Hugging Face Hub; a new one is private.",
         ),
     ] = None,
     trust_code: TrustCode = False,
 ) -> None:
     """Write a run for dumo.load, diffusers, ComfyUI or the Hub.
 
-    Example:  dumo export runs/digits digits-export
+    Examples:
+    dumo export runs/digits --out digits-export
+    dumo export runs/sd3-lora --to lora
     """
     from dumo.export import upload, write
     from dumo.run.weights import load_run
@@ -86,7 +99,7 @@ def export(
 
     # Open the run, and write it.
     passes = parse_integers(nfe, "--nfe") or ()
-    trained = load_run(run_folder, set_ or [], weights=weights, device="cpu")
+    trained = load_run(run_folder, overrides or [], weights=weights, device="cpu")
     exported = write.export(
         trained, target, to=to, head=head, parts=parts, dtype=dtype, name=push, nfe=passes, alone=alone
     )

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from dumo.cli.option import Device, Set, Source, TrustCode
+from dumo.cli.option import Device, Overrides, Source, TrustCode
 from dumo.cli.terminal import out, resume_hint, show_table
 from dumo.runtime.progress import bar
 
@@ -38,7 +38,9 @@ def reproduce(
 
     Picture, table and results.json. Finished cells are kept, a stopped one resumes.
 
-    Example:  dumo reproduce fig3 --scale smoke
+    Examples:
+    dumo reproduce fig3 --scale smoke
+    dumo reproduce my-plan.yaml --jobs 2
     """
     from dumo.lab.reproduce import reproduce
     from dumo.runtime import dist
@@ -55,7 +57,7 @@ def reproduce(
 
 def bench(
     source: Source = "digits",
-    set_: Set = None,
+    overrides: Overrides = None,
     slope: Annotated[
         str | None, typer.Option(help="Slopes, e.g. central,dual. Default: all. The plain step, none, is always there.")
     ] = None,
@@ -70,7 +72,9 @@ def bench(
     A slope is a way to compute du/dt. Operations, memory and the error of du/dt are shown, too. F is a forward pass: by
     time a third of the plain flow-matching step in the same precision.
 
-    Example:  dumo bench digits --slope dual
+    Examples:
+    dumo bench digits --slope dual
+    dumo bench cifar10 batch=64 --precision fp32,bf16
     """
     from dumo.lab import bench
     from dumo.run.resolve import load_resolved
@@ -78,7 +82,7 @@ def bench(
 
     dist.require_one_process("dumo bench")
     report = bench.measure(
-        load_resolved(source, set_ or []),
+        load_resolved(source, overrides or []),
         slopes=slope.split(",") if slope else None,
         precisions=precision.split(","),
         compile=compile_,

@@ -38,57 +38,67 @@ def _trust_code(context: typer.Context, trust_code: bool) -> bool:
 Source = Annotated[
     str,
     typer.Argument(
-        help="A recipe's name (see dumo recipes), a YAML file, a run's folder, or a run that ships with dumo, such as "
-        "digits-trained.",
+        help="A recipe's name (dumo recipes), a YAML file, a run's folder, or digits-trained or cifar10-trained.",
         autocompletion=_complete_source,
     ),
 ]
 SourceOrImages = Annotated[
     str,
     typer.Argument(
-        help="A recipe's name (see dumo recipes), a YAML file, a run's folder, or a folder of images.",
+        help="A recipe's name (dumo recipes), a YAML file, a run's folder, or images: a folder, parquet, tar, a name "
+        "on the Hugging Face Hub.",
         autocompletion=_complete_source,
     ),
 ]
 Folder = Annotated[
     str,
     typer.Argument(
-        help="A run's folder, such as runs/digits; or digits-trained or cifar10-trained, which ship with dumo.",
+        help="A run's folder, such as runs/digits; digits-trained and cifar10-trained ship with dumo.",
         autocompletion=_complete_run,
     ),
 ]
-Set = Annotated[
+Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="A.B=C", help="Set a field, e.g. --set train.steps=2000. May be given many times."),
+    typer.Argument(
+        metavar="FIELD=VALUE",
+        help="Fields to set, such as net.width=96 (dumo show SOURCE --all lists them). Short: steps, lr, batch, seed, "
+        "minutes; a kind alone: objective=meanflow.",
+    ),
+]
+SamplingOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="FIELD=VALUE", help="Fields of sample or evaluate to set, such as sample.solver.m=0.3."),
 ]
 Nfe = Annotated[
     str | None,
-    typer.Option("--nfe", help="Numbers of function evaluations, e.g. 1,2,4. Default: the run's own."),
+    typer.Option("--nfe", help="Numbers of function evaluations, e.g. 1,2,4."),
 ]
-Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the sampling noise. Default: the run's own.")]
+Seed = Annotated[int | None, typer.Option(min=0, metavar="N", help="Seed of the sampling noise.")]
 SolverName = Annotated[
     str | None,
     typer.Option(
         "--solver",
-        help="euler, heun (velocity), restart (endpoint), hop (flow map), hermite (both heads).",
+        help="euler, heun, restart, hop or hermite.",
     ),
 ]
 Prompts = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Prompts: a .txt, one a line; a .jsonl with a prompt a line; a folder of .txt."),
+    typer.Option(metavar="FILE", help="Prompts: a .txt or .jsonl, one a line; a folder of .txt."),
 ]
-Device = Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda, cuda:1 ...")]
+Device = Annotated[
+    str, typer.Option(show_default=False, help="cpu, cuda, cuda:1 ... Default: the GPU, if there is one.")
+]
 Weights = Annotated[
     str | None,
-    typer.Option("--weights", help="A safetensors file. Default: the first EMA of the run's last checkpoint."),
+    typer.Option("--weights", metavar="FILE", help="A safetensors file. Default: the first EMA, last checkpoint."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 TrustCode = Annotated[
     bool,
     typer.Option(
         "--trust-code",
         callback=_trust_code,
-        help="Run the code that the file or folder of a run names (module:Class).",
+        help="Run the code that a run names (module:Class).",
     ),
 ]
 

@@ -17,7 +17,9 @@ def recipes(
 ) -> None:
     """List what can be trained by name.
 
-    Example:  dumo recipes
+    Examples:
+    dumo recipes
+    dumo recipes --schema > recipe.schema.json
     """
     if as_schema:
         from dumo.config.schema import schema

@@ -27,7 +27,9 @@ def report(
     The page, report.html in the run's folder, shows samples, trajectories, nearest training images, curves of the log
     and scores. A run with captions is sampled with --prompts, or with captions of its data.
 
-    Example:  dumo report runs/digits
+    Examples:
+    dumo report runs/digits
+    dumo report runs/digits runs/digits-meanflow --out log.png
     """
     if len(run_folders) > 1:
         from dumo.io.picture import write_picture

@@ -10,8 +10,8 @@ from dumo.cli.option import (
     Folder,
     Nfe,
     Prompts,
+    SamplingOverrides,
     Seed,
-    Set,
     SolverName,
     TrustCode,
     Weights,
@@ -26,12 +26,14 @@ _BENCHMARKS = ("geneval", "dpg")
 
 def sample(
     run_folder: Folder,
+    overrides: SamplingOverrides = None,
     nfe: Nfe = None,
     count: Annotated[
-        int | None, typer.Option(min=1, help="Number of samples. Default: 100, or one for each prompt.")
+        int | None, typer.Option(min=1, metavar="N", help="Number of samples. Default: 100, or one for each prompt.")
     ] = None,
     labels: Annotated[
-        str | None, typer.Option(help="Classes by name or number, e.g. cats,dogs or 3,5. Default: all in turn.")
+        str | None,
+        typer.Option(metavar="A,B...", help="Classes by name or number, e.g. cats,dogs or 3,5. Default: all in turn."),
     ] = None,
     prompt: Annotated[
         list[str] | None,
@@ -51,23 +53,23 @@ def sample(
         str | None,
         typer.Option(
             metavar="STEPS",
-            help="Draw the same noise by NFE after each of these steps (train.milestones and the last), e.g. 1000,5000 "
-            "or all.",
+            help="Draw the same noise after each of these steps (train.milestones, the last), e.g. 1000,5000 or all.",
         ),
     ] = None,
     form: Annotated[
         Literal["grid", "images", "npz", "geneval", "dpg"],
         typer.Option(
             "--format",
-            help="grid (one PNG), images (a PNG each), npz (ADM's layout); geneval or dpg: four images of each of "
-            "--prompts, as these benchmarks read them.",
+            metavar="FORM",
+            show_default=False,
+            help="grid (default; one PNG), images (a PNG each), npz (ADM's layout); geneval or dpg: four images of "
+            "each of --prompts, as these benchmarks read them.",
         ),
     ] = "grid",
     folder: Annotated[
         Path | None,
         typer.Option("--out", file_okay=False, metavar="FOLDER", help="Default: samples/ in the run's folder."),
     ] = None,
-    set_: Set = None,
     weights: Weights = None,
     device: Device = "auto",
     trust_code: TrustCode = False,
@@ -76,7 +78,9 @@ def sample(
 
     Under torchrun the ranks share the work.
 
-    Example:  dumo sample digits-trained --nfe 1
+    Examples:
+    dumo sample digits-trained --nfe 1
+    dumo sample runs/digits sample.solver.m=0.3 --labels 3,5 --out samples
     """
     # Refuse options that would otherwise be ignored.
     if sum(map(bool, (labels, prompt, prompts))) > 1:
@@ -100,7 +104,7 @@ def sample(
     if checkpoints:
         dist.require_one_process("dumo sample --checkpoints")
     with dist.join():
-        trained = load_run(run_folder, set_ or [], weights=weights, device=device)
+        trained = load_run(run_folder, overrides or [], weights=weights, device=device)
         folder = folder or trained.folder / "samples"
         passes = parse_integers(nfe, "--nfe")
         classes = parse_classes(labels, trained.spec.conditions)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dumo.cli.option import AsJson, Device, Set, Source, TrustCode
+from dumo.cli.option import AsJson, Device, Overrides, Source, TrustCode
 from dumo.cli.terminal import out, show_lines, show_table
 from dumo.runtime import shell_path
 from dumo.runtime.formatting import minutes_text, number_text
@@ -26,16 +26,20 @@ if TYPE_CHECKING:
 
 def show(
     source: Source,
-    set_: Set = None,
+    overrides: Overrides = None,
     as_yaml: Annotated[bool, typer.Option("--yaml", help="Print the run alone: a file for dumo train.")] = False,
     all_fields: Annotated[bool, typer.Option("--all", help="Every field, as run.yaml has it.")] = False,
     counts_cost: Annotated[bool, typer.Option("--cost", help="Count memory, operations and hours.")] = False,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="With --cost: count for this many ranks, a GPU each. None is needed.")
+        int | None, typer.Option(min=1, metavar="N", help="With --cost: count for this many ranks, a GPU each.")
     ] = None,
     tflops: Annotated[
         float | None,
-        typer.Option(min=0.001, help="With --cost: the 10^12 operations per second that a GPU reaches, for the hours."),
+        typer.Option(
+            min=0.001,
+            metavar="N",
+            help="With --cost: the 10^12 operations per second that a GPU reaches, for the hours.",
+        ),
     ] = None,
     checks: Annotated[
         bool,
@@ -54,7 +58,9 @@ def show(
     Fields of the machine and parts that are empty are left out if they have their defaults. All but the settings is
     printed as comments, so that  dumo show digits > my.yaml  makes a file for  dumo train my.yaml.
 
-    Example:  dumo show imagenet256-xl2 --cost --ranks 8
+    Examples:
+    dumo show sd3-lora --cost net.lora.rank=16
+    dumo show digits lr=1e-3 --yaml > my.yaml
     """
     if as_yaml and (as_json or counts_cost or checks):
         raise typer.BadParameter("--yaml prints the run alone: leave out --json, --cost and --check")
@@ -67,11 +73,11 @@ def show(
     from dumo.run.resolve import load_resolved
 
     # Load the run, and warn on stderr where it departs from its sources.
-    run = load_resolved(source, set_ or [])
+    run = load_resolved(source, overrides or [])
     for line in advice(run):
         print_line(line)
     if as_yaml:
-        print(_comment(" ".join(["dumo show", shell_path(source), *_set_options(set_)])))
+        print(_comment(" ".join(["dumo show", shell_path(source), shlex.join(overrides or [])]).rstrip()))
         print(dump(run, short=not all_fields), end="")
         return
 
@@ -127,11 +133,6 @@ def _fact_lines(run: "Run", facts: "RunFacts") -> list[tuple[str, str]]:
     if minutes is not None:
         lines.append(("length", f"{minutes_text(minutes)}; train.steps only scales the warmup"))
     return lines
-
-
-def _set_options(overrides: list[str] | None) -> list[str]:
-    """Overrides `a.b=c` as words to type on the command line."""
-    return [shlex.quote(f"--set={override}") for override in overrides or []]
 
 
 def _comment(text: str) -> str:

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dumo.cli.option import Device, Set, SourceOrImages, TrustCode
+from dumo.cli.option import Device, Overrides, SourceOrImages, TrustCode
 from dumo.cli.terminal import err, memory_hint, resume_hint, show_lines
 from dumo.runtime import shell_path, signals
-from dumo.runtime.limits import MINUTES
 from dumo.runtime.progress import bar, print_line
 
 if TYPE_CHECKING:
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
 def train(
     source: SourceOrImages,
+    overrides: Overrides = None,
     folder: Annotated[
         Path | None,
         typer.Option("--out", file_okay=False, metavar="FOLDER", help="The run's folder. Default: runs/NAME."),
@@ -27,34 +27,29 @@ def train(
         int | None,
         typer.Option("--from", metavar="STEP", min=0, help="Begin a new run, in --out, from this step of a run."),
     ] = None,
-    minutes: Annotated[
-        float | None,
-        typer.Option(
-            min=0.1, max=MINUTES, help="How long to train in all (train.minutes). Default for images on a CPU: 6."
-        ),
-    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Train on a folder of images without asking.")] = False,
     track: Annotated[
-        Literal["tensorboard", "wandb", "trackio"] | None, typer.Option(help="Send the rows of the log to a tracker.")
+        Literal["tensorboard", "wandb", "trackio"] | None,
+        typer.Option(metavar="NAME", help="Send the rows of the log to tensorboard, wandb or trackio."),
     ] = None,
-    set_: Set = None,
     device: Device = "auto",
     trust_code: TrustCode = False,
 ) -> None:
     """Train a recipe or your images, or resume a run.
 
-    Run the same command again to resume. --from STEP --out NEW begins a new run NEW from a checkpoint of a run, with
-    other data or fields if they are given.
+    Run the same command again to resume, or with more steps or minutes, which are totals, to train for longer. --from
+    STEP --out NEW begins a new run NEW from a checkpoint of a run, with other data or fields if they are given.
+
+    Given images, propose a run that suits them and this machine, and ask before it starts. On a CPU it takes 6 minutes,
+    unless minutes=N or steps=N says how long.
 
     digits-trained and cifar10-trained, which ship with dumo, begin a new run with their settings and weights.
 
-    Given a folder of images, propose a run that suits them and this machine, and ask before it starts. It ends when its
-    --minutes are over, or those of a later command that gives it more.
-
     Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
-    --track also sends each row of the log to a tracker.
 
-    Example:  dumo train digits --set train.steps=500
+    Examples:
+    dumo train digits steps=500 objective=meanflow net.width=96
+    dumo train photos minutes=30
     """
     # train.minutes counts from here, for new and resumed runs.
     began = time.perf_counter()
@@ -71,8 +66,7 @@ def train(
         require_tracker(track)
 
     # Decide what to train, and where.
-    changes = [*(set_ or []), *([] if minutes is None else [f"train.minutes={minutes:g}"])]
-    prepared = prepare(source, changes, folder, step=step, device=device)
+    prepared = prepare(source, overrides or [], folder, step=step, device=device)
     if prepared.proposal:
         _agree(prepared.proposal, ask=not yes)
         began = time.perf_counter()
@@ -131,7 +125,7 @@ def _agree(proposal: "Proposal", *, ask: bool) -> None:
     if not ask:
         return
     if not sys.stdin.isatty():
-        raise typer.BadParameter("there is no terminal to ask on: give --yes to train so, or --set to change it")
+        raise typer.BadParameter("there is no terminal to ask on: give --yes to train so")
     with signals.default_handlers():  # Ctrl-C ends it there
         agrees = typer.confirm("train?", default=True, err=True)
     if not agrees:

@@ -14,7 +14,6 @@ from itertools import chain
 from math import log
 from typing import TYPE_CHECKING
 
-from dumo.config.change import yaml_text
 from dumo.config.conditions import Conditions, shown_data
 from dumo.data import Data, Images, Latents
 from dumo.flow import solver
@@ -33,6 +32,7 @@ from dumo.flow.compatibility import (
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.path import FlowPath
 from dumo.flow.times import Jumps, Pair
+from dumo.io.yaml import yaml_text
 from dumo.nets import Net, Pretrained
 from dumo.nets.precondition import PRECONDITIONED_HEADS
 from dumo.objectives import Objective

@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
-from dumo.config.change import yaml_text
 from dumo.io import digest
+from dumo.io.yaml import yaml_text
 from dumo.types import marks_of
 
 # A change of a field marked "free" makes the same weights another way, or is of no weights at all. A change of a field

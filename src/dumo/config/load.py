@@ -1,4 +1,4 @@
-"""Load a run from a recipe's name, a file or a folder, with `a.b=c` overrides; and write it as YAML.
+"""Load a run from a recipe's name, a file or a folder, with overrides `field=value`; and write it as YAML.
 
 `load` is the entrance. In this order it reads the text (`dumo.config.source`), sets the overrides, fills in what was
 found when the run was first opened (`resolved`), and validates the tree (`parse`). `load_recipe` reads a shipped recipe
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError, to_json
 
 from dumo.config import trust
-from dumo.config.change import override
+from dumo.config.overrides import field_of, override
 from dumo.config.source import (
     CODE_KEY,
     DATA_KEY,
@@ -29,7 +29,9 @@ from dumo.config.source import (
     read,
 )
 from dumo.config.source import RUN_FILE as RUN_FILE  # those who `load` and `dump` a run.yaml have it from here
-from dumo.config.spec import Run
+from dumo.config.spec import Run, StandaloneParts
+from dumo.flow.reading import available_readings
+from dumo.flow.solver import best_solver
 from dumo.io.yaml import dump_yaml
 from dumo.types import Spec, UserError, marks_of
 
@@ -48,13 +50,28 @@ def load(source: str | Path | RunText, overrides: Sequence[str] = ()) -> Run:
 
 
 def run_of(text: RunText, overrides: Sequence[str] = ()) -> Run:
-    """The run that a text describes, with `overrides` set. Raises UserError, one line per mistake."""
+    """The run that a text describes, with `overrides` set. Raises UserError, one line per mistake.
+
+    If they set an objective of another kind, samples are made by a solver that suits it, unless they set that, too.
+    """
     tree = deepcopy(text.tree)
+    kind_before = _objective_kind(tree)
     override(tree, overrides)
+    has_other_objective = _objective_kind(tree) not in (None, kind_before)
+    if has_other_objective and not any(field_of(word).startswith("sample.solver") for word in overrides):
+        objective = parse(StandaloneParts, {"objective": tree["objective"]}).objective
+        assert objective is not None
+        override(tree, [f"sample.solver={{kind: {best_solver(available_readings(objective)).kind}}}"])
     resolved = tree.get(RESOLVED_KEY)
     if isinstance(resolved, dict):  # anything else is left to validation
         _fill(tree, resolved)
     return parse(Run, tree, text.name)
+
+
+def _objective_kind(tree: dict[str, Any]) -> object:
+    """The kind of the objective in a tree; None if it has none, which is left to validation."""
+    objective = tree.get("objective")
+    return objective.get("kind") if isinstance(objective, dict) else None
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Run:

@@ -4,39 +4,20 @@
 kinds, where the nearest valid name is added.
 """
 
-from typing import Any, get_args
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from dumo.config.overrides import SHORT_FORMS
+from dumo.config.spec import Run
 from dumo.config.suggestion import nearest
 from dumo.io.read import brief
 from dumo.types.outside import BUNDLED, OUTSIDE, members
 
 Location = tuple[int | str, ...]
-# What other trainers (diffusers, accelerate, lightning, EDM) call a field that no spelling of ours is near to.
-_OTHER_NAMES = {
-    "batch_size": "train.batch",
-    "cfg_scale": "sample.guide.scale",
-    "epochs": "train.steps",
-    "ema_decay": "train.ema",
-    "gradient_accumulation_steps": "train.micro_batch",
-    "gradient_checkpointing": "net.checkpoint",
-    "guidance_scale": "sample.guide.scale",
-    "image_size": "data.side",
-    "learning_rate": "train.optimizer.lr",
-    "lora_rank": "net.lora.rank",
-    "lr": "train.optimizer.lr",
-    "max_grad_norm": "train.clip",
-    "max_train_steps": "train.steps",
-    "mixed_precision": "train.precision",
-    "num_inference_steps": "sample.nfe",
-    "resolution": "data.side",
-    "steps": "train.steps",
-    "train_batch_size": "train.batch",
-    "warmup_steps": "train.schedule.warmup",
-    "weight_decay": "train.optimizer.weight_decay",
-}
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
@@ -51,10 +32,7 @@ def _explain_one(mistake: ErrorDetails, root: type[BaseModel]) -> str:
     value = brief(repr(mistake["input"]))
     match mistake["type"]:
         case "extra_forbidden":
-            name = str(mistake["loc"][-1])
-            if name in _OTHER_NAMES:
-                return f"{path}: unknown key; did you mean '{_OTHER_NAMES[name]}'?"
-            return f"{path}: unknown key; {nearest(name, sorted(parent.model_fields) if parent else [])}"
+            return f"{path}: unknown key; {_hint(mistake, path, parent, root)}"
         case "union_tag_invalid":
             kinds = context["expected_tags"].replace("'", "").split(", ")
             return f"{path}.kind: unknown kind '{brief(context['tag'])}'; {nearest(context['tag'], kinds)}"
@@ -68,6 +46,59 @@ def _explain_one(mistake: ErrorDetails, root: type[BaseModel]) -> str:
             return message if has_path else f"{path}: {message}"
         case _:
             return f"{path}: {mistake['msg']}; got {value}"
+
+
+def _hint(mistake: ErrorDetails, path: str, parent: type[BaseModel] | None, root: type[BaseModel]) -> str:
+    """The end of a message on an unknown key at `path`: the nearest field, or what would be valid there."""
+    own_names = sorted(parent.model_fields) if parent else []
+    # A field in an unknown part says what is meant, too: training.steps is near to train.steps.
+    typed = path
+    inner = mistake["input"]
+    while isinstance(inner, dict) and len(inner) == 1:
+        [(name, inner)] = inner.items()
+        typed = f"{typed}.{name}"
+    part, _, name = path.rpartition(".")
+    matches = get_close_matches(name, own_names, n=1) if typed == path else []
+    own_match = ".".join([part, *matches]).lstrip(".") if matches else None
+    meant = nearest_field(typed, root, own_match)
+    if meant:
+        return f"did you mean '{meant}'?"
+    if not part:
+        return f"`dumo show digits --all` lists all; short forms are {', '.join(SHORT_FORMS)}"
+    return f"valid: {', '.join(own_names)}"
+
+
+def nearest_field(typed: str, root: type[BaseModel] = Run, own_match: str | None = None) -> str | None:
+    """The field of a spec, at any depth, that is nearest to a dotted path that a person typed; None: none is near.
+
+    A field of the same name comes first, so that train.lr is answered with train.optimizer.lr, then `own_match`, one of
+    the same part. A field that another kind of the part has is near to nothing.
+    """
+    fields = [*field_paths(root)]
+    if typed in fields:
+        return own_match
+    name = typed.rpartition(".")[2]
+    same_name = [field for field in fields if field.rpartition(".")[2] == name]
+    if same_name:
+        return get_close_matches(typed, same_name, n=1, cutoff=0)[0]
+    if own_match:
+        return own_match
+    near_names = get_close_matches(typed, [*fields, *SHORT_FORMS], n=1)
+    return SHORT_FORMS.get(near_names[0], near_names[0]) if near_names else None
+
+
+def field_paths(spec: type[BaseModel], parents: tuple[type[BaseModel], ...] = ()) -> Iterator[str]:
+    """The dotted paths of all fields of a spec, at any depth, of every kind of its parts; of a list its first item's.
+
+    A spec that lies in itself is not followed again.
+    """
+    for name, field in spec.model_fields.items():
+        yield name
+        item = f"{name}.0" if get_origin(field.annotation) is tuple else name
+        for part in members(field.rebuild_annotation()):
+            if part is not spec and part not in parents:
+                for path in field_paths(part, (*parents, spec)):
+                    yield f"{item}.{path}"
 
 
 def _locate(loc: Location, root: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:

@@ -21,7 +21,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from dumo.config import recipe_files
-from dumo.config.change import field_of, merge, yaml_text
+from dumo.config.change import merge
+from dumo.config.overrides import field_of
 from dumo.config.place import RUN_FILE as RUN_FILE
 from dumo.config.place import (
     RUNS_FOLDER,
@@ -35,7 +36,7 @@ from dumo.error import UserError
 from dumo.io import hub, run_places
 from dumo.io.read import brief, read_text, user_path
 from dumo.io.run_places import SHIPPED_PREFIX as SHIPPED_PREFIX
-from dumo.io.yaml import parse_mapping
+from dumo.io.yaml import parse_mapping, yaml_text
 
 # The keys of a run.yaml besides the fields of a run.
 FORMAT_KEY = "format"
@@ -107,7 +108,7 @@ class ChosenSource:
 
     @property
     def settings(self) -> list[str]:
-        """Fields to set in what the word says, as --set takes them, before those of the user."""
+        """Overrides of what the word says, before those of the user."""
         if self.kind != "trained":
             return []
         return [f"start={yaml_text({'source': f'{SHIPPED_PREFIX}{self._shipped_name}'})}"]
@@ -146,7 +147,7 @@ def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
             option = shlex.quote(f"pipeline={yaml_text(str(source))}")
             raise UserError(
                 f"{source} is the pipeline of a model, not a run or images: give it to a recipe, dumo train sd3-lora "
-                f"--set {option}"
+                f"{option}"
             )
         return ChosenSource("images", source, folder_of_images(source))
     return ChosenSource("file", source, Path(RUNS_FOLDER) / path.stem)

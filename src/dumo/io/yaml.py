@@ -5,12 +5,14 @@ a text; and a mapping with a key twice is refused, since one of its two values w
 """
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import yaml
+from pydantic_core import PydanticSerializationError, to_jsonable_python
 from yaml.constructor import ConstructorError
 
 from dumo.error import UserError
+from dumo.io.read import brief
 
 TAG = "tag:yaml.org,2002:"  # of YAML's own types
 _EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")  # without a point or a sign it is text in 1.1
@@ -96,3 +98,22 @@ def dump_yaml(value: object, *, flow: bool = False, width: int = 120) -> str:
     if "\x85" in text or "\ufeff" in text:
         text = yaml.dump(value, Dumper=_Dumper, allow_unicode=False, **options)
     return text
+
+
+def yaml_text(value: object) -> str:
+    """A value as YAML, on one line; numbers of NumPy and torch are written as those of Python.
+
+    Raises PydanticSerializationError for a value that YAML does not have.
+    """
+    plain_value = to_jsonable_python(value, fallback=_plain_numbers)
+    return dump_yaml(plain_value, flow=True, width=10_000).removesuffix("...\n").strip()
+
+
+def _plain_numbers(value: object) -> object:
+    """A number or an array of NumPy or torch as numbers of Python. Raises PydanticSerializationError for all else."""
+    plain_value = value
+    if hasattr(value, "tolist") and not isinstance(value, type):
+        plain_value = cast(Any, value).tolist()
+    if type(plain_value) is type(value):  # nothing was made plain; a long double stays one
+        raise PydanticSerializationError(f"{brief(repr(value))} is no value of YAML")
+    return plain_value

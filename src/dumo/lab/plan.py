@@ -37,9 +37,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from dumo.config import trust
-from dumo.config.change import yaml_text
-from dumo.config.load import load_recipe, parse
-from dumo.config.spec import Run, StandaloneParts
+from dumo.config.load import load_recipe
+from dumo.config.spec import Run
 from dumo.config.suggestion import require_known
 from dumo.io.yaml import parse_mapping, parse_yaml
 from dumo.run import flops
@@ -228,7 +227,7 @@ class Plan(Spec):
         def load_run(seed: int | None) -> Run:
             values = {**scale.values, **axis_values, "seed": seed}  # of $names in settings
             filled_settings = [Template(setting).safe_substitute(values) for setting in settings]
-            return resolve(load_recipe(recipe, [*guidance_settings(recipe, filled_settings), *filled_settings]))
+            return resolve(load_recipe(recipe, filled_settings))
 
         # Find steps and columns by the first seed's run.
         seeds = arm.seeds or scale.seeds or (None,)
@@ -429,32 +428,6 @@ def training_settings(recipe: str, host: str) -> tuple[str, ...]:
     if host_run.net.precondition != recipe_run.net.precondition:
         parts["net.precondition"] = recipe_run.net.precondition
     return tuple(f"{name}={json.dumps(value)}" for name, value in parts.items())
-
-
-def guidance_settings(recipe: str, settings: Sequence[str]) -> list[str]:
-    """The settings that keep a recipe's dropped labels and guidance where `settings` give it another objective.
-
-    Without them the objective would have the defaults of its kind, and differ from other arms in more than its loss.
-    """
-    kind = None
-    for setting in settings:
-        field, _, value = setting.partition("=")
-        if field == "objective.kind":
-            kind = value.strip(" '\"")
-    if kind is None:
-        return []
-    recipe_objective = load_recipe(recipe).objective
-    objective_class = type(parse(StandaloneParts, {"objective": {"kind": kind}}).objective)
-    assert isinstance(recipe_objective, Spec)
-    assert issubclass(objective_class, Spec)
-    fields = objective_class.model_fields
-    recipe_fields = type(recipe_objective).model_fields
-    kept_settings: list[str] = []
-    for name in ("drop", "guide"):
-        in_both = name in fields and name in recipe_fields
-        if in_both and fields[name].annotation == recipe_fields[name].annotation:
-            kept_settings.append(f"objective.{name}={yaml_text(getattr(recipe_objective, name))}")
-    return kept_settings
 
 
 @cache

@@ -5,7 +5,7 @@ row's tokens. The other tokens come back unchanged behind them. There are no new
 
 A block costs as much as the tokens that it processes. In forward passes F, a guided exact step of XL/2 counts
 4.95 F dense, 2.88 with half of them, 1.87 with a quarter (`dumo show imagenet256-xl2-routed`, and with
-`--set net.route.share=0.75`).
+`net.route.share=0.75`).
 
 The order of events:
 

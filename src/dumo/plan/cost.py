@@ -8,9 +8,9 @@ a frozen base in int8 or nf4.
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from dumo.config.change import override
 from dumo.config.check_spec import check_ranks
 from dumo.config.load import parse
+from dumo.config.overrides import override
 from dumo.config.spec import Run
 from dumo.nets.text_spec import EmbeddedTexts, PipelineTexts
 from dumo.plan import cluster

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from dumo.config.change import field_of, override, sets_field, yaml_text
-from dumo.config.load import load_recipe, parse
-from dumo.config.source import IMAGES_LATENTS_RECIPE, IMAGES_RECIPE, folder_of_images, settings_of_images
+from dumo.config.load import load_recipe, parse, run_of
+from dumo.config.overrides import field_of, override, sets_field
+from dumo.config.source import IMAGES_LATENTS_RECIPE, IMAGES_RECIPE, RunText, folder_of_images, settings_of_images
 from dumo.config.spec import Run, StandaloneParts
 from dumo.data import Images, Latents
 from dumo.data.caption import AUTO, CaptionFiles, NoCaptionsError, captions_of
@@ -29,6 +29,7 @@ from dumo.data.rows import Rows
 from dumo.encoders.caption_ids import Captions
 from dumo.io import digest
 from dumo.io.run_places import LATENTS_FOLDER
+from dumo.io.yaml import yaml_text
 from dumo.runtime.device import choose_device
 from dumo.runtime.formatting import minutes_text
 from dumo.types import UserError
@@ -131,8 +132,7 @@ def propose(place: str, changes: Sequence[str] = (), *, device: str = "auto") ->
 
     # Make the run. The user's own changes are applied last.
     tree = load_recipe(recipe, _as_changes(fields | length)).model_dump(mode="json")
-    override(tree, settings_of_images(tree, changes))
-    run = parse(Run, tree)
+    run = run_of(RunText(tree, ""), settings_of_images(tree, changes))
     return Proposal(run, len(rows), side, images.labels, captions)
 
 

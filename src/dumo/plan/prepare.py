@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 
 from dumo.config import recipe_files, trust
-from dumo.config.change import yaml_text
 from dumo.config.load import dump, load, load_recipe, parse
+from dumo.config.overrides import full_overrides
 from dumo.config.place import RUN_FILE
 from dumo.config.source import (
     IMAGES_RECIPE,
@@ -32,8 +32,7 @@ from dumo.config.source import (
 )
 from dumo.config.spec import Run, StandaloneParts
 from dumo.data import Data, Memory
-from dumo.flow.reading import available_readings
-from dumo.flow.solver import best_solver
+from dumo.io.yaml import yaml_text
 from dumo.nets import ModuleSpec
 from dumo.plan import photos
 from dumo.plan.photos import Proposal
@@ -61,7 +60,7 @@ class Prepared:
     path: Path
     # None: the run that the folder holds, with `changes`.
     run: Run | None
-    # Fields of the user's, each a.b=c.
+    # Fields of the user's, each a.b=c, short forms written out.
     changes: Sequence[str] = ()
     # The checkpoint of another run that this one begins from.
     origin: Origin | None = None
@@ -87,7 +86,7 @@ def prepare(
 
     - `source`: a recipe, a YAML file, a run's folder, images, or a run. Without one the parts choose a recipe: for
       images the one that `dumo.plan.photos` chooses, for points moons, for anything else digits.
-    - `overrides`: fields, each a.b=c.
+    - `overrides`: fields, each a.b=c, as they are typed (`dumo.config.overrides`).
     - `out`: the run's folder; None: that of the run that `source` names, else runs/NAME.
     - `step`: begin a new run in `out` from the checkpoint of this step of the run that `source` names.
     - `objective`, `data`, `net`: parts instead of the run's own.
@@ -97,6 +96,7 @@ def prepare(
 
     Raises UserError if the parts do not fit, or nothing names a folder.
     """
+    overrides = full_overrides(overrides)
     if isinstance(source, Run):
         if out is None or any(part is not None for part in (objective, data, net)):
             raise UserError('a run that has its parts needs a folder: say out="runs/NAME", and no other parts')
@@ -252,8 +252,9 @@ def _base_recipe(parts: Fields) -> str:
     data = parts.get("data", {"kind": _TOYS[0]})
     if data["kind"] not in _TOYS:
         return _recipe_of_data(data)
-    objective_recipe = _objective_recipe(data["kind"], parts.get("objective", {}))
-    return objective_recipe if objective_recipe in recipe_files.names() else data["kind"]
+    objective = parts.get("objective", {})
+    recipe_of_objective = f"{data['kind']}-{objective.get('kind')}".replace("_", "-")
+    return recipe_of_objective if recipe_of_objective in recipe_files.names() else data["kind"]
 
 
 def _recipe_of_data(data: Fields) -> str:
@@ -268,11 +269,6 @@ def _data_spec(data: Fields) -> Data:
     return spec
 
 
-def _objective_recipe(data: str, objective: Fields) -> str:
-    """The name that a recipe of this objective on toy data has; there may be none."""
-    return f"{data}-{objective.get('kind')}".replace("_", "-")
-
-
 def _default_folder(chosen: ChosenSource | None, parts: Fields, images_place: str | None) -> Path:
     """The folder runs/NAME, by the place of images or the source. Raises UserError if neither gives a name."""
     if images_place is not None:
@@ -283,26 +279,21 @@ def _default_folder(chosen: ChosenSource | None, parts: Fields, images_place: st
 
 
 def _part_fields(parts: Fields, tree: Fields) -> Fields:
-    """The fields to set in the run of a tree so that it has these parts.
+    """The fields to set in the run of a tree so that it has these parts. Other data bring the protocol of their recipe.
 
-    Other data bring the protocol that judges them, and another objective brings a solver. A part given by the name of
-    the run's own kind changes nothing. An objective given by name alone has the fields of its recipe on digits, if
-    there is one.
+    A part given by its kind alone is set as `objective=meanflow` sets it; the run's own kind changes nothing.
     """
     fields: Fields = {}
     for name, part in parts.items():
-        is_own_kind_by_name = part == {"kind": _kind_in(tree, name)}
-        if not is_own_kind_by_name:
+        if part == {"kind": _kind_in(tree, name)}:
+            continue
+        if part.keys() == {"kind"}:
+            fields[f"{name}.kind"] = part["kind"]
+        else:
             fields[name] = part
-    if "data" in fields and fields["data"]["kind"] != _kind_in(tree, "data"):
-        recipe = _recipe_of_data(fields["data"])
+    if "data" in parts and parts["data"]["kind"] != _kind_in(tree, "data"):
+        recipe = _recipe_of_data(parts["data"])
         fields["evaluate"] = load_recipe(recipe).evaluate.model_dump(mode="json")
-    if "objective" in fields:
-        fields["objective"] = _objective_fields(fields["objective"])
-        objective = parse(StandaloneParts, {"objective": fields["objective"]}).objective
-        assert objective is not None
-        solver = best_solver(available_readings(objective))
-        fields["sample.solver"] = {"kind": solver.kind}
     return fields
 
 
@@ -310,12 +301,3 @@ def _kind_in(tree: Fields, name: str) -> object:
     """The kind of the part of this name in a run's tree; None: the run has no such part, or it says no kind."""
     part = tree.get(name)
     return part.get("kind") if isinstance(part, dict) else None
-
-
-def _objective_fields(objective: Fields) -> Fields:
-    """The fields of an objective: if it is given by name alone, those of its recipe on digits, if there is one."""
-    recipe = _objective_recipe(_TOYS[0], objective)
-    is_name_alone = objective.keys() == {"kind"}
-    if is_name_alone and recipe in recipe_files.names():
-        return load_recipe(recipe).model_dump(mode="json")["objective"]
-    return objective

@@ -47,11 +47,9 @@ CSS = """
 """
 
 
-def open_demo(
-    folders: Sequence[str], overrides: Sequence[str] = (), *, weights: str | None = None, device: str = "auto"
-) -> list[TrainedRun]:
+def open_demo(folders: Sequence[str], *, weights: str | None = None, device: str = "auto") -> list[TrainedRun]:
     """Open the runs of a page. Raises UserError if their classes differ, for then a class means two things."""
-    runs = [load_run(folder, overrides, weights=weights, device=device) for folder in folders]
+    runs = [load_run(folder, weights=weights, device=device) for folder in folders]
     classes: list[object] = []
     for run in runs:
         conditions = run.spec.conditions

@@ -22,8 +22,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from dumo.config.change import override
 from dumo.config.load import parse
+from dumo.config.overrides import override
 from dumo.config.suggestion import require_known
 from dumo.data import Digits, Images, pixel
 from dumo.data.images import Labels, Source, labels_of
@@ -67,7 +67,7 @@ class _ProtocolOnly(Spec):
 
 
 class _ImagesSettings(Spec):
-    """The fields that --set may change: of the protocol, and of the data that are the reference."""
+    """The fields that overrides may set: of the protocol, and of the data that are the reference."""
 
     evaluate: _ProtocolOnly
     data: Images | None = None
@@ -164,7 +164,7 @@ def judge(
     """Judge images by the protocol `kind`, write the report, and return it.
 
     `images` is a folder or a file of images to judge, `against` one of real images to compare them with. `fields` are
-    changes to a run's fields as --set gives them, such as "evaluate.protocol.samples=1000". `out` is the report's file;
+    overrides of a run's fields, such as "evaluate.protocol.samples=1000". `out` is the report's file;
     its default is named after `images`, and after a protocol other than `DEFAULT_KIND`, in the working folder.
 
     All images are judged. If their number is not the protocol's own, its name in the report says so. Several ranks

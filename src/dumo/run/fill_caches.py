@@ -2,8 +2,8 @@
 
 Training calls `encode_what_is_missing` before it loads its net. `dumo encode` fills the same caches ahead:
 
-1. `encoding_work` says what a recipe, or a folder of images with options, has to encode; `options_as_settings` writes
-   the options as settings.
+1. `encoding_work` says what a recipe, or a folder of images with options, has to encode; `options_as_overrides` writes
+   the options as overrides.
 2. `encode` makes the latents.
 3. `encode_texts` encodes the captions, unless `reason_without_cached_texts` says why not.
 
@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dumo.config.change import override, yaml_text
 from dumo.config.load import parse
+from dumo.config.overrides import override
 from dumo.config.source import choose
 from dumo.config.spec import Run, with_pipeline
 from dumo.data import Data, Latents, cache, encoding
@@ -31,6 +31,7 @@ from dumo.encoders.pipeline_folder import Pipeline
 from dumo.io import table
 from dumo.io.guard import locked
 from dumo.io.table import MakeResult, TableIndex
+from dumo.io.yaml import yaml_text
 from dumo.nets.text_spec import EmbeddedTexts, PipelineTexts
 from dumo.run.prompt_rows import open_source_images, sources_identity
 from dumo.run.resolve import data_with_facts, find_commits, load_resolved, with_commits
@@ -128,7 +129,7 @@ def encoding_work(
     Raises UserError if the recipe trains on neither latents nor encoded captions, an option is missing, or the text
     encoder or its tokenizer is missing.
     """
-    settings = [*options_as_settings(out, codec, side, count), *overrides]
+    settings = [*options_as_overrides(out, codec, side, count), *overrides]
     if choose(source).kind == "images":
         return _work_of_images(source, settings)
     return _work_of_recipe(source, settings)
@@ -161,8 +162,8 @@ def _work_of_recipe(source: str, settings: Sequence[str]) -> EncodingWork:
     return EncodingWork(run.data, run)
 
 
-def options_as_settings(out: str | None, codec: str | None, side: int | None, count: int | None) -> list[str]:
-    """The options of `dumo encode` as settings of a recipe: FIELD=VALUE, as --set takes them."""
+def options_as_overrides(out: str | None, codec: str | None, side: int | None, count: int | None) -> list[str]:
+    """The options of `dumo encode` as overrides of a recipe, each a.b=c."""
     fields = {"data.root": out, "data.codec.kind": codec, "data.images.side": side, "data.images.count": count}
     return [f"{field}={yaml_text(value)}" for field, value in fields.items() if value is not None]
 

@@ -28,7 +28,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dumo.config.change import yaml_text
 from dumo.config.code import require_same_code
 from dumo.config.difference import config_hash, differences
 from dumo.config.load import dump, run_of
@@ -39,6 +38,7 @@ from dumo.evaluation.metric import higher_is_better
 from dumo.io import file as files
 from dumo.io.guard import guard_path, locked, require_in_place
 from dumo.io.tensor_files import facts_of
+from dumo.io.yaml import yaml_text
 from dumo.runtime import shell_path
 from dumo.runtime.device import software_versions
 from dumo.training import agreement, log

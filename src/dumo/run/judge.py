@@ -79,7 +79,7 @@ def missing_to_judge(run: Run, num_images: int | None) -> str | None:
     if run.evaluate.split is None and num_images is not None and num_images < MIN_PHOTOS:
         return f"{MIN_PHOTOS} images or more"
     if run.data.labels > protocol.total:
-        return f"--set evaluate.protocol.samples={SAMPLES_PER_CLASS * run.data.labels}"
+        return f"evaluate.protocol.samples={SAMPLES_PER_CLASS * run.data.labels}"
     return None
 
 

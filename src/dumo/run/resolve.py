@@ -19,12 +19,12 @@ from typing import NamedTuple, TypeVar, cast
 
 from pydantic.config import JsonDict
 
-from dumo.config.change import field_of, override, yaml_text
 from dumo.config.check_spec import check
 from dumo.config.code import codes_of
 from dumo.config.conditions import shown_data
 from dumo.config.difference import differences
 from dumo.config.load import load, parse
+from dumo.config.overrides import field_of, override
 from dumo.config.source import CODE_KEY, RunText, read, without_resolved
 from dumo.config.spec import Run
 from dumo.data import Data, Images, Latents
@@ -33,6 +33,7 @@ from dumo.data.images import with_fields_of_latents
 from dumo.flow.path import Diffusion
 from dumo.io import hub, run_places
 from dumo.io.read import user_path
+from dumo.io.yaml import yaml_text
 from dumo.nets import Pretrained
 from dumo.nets.text_spec import EmbeddedTexts
 from dumo.run.check_network import check_built

@@ -32,7 +32,6 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dumo.config import trust
-from dumo.config.change import yaml_text
 from dumo.config.check_spec import advice, check_ranks
 from dumo.config.load import run_of
 from dumo.config.place import RUN_FILE
@@ -45,6 +44,7 @@ from dumo.flow.module import Loss
 from dumo.flow.noisy_batch import Draws
 from dumo.flow.precision import product_precision
 from dumo.io.data_source import Bucketed, DataSource
+from dumo.io.yaml import yaml_text
 from dumo.nets.dualized import Dualized
 from dumo.run import examination
 from dumo.run.data import begin_ledger, compare_data, recorded_facts, require_same_fingerprint, with_data_facts
@@ -338,7 +338,7 @@ class Trainer:
             command += f" --from {good_step}"
         command += " --out NEW"
         for name, rate in half_rates(self.config.optimizer).items():
-            command += f" --set train.optimizer.{name}={rate:g}"
+            command += f" train.optimizer.{name}={rate:g}"
         return f"{start} at half the learning rate:  {command}"
 
     def _begin_in_folder(self) -> list[str]:
@@ -471,8 +471,8 @@ def train_more_hint(path: Path, run: Run) -> str:
     steps = run.train.steps
     minutes = run.train.minutes
     if minutes is None:
-        return f"{path} has trained its {steps:,} steps. For more:  {command} --set train.steps={2 * steps}"
-    return f"{path} has trained its {minutes_text(minutes)}. For more:  {command} --set train.minutes={2 * minutes:.4g}"
+        return f"{path} has trained its {steps:,} steps. For more:  {command} steps={2 * steps}"
+    return f"{path} has trained its {minutes_text(minutes)}. For more:  {command} minutes={2 * minutes:.4g}"
 
 
 def require_same_on_all_ranks(run: Run) -> None:

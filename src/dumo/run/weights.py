@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from dumo.config import trust
-from dumo.config.change import yaml_text
 from dumo.config.code import require_same_code
 from dumo.config.difference import Difference, differences
 from dumo.config.load import run_of
@@ -28,6 +27,7 @@ from dumo.flow.path import FlowPath
 from dumo.flow.precision import to_float32
 from dumo.io.deferred import Loaders, load_parameters
 from dumo.io.tensor_files import compare, header, load_checked
+from dumo.io.yaml import yaml_text
 from dumo.nets import Net, Pretrained
 from dumo.run.data import recorded_facts
 from dumo.run.folder import RunFolder

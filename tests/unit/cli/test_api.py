@@ -209,7 +209,7 @@ def test_a_run_opened_otherwise_is_compared_by_its_own_evaluation(digits: Loaded
 def test_a_run_is_exported_as_by_the_command(digits: LoadedRun, tmp_path: Path) -> None:
     made = digits.export(tmp_path / "python")
     assert made == tmp_path / "python"
-    assert call("export", digits.folder, tmp_path / "shell").code == 0
+    assert call("export", digits.folder, "--out", tmp_path / "shell").code == 0
     files = {file.relative_to(made) for file in made.rglob("*.safetensors")}
     assert files
     for file in files:
@@ -229,7 +229,7 @@ def test_an_export_has_what_is_set_from_python_and_the_command_line(digits: Load
     """And no evaluation that was of what the run has."""
     digits.evaluate(nfe=1)
     dumo.load(digits.folder, {"sample.solver.m": 0.25}, device="cpu").export(tmp_path / "python")
-    assert call("export", digits.folder, tmp_path / "shell", "--set", "sample.solver.m=0.25").code == 0
+    assert call("export", digits.folder, "--out", tmp_path / "shell", "sample.solver.m=0.25").code == 0
     for out in (tmp_path / "python", tmp_path / "shell"):
         assert load(str(out)).sample.solver == Restart(m=0.25)
         assert "What it measured" not in (out / "README.md").read_text("utf-8")

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from dumo.config.change import DEFAULT_KINDS, merge, override
+from dumo.config.change import merge
 from dumo.config.load import load
+from dumo.config.overrides import DEFAULT_KINDS, override
 from dumo.training.ema import Ema
 from dumo.types import UserError
 
@@ -125,7 +126,7 @@ def test_overrides_that_contradict_are_refused() -> None:
 
 @pytest.mark.parametrize("texts", [*permutations(["pipeline=dir", "pipeline.without=[text_encoder_3]"])])
 def test_a_text_for_the_pipeline_is_its_source_beside_other_fields(texts: tuple[str, ...]) -> None:
-    """As `dumo train sd3-lora --set pipeline=DIR` is typed, and messages propose the other."""
+    """As `dumo train sd3-lora pipeline=DIR` is typed, and messages propose the other."""
     tree: dict[str, Any] = {"pipeline": {"source": "stabilityai/stable-diffusion-3-medium-diffusers", "without": []}}
     override(tree, texts)
     assert tree == {"pipeline": {"source": "dir", "without": ["text_encoder_3"]}}

@@ -57,7 +57,9 @@ def test_a_recipe_is_complete_and_says_what_it_is(name: str, monkeypatch: pytest
     assert 10 <= len(about) <= 80
     assert about == about.strip() == run.about
     assert "\n" not in about
-    if len(run.shown_shape) == 3:  # what --set changes the report says; of ImageNet the size is in the name of the task
+    if (
+        len(run.shown_shape) == 3
+    ):  # what an override changes the report says; of ImageNet the size is in the name of the task
         assert str(run.shown_shape[1]) not in re.findall(r"(?<!ImageNet )\b\d+\b", about)
     resolved = parse_yaml(dump(run))
     del resolved[FORMAT_KEY]

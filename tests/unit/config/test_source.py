@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dumo.config.change import override
+from dumo.config.overrides import override
 from dumo.config.source import choose, folder_of_images, read
 from dumo.types import UserError
 

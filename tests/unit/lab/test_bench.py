@@ -13,7 +13,7 @@ from dumo.lab import bench
 from dumo.lab.bench import PlainStep, StepRow, slope_error
 from dumo.run.random_net import random_net
 from dumo.types import Cond, Frozen, Heads, Net, Sample, Time, UserError, frozen
-from e2e.shell import call, sets
+from e2e.shell import call
 
 CPU = torch.device("cpu")
 TINY = ("net.width=16", "net.depth=1", "train.batch=8")
@@ -168,7 +168,7 @@ def test_no_weight_is_zero_and_all_are_the_same_at_every_call() -> None:
 
 @pytest.mark.nightly
 def test_the_command_prints_a_table() -> None:
-    words = ("bench", "digits", *sets(*TINY, GUIDED), "--rounds", 1, "--device", "cpu", "--precision", "bf16")
+    words = ("bench", "digits", *TINY, GUIDED, "--rounds", 1, "--device", "cpu", "--precision", "bf16")
     made = call(*words, "--slope", "central,none")
     assert made.code == 0
     assert "F by time" in made.out

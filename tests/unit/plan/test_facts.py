@@ -15,7 +15,7 @@ from dumo.run import flops
 from dumo.run.flops import StepCost
 from dumo.run.net import meta_net, num_parameters
 from dumo.run.random_net import cut_to_two_blocks
-from e2e.shell import call, refused, sets
+from e2e.shell import call, refused
 from recipe import recipe
 from tiers import tiered
 
@@ -151,14 +151,14 @@ def test_how_much_is_far_and_how_much_is_guided(
 
 
 def test_the_length_of_a_run_that_ends_by_the_clock_is_said() -> None:
-    shown = call("show", "moons", *sets("net.width=16", "train.minutes=9.8"))
+    shown = call("show", "moons", "net.width=16", "train.minutes=9.8")
     assert "9.8 minutes; train.steps only scales the warmup" in " ".join(shown.out.split())
 
 
 @pytest.mark.nightly
 def test_your_own_folder_need_not_be_named_to_be_looked_at() -> None:
-    shown = call("show", "my-images", *sets(*TINY))
+    shown = call("show", "my-images", *TINY)
     assert (shown.code, shown.err) == (0, "")
     assert "root: $MY_IMAGES" in shown.out
     assert "not known yet: a class per folder" in " ".join(shown.out.split())
-    refused("train", "my-images", *sets(*TINY), named=("MY_IMAGES is not set", "set data.root"))
+    refused("train", "my-images", *TINY, named=("MY_IMAGES is not set", "set data.root"))

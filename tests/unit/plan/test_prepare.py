@@ -143,11 +143,7 @@ def test_the_folder_of_a_run_is_read_where_it_is_opened(tmp_path: Path) -> None:
 def test_a_recipe_is_compared_with_the_run_in_its_folder_as_on_the_command_line(tmp_path: Path) -> None:
     small = {"net.width": 16, "net.depth": 1, "train.batch": 8}
     run = train(tmp_path, source="moons", changes=small | STEPS)
-    sets = [
-        word
-        for field in ("net.width=16", "net.depth=1", "train.batch=16", "train.steps=4")
-        for word in ("--set", field)
-    ]
+    sets = ["net.width=16", "net.depth=1", "train.batch=16", "train.steps=4"]
     other = small | {"train.batch": 16, "train.steps": 4}
     refused = call("train", "moons", "--out", run.folder, "--device", "cpu", *sets)
     with pytest.raises(dumo.UserError, match=r"is of another run:\n  train\.batch: 8 there, 16 asked") as error:

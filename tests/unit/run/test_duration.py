@@ -103,7 +103,7 @@ def test_stopped_gone_on_and_given_more_it_takes_the_sum(clock: Clock, tmp_path:
     # No step is left, and it says what to type.
     bits = known.bits(folder)
     told, _, _ = train(folder, clock)
-    assert f"{folder} has trained its 1 minute. For more:  dumo train {folder} --set train.minutes=2" in told
+    assert f"{folder} has trained its 1 minute. For more:  dumo train {folder} minutes=2" in told
     assert known.bits(folder) == bits
 
     # Give it more, and type the same again after a stop, as torchrun and Slurm do.

@@ -151,13 +151,13 @@ def test_asked_to_stop_before_its_first_step_or_in_its_last(fate: Fate, run: Pat
 def test_the_command_of_a_run_that_diverged_goes_on(fate: Fate, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fate.comes(spoilt=range(9, 13))
     monkeypatch.chdir(run.parent)
-    done = call("train", "run", "--set", "train.steps=12")
+    done = call("train", "run", "train.steps=12")
     assert done.code == 1
     assert "Traceback" not in done.err
     command = done.err.splitlines()[-1].partition("learning rate:  ")[2]
-    assert command == "dumo train run --from 8 --out NEW --set train.optimizer.lr=0.0005"
+    assert command == "dumo train run --from 8 --out NEW train.optimizer.lr=0.0005"
     fate.comes()
-    done = call(*shlex.split(command)[1:], "--set", "train.steps=12")
+    done = call(*shlex.split(command)[1:], "train.steps=12")
     assert done.code == 0
     assert [row["step"] for row in log.read_log(run.parent / "NEW/metrics.jsonl")] == [10, 12]
     assert load_run(run.parent / "NEW").spec.train.optimizer.lr == 0.0005

@@ -56,7 +56,7 @@ def test_what_has_no_value_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("root", ["data.root", "data"])
 def test_a_run_of_other_data_has_their_classes(root: str, tmp_path: Path) -> None:
-    """As `dumo show RUN --set data.root=b` loads it; of its own data what was found stays, also where they are gone."""
+    """As `dumo show RUN data.root=b` loads it; of its own data what was found stays, also where they are gone."""
     for name, classes in (("a", 2), ("b", 3)):
         for i in range(classes):
             (tmp_path / name / str(i)).mkdir(parents=True)

@@ -10,12 +10,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from dumo.config.change import yaml_text
 from dumo.config.difference import config_hash
 from dumo.config.load import RUN_FILE, dump, load
 from dumo.config.source import HASH_KEY, RESOLVED_KEY
 from dumo.config.spec import Run
 from dumo.io.tensor_files import facts_of
+from dumo.io.yaml import yaml_text
 from dumo.run.folder import RunFolder
 from dumo.run.trained import TrainedRun
 from dumo.run.weights import load_run
