@@ -1,6 +1,6 @@
 """An option lives only if a packaged recipe or a documented example sets it to other than its default.
 
-An example is a command in the documentation (`dumo ... RECIPE ... --set FIELD=VALUE`). A field that nobody sets is code
+An example is a command in the documentation (`dumo ... RECIPE ... FIELD=VALUE`). A field that nobody sets is code
 that nobody runs. The constants of the machine and of a run's bookkeeping are exempt, for they are the user's.
 """
 
@@ -29,6 +29,7 @@ from recipe import recipe
 
 OBJECTIVES = members(Objective)
 ROOT = Path(__file__).parents[2]
+OVERRIDE = re.compile(r"[a-z][\w.]*=")
 TUTORIAL = "own-objective.md"  # its kind is not in the union
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name != TUTORIAL)]
 EXEMPT = {  # by class: fields of the run and of the machine, and an optimizer's constants
@@ -97,7 +98,7 @@ def examples() -> Iterator[tuple[str, Run]]:
     for page in PAGES:
         for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
             for line in block.replace("\\\n", " ").splitlines():
-                if "dumo " in line and "--set" in line:
+                if "dumo " in line and "=" in line:
                     words, sets = command(line)
                     if name := next((name for word in words if (name := word.removeprefix("runs/")) in names), None):
                         yield f"{page.name}: {line.strip()}", load(name, sets)
@@ -106,7 +107,7 @@ def examples() -> Iterator[tuple[str, Run]]:
 def command(line: str) -> tuple[list[str], list[str]]:
     """The words of a command line, and what it sets."""
     words = shlex.split(line, comments=True)
-    sets = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--set"]
+    sets = [word for word in words if OVERRIDE.match(word)]
     return words, [one for one in sets if "$" not in one and "mine:" not in one]  # a folder, or code, of the reader
 
 

@@ -52,3 +52,9 @@ def dumos(typed: list[str]) -> list[list[str]]:
 def inline(page: Path) -> list[str]:
     """Commands in sentences and tables."""
     return INLINE.findall(page.read_text(encoding="utf-8"))
+
+
+def spans(page: Path) -> list[str]:
+    """What stands between single backticks, outside of blocks."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r"`([^`\n]+)`", text)

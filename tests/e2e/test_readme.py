@@ -30,6 +30,7 @@ MORE = {
     "pip install": "",
     "dumo train dumo-best": f"{SMALL} train.batch=32",  # its coupling takes 32 rows
     "dumo train digits-meanflow": SMALL,
+    "dumo train digits steps=500": SMALL,
     "dumo train photos": f"--yes {shlex.join(PHOTOS)}",  # there is no terminal to ask on
     "dumo sample runs/": "",
     "dumo sample cifar10-trained": "",

@@ -64,7 +64,7 @@ def test_ranks_may_ask_for_help(words: list[str], here: Path) -> None:
 
 def test_ranks_that_are_interrupted_say_so_once(here: Path) -> None:
     """Ctrl-C reaches all of them; the others are silent, as where all is well."""
-    stop = "from dumo.config import recipes\ndef stop(name): raise KeyboardInterrupt\nrecipes.tree = stop"
+    stop = "from dumo.config import recipe_files\ndef stop(name): raise KeyboardInterrupt\nrecipe_files.tree = stop"
     told = [f"import os; os.environ |= dict(WORLD_SIZE='2', RANK='{k}')\n{stop}" for k in range(2)]
     main, other = (finish(start("recipes", cwd=here, first=first)) for first in told)
     assert (main.code, other.code, other.err) == (130, 130, "")

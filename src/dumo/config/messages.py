@@ -4,7 +4,7 @@
 kinds, where the nearest valid name is added.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any, get_args, get_origin
 
@@ -50,41 +50,48 @@ def _explain_one(mistake: ErrorDetails, root: type[BaseModel]) -> str:
 
 def _hint(mistake: ErrorDetails, path: str, parent: type[BaseModel] | None, root: type[BaseModel]) -> str:
     """The end of a message on an unknown key at `path`: the nearest field, or what would be valid there."""
-    own_names = sorted(parent.model_fields) if parent else []
     # A field in an unknown part says what is meant, too: training.steps is near to train.steps.
     typed = path
     inner = mistake["input"]
     while isinstance(inner, dict) and len(inner) == 1:
-        [(name, inner)] = inner.items()
-        typed = f"{typed}.{name}"
+        [(inner_name, inner)] = inner.items()
+        typed = f"{typed}.{inner_name}"
     part, _, name = path.rpartition(".")
-    matches = get_close_matches(name, own_names, n=1) if typed == path else []
-    own_match = ".".join([part, *matches]).lstrip(".") if matches else None
-    meant = nearest_field(typed, root, own_match)
-    if meant:
-        return f"did you mean '{meant}'?"
     if not part:
-        return f"`dumo show digits --all` lists all; short forms are {', '.join(SHORT_FORMS)}"
+        meant = nearest_field(typed, root)
+        if meant is None:
+            return f"`dumo show digits --all` lists all; short forms are {', '.join(SHORT_FORMS)}"
+        return f"did you mean '{meant}'?"
+
+    # In a part that exists: a field of the same name elsewhere, or a similar one of this part.
+    own_names = sorted(parent.model_fields) if parent else []
+    fields = [*field_paths(root)]
+    is_of_another_kind = typed in fields
+    meant = None if is_of_another_kind else _field_of_same_name(typed, fields)
+    matches = [meant] if meant else [f"{part}.{match}" for match in get_close_matches(name, own_names, n=2)]
+    if matches:
+        return f"did you mean {' or '.join(map(repr, matches))}?"
     return f"valid: {', '.join(own_names)}"
 
 
-def nearest_field(typed: str, root: type[BaseModel] = Run, own_match: str | None = None) -> str | None:
+def nearest_field(typed: str, root: type[BaseModel] = Run) -> str | None:
     """The field of a spec, at any depth, that is nearest to a dotted path that a person typed; None: none is near.
 
-    A field of the same name comes first, so that train.lr is answered with train.optimizer.lr, then `own_match`, one of
-    the same part. A field that another kind of the part has is near to nothing.
+    A field of the same name comes first, so that optimizer.lr is answered with train.optimizer.lr.
     """
     fields = [*field_paths(root)]
-    if typed in fields:
-        return own_match
-    name = typed.rpartition(".")[2]
-    same_name = [field for field in fields if field.rpartition(".")[2] == name]
+    same_name = _field_of_same_name(typed, fields)
     if same_name:
-        return get_close_matches(typed, same_name, n=1, cutoff=0)[0]
-    if own_match:
-        return own_match
+        return same_name
     near_names = get_close_matches(typed, [*fields, *SHORT_FORMS], n=1)
     return SHORT_FORMS.get(near_names[0], near_names[0]) if near_names else None
+
+
+def _field_of_same_name(typed: str, fields: Sequence[str]) -> str | None:
+    """The field whose last name is that of a dotted path, and which is nearest to the path; None: there is none."""
+    name = typed.rpartition(".")[2]
+    same_name = [field for field in fields if field.rpartition(".")[2] == name]
+    return get_close_matches(typed, same_name, n=1, cutoff=0)[0] if same_name else None
 
 
 def field_paths(spec: type[BaseModel], parents: tuple[type[BaseModel], ...] = ()) -> Iterator[str]:

@@ -281,6 +281,6 @@ def test_a_run_is_judged_and_reported(digits: LoadedRun) -> None:
 @pytest.mark.slow
 def test_points_of_ones_own_are_judged_and_reported(tmp_path: Path) -> None:
     changes = {"net.width": 16, "net.depth": 1, "train.batch": 8, "train.steps": 2, "evaluate.protocol.samples": 60}
-    run = dumo.train(data=np.random.default_rng(0).normal(size=(50, 3)), changes=changes, out=tmp_path / "run")
+    run = dumo.train(data=np.random.default_rng(0).normal(size=(50, 3)), overrides=changes, out=tmp_path / "run")
     assert run.evaluate(nfe=1)["baselines"] == {}
     assert run.report().is_file()

@@ -1,4 +1,4 @@
-"""The commands: help has a line and an example for each; options take what the work behind them knows."""
+"""The commands: help begins with two examples and fits on a screen; options take what the work behind them knows."""
 
 import re
 import shlex
@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 import pytest
 import typer
 
+from docs.test_command import require_fields
 from dumo import cli
 from dumo.cli import export, lab, sample, terminal, train
 from dumo.export import write
@@ -46,12 +47,19 @@ def test_help_names_every_protocol_of_images() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_ends_with_an_example_that_is_parsed(name: str) -> None:
-    example = COMMANDS[name].help.splitlines()[-1].removeprefix("Example:  ")
-    program, *words = shlex.split(example)
-    assert (program, " ".join(words)[: len(name)]) == ("dumo", name)
-    with COMMANDS[name].make_context(name, words[len(name.split()) :]):
-        pass
+def test_help_begins_with_two_examples_and_fits_on_a_screen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = call(name, "--help").out.splitlines()
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 100
+    usage, *examples, summary = [line.strip() for line in lines if line.strip()][:4]
+    assert usage.startswith("Usage: dumo")
+    assert summary == COMMANDS[name].short_help
+    for example in examples:
+        program, command, *words = shlex.split(example.partition(" > ")[0])
+        assert (program, command) == ("dumo", name)
+        with COMMANDS[name].make_context(name, words) as context:
+            require_fields(context.params.get("overrides") or [])
 
 
 def test_help_is_a_map(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +78,7 @@ def test_help_is_a_map(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_word_is_answered_with_the_nearest(words: str, meant: str) -> None:
     done = call(*words.split())
     assert done.code == 2
-    assert meant in done.err.splitlines()[-2]
+    assert meant in "".join(done.err.splitlines()[-2:])
 
 
 def test_brackets_of_a_text_are_shown(capsys: pytest.CaptureFixture[str]) -> None:

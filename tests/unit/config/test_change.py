@@ -1,16 +1,12 @@
-"""Changes to a run's tree: a file's to its base, and overrides, whose order says nothing but which comes last."""
+"""The changes of a file to its base."""
 
 from copy import deepcopy
-from itertools import permutations
 from typing import Any
 
 import pytest
 import yaml
 
 from dumo.config.change import merge
-from dumo.config.load import load
-from dumo.config.overrides import DEFAULT_KINDS, override
-from dumo.training.ema import Ema
 from dumo.types import UserError
 
 BASE = yaml.safe_load("""
@@ -60,73 +56,3 @@ def test_merge_refuses_fields_of_a_value_that_has_none() -> None:
         merged("path: {kind: linear}")
     with pytest.raises(UserError, match=r"^train.ema is \[\{decay: 0.9\}, \{decay: 0.99\}\] in the base"):
         merged("train: {ema: {decay: 0.5}}")
-
-
-def overridden(*texts: str) -> dict[str, Any] | str:
-    """The base with overrides, or the words that refuse them."""
-    tree = deepcopy(BASE)
-    try:
-        override(tree, texts)
-    except UserError as error:
-        return str(error)
-    return tree
-
-
-@pytest.mark.parametrize(
-    "texts",
-    [
-        ("objective.drop=0", "objective.guide.zeta=0", "objective.kind=several", "objective.times.kind=below"),
-        ("objective.times.kind=pair", "objective.times.of.kind=beta", "objective.times.of.a=1", "objective.kind=imm"),
-        ("train.ema=[{decay: 0.1}, {}, {}]", "train.ema.1.decay=0.2", "train.ema.2.ramp=true", "train.steps=1"),
-        ("teacher={source: me}", "teacher.kind=python", "teacher.guide.scale=2", "sample.knobs={}"),
-        ("objective={kind: imm, drop: 1}", "objective.drop=0", "objective.times={kind: beta, a: 1}"),
-        ("objective={kind: dumo, beta: 1}", "objective.kind=imm", "objective.drop=0"),
-        ("train.ema=[]", "train.ema.0.decay=0.5", "train.steps=1"),  # refused in any order, with the same words
-        ("teacher=null", "teacher.source=me", "train.steps=1"),
-        ("objective.guide=none", "objective.guide.zeta=0", "train.steps=1"),
-    ],
-)
-def test_the_order_of_overrides_says_nothing(texts: tuple[str, ...]) -> None:
-    found = [overridden(*some) for some in permutations(texts)]
-    assert all(one == found[0] for one in found)
-    assert found[0] != BASE
-
-
-def test_no_override_is_lost_to_a_kind() -> None:
-    given = ["objective.drop=0", "objective.guide.zeta=0", "objective.kind=several"]
-    objective = load("digits-guided", given).objective
-    assert (objective.kind, objective.drop) == ("several", 0)
-    assert objective.needs.guide is not None
-    assert objective.needs.guide.scale == 1
-
-
-def test_another_kind_of_an_item_that_says_none_drops_its_fields() -> None:
-    found = overridden("train.ema.0.kind=power", "train.ema.0.std=0.05", "train.ema.1.kind=exponential")
-    assert isinstance(found, dict)
-    assert found["train"]["ema"] == [{"kind": "power", "std": 0.05}, {"decay": 0.99, "kind": "exponential"}]
-    assert Ema(decay=0.9).kind == DEFAULT_KINDS["train", "ema"]
-
-
-def test_the_last_of_two_for_one_field_holds() -> None:
-    for texts, steps in (
-        (("train.steps=1", "train.clip=2", "train.steps=3"), 3),
-        (("train.steps=3", "train.steps=1"), 1),
-    ):
-        found = overridden(*texts)
-        assert isinstance(found, dict)
-        assert found["train"]["steps"] == steps
-    found = overridden("objective.kind=imm", "objective.kind=dumo")
-    assert found == BASE  # as if the first had not been said
-
-
-def test_overrides_that_contradict_are_refused() -> None:
-    said = overridden("teacher.source=me", "teacher=null")
-    assert said == "teacher=null takes away what teacher.source is a part of: leave out one of them"
-
-
-@pytest.mark.parametrize("texts", [*permutations(["pipeline=dir", "pipeline.without=[text_encoder_3]"])])
-def test_a_text_for_the_pipeline_is_its_source_beside_other_fields(texts: tuple[str, ...]) -> None:
-    """As `dumo train sd3-lora pipeline=DIR` is typed, and messages propose the other."""
-    tree: dict[str, Any] = {"pipeline": {"source": "stabilityai/stable-diffusion-3-medium-diffusers", "without": []}}
-    override(tree, texts)
-    assert tree == {"pipeline": {"source": "dir", "without": ["text_encoder_3"]}}

@@ -33,7 +33,7 @@ def test_the_folder_of_a_pipeline_is_typed_in_quotes(tmp_path: Path) -> None:
         choose(str(folder))
     typed = str(raised.value).partition("dumo train ")[2]
     tree: dict[str, Any] = {}
-    override(tree, shlex.split(typed)[2:])
+    override(tree, shlex.split(typed)[1:])
     assert tree == {"pipeline": {"source": str(folder)}}
 
 

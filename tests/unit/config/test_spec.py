@@ -65,12 +65,12 @@ READ_ALL = """
 import sys, torch
 opened, dumo = [], sys.argv[1]
 sys.addaudithook(lambda event, given: event == "open" and opened.append(str(given[0])))
-from dumo.config import recipes
+from dumo.config import recipe_files
 from dumo.config.load import load
 for name in ("digits", "my-images"):
     load(name)  # imports what all of them need, and what reads pictures
 opened.clear()
-for name in recipes.names():
+for name in recipe_files.names():
     load(name)
 print(*{"diffusers", "transformers", "torch._dynamo"} & {*sys.modules})
 print(*(path for path in opened if not path.startswith(dumo)))

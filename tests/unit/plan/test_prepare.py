@@ -47,7 +47,7 @@ class Net(nn.Module):
 
 
 def train(tmp_path: Path, **parts: Any) -> LoadedRun:  # noqa: ANN401
-    parts.setdefault("changes", STEPS)
+    parts.setdefault("overrides", STEPS)
     return dumo.train(out=tmp_path / "run", device="cpu", **parts)
 
 
@@ -72,7 +72,7 @@ def test_an_array_and_a_module_make_a_run_that_goes_on(tmp_path: Path, monkeypat
     assert torch.equal(opened.sample(count=2), run.sample(count=2)), "of the run's weights, not of the module's"
     with pytest.raises(dumo.UserError, match=r"give the same in Python, dumo.train\(RUN, data=...\)"):
         opened.evaluate(nfe=1)
-    longer = train(tmp_path, data=(COLOURS, CLASSES), net=Net(3 * 16 * 16, 3), changes={"train.steps": 4})
+    longer = train(tmp_path, data=(COLOURS, CLASSES), net=Net(3 * 16 * 16, 3), overrides={"train.steps": 4})
     assert longer.step == 4
     with_its_data = dumo.train(tmp_path / "run", {"train.steps": 5}, data=(COLOURS, CLASSES), device="cpu")
     assert (with_its_data.folder, with_its_data.step) == (tmp_path / "run", 5)
@@ -86,7 +86,7 @@ def test_other_data_or_another_layout_are_another_run(tmp_path: Path) -> None:
     with pytest.raises(dumo.UserError, match=r"net\.layout"):
         train(tmp_path, data=(COLOURS, CLASSES), net=Net(3 * 16 * 16, 5))
     with pytest.raises(dumo.UserError, match="data"):
-        train(tmp_path, data=(COLOURS[::-1].copy(), CLASSES), net=Net(3 * 16 * 16, 3), changes={"train.steps": 4})
+        train(tmp_path, data=(COLOURS[::-1].copy(), CLASSES), net=Net(3 * 16 * 16, 3), overrides={"train.steps": 4})
 
 
 @pytest.mark.parametrize(
@@ -142,15 +142,15 @@ def test_the_folder_of_a_run_is_read_where_it_is_opened(tmp_path: Path) -> None:
 
 def test_a_recipe_is_compared_with_the_run_in_its_folder_as_on_the_command_line(tmp_path: Path) -> None:
     small = {"net.width": 16, "net.depth": 1, "train.batch": 8}
-    run = train(tmp_path, source="moons", changes=small | STEPS)
+    run = train(tmp_path, source="moons", overrides=small | STEPS)
     sets = ["net.width=16", "net.depth=1", "train.batch=16", "train.steps=4"]
     other = small | {"train.batch": 16, "train.steps": 4}
     refused = call("train", "moons", "--out", run.folder, "--device", "cpu", *sets)
     with pytest.raises(dumo.UserError, match=r"is of another run:\n  train\.batch: 8 there, 16 asked") as error:
-        train(tmp_path, source="moons", changes=other)
+        train(tmp_path, source="moons", overrides=other)
     assert refused.code == 2
     assert refused.err.splitlines()[:2] == f"error: {error.value}".splitlines()[:2]
-    longer = train(tmp_path, source="moons", changes=small | {"train.steps": 4})
+    longer = train(tmp_path, source="moons", overrides=small | {"train.steps": 4})
     assert longer.step == 4
     new = dumo.train(run.folder, other | {"train.steps": 5}, step=4, out=tmp_path / "new", bar=no_bar, device="cpu")
     assert (new.step, new.spec.train.batch) == (5, 16)
@@ -170,9 +170,9 @@ def test_rows_that_change_are_trained_on_as_they_come(tmp_path: Path) -> None:
 
     data = Brighter()
     changes = {"train.steps": 4, "train.batch": 8, "train.save_every": 2}
-    run = train(tmp_path, data=data, net=Net(768, 0), changes=changes)
+    run = train(tmp_path, data=data, net=Net(768, 0), overrides=changes)
     assert data.reads >= 24 + 4 * 8, "each step reads its rows"
-    assert train(tmp_path, data=Brighter(), net=Net(768, 0), changes=changes | {"train.steps": 6}).step == 6
+    assert train(tmp_path, data=Brighter(), net=Net(768, 0), overrides=changes | {"train.steps": 6}).step == 6
     assert run.evaluate(nfe=1)["results"]
 
 
@@ -185,7 +185,7 @@ def test_a_folder_is_proposed_for_as_on_the_command_line(tmp_path: Path, monkeyp
     run = dumo.train("photos", STEPS, device="cpu")
     assert run.folder == Path("runs/photos")
     assert run.spec.data.root == str(tmp_path / "photos")
-    again = dumo.train(data=Path("photos"), changes={"train.steps": 3}, device="cpu")
+    again = dumo.train(data=Path("photos"), overrides={"train.steps": 3}, device="cpu")
     assert (again.folder, again.step) == (run.folder, 3)
 
 
@@ -199,7 +199,7 @@ def test_callbacks_hear_of_every_step(tmp_path: Path) -> None:
     train(
         tmp_path,
         source="moons",
-        changes={"train.steps": 4},
+        overrides={"train.steps": 4},
         callbacks=[note],
     )
     assert [step for step, _ in every] == [1, 2, 3, 4]
@@ -213,14 +213,14 @@ def test_a_callback_stops_the_training_politely(tmp_path: Path) -> None:
             raise dumo.Stop
 
     small = {"net.width": 16, "net.depth": 1, "train.batch": 8, "train.steps": 6}
-    run = train(tmp_path, source="moons", changes=small, callbacks=[stop])
+    run = train(tmp_path, source="moons", overrides=small, callbacks=[stop])
     assert run.step == 3, "the step after it is the last one, and is saved"
-    longer = train(tmp_path, source="moons", changes=small)
-    straight = train(tmp_path / "straight", source="moons", changes=small)
+    longer = train(tmp_path, source="moons", overrides=small)
+    straight = train(tmp_path / "straight", source="moons", overrides=small)
     assert longer.step == straight.step == 6
     for name, weight in straight.net.state_dict().items():
         assert torch.equal(weight, longer.net.state_dict()[name])
-    last = train(tmp_path / "last", source="moons", changes=small | {"train.steps": 2}, callbacks=[stop])
+    last = train(tmp_path / "last", source="moons", overrides=small | {"train.steps": 2}, callbacks=[stop])
     assert last.step == 2
     assert signals.received_signal is None
 
@@ -244,9 +244,9 @@ def test_a_training_that_a_callback_ended_is_resumed(tmp_path: Path) -> None:
     def note(state: State, metrics: StepMetrics) -> None:
         steps.append(state.step)
 
-    train(tmp_path, source="moons", changes=small, callbacks=[note, stop])
+    train(tmp_path, source="moons", overrides=small, callbacks=[note, stop])
     assert steps == [1, 2, 3, 4, 5, 6]
-    train(tmp_path, source="moons", changes=small, callbacks=[note])
+    train(tmp_path, source="moons", overrides=small, callbacks=[note])
     assert steps[6:] == [7, 8, 9]
 
 

@@ -178,9 +178,9 @@ def test_images_are_no_way_round(tmp_path: Path) -> None:
     images = np.zeros((16, 1, 16, 16), np.uint8)
     net = Plain(nn.Dropout(0.5), 256)
     with pytest.raises(dumo.UserError):
-        dumo.train(data=images, net=net, changes=STEPS, out=tmp_path / "run", device="cpu")
+        dumo.train(data=images, net=net, overrides=STEPS, out=tmp_path / "run", device="cpu")
     with pytest.raises(dumo.UserError):
-        dumo.train(data=images, objective=Returning(what="column"), changes=STEPS, out=tmp_path / "run", device="cpu")
+        dumo.train(data=images, objective=Returning(what="column"), overrides=STEPS, out=tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
 
 
