@@ -273,7 +273,7 @@ def end(words: tuple[str, ...]) -> End:
     if words[0] == "evaluate":
         results = json.loads(one(f"{run}/evaluation*.json").read_text())["results"]
         return {"results": json.dumps([{k: v for k, v in row.items() if "seconds" not in k} for row in results])}
-    return {name: digest.of_bytes(data) for name, data in files(Path(words[2])).items()}
+    return {name: digest.of_bytes(data) for name, data in files(Path(words[3])).items()}
 
 
 ENDS: dict[tuple[str, ...], End] = {}  # of undisturbed commands

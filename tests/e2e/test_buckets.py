@@ -43,7 +43,7 @@ def photos(here: Path) -> Path:
     taef2(here / "taef2.safetensors")
     # The first shard of several, after which the command keeps their size.
     words = [*RECIPE, *SMALL]
-    data = fill_caches.encoding_work(words[0], words[2::2], out=None, codec=None, side=None).data
+    data = fill_caches.encoding_work(words[0], words[1:], out=None, codec=None, side=None).data
     assert isinstance(data, Latents)
     fill_caches.encode(data, shard_rows=6, rank=1, world=2)
     done = call("encode", *words)

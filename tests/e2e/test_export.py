@@ -419,7 +419,7 @@ def test_an_export_is_uploaded_as_it_is(trained: dict[str, Path], here: Path) ->
         assert 'dumo.load("owner/name")' in there["README.md"].decode()
         hub.refuses = "/preupload/main"
         done = subprocess.run(
-            [*words[:5], "two", *words[6:]], env=environment, capture_output=True, text=True, check=False
+            [*words[:6], "two", *words[7:]], env=environment, capture_output=True, text=True, check=False
         )
         assert (done.returncode, done.stdout) == (2, "two\n")
         assert "403" in done.stderr

@@ -89,7 +89,7 @@ def test_a_file_that_is_no_image_is_named(home: Path, tmp_path: Path) -> None:
     shutil.copy(home / "images" / "class0" / "000.png", images / "good.png")
     (images / "bad.png").write_text("no image")
     words = ("encode", images, "--out", tmp_path / "cache", "--codec", "taef2", "--side", SIDE)
-    words += f"data.codec.weights={home / 'taef2.safetensors'}"
+    words += (f"data.codec.weights={home / 'taef2.safetensors'}",)
     refused(*words, named=("bad.png", "data.images.on_bad=skip"))
     with warnings.catch_warnings():
         warnings.simplefilter("default")

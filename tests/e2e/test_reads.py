@@ -25,7 +25,7 @@ COMMANDS = {  # typed in a folder that holds `run`, and which of WATCHED are rea
     "sample run --checkpoints all --nfe 1 --count 1 --labels 3": WEIGHTS,
     "evaluate run --nfe 1": WEIGHTS,
     "report run": WEIGHTS,
-    "export run out --parts none": WEIGHTS,
+    "export run --out out --parts none": WEIGHTS,
     "train run": WEIGHTS,
     "train run train.steps=21": WEIGHTS,
     "train run --out other train.steps=1": SETTINGS,
