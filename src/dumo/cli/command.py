@@ -1,5 +1,6 @@
 """A command of `dumo`: its help begins with its examples, and an unknown option is answered in one line."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import typer
@@ -30,20 +31,21 @@ class Command(TyperCommand):
             unknown: Any = error
             if not hasattr(unknown, "possibilities"):
                 raise
-            meant = [*(unknown.possibilities or ())]
-            if any(parameter.name == "overrides" for parameter in self.params):
-                meant += _fields_like(unknown.option_name)
-            hint = f"did you mean {' or '.join(meant)}?" if meant else f"dumo {self.name} --help lists all"
+            hint = self._hint(unknown.option_name, unknown.possibilities or ())
             raise UserError(f"there is no option {unknown.option_name}; {hint}") from None
 
+    def _hint(self, option: str, similar_options: Sequence[str]) -> str:
+        """What a person may mean by an unknown option: a field, as other trainers have --batch-size, or an option."""
+        from dumo.config.messages import field_paths, nearest_field
+        from dumo.config.overrides import SHORT_FORMS
+        from dumo.config.spec import Run
 
-def _fields_like(option: str) -> list[str]:
-    """The field that an option such as --batch-size may mean, as an override. People of other trainers type so."""
-    from dumo.config.messages import field_paths, nearest_field
-    from dumo.config.overrides import SHORT_FORMS
-    from dumo.config.spec import Run
-
-    name = option.lstrip("-").replace("-", "_")
-    is_field = name in SHORT_FORMS or name in field_paths(Run)
-    field = name if is_field else nearest_field(name)
-    return [f"{field}=VALUE, without dashes"] if field else []
+        if any(parameter.name == "overrides" for parameter in self.params):
+            name = option.lstrip("-").replace("-", "_")
+            is_field = name in SHORT_FORMS or name in field_paths(Run)
+            field = name if is_field else nearest_field(name)
+            if is_field or (field and not similar_options):
+                return f"did you mean {field}=VALUE, without dashes?"
+        if similar_options:
+            return f"did you mean {' or '.join(similar_options)}?"
+        return f"dumo {self.name} --help lists all"

@@ -83,6 +83,10 @@ def nearest_field(typed: str, root: type[BaseModel] = Run) -> str | None:
     same_name = _field_of_same_name(typed, fields)
     if same_name:
         return same_name
+    part, _, name = typed.rpartition(".")
+    if part:
+        # Words that begin alike say little: trainer.max_iter is not train.max_skips.
+        fields = [field for field in fields if get_close_matches(name, [field.rpartition(".")[2]])]
     near_names = get_close_matches(typed, [*fields, *SHORT_FORMS], n=1)
     return SHORT_FORMS.get(near_names[0], near_names[0]) if near_names else None
 

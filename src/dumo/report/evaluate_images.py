@@ -256,7 +256,9 @@ def _protocol_for(tree: dict[str, Any], image_set: ImageSet, place: Path, agains
     """
     count = len(image_set.source)
     tree["evaluate"]["protocol"].setdefault("samples", count)
-    protocol = parse(_ImagesSettings, {"evaluate": tree["evaluate"]}).evaluate.protocol
+    # The fields of the data are complete only with the reference.
+    tree_without_data = {name: part for name, part in tree.items() if name != "data"}
+    protocol = parse(_ImagesSettings, tree_without_data).evaluate.protocol
     if isinstance(protocol, ImageProtocol) and protocol.standard.url:
         ignored = bool(tree["data"])
         if against:

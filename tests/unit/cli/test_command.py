@@ -53,7 +53,7 @@ def test_help_begins_with_two_examples_and_fits_on_a_screen(name: str, monkeypat
     assert len(lines) <= 50
     assert max(map(len, lines)) <= 100
     usage, *examples, summary = [line.strip() for line in lines if line.strip()][:4]
-    assert usage.startswith("Usage: dumo")
+    assert usage.startswith("Usage: ")
     assert summary == COMMANDS[name].short_help
     for example in examples:
         program, command, *words = shlex.split(example.partition(" > ")[0])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import dumo
 from dumo.cli.api import LoadedRun
@@ -35,7 +36,13 @@ REFUSALS = [
     ("sample digits-trained --checkpoints 5", "step 5", 2),
     ("sample digits-trained --prompt cat", "captions", 2),
     ("train digits --out afile", "afile", 2),
-    ("train digits train.stepz=100", "train.stepz", 2),
+    ("train digits train.stepz=100", "train.steps", 2),
+    ("train digits training.steps=100", "train.steps", 2),
+    ("train digits --steps 100", "steps=VALUE", 2),
+    ("train digits --train_batch_size=4", "train.batch=VALUE", 2),
+    ("train --learning_rate=1e-4 digits", "dumo train --help", 2),
+    ("train digits 500", "field=value", 2),
+    ("evaluate --images images train.steps=3", "train", 2),
     ("train digits train.steps=many", "train.steps", 2),
     ("train dgits", "'dgits'", 2),
     ("train broken.yaml", "broken.yaml", 2),
@@ -58,6 +65,8 @@ def test_it_is_refused_and_nothing_is_written(
     Path("afile").touch()
     Path("broken.yaml").write_text("train: {steps: 3")
     Path("prompts.txt").write_text("a cat\n")
+    Path("images").mkdir()
+    Image.new("RGB", (16, 16)).save("images/a.png")
     before = tree(tmp_path)
     done = call(*shlex.split(typed))
     assert (done.code, done.out) == (code, "")
