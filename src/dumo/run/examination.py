@@ -34,6 +34,7 @@ from dumo.run.random_net import random_net, short_run
 from dumo.run.weights import build
 from dumo.runtime import dist
 from dumo.runtime.device import total_memory
+from dumo.runtime.heap import low_memory_heap
 from dumo.runtime.formatting import bytes_text
 from dumo.runtime.random import stream
 from dumo.training import agreement, layout
@@ -148,11 +149,12 @@ def examine_in_training(run: Run, state: State, device: torch.device, print_line
             f"memory, and {device} has {bytes_text(device_bytes)}"
         )
         return False
-    net = layout.gather_net(state.net, partial(build, run))
-    examine_weights(run, net, device).require()
-    # The hooks of the copy in float64 are in reference cycles, which hold the network.
-    del net
-    gc.collect()
+    with low_memory_heap():
+        net = layout.gather_net(state.net, partial(build, run))
+        examine_weights(run, net, device).require()
+        # The hooks of the copy in float64 are in reference cycles, which hold the network.
+        del net
+        gc.collect()
     return True
 
 

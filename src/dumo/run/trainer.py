@@ -61,6 +61,7 @@ from dumo.run.weights import build_deferred, init_from
 from dumo.runtime import dist, shell_path, stopwatch
 from dumo.runtime.device import choose_device
 from dumo.runtime.formatting import duration_text, minutes_text
+from dumo.runtime.heap import low_memory_heap
 from dumo.runtime.limits import STEPS
 from dumo.runtime.progress import Bar, ignore_line, no_bar
 from dumo.runtime.signals import Stopped, uninterrupted
@@ -190,20 +191,21 @@ class Trainer:
 
         # Build the network with the weights of another run or of a published file (`start`), else with those of its
         # seed. The low-pass of a published model is fitted once, before the first step.
-        if run.start and not run.has_subject and checkpoint is None:
-            net, loaders = init_from(run, run.start)
-        else:
-            net, loaders = build_deferred(run)
-        if isinstance(net, Dualized) and not run.start and checkpoint is None:
-            net.refit()
+        with low_memory_heap():
+            if run.start and not run.has_subject and checkpoint is None:
+                net, loaders = init_from(run, run.start)
+            else:
+                net, loaders = build_deferred(run)
+            if isinstance(net, Dualized) and not run.start and checkpoint is None:
+                net.refit()
 
-        # Make its averages and the optimizer, each rank its part. Load the checkpoint; if a value of it is not finite,
-        # the one before.
-        self.state = begin(net, config, self.device, loaders, restored=checkpoint is not None)
-        self.resumed_from = None
-        if checkpoint:
-            self.resumed_from = restore_last_finite(folder.checkpoints, checkpoint, self.state)
-            self.state.duration = Duration.resolve(config, recorded, self.resumed_from.facts)
+            # Make its averages and the optimizer, each rank its part. Load the checkpoint; if a value of it is not
+            # finite, the one before.
+            self.state = begin(net, config, self.device, loaders, restored=checkpoint is not None)
+            self.resumed_from = None
+            if checkpoint:
+                self.resumed_from = restore_last_finite(folder.checkpoints, checkpoint, self.state)
+                self.state.duration = Duration.resolve(config, recorded, self.resumed_from.facts)
         facts = self.resumed_from.facts if self.resumed_from else None
         timing = self.state.duration.timing
         self.clock = Clock(timing, began) if timing else None
