@@ -34,8 +34,8 @@ from dumo.run.random_net import random_net, short_run
 from dumo.run.weights import build
 from dumo.runtime import dist
 from dumo.runtime.device import total_memory
-from dumo.runtime.heap import low_memory_heap
 from dumo.runtime.formatting import bytes_text
+from dumo.runtime.heap import low_memory_heap
 from dumo.runtime.random import stream
 from dumo.training import agreement, layout
 from dumo.training.state import State
