@@ -1,4 +1,4 @@
-"""Two ranks pass a training on to one, to three and to two again: all that is restored is what was saved, bit for bit."""
+"""Two ranks pass a training on to one, to three and to two: what is restored is what was saved, bit for bit."""
 
 from pathlib import Path
 
