@@ -196,7 +196,7 @@ def test_float64_of_a_block_at_a_time_has_the_bits_of_a_copy(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
 def test_adapters_leave_the_model_as_it_is(folder: Saved, name: str) -> None:
-    """They add nothing at first. A step moves them, heads and embedder alone; in `base` all is as it was, to the bit."""
+    """They begin at zero. A step moves them, heads and embedder alone; in `base` all is as it was, to the bit."""
     x, c, t = batch()
     old = asked(name, tiny.TINY[name].model(), x, c, t)
     net = built(with_limit(folder(name), name).model_copy(update={"lora": LORA}))
