@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dumo.flow.sampling import labels_in_turn
 from dumo.io import picture
-from dumo.lab.plan import Plan, read_plan
+from dumo.lab.experiment import Plan, read_plan
 from dumo.lab.reproduce import VIEWS, View
 from dumo.lab.result_table import main_score
 from dumo.report import chart

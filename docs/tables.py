@@ -18,9 +18,9 @@ from statistics import fmean, linear_regression, median
 from typing import Any
 
 from dumo.config.load import load
-from dumo.lab.plan import read_plan
-from dumo.lab.ranking import ArmScore, is_level
-from dumo.lab.result_table import average_rows, error_of_mean, main_score, rows_of_all_passes
+from dumo.lab.experiment import read_plan
+from dumo.lab.ranking import ArmScore, is_tied
+from dumo.lab.result_table import average_rows, error_of_mean, main_score, rows_of_all_nfes
 
 DOCS = Path(__file__).parent
 MODELS = DOCS.parent / "src/dumo/trained"
@@ -100,7 +100,7 @@ def from_cells(stored: Results) -> list[Row]:
     rows: list[Row] = []
     for cells in cells_by_arm.values():
         protocol = next(iter(cells.values()))["protocol"]
-        rows_of_seeds = [rows_of_all_passes(cell) for cell in cells.values()]
+        rows_of_seeds = [rows_of_all_nfes(cell) for cell in cells.values()]
         for rows_of_passes in zip(*rows_of_seeds, strict=True):
             by_seed = dict(zip(cells, rows_of_passes, strict=True))
             rows.append({**average_rows(rows_of_passes), "by_seed": by_seed, "protocol": protocol})
@@ -163,7 +163,7 @@ def best_arms(arms: Sequence[ArmScore]) -> list[bool]:
     best = min(arms, key=lambda arm: arm.mean)
     if not _is_precise(best):
         return [False] * len(arms)
-    return [_is_precise(arm) and is_level(arm, best) for arm in arms]
+    return [_is_precise(arm) and is_tied(arm, best) for arm in arms]
 
 
 def _is_precise(arm: ArmScore) -> bool:

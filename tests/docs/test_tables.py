@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import measured
-from dumo.lab.ranking import ArmScore, is_level
+from dumo.lab.ranking import ArmScore, is_tied
 
 TOOL = runpy.run_path(str(Path(__file__).parents[2] / "docs/tables.py"))
 best_arms, failed_seeds, fit_power_law = (TOOL[name] for name in ("best_arms", "failed_seeds", "fit_power_law"))
@@ -25,7 +25,7 @@ def test_a_noisy_arm_is_not_best_though_nothing_tells_it_apart(mean: float, erro
     best = arm(7.0, 7.5, 8.0, error=0.3)
     spread = error * sqrt(3)
     noisy = arm(mean - spread, mean, mean + spread, error=error)
-    assert is_level(noisy, best)
+    assert is_tied(noisy, best)
     assert best_arms([noisy, best]) == [False, True]
 
 
@@ -39,7 +39,7 @@ def test_where_the_best_is_noisy_none_is_best() -> None:
     """A worse arm that is level with it, and known better, would seem to win."""
     best = arm(0.2, 0.3, 0.25, error=0.08)
     worse = arm(0.35, 0.3, 0.5, error=0.09)
-    assert is_level(worse, best)
+    assert is_tied(worse, best)
     assert best_arms([worse, best]) == [False, False]
 
 

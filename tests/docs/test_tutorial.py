@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 from docs.page import blocks, lines
 from docs.turn import tier
-from dumo.lab.plan import read_plan
+from dumo.lab.experiment import read_plan
 from dumo.objectives import DuMo, base
 from dumo.testing import CheckError
 from dumo.types import Spec

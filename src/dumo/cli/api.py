@@ -23,7 +23,7 @@ from dumo.config.place import EVALUATION_FILE
 from dumo.config.source import RunText
 from dumo.config.spec import Run
 from dumo.config.trust import trusting
-from dumo.evaluation.user_metrics import OwnMetric
+from dumo.evaluation.user_metrics import UserMetric
 from dumo.flow.solver import Solver
 from dumo.io.read import user_path
 from dumo.io.yaml import yaml_text
@@ -55,7 +55,7 @@ class LoadedRun(TrainedRun):
         *,
         seed: int | None = None,
         solver: Solver | str | None = None,
-        metrics: Mapping[str, OwnMetric] | None = None,
+        metrics: Mapping[str, UserMetric] | None = None,
         bar: Bar = no_bar,
     ) -> dict[str, Any]:
         """Judge the run by its protocol, write the report into its folder, and return it as a dict.

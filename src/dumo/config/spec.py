@@ -15,7 +15,7 @@ from dumo.config.conditions import Conditions, shown_data
 from dumo.config.teacher_spec import Start, Teacher
 from dumo.data import Data, ShownData
 from dumo.encoders.pipeline_folder import Pipeline, PipelineSpec
-from dumo.evaluation import ImageProtocol, MetricProtocol, ShippedProtocol
+from dumo.evaluation import BundledProtocol, ImageProtocol, MetricProtocol
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.path import FlowPath, Linear
 from dumo.flow.precision import Precision
@@ -75,9 +75,9 @@ class Evaluation(Spec):
     def min_samples(self) -> int:
         """The fewest samples that the protocol judges in training, without Inception's Fréchet distances."""
         if isinstance(self.protocol, ImageProtocol):
-            return self.protocol.standard.subset
-        if isinstance(self.protocol, ShippedProtocol):
-            return self.protocol.measure.min_samples
+            return self.protocol.standard.kid_subset_size
+        if isinstance(self.protocol, BundledProtocol):
+            return self.protocol.standard.min_samples
         return _MIN_SAMPLES
 
     @property

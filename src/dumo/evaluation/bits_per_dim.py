@@ -1,16 +1,16 @@
-"""How likely a net finds data that it may never have seen: bits per number of a sample, lower being better.
+"""Bits per dimension: the negative log-likelihood of data under the network's flow, usually held-out data.
 
-`LikelihoodProtocol` is the spec; its `evaluator` reads the data and puts noise on their levels (`dequantise`). The
-caller takes log p(x) of the evaluator's own data `x` (`dumo.report.evaluation`), in the `directions` that it names, and
-hands them to `LikelihoodEvaluator.score` in nats, in place of samples.
+`LikelihoodProtocol` is the spec. Its `evaluator` reads the data and dequantises them. The caller
+(`dumo.report.evaluation`) computes log p(x) of the evaluator's data `x` with its `directions`, and passes it in nats to
+`LikelihoodEvaluator.score`, in place of samples.
 
-Grey levels k of L are made continuous by noise U, uniform in [0, 1): x = 2 (k + U) / L - 1, as is usual (Theis et al.
-2016; F2D2's code). By Jensen's inequality the levels have at least the probability that p says of their cells, of
-volume (2 / L)^D, so that a sample of D numbers takes at most
+Levels k of L are dequantised by uniform noise U in [0, 1): x = 2 (k + U) / L - 1 (Theis et al. 2016; F2D2's code). By
+Jensen's inequality, the log probability of the levels is at least the expected log density plus the log volume of a
+cell, (2 / L)^D. So a sample with D dimensions takes at most
 
-    -log2 p(x) / D + log2(L / 2)    bits a number:    7 to be added for 256 levels, 3.09 for the 17 of digits.
+    -log2 p(x) / D + log2(L / 2)    bits per dimension:    7 are added for 256 levels, 3.09 for the 17 of digits.
 
-Points have no levels: bits of their density, which may be negative.
+Points have no levels: their bits are those of the density and may be negative.
 """
 
 from collections.abc import Sequence
@@ -29,39 +29,43 @@ from dumo.runtime import limits
 from dumo.runtime.random import keyed_normal
 from dumo.types import Cond, Sample, UserError
 
-MAX_LEVEL_ERROR = 1e-2  # of a level, by which data may be off their levels: ours
+# The largest distance of a value from its level, in levels (our choice).
+MAX_LEVEL_ERROR = 1e-2
 
 
 class LikelihoodProtocol(Protocol):
-    """Data held out of training, where some are, by the density of the net's flow."""
+    """Evaluate the flow's density on the data held out of training, or on all data if none are held out."""
 
     kind: Literal["likelihood"] = "likelihood"
-    levels: int | None = Field(default=None, ge=2, le=2**16)  # of grey in [-1, 1]; None: 256 of images, none of points
-    probes: int = Field(default=1, ge=0, le=limits.PASSES)  # random directions of div v (FFJORD: 1); 0: all axes
-    passes: int = Field(default=256, ge=2, multiple_of=2, le=limits.PASSES)  # of Heun, for comparison: ours
+    # The number of levels in [-1, 1]. None means 256 for images and no levels for points.
+    levels: int | None = Field(default=None, ge=2, le=2**16)
+    # The number of random directions of div v (FFJORD: 1). 0 means all axes.
+    probes: int = Field(default=1, ge=0, le=limits.PASSES)
+    # The NFE of Heun's method (our choice).
+    passes: int = Field(default=256, ge=2, multiple_of=2, le=limits.PASSES)
 
     @property
     def standard_samples(self) -> int:
-        """1,000 of the data: ours."""
+        """1,000 (our choice)."""
         return 1000
 
-    def why_unfit(self, shape: tuple[int, ...], classes: int) -> str:
-        """Why samples of this shape are not judged: points have no levels."""
+    def find_problem(self, shape: tuple[int, ...], classes: int) -> str:
+        """Refuse levels for points."""
         if len(shape) == 1 and self.levels:
-            return "knows no levels of points: set evaluate.protocol.levels=null"
+            return "has no levels for points: set evaluate.protocol.levels=null"
         return ""
 
     def evaluator(self, context: Context) -> "LikelihoodEvaluator":
-        """The evaluator, with the data that it judges by.
+        """Return an evaluator with dequantised data.
 
-        Raises UserError where the data are fewer than the protocol's samples, or have other levels.
+        Raises UserError if there are fewer data than the protocol's samples, or if they have different levels.
         """
         total = self.total
         seed = context.seed
         reference = Reference.of(context.data(), total, seed)
         if len(reference.x) < total:
             raise UserError(
-                f"protocol {self.name} judges by {total} samples, here are {len(reference.x)}: set "
+                f"protocol {self.name} needs {total} samples of the data, got {len(reference.x)}: set "
                 f"evaluate.protocol.samples={len(reference.x)} or fewer"
             )
         rows = choose_rows(len(reference.x), total, self.kind, "rows")
@@ -86,19 +90,25 @@ class LikelihoodProtocol(Protocol):
 
 @dataclass(frozen=True)
 class LikelihoodEvaluator:
-    """Scores the log-likelihoods of its own data."""
+    """Computes bits per dimension from log-likelihoods of its data.
+
+    x: (n, *d), the dequantised data.
+    c: (n,), the classes of the data.
+    levels: the number of levels; None for continuous data.
+    facts: entries of the report's card.
+    """
 
     protocol: LikelihoodProtocol
-    x: Sample  # the data (n, *d), with noise on their levels
-    c: Cond  # (n,), their classes
-    levels: int | None  # of grey; None: they have none
+    x: Sample
+    c: Cond
+    levels: int | None
     seed: int
-    facts: dict[str, str]  # for the report's card
+    facts: dict[str, str]
 
     def directions(self, numbers: Sequence[int]) -> list[Sample]:
-        """The directions in which div v is taken for the rows of these numbers, the same at every time.
+        """Return the directions of div v for these row numbers, each (rows, *d); [] means all axes.
 
-        Each is (rows, *d); [] is all axes.
+        They do not depend on time.
         """
         return signs(
             self.seed,
@@ -110,16 +120,16 @@ class LikelihoodEvaluator:
         )
 
     def score(self, samples: NumberedSamples) -> Scores:
-        """`bits` per number, the mean over the data, and `bits_sd`, its standard error.
+        """Return `bits` per dimension, the mean over the data, and its standard error `bits_sd`.
 
-        `samples` are the rows' numbers and their log p(x) in nats, (n,) each, in batches. Raises UserError unless each
-        row comes once, and all are finite.
+        `samples` yields batches of row numbers and log p(x) in nats, both (n,). Raises UserError unless each row occurs
+        once and is finite.
         """
         nats = collect(samples, len(self.x)).double()
         d = prod(self.x.shape[1:])
         if not nats.isfinite().all():
             raise NotFiniteError(
-                "some likelihoods are not finite numbers: ask for more passes, or train with a lower rate"
+                "some likelihoods are not finite: increase evaluate.protocol.passes, or lower the learning rate"
             )
         bits = -nats / (d * log(2))
         if self.levels:
@@ -127,19 +137,19 @@ class LikelihoodEvaluator:
         return {"bits": bits.mean().item(), "bits_sd": bits.std().item() / len(bits) ** 0.5}
 
     def baselines(self) -> dict[str, Scores]:
-        """{}: nobody knows how likely real data are."""
+        """Return {}, since the likelihood of real data is unknown."""
         return {}
 
 
 def dequantise(x: Sample, levels: int, seed: int) -> Sample:
-    """Put noise on samples x (n, *d) of `levels` levels from -1 to 1, each row its own, keyed by the seed.
+    """Add uniform noise, keyed by seed and row, to samples x (n, *d) with `levels` levels from -1 to 1.
 
-    Raises UserError where x has other levels.
+    Raises UserError if x has different levels.
     """
     k = (x + 1) / 2 * (levels - 1)
     if (k - k.round()).abs().max() > MAX_LEVEL_ERROR:
         raise UserError(
-            f"the data have other levels than {levels} from -1 to 1: set evaluate.protocol.levels, for digits 17"
+            f"the data do not have {levels} levels from -1 to 1: set evaluate.protocol.levels (17 for digits)"
         )
     u = torch.special.ndtr(keyed_normal(seed, "likelihood", "noise", rows=range(len(x)), shape=x.shape[1:]))
     return 2 * (k.round() + u) / levels - 1

@@ -1,13 +1,12 @@
-"""How well images fit their captions, by the CLIP that the user names: no distance to data, and no FID.
+"""CLIP score: the similarity of images to their captions under a CLIP model chosen by the user.
 
-`ClipProtocol` is the spec; its `evaluator` opens the data with all captions, loads the CLIP, and returns a
-`ClipEvaluator`, which scores samples when all of them have come.
+`ClipProtocol` is the spec. Its `evaluator` opens the data with all captions, loads the CLIP model, and returns a
+`ClipEvaluator`, which scores all samples together.
 
-An image scores 100 * max(cosine with its caption, 0), and the result is the mean over images. More is better, as far as
-real images with their captions. The score depends on which CLIP makes it, so the report's card has the CLIP's hash, and
-no two CLIPs share a table.
+The score is the mean of 100 * max(cosine of image and caption, 0). Higher is better, up to the score of real images
+with their captions. Scores of different CLIP models are not comparable, so the report's card has the model's hash.
 
-The report fixes two names: `_sd` and `sd` are standard errors of a mean, and `splits` is the number of images.
+In this protocol, `_sd` and `sd` are standard errors of a mean, and `splits` is the number of images.
 """
 
 from dataclasses import dataclass
@@ -23,12 +22,14 @@ from dumo.evaluation.wholeset import choose_rows, collect
 from dumo.io.picture import to_uint8
 from dumo.types import Cond, UserError
 
-MAX_REAL = 2000  # images of the data that are compared with captions: ours
-COSINE_SCALE = 100.0  # of a score, as torchmetrics has it; CLIPScore has 2.5 (Hessel et al. 2021, Sec. 3)
+# The number of real images compared with captions (our choice).
+MAX_REAL = 2000
+# The factor in torchmetrics. CLIPScore uses 2.5 (Hessel et al. 2021, Sec. 3).
+COSINE_SCALE = 100.0
 
 
 class ClipProtocol(ModelProtocol):
-    """Images by the cosine of CLIP with their captions."""
+    """Evaluate images by the cosine similarity of their CLIP embeddings to the embeddings of their captions."""
 
     kind: Literal["clip-score"]
 
@@ -39,31 +40,35 @@ class ClipProtocol(ModelProtocol):
 
     @property
     def model_hint(self) -> str:
-        """Where to get one."""
+        """How to get a CLIP model."""
         return CLIP_HINT
 
     @property
     def standard_samples(self) -> int:
-        """5,000: ours."""
+        """5,000 (our choice)."""
         return 5000
 
     def evaluator(self, context: Context) -> "ClipEvaluator":
-        """The evaluator that compares sample i with its caption, and MAX_REAL real images with theirs.
+        """Return an evaluator that compares samples, and MAX_REAL real images, with their captions.
 
-        Raises `UserError` where no model is named, or it cannot be read.
+        Raises UserError if no model is set, if it cannot be read, or if the data have no captions.
         """
         folder = self.model_folder()
         if context.captions is None:
-            raise UserError(f"protocol {self.kind} compares images with captions, and the data have none")
+            raise UserError(
+                f"protocol {self.kind} compares images with captions, but the data have none: choose another protocol"
+            )
         data, sample_c, texts = context.captions()
         model = load_clip(folder, MODEL_FIELD, context.device)
         x, c_of_x = data.reference(MAX_REAL, context.seed)
-        rows = choose_rows(len(x), MAX_REAL, self.kind, "rows")  # a finite data set may give more than are asked for
+        # A finite data set returns all of its rows.
+        rows = choose_rows(len(x), MAX_REAL, self.kind, "rows")
         config = model.model.config.vision_config
         facts = {
             "features": f"CLIP {config.hidden_size} wide, patches of {config.patch_size}, {model.side} pixels",
             "features_sha256": model.sha256,
-            "reference": "captions, as '{}'",  # the prompt's template: the caption alone
+            # The prompt template is the caption alone.
+            "reference": "captions, as '{}'",
             "resize": f"Pillow, bicubic, to {model.side}, the middle",
             "rounding": "0 to 255",
         }
@@ -79,19 +84,24 @@ class ClipProtocol(ModelProtocol):
 
 @dataclass(frozen=True)
 class ClipEvaluator:
-    """Compares samples with their captions. A sample whose condition is no caption does not count."""
+    """Compares samples with their captions. Samples without a caption are ignored.
 
-    encoder: Clip  # of images and captions
-    c: Cond  # (n,) of the samples: numbers of captions, or a higher number for none
-    texts: tuple[str, ...]  # all captions
-    real_x: Tensor  # images of the data
-    real_c: Tensor  # the number of each one's caption, or a higher number for none
-    facts: dict[str, str]  # for the report's card
+    c, real_c: the caption of each sample and each real image, as an index into `texts`. An index beyond `texts` means
+    no caption.
+    facts: entries of the report's card.
+    """
+
+    encoder: Clip
+    c: Cond
+    texts: tuple[str, ...]
+    real_x: Tensor
+    real_c: Tensor
+    facts: dict[str, str]
 
     def score(self, samples: NumberedSamples) -> Scores:
-        """`clip_score`, the mean score of samples with captions, and `clip_score_sd`, its standard error.
+        """Return `clip_score`, the mean over samples with captions, and its standard error `clip_score_sd`.
 
-        Raises UserError unless each sample comes once, and two or more have captions.
+        Raises UserError unless each sample occurs once and two or more have captions.
         """
         batches_of_scores = ((index, self.score_pairs(x, self.c[index])) for index, x in samples)
         scores = collect(batches_of_scores, len(self.c))
@@ -99,20 +109,20 @@ class ClipEvaluator:
         return {"clip_score": mean, "clip_score_sd": error}
 
     def baselines(self) -> dict[str, Scores]:
-        """`captions`: the score of real images with their captions; `others`: with captions of other images."""
+        """Return the scores of real images with their captions, `captions`, and with other captions, `others`."""
         is_captioned = self._is_caption(self.real_c)
         x = self.real_x[is_captioned]
         c = self.real_c[is_captioned]
         if len(c) < 2:
             return {}
-        # sorted by caption and shifted by half: each image meets another caption, unless one has most of the images
+        # Sort by caption and shift by half, so that each image gets a different caption unless one has most images.
         order = c.argsort()
         other_c = torch.empty_like(c)
         other_c[order] = c[order].roll(len(c) // 2)
         return {"captions": self._baseline(x, c), "others": self._baseline(x, other_c)}
 
     def _baseline(self, x: Tensor, c: Cond) -> Scores:
-        """The mean score of real images x (n, channels, h, w) with the captions c (n,), its error, and n."""
+        """Return the mean score of real images x (n, channels, h, w) with captions c (n,), its error, and n."""
         mean, error = mean_and_error(self.score_pairs(x, c))
         return {"mean": mean, "sd": error, "splits": float(len(c))}
 
@@ -121,9 +131,9 @@ class ClipEvaluator:
         return c < len(self.texts)
 
     def score_pairs(self, x: Tensor, c: Cond) -> Float[Tensor, " n"]:
-        """The score of each image of x (n, channels, h, w) with its caption of c (n,); 0 where that is none.
+        """Score each image of x (n, channels, h, w) with its caption c (n,); 0 if it has none.
 
-        Images are bytes, or numbers in [-1, 1].
+        Images are uint8, or floats in [-1, 1].
         """
         c = c.cpu()
         is_captioned = self._is_caption(c)
@@ -137,9 +147,9 @@ class ClipEvaluator:
 
 
 def mean_and_error(scores: Float[Tensor, " n"]) -> tuple[float, float]:
-    """The mean of n scores, and its standard error. Raises UserError for fewer than two."""
+    """Return the mean of n scores and its standard error. Raises UserError if n < 2."""
     if len(scores) < 2:
-        raise UserError("fewer than two samples have a caption, so nothing can be judged: see data.captions")
+        raise UserError("fewer than two samples have captions, so there is no score: see data.captions")
     scores = scores.double()
     error = scores.std() / len(scores) ** 0.5
     return scores.mean().item(), error.item()

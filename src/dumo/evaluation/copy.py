@@ -1,7 +1,7 @@
-"""Copies: the image of the data that a sample is nearest to, and whether the sample is that image again.
+"""Detect samples that are copies of training images, by nearest neighbours among thumbnails.
 
-`thumbnails` reduces images, so that noise and small shifts count for little; `nearest_images` compares thumbnails. The
-protocol `photos` scores the share of copies, and the report shows each sample next to its nearest image.
+`thumbnails` reduces images, which suppresses noise and small shifts, and `nearest_images` compares them. The protocol
+`photos` scores the share of copies, and the report shows each sample next to its nearest image.
 """
 
 from dataclasses import dataclass
@@ -13,41 +13,48 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from dumo.evaluation.neighbours import BLOCK, pair_distances
 
-THUMB_SIDE = 16  # pixels a side of a thumbnail, at most: ours
-COPY_RATIO = 1 / 3  # a copy is nearer to one image than this share of its distance to the next one: ours
+# The largest side of a thumbnail in pixels (our choice).
+THUMB_SIDE = 16
+# A sample is a copy if the ratio of its distances to the nearest and second nearest image is below this (our choice).
+COPY_RATIO = 1 / 3
 
 Thumbs = Float[Tensor, "n c h w"]
 
 
 @dataclass(frozen=True)
 class NearestImages:
-    """For each of m images, the fakes, the nearest one of other images, the real ones."""
+    """The nearest real images of m fake images.
 
-    distances: Float64[Tensor, "m 2"]  # to the nearest and to the next one, which is nan where there is none
-    indices: Int64[Tensor, " m"]  # of the nearest one
-    is_mirrored: Bool[Tensor, " m"]  # whether that is nearest as its mirror image
+    distances: to the nearest and the second nearest real image; nan if there is no second one.
+    indices: of the nearest real image.
+    is_mirrored: whether the nearest real image is mirrored.
+    """
+
+    distances: Float64[Tensor, "m 2"]
+    indices: Int64[Tensor, " m"]
+    is_mirrored: Bool[Tensor, " m"]
 
     @property
     def is_copy(self) -> Bool[Tensor, " m"]:
-        """Whether each image is far nearer to one image than to the next one."""
+        """Whether each fake image is far closer to its nearest real image than to the second nearest."""
         return self.distances[:, 0] < COPY_RATIO * self.distances[:, 1]
 
 
 def thumbnails(x: Float[Tensor, "n c height width"]) -> Thumbs:
-    """Images reduced to squares of at most THUMB_SIDE pixels a side, by means over their pixels."""
+    """Reduce images to squares with sides of at most THUMB_SIDE pixels, by average pooling."""
     return adaptive_avg_pool2d(x, min(THUMB_SIDE, *x.shape[2:]))
 
 
 def nearest_images(
     real: Thumbs, fake: Float[Tensor, "m c h w"], *, left_out: Int64[Tensor, " m"] | None = None, mirror: bool = True
 ) -> NearestImages:
-    """For each thumbnail `fake` the nearest of the thumbnails `real`, by Euclidean distance.
+    """Find the nearest `real` thumbnail for each `fake` thumbnail, by Euclidean distance.
 
-    - `left_out`: for each fake the index of a real image that does not count. Where the fakes are real images
-      themselves, it is their own index.
-    - `mirror`: compare with the mirror images of the real ones, too
+    left_out: for each fake image, the index of a real image to ignore. If the fakes are real images themselves, pass
+    their own indices.
+    mirror: also compare with mirrored real images.
 
-    Each fake must have a real image that counts.
+    At least one real image must remain for each fake image.
     """
     real_rows = real.double().flatten(1)
     mirrored_rows = real.flip(-1).double().flatten(1)

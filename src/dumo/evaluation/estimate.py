@@ -1,4 +1,4 @@
-"""Numbers with their uncertainty: an `Estimate`, `ties_with_least` among several, and `mean_sd` of plain numbers."""
+"""Numbers with standard errors, and which of them tie with the smallest."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,7 +14,7 @@ class Estimate(NamedTuple):
 
 
 def ties_with_least(estimates: Sequence[Estimate]) -> list[bool]:
-    """Whether each estimate ties with the least: it is at most two standard errors of the difference above it."""
+    """Whether each estimate exceeds the least by at most two standard errors of their difference."""
     least = min(estimates)
     is_tied: list[bool] = []
     for estimate in estimates:
@@ -24,6 +24,6 @@ def ties_with_least(estimates: Sequence[Estimate]) -> list[bool]:
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and the sd of values, in float64. The variance is unbiased, so there must be 2 values or more."""
+    """Return the mean and the unbiased standard deviation of two or more values, in float64."""
     x = torch.tensor(values, dtype=torch.float64)
     return x.mean().item(), x.std().item()

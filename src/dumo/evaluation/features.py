@@ -1,17 +1,17 @@
-"""Samples by the features of a model that the user names: DINOv2, and CLIP as CMMD takes it. Nothing is fetched.
+"""Distances in the features of a model chosen by the user: DINOv2, or CLIP for CMMD.
 
-`FeatureProtocol` is the spec; its `evaluator` loads the model, finds the statistics of the data, in the cache or by
-counting them (`dumo.evaluation.reference`), and returns a `FeatureEvaluator`, which compares samples with them.
+`FeatureProtocol` is the spec. Its `evaluator` loads the model, computes the statistics of the data or loads them from
+the cache (`dumo.evaluation.reference`), and returns a `FeatureEvaluator`, which compares samples with them.
 
-Kernel distances lead, for they have no bias: the unbiased MMD^2 of a Gaussian kernel (Gretton et al. 2012, Eq. 3),
-times 1000, with its standard error. Next comes the Fréchet distance, where there are more images than features.
+The main score is unbiased: MMD^2 with a Gaussian kernel (Gretton et al. 2012, Eq. 3), times 1000, with its standard
+error. The Fréchet distance follows, if there are more images than features.
 
-- `dinov2`, features and Fréchet distance as dgm-eval has them (Stein et al. 2023, arXiv 2306.04675): `fd` is their
-  FD_DINOv2 where the folder is DINOv2's ViT-L/14 and there are 50,000 samples. Their kernel distance is `kid`, the
-  cubic kernel over 100 subsets of 1,000. The Gaussian's width is the median distance of real images, as elsewhere
-  here (docs/log.md), so that it fits any DINOv2.
-- `cmmd` (Jayasumana et al. 2024, arXiv 2401.09603): embeddings of length 1, width 10. The authors' code leaves pairs of
-  an image with itself in, and so is larger by 1000 (1 - mean k) / n, about 10 (1 - mean cosine) / n, of each side.
+- `dinov2`: features and Fréchet distance as in dgm-eval (Stein et al. 2023, arXiv 2306.04675). `fd` is their FD_DINOv2
+  if the model is DINOv2 ViT-L/14 and there are 50,000 samples. `kid` is their kernel distance: the cubic kernel over
+  100 subsets of 1,000. The width of the Gaussian is the median distance of real images (docs/log.md), which suits any
+  DINOv2 model.
+- `cmmd` (Jayasumana et al. 2024, arXiv 2401.09603): embeddings of length 1, width 10. The authors' code includes pairs
+  of an image with itself, so its values are larger by 1000 (1 - mean k) / n, about 10 (1 - mean cosine) / n, per side.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from torch import Tensor
 from dumo.encoders import vision
 from dumo.encoders.vision import FEATURE_MODELS, FeatureKind, ImageEncoder
 from dumo.evaluation import reference
-from dumo.evaluation.fid import SUBSETS, kid_text, split_batches
+from dumo.evaluation.fid import KID_SUBSETS, kid_text, split_batches
 from dumo.evaluation.frechet import frechet_distance
 from dumo.evaluation.mmd import gaussian_mmd, kid, perfect_sampler_scores
 from dumo.evaluation.protocol import MODEL_FIELD, Context, ModelProtocol, NumberedSamples, Scores
@@ -34,23 +34,25 @@ from dumo.runtime import version
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
-CMMD_WIDTH = 10.0  # of the kernel on embeddings of length 1: CMMD
-MEDIAN_ROWS = 2000  # real images between which the median distance is taken, about: ours
+# The kernel width of CMMD, for embeddings of length 1.
+CMMD_WIDTH = 10.0
+# The median distance is computed over about this many real images (our choice).
+MEDIAN_ROWS = 2000
 FEATURE_STANDARDS: dict[FeatureKind, Standard] = {
-    "dinov2": Standard(samples=50_000, size=None, classes=None, reference_images=None, subset=1000),
-    # 30,000 samples, as the authors take of COCO's captions
-    "cmmd": Standard(samples=30_000, size=None, classes=None, reference_images=None, subset=1000),
+    "dinov2": Standard(samples=50_000, size=None, classes=None, reference_images=None, kid_subset_size=1000),
+    # The authors use 30,000 captions of COCO.
+    "cmmd": Standard(samples=30_000, size=None, classes=None, reference_images=None, kid_subset_size=1000),
 }
 
 
 class FeatureProtocol(ModelProtocol):
-    """Images by the features of the model in a folder."""
+    """Evaluate images with the features of a DINOv2 or CLIP model."""
 
     kind: FeatureKind
 
     @property
     def standard_samples(self) -> int:
-        """As many as the name says."""
+        """The number of samples fixed by the kind."""
         return FEATURE_STANDARDS[self.kind].samples
 
     @property
@@ -60,14 +62,14 @@ class FeatureProtocol(ModelProtocol):
 
     @property
     def model_hint(self) -> str:
-        """Where to get such a model."""
+        """How to get such a model."""
         return FEATURE_MODELS[self.kind].hint
 
     def evaluator(self, context: Context) -> "FeatureEvaluator":
-        """The evaluator that compares samples with all images of the data. Their features are cached.
+        """Return an evaluator that compares samples with all images of the data, whose features are cached.
 
-        Every rank must call this. Raises `UserError` where no model is named, or it cannot be read, and where the data
-        are endless, or fewer than two different images.
+        Every rank must call this. Raises UserError if no model is set, if it cannot be read, or if the data are
+        infinite or have fewer than two different images.
         """
         encoder = vision.load(self.model_folder(), self.kind, MODEL_FIELD, context.device)
         data = context.data()
@@ -75,7 +77,7 @@ class FeatureProtocol(ModelProtocol):
             data = data.held_out
         if not isinstance(data, Finite):
             raise UserError(
-                f"protocol {self.kind} goes through all images of a data set, and this has none: choose another"
+                f"protocol {self.kind} needs a finite data set of images, but these data are infinite: choose another"
             )
         standard = FEATURE_STANDARDS[self.kind]
         facts = encoder.facts | reference.data_facts(data, self.kind, standard, context.split)
@@ -83,10 +85,11 @@ class FeatureProtocol(ModelProtocol):
         real = load_or_compute(statistics_key, partial(reference.data_statistics, encoder, data, context.tick))
         has_pairs = len(real.features) >= 2
         width = _kernel_width(self.kind, real.features) if has_pairs else 0.0
-        if width == 0:  # as it also is between equal images
-            raise UserError(f"protocol {self.kind} needs different real images, two or more: add some")
+        # The width is also 0 if all images are equal.
+        if width == 0:
+            raise UserError(f"protocol {self.kind} needs two or more different real images: add some")
         facts["kernel"] = f"Gaussian of width {width:g}, unbiased, times 1000"
-        subset_size = min(standard.subset, self.total, len(real.features))
+        subset_size = min(standard.kid_subset_size, self.total, len(real.features))
         if self.kind == "dinov2":
             facts["kid"] = kid_text(subset_size)
         return FeatureEvaluator(
@@ -103,26 +106,33 @@ class FeatureProtocol(ModelProtocol):
 
 @dataclass(frozen=True)
 class FeatureEvaluator:
-    """Compares samples, batch by batch, with statistics of the data."""
+    """Compares samples with the statistics of the data.
+
+    total: the number of samples.
+    width: the width of the Gaussian kernel.
+    subset_size: the number of images per subset of `kid`.
+    facts: entries of the report's card.
+    device: computes kernels.
+    """
 
     kind: FeatureKind
-    total: int  # samples
-    encoder: ImageEncoder  # extracts features
-    real: Statistics  # of the data
-    width: float  # of the kernel
-    subset_size: int  # images in each subset of `kid`
-    facts: dict[str, str]  # for the report's card
-    device: torch.device | str = "cpu"  # where kernels are summed
+    total: int
+    encoder: ImageEncoder
+    real: Statistics
+    width: float
+    subset_size: int
+    facts: dict[str, str]
+    device: torch.device | str = "cpu"
 
     def score(self, samples: NumberedSamples) -> Scores:
-        """`mmd` with `mmd_sd`; `fd` where there are more images than features; by DINOv2, `kid` with `kid_sd`.
+        """Return `mmd` and `mmd_sd`; `fd` if there are more images than features; for DINOv2 `kid` and `kid_sd`.
 
-        Every rank must call it. Raises `UserError` where samples are missing, come twice, or are no images.
+        Every rank must call this. Raises UserError if samples are missing, duplicated or not images.
         """
         return self.compare(gather(statistics_of(self.encoder, split_batches(samples), self.total), self.total))
 
     def compare(self, fake: Statistics) -> Scores:
-        """The scores of samples with these statistics."""
+        """Return the scores of samples with these statistics."""
         fake_rows = fake.features.to(self.device)
         real_rows = self.real.features.to(self.device)
         mmd = gaussian_mmd(fake_rows, real_rows, self.width)
@@ -133,7 +143,7 @@ class FeatureEvaluator:
             scores["kid"], scores["kid_sd"] = kid(
                 fake_rows,
                 real_rows,
-                subsets=SUBSETS,
+                subsets=KID_SUBSETS,
                 subset_size=self.subset_size,
                 generator=stream(self.kind, "kid"),
             )
@@ -146,10 +156,10 @@ class FeatureEvaluator:
         return min(self.total, num_real) > num_features
 
     def baselines(self) -> dict[str, Scores]:
-        """`perfect`: the `mmd` of a perfect sampler, of new real images, and its `fd` where samples have one.
+        """Return `perfect`: the `mmd` of a perfect sampler, and its `fd` if samples have one.
 
-        Nor has it one where there are too few real images to compare halves of them. Classes do not count, because they
-        weigh little among so different images.
+        There is no `fd` if there are too few real images to compare halves of them. Classes are ignored, since their
+        effect is small for diverse images.
         """
         rows = self.real.features.to(self.device)
         sample_c = torch.zeros(self.total, dtype=torch.long)
@@ -166,9 +176,9 @@ class FeatureEvaluator:
 
 
 def _kernel_width(kind: FeatureKind, rows: Tensor) -> float:
-    """The width of the kernel, given the features of real images, (n, features).
+    """Return the kernel width for the features of real images, (n, features).
 
-    A median is rounded, so that it is the same on machines that differ in last bits.
+    The median is rounded, so that it does not depend on floating-point differences between machines.
     """
     if kind == "cmmd":
         return CMMD_WIDTH

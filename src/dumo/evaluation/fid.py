@@ -1,15 +1,14 @@
-"""FID and its kin: images by the features of Inception.
+"""FID, sFID, KID, Inception Score, precision and recall with the features of Inception.
 
-`ImageProtocol` is the spec; its `evaluator` loads Inception, finds the reference's statistics, in the cache or by
-counting them (`dumo.evaluation.reference`), and returns an `ImageEvaluator`. That extracts features batch by batch
-(`statistics`), and compares them with the reference's (`compare`).
+`ImageProtocol` is the spec. Its `evaluator` loads Inception, computes the statistics of the reference or loads them
+from the cache (`dumo.evaluation.reference`), and returns an `ImageEvaluator`. It extracts features batch by batch
+(`statistics`) and compares them with the reference (`compare`).
 
-Which number a paper calls FID depends on the network, the resize before it, how colours are rounded, how many images,
-of which classes, against which statistics. A name fixes all of it (`STANDARDS`); what may be changed shows in the name.
-Fixed for all: the TF-2015 Inception, TensorFlow's resize without antialiasing, colours rounded to the nearest of 0 ..
-255, classes in turn (i mod classes), Inception Score in full splits of 5000 by number and without the last layer's
-bias, 3 neighbours. So `adm-*` are ADM's own definitions; ADM rounds distances of neighbours to half precision, we do
-not.
+FIDs depend on the network, image resizing, rounding, the number of images, their classes, and the reference statistics.
+A protocol's name fixes all of these (`STANDARDS`), and deviations show in the name. All protocols use the TF-2015
+Inception, TensorFlow's resize without antialiasing, pixels rounded to 0 .. 255, class i mod classes for sample i, the
+Inception Score of full splits of 5000 consecutive samples without the last layer's bias, and 3 neighbours. So `adm-*`
+are ADM's definitions, except that ADM rounds distances between neighbours to half precision.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,7 +34,7 @@ from dumo.evaluation.mmd import (
 )
 from dumo.evaluation.neighbours import precision_recall
 from dumo.evaluation.protocol import Context, Evaluator, NumberedSamples, Protocol, Scores
-from dumo.evaluation.reference import PIECE, STANDARDS, InceptionKind, Standard, load_or_compute
+from dumo.evaluation.reference import BATCH_SIZE, STANDARDS, InceptionKind, Standard, load_or_compute
 from dumo.evaluation.statistics import Batch, Extractor, Statistics, float64_device, gather, statistics_of
 from dumo.io.data_source import Finite
 from dumo.io.picture import to_uint8
@@ -44,49 +43,54 @@ from dumo.runtime import limits, version
 from dumo.runtime.random import stream
 from dumo.types import PLACE, UserError
 
-SUBSETS = 100  # of the kernel distance (Binkowski et al. 2018)
-INCEPTION_PART_PAIRS = 6  # pairs of parts of the reference that are compared: few, for each takes seconds. Ours
+# The number of subsets of KID (Binkowski et al. 2018).
+KID_SUBSETS = 100
+# The number of pairs of parts of the reference that are compared for baselines. Each takes seconds (our choice).
+INCEPTION_PART_PAIRS = 6
 
 
 class ImageProtocol(Protocol):
-    """Images in colour, decoded, by the features of Inception, whose weights lie where $DUMO_INCEPTION says."""
+    """Evaluate decoded colour images with the features of Inception, whose weights are at $DUMO_INCEPTION."""
 
     kind: InceptionKind
-    samples: int | None = Field(default=None, ge=1, le=limits.SAMPLES)  # None: as many as the name says
-    frechet: bool = True  # without it, FID and sFID are left out: for sets of 2048 images or fewer
-    reference: str | None = Field(default=None, json_schema_extra=PLACE)  # ADM's file; None: the run's own data
+    # None means the number fixed by the kind.
+    samples: int | None = Field(default=None, ge=1, le=limits.SAMPLES)
+    # False leaves out FID and sFID, for sets of 2048 images or fewer.
+    frechet: bool = True
+    # ADM's reference file. None means the run's data.
+    reference: str | None = Field(default=None, json_schema_extra=PLACE)
 
     @property
     def deviations(self) -> list[str]:
-        """What differs from what the name fixes, in words."""
+        """Descriptions of all settings that deviate from the kind."""
         if self.frechet:
             return super().deviations
         return [*super().deviations, "no Fréchet distances"]
 
     @property
     def standard(self) -> Standard:
-        """All that the name fixes."""
+        """The definition of this kind."""
         return STANDARDS[self.kind]
 
     @property
     def standard_samples(self) -> int:
-        """As many as the name says."""
+        """The number of samples fixed by the kind."""
         return self.standard.samples
 
     @property
     def reads_data(self) -> bool:
-        """Whether samples are compared with images of the data; else with ADM's file."""
+        """Whether samples are compared with images of the data instead of ADM's file."""
         return not self.standard.url
 
     @property
     def missing(self) -> str | None:
-        """What must be fetched before anything can be judged here; None: nothing."""
+        """Files that must be downloaded before evaluation; None if there are none."""
         return self.missing_files("in evaluate.protocol.reference")
 
     def missing_files(self, reference_option: str) -> str | None:
-        """What must be fetched before anything can be judged here; None: nothing.
+        """Describe the files that must be downloaded before evaluation; None if there are none.
 
-        `reference_option` says where the user may name ADM's file.
+        `reference_option` is the option or field for the path of ADM's file.
         """
         file = inception.weights_path()
         if not file or not file.is_file():
@@ -97,39 +101,37 @@ class ImageProtocol(Protocol):
             return f"ADM's reference, named {reference_option}: see docs/data.md"
         try:
             has_reference = user_path(self.reference, "evaluate.protocol.reference").is_file()
-        except UserError:  # a variable in it is not set
+        except UserError:
+            # The path contains an unset environment variable.
             has_reference = False
         return None if has_reference else f"ADM's reference, {self.reference}: see docs/data.md"
 
-    def why_unfit(self, shape: tuple[int, ...], classes: int) -> str:
-        """Why samples of this shape, in this number of classes, are not judged: "" where they are.
-
-        They must be colour images of the name's size and classes, and enough. 0 classes fit any name.
-        """
+    def find_problem(self, shape: tuple[int, ...], classes: int) -> str:
+        """Refuse images of another size, colour or number of classes, and too few. 0 classes fit any protocol."""
         side = self.standard.size
         is_colour_image = len(shape) == 3 and shape[0] == 3
         if not is_colour_image or (side is not None and shape[1:] != (side, side)):
             pixels = "any size" if side is None else f"{side}x{side}"
             return (
-                f"judges colour images of {pixels}, not samples of shape {shape}: decode latents first, or choose "
+                f"evaluates colour images of {pixels}, not samples of shape {shape}: decode latents first, or choose "
                 "another protocol"
             )
         protocol_classes = self.standard.classes
         if classes and protocol_classes not in (None, classes):
-            return f"is of {protocol_classes} classes, not {classes}: choose another protocol"
+            return f"has {protocol_classes} classes, not {classes}: choose another protocol"
         if self.frechet and self.total <= WIDTH:
             return (
-                f"takes a Fréchet distance of {WIDTH} features, of more than {WIDTH} samples, here are {self.total}: "
-                "give more, or set frechet to false and go by kid"
+                f"needs more than {WIDTH} samples for Fréchet distances of {WIDTH} features, got {self.total}: give "
+                "more, or set frechet to false and use kid"
             )
         return ""
 
     def evaluator(self, context: Context) -> Evaluator:
-        """The evaluator that compares samples with ADM's file where the name says so, else with all images of the data.
+        """Return an evaluator that compares samples with ADM's file or with all images of the data.
 
-        The reference's statistics are cached (`load_or_compute`). Every rank must call this. Raises `UserError` for
-        missing or wrong weights, a file that is not the reference meant, for more or fewer images than the name says,
-        and for too few.
+        The reference's statistics are cached (`load_or_compute`). Every rank must call this. Raises UserError if
+        weights are missing or wrong, if the file is not the protocol's reference, or if the number of images differs
+        from the standard or is too small.
         """
         standard = self.standard
         extractor = inception.load(None, context.device)
@@ -144,7 +146,7 @@ class ImageProtocol(Protocol):
             "rounding": "0 to 255",
         }
         real = load_or_compute({"protocol": self.kind, "dumo": version(), **facts}, count_reference)
-        facts["kid"] = kid_text(standard.subset)
+        facts["kid"] = kid_text(standard.kid_subset_size)
         self._require_enough_images(real)
         return ImageEvaluator(
             name=self.kind,
@@ -158,30 +160,30 @@ class ImageProtocol(Protocol):
         )
 
     def _require_enough_images(self, real: Statistics) -> None:
-        """Raise `UserError` where the data are too few for the scores, or the samples for KID."""
+        """Raise UserError if there are too few data for the scores, or too few samples for KID."""
         num_features = len(real.pool.mean)
         if self.frechet and real.pool.count <= num_features:
             raise UserError(
                 f"the data have {real.pool.count:,} images, and a Fréchet distance needs more than {num_features:,}: "
-                "set evaluate.protocol.frechet=false, and go by kid"
+                "set evaluate.protocol.frechet=false to use kid"
             )
-        subset_size = self.standard.subset
+        subset_size = self.standard.kid_subset_size
         num_real = len(real.features)
         if not self.frechet and min(self.total, num_real) < subset_size:
             raise UserError(
-                f"kid is over subsets of {subset_size:,} images, here are {self.total:,} samples and {num_real:,} "
-                "images of the data: give more, or choose protocol photos"
+                f"kid needs {subset_size:,} images on both sides, got {self.total:,} samples and {num_real:,} images "
+                "of the data: give more, or choose protocol photos"
             )
 
     def _adm_reference(self, extractor: Extractor, context: Context) -> tuple[dict[str, str], Callable[[], Statistics]]:
-        """What a report says of ADM's file, and a function that computes its statistics.
+        """Return the card entries of ADM's file, and a function that computes its statistics.
 
-        Raises `UserError` where the file is not named, or is not the reference of this protocol.
+        Raises UserError if no file is set, or if it is not the reference of this protocol.
         """
         if self.reference is None:
             raise UserError(
-                f"protocol {self.kind} compares with ADM's file {self.standard.url}: fetch it, and set "
-                "evaluate.protocol.reference to where it is"
+                f"protocol {self.kind} compares with ADM's file {self.standard.url}: download it, and set "
+                "evaluate.protocol.reference to its path"
             )
         path = user_path(self.reference, "evaluate.protocol.reference")
         file = reference.open_adm_file(path, self.kind, self.standard)
@@ -190,64 +192,74 @@ class ImageProtocol(Protocol):
     def _data_reference(
         self, extractor: Extractor, context: Context
     ) -> tuple[dict[str, str], Callable[[], Statistics]]:
-        """What a report says of the data, and a function that computes their statistics. Every rank must call it.
+        """Return the card entries of the data, and a function that computes their statistics.
 
-        Raises `UserError` where the data are endless, or have another number of images than the name says.
+        Every rank must call this. Raises UserError if the data are infinite, or if their number of images differs from
+        the standard.
         """
         data = context.data()
         if not isinstance(data, Finite):
-            raise UserError(f"protocol {self.kind} goes through all images of a data set, and this has none")
+            raise UserError(f"protocol {self.kind} needs a finite data set of images: choose another protocol")
         facts = reference.data_facts(data, self.kind, self.standard, context.split)
         return facts, partial(reference.data_statistics, extractor, data, context.tick)
 
     @model_validator(mode="after")
     def _refuse_needless_reference(self) -> "ImageProtocol":
         if self.reference and not self.standard.url:
-            raise UserError(f"protocol {self.kind} compares with the images of the data: leave out its reference")
+            raise UserError(f"protocol {self.kind} compares with the images of the data: remove its reference")
         return self
 
 
 @dataclass(frozen=True)
 class ImageEvaluator:
-    """Compares samples, batch by batch, with statistics of the data."""
+    """Compares samples with the statistics of the reference.
 
-    name: str  # of the protocol's kind; its draws are keyed by it
+    name: the protocol's kind, which keys random draws.
+    total: the number of samples.
+    frechet: whether to compute FID and sFID.
+    real: the statistics of the reference.
+    facts: entries of the report's card.
+    device: computes kernels and nearest neighbours.
+    """
+
+    name: str
     standard: Standard
-    total: int  # samples
-    frechet: bool  # whether FID and sFID are among the scores
+    total: int
+    frechet: bool
     extractor: Extractor
-    real: Statistics  # of the reference
-    facts: dict[str, str] = field(default_factory=dict[str, str])  # for the report's card
-    device: torch.device | str = "cpu"  # where kernels are summed and neighbours looked up
+    real: Statistics
+    facts: dict[str, str] = field(default_factory=dict[str, str])
+    device: torch.device | str = "cpu"
 
     def score(self, samples: NumberedSamples) -> Scores:
-        """`fid`, `sfid` (squared, as is the custom), `kid`, `is`, both with `_sd`, `precision` and `recall`.
+        """Return `fid` and `sfid` (squared distances), `kid` and `is` with `_sd`, `precision` and `recall`.
 
-        Of one split `is` has no `_sd`. Raises `UserError` where samples are missing, come twice, or are no images, and
-        where they are too few.
+        `is_sd` is missing if there is only one split. Raises UserError if samples are missing, duplicated, too few, or
+        not images.
         """
         return self.compare(self.statistics(samples))
 
     def statistics(self, samples: NumberedSamples) -> Statistics:
-        """The statistics of all samples, in [-1, 1], of all ranks. Every rank must call it."""
+        """Compute the statistics of samples in [-1, 1] from all ranks. Every rank must call this."""
         return gather(statistics_of(self.extractor, split_batches(samples), self.total), self.total)
 
     def compare(self, fake: Statistics) -> Scores:
-        """The scores of samples with these statistics. On a CPU core 50,000 against 50,000 take some ten minutes."""
+        """Return the scores of samples with these statistics. 50,000 samples and images take ten minutes on a core."""
         scores: Scores = {}
-        if self.frechet:  # first, because it refuses too few samples
+        # Compute Fréchet distances first, since they refuse too few samples.
+        if self.frechet:
             try:
                 scores["fid"] = frechet_distance(fake.pool, self.real.pool)
                 scores["sfid"] = frechet_distance(fake.spatial, self.real.spatial)
             except UserError as error:
-                raise UserError(f"{error}, or set frechet to false and go by kid") from error
+                raise UserError(f"{error}, or set frechet to false and use kid") from error
         fake_rows = fake.features.to(self.device)
         real_rows = self.real.features.to(self.device)
         scores["kid"], scores["kid_sd"] = kid(
             fake_rows,
             real_rows,
-            subsets=SUBSETS,
-            subset_size=self.standard.subset,
+            subsets=KID_SUBSETS,
+            subset_size=self.standard.kid_subset_size,
             generator=stream(self.name, "kid"),
         )
         scores["is"], spread = fake.inception_score.value()
@@ -257,7 +269,7 @@ class ImageEvaluator:
         return scores
 
     def baselines(self) -> dict[str, Scores]:
-        """`perfect`: the first score of a perfect sampler, of new real images; {} where there are too few images."""
+        """Return `perfect`: the first score of a perfect sampler; {} if there are too few real images."""
         rows = self.real.features.to(self.device)
         if self.frechet:
 
@@ -269,24 +281,25 @@ class ImageEvaluator:
                 return {}
             mean, sd = null_frechet.scaled_to(self.total, self.real.pool.count)
             return {"perfect": {"mean": mean, "sd": sd}}
-        subset_size = self.standard.subset
+        subset_size = self.standard.kid_subset_size
 
         def kid_of_rows(a: Tensor, b: Tensor) -> float:
             draws = stream(self.name, "kid", int(a[0]), int(b[0]))
-            mean, _ = kid(rows[a], rows[b], subsets=SUBSETS, subset_size=subset_size, generator=draws)
+            mean, _ = kid(rows[a], rows[b], subsets=KID_SUBSETS, subset_size=subset_size, generator=draws)
             return mean
 
-        scale = subset_scale(SUBSETS, subset_size)
+        scale = subset_scale(KID_SUBSETS, subset_size)
         null_kid = self._measure_null_distance(kid_of_rows, float(subset_size), scale)
         if null_kid is None:
             return {}
         _, sd = null_kid.scaled_to(self.total, len(rows), scale)
-        return {"perfect": {"mean": 0.0, "sd": sd}}  # a kernel distance has no bias
+        # A kernel distance is unbiased.
+        return {"perfect": {"mean": 0.0, "sd": sd}}
 
     def _measure_null_distance(
         self, distance: Callable[[Tensor, Tensor], float], min_part_rows: float, scale: Scale = full_scale
     ) -> NullDistance | None:
-        """Compare parts of the reference. Classes do not count, because they weigh little among 2,048 features."""
+        """Compare parts of the reference, ignoring classes, since their effect on 2,048 features is small."""
         same_class = torch.zeros(len(self.real.features), dtype=torch.long)
         return measure_null_distance(
             same_class,
@@ -299,11 +312,11 @@ class ImageEvaluator:
 
 
 def kid_text(subset_size: int) -> str:
-    """What a report says of `kid` and `kid_sd`."""
-    return f"mean and spread over {SUBSETS} subsets of {subset_size} images"
+    """Describe `kid` and `kid_sd` for a report's card."""
+    return f"mean and spread over {KID_SUBSETS} subsets of {subset_size} images"
 
 
 def split_batches(samples: NumberedSamples) -> Iterator[Batch]:
-    """The samples, in [-1, 1], as batches of numbers (n,) and colours of 0 to 255, of PIECE images at most."""
+    """Yield samples in [-1, 1] as batches of numbers (n,) and uint8 pixels, of at most BATCH_SIZE images."""
     for index, x in samples:
-        yield from zip(index.split(PIECE), to_uint8(x).split(PIECE), strict=True)
+        yield from zip(index.split(BATCH_SIZE), to_uint8(x).split(BATCH_SIZE), strict=True)

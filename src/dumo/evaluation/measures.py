@@ -1,21 +1,20 @@
-"""Measures by features that ship with the package: the protocols `cifar10-features`, `digits` and `toy`.
+"""The protocols `cifar10-features`, `digits` and `toy`, with bundled features.
 
-`open_cifar10`, `open_digits` and `open_toy` are the entrances, for `dumo.evaluation.bundled`. Each makes an
-evaluator (`dumo.evaluation.wholeset`) that waits for all samples, then calls the protocol's `score_...`; its
-`baselines_...` gives the scores of a perfect sampler and of noise. `features_of` serves others, too.
+`open_cifar10`, `open_digits` and `open_toy` make evaluators (`dumo.evaluation.wholeset`) for
+`dumo.evaluation.bundled`. When all samples are collected, the protocol's `score_*` computes the scores. Its
+`baselines_*` returns the scores of a perfect sampler and of noise.
 
-| protocol         | features            | judged as files hold them | leading score  | least samples |
-|------------------|---------------------|---------------------------|----------------|---------------|
-| cifar10-features | dumo's classifier   | yes: 256 levels           | `class_mmd`    | `MIN_CIFAR10` |
-| digits           | dumo's classifier   | most scores: 17 levels    | `class_mmd`    | `MIN_DIGITS`  |
-| toy              | none: the points    | no                        | `mmd2`         | `MIN_POINTS`  |
+| protocol         | features            | rounded to levels      | main score  | min samples   |
+|------------------|---------------------|------------------------|-------------|---------------|
+| cifar10-features | bundled classifier  | yes: 256 levels        | `class_mmd` | `MIN_CIFAR10` |
+| digits           | bundled classifier  | most scores: 17 levels | `class_mmd` | `MIN_DIGITS`  |
+| toy              | none: the points    | no                     | `mmd2`      | `MIN_POINTS`  |
 
-Without classes `mmd` leads. None of the three has a bias: a perfect sampler has 0 in the mean, whatever the numbers of
-samples and real images. A Fréchet distance to few images is larger than to many, so every score stands next to what a
-perfect sampler would have. No number is an FID: distances are in features of dumo's own classifiers, and compare with
-no published number.
+Without classes, the main score is `mmd`. All three main scores are unbiased: the expected score of a perfect sampler is
+0 for any number of samples and real images. Fréchet distances are biased, so scores are reported with the score of a
+perfect sampler. No distance is an FID or comparable with published numbers.
 
-Draws are keyed by the protocol's name, so the same samples and data have the same scores.
+Random draws are keyed by the protocol's name, so scores are deterministic.
 """
 
 from functools import lru_cache
@@ -40,7 +39,7 @@ from dumo.evaluation.mmd import (
 )
 from dumo.evaluation.neighbours import nearest, nearest_other, precision_recall
 from dumo.evaluation.protocol import Context, Evaluator, Protocol, Scores
-from dumo.evaluation.small_sets import WIDTH as CIFAR10_WIDTH  # the kernel's: it sees the same features
+from dumo.evaluation.small_sets import WIDTH as CIFAR10_WIDTH
 from dumo.evaluation.stored import StoredFeatures
 from dumo.evaluation.two_sample import auc_sd, two_sample_auc
 from dumo.evaluation.wholeset import Reference, WholeSetEvaluator, choose_rows, make_opener
@@ -48,40 +47,48 @@ from dumo.io.picture import from_uint8, to_uint8
 from dumo.runtime.random import noise, stream
 from dumo.types import Cond, Sample, UserError
 
-CIFAR10_KIND = "cifar10-features"  # the protocols' names, which key their draws
+# The names of the protocols, which also key random draws.
+CIFAR10_KIND = "cifar10-features"
 DIGITS_KIND = "digits"
 TOY_KIND = "toy"
-DIGITS_WIDTH = 8.0  # of the kernel: two digits are 8.0 apart, at the median
-TOY_WIDTHS = (0.05, 0.1, 0.2, 0.5, 1.0)  # of the kernels, in sd of the data: ours
-MAX_REAL = 10_000  # real images, or points, that kernels and the unit of `nearest` take at most: ours
-MIN_CIFAR10 = 1000  # images that cifar10-features judges at least, and compares with
-MIN_DIGITS = 500  # images that digits judges at least
-CIFAR10_SHAPE = (3, 32, 32)  # of an image
-MAX_CACHED = 2  # references whose features are kept for this process: ours
+# The kernel width: the median distance of two digits.
+DIGITS_WIDTH = 8.0
+# Kernel widths, in standard deviations of the data (our choice).
+TOY_WIDTHS = (0.05, 0.1, 0.2, 0.5, 1.0)
+# The largest number of real images or points in kernel distances and in the unit of `nearest` (our choice).
+MAX_REAL = 10_000
+# The smallest number of samples, and of real images, of cifar10-features.
+MIN_CIFAR10 = 1000
+MIN_DIGITS = 500
+CIFAR10_SHAPE = (3, 32, 32)
+# The number of references whose features stay in memory.
+MAX_CACHED = 2
 
 Features = Float[Tensor, "_ f"]
-Real = Float[Tensor, "_ *_"]  # of the data: images, points, or their features
+# Images, points, or features of the data.
+Real = Float[Tensor, "_ *_"]
 Classes = Int64[Tensor, " _"]
 
-feature_cache: dict[bytes, Features] = {}  # by a hash of the pixels; 26 MB for 50,000 images
+# Features by a hash of the pixels: 26 MB for 50,000 images.
+feature_cache: dict[bytes, Features] = {}
 
 
 # ----------------------------------------------------------------------------------------------------- cifar10-features
 
 
 def score_cifar10(x: Sample, c: Cond, reference: Reference) -> Scores:
-    """The scores of samples x (n, 3, 32, 32) that were asked for classes c (n,).
+    """Return the scores of samples x (n, 3, 32, 32) generated with classes c (n,).
 
     They are `mmd` and `class_mmd` with their standard errors, `fd`, `precision`, `recall`, `auc_features`, `nearest`,
-    and `accuracy`, the share that the classifier reads as c. Where all of c are equal, as without classes, there is no
-    `accuracy` and no `class_mmd`. Raises `UserError` if the reference has fewer than `MIN_CIFAR10` images.
+    and `accuracy`, the share of samples that the classifier assigns to c. If all of c are equal, as without classes,
+    `accuracy` and `class_mmd` are missing. Raises UserError if the reference has fewer than `MIN_CIFAR10` images.
 
     Images are clamped to [-1, 1] and rounded to 8 bits. `mmd` compares with at most `MAX_REAL` images of the reference.
-    `precision`, `recall` and `auc_features`, which is `two_sample_auc` of the features, compare with as many images as
-    there are samples: so both sides cover space alike, and 50,000 images would take minutes. The order of x decides how
-    `auc_features` halves it, and nothing else.
+    `precision`, `recall` and `auc_features` (`two_sample_auc` of features) compare with as many real images as samples,
+    so that both sides cover space with equal density; 50,000 images would also take minutes. Only `auc_features`
+    depends on the order of x, by which it splits x into halves.
 
-    The classifier was trained on the 50,000 training images, and has learned little by heart. The `fd` to them was, of
+    The classifier was trained on the 50,000 training images, with little overfitting. The `fd` to them was, for
 
         5,000 of them, drawn at random      0.34 +- 0.03
         5,000 unseen images, and 5,000 more 0.41, 0.34
@@ -100,17 +107,15 @@ def score_cifar10(x: Sample, c: Cond, reference: Reference) -> Scores:
 
 
 def _score_stored(x: Sample, c: Cond, stored: StoredFeatures) -> Scores:
-    """The scores of `score_cifar10` against stored features, but for `nearest`: the training images are not stored."""
+    """Return the scores of `score_cifar10` for stored features, without `nearest`, which needs the training images."""
     fake = features_of(x)
     return {**_compare_features(fake, c, stored.features, stored.c), **_accuracy(cifar10.classify(fake), c)}
 
 
 def _compare_features(fake: Features, c: Cond, real: Real, real_c: Classes) -> Scores:
-    """The scores of `score_cifar10` that compare features: `fake` (n, f) in classes c, `real` (m, f) in `real_c`."""
+    """Return the scores of `score_cifar10` that compare features `fake` (n, f) with `real` (m, f)."""
     if len(real) < MIN_CIFAR10:
-        raise UserError(
-            f"protocol {CIFAR10_KIND} compares with {MIN_CIFAR10} images or more, here are {len(real)}: add some"
-        )
+        raise UserError(f"protocol {CIFAR10_KIND} needs {MIN_CIFAR10} real images or more, got {len(real)}: add some")
     rows = _shuffled_rows(len(real))
     kernel_rows = rows[:MAX_REAL]
     as_many_real = real[rows[: len(fake)]]
@@ -125,9 +130,9 @@ def _compare_features(fake: Features, c: Cond, real: Real, real_c: Classes) -> S
 
 
 def baselines_cifar10(reference: Reference, sample_c: Cond) -> dict[str, Scores]:
-    """Baselines for each score except precision and recall: `perfect` and `noise`.
+    """Return the baselines `perfect` and `noise` of all scores except precision and recall.
 
-    `sample_c` (n,) are the classes of the samples. `perfect` has the mean and the sd expected of n new real images.
+    `sample_c` (n,) are the classes of the samples. `perfect` has the expected mean and sd for n new real images.
     """
     real = cached_features(reference.x)
     trained = None if reference.trained is None else cached_features(reference.trained)
@@ -137,14 +142,14 @@ def baselines_cifar10(reference: Reference, sample_c: Cond) -> dict[str, Scores]
 
 
 def _baselines_of_stored(stored: StoredFeatures, sample_c: Cond) -> dict[str, Scores]:
-    """The baselines of `baselines_cifar10` against stored features, but for `nearest`."""
+    """Return the baselines of `baselines_cifar10` for stored features, without `nearest`."""
     return _baselines_of_features(stored.features, stored.c, sample_c)
 
 
 def _baselines_of_features(real: Real, real_c: Classes, sample_c: Classes) -> dict[str, Scores]:
-    """The baselines of `baselines_cifar10` but for `nearest`, by the features `real` (m, f) in classes `real_c`."""
+    """Return the baselines of `baselines_cifar10` without `nearest`, from the features `real` (m, f)."""
     num_samples = len(sample_c)
-    # the rows that samples are compared with, in the reference's order: a deviation is computed from every k-th
+    # Sort the compared rows, since null deviations are computed from every k-th row.
     kernel_rows = _shuffled_rows(len(real))[:MAX_REAL].sort().values
     perfect = perfect_sampler_scores(
         CIFAR10_KIND,
@@ -164,17 +169,17 @@ def _baselines_of_features(real: Real, real_c: Classes, sample_c: Classes) -> di
 
 
 def _shuffled_rows(num_real: int) -> Int64[Tensor, " m"]:
-    """The rows of the reference in random order. Comparisons take the first of them, so they see every class."""
+    """Return the rows of the reference in random order, so that the first rows contain all classes."""
     return torch.randperm(num_real, generator=stream(CIFAR10_KIND, "neighbours"))
 
 
 def features_of(x: Sample) -> Features:
-    """The features (n, f) of images (n, 3, 32, 32) after they are clamped and rounded to 8 bits."""
+    """Compute the features (n, f) of images (n, 3, 32, 32) clamped and rounded to 8 bits."""
     return torch.cat([cifar10.features(from_uint8(to_uint8(part))) for part in x.split(IMAGES_AT_ONCE)])
 
 
 def cached_features(x: Sample) -> Features:
-    """The features (m, f) of a reference (m, 3, 32, 32), computed once in a process for the same pixels."""
+    """Compute the features (m, f) of a reference (m, 3, 32, 32), cached in this process by its pixels."""
     pixels_hash = blake2b()
     for part in x.split(IMAGES_AT_ONCE):
         pixels_hash.update(to_uint8(part).cpu().contiguous().numpy().data)
@@ -192,16 +197,16 @@ def cached_features(x: Sample) -> Features:
 
 
 def score_digits(x: Sample, c: Cond, reference: Reference) -> Scores:
-    """The scores of samples x (n, 1, 8, 8) that were asked for classes c (n,).
+    """Return the scores of samples x (n, 1, 8, 8) generated with classes c (n,).
 
     They are `mmd` and `class_mmd` with their standard errors, `fd_grey`, `fd`, `precision`, `recall`, `auc`,
-    `pixel_fd`, `nearest` and `accuracy`. `auc` is `two_sample_auc` of pixels, 0.5 where samples cannot be distinguished
-    from digits; `accuracy` is the share that the classifier reads as c. `auc`, `pixel_fd` and `nearest` see pixels, the
-    others features. If images were held out of training, they are the reference.
+    `pixel_fd`, `nearest` and `accuracy`. `auc` is `two_sample_auc` of pixels, 0.5 if samples are indistinguishable from
+    digits; `accuracy` is the share of samples that the classifier assigns to c. `auc`, `pixel_fd` and `nearest` compare
+    pixels, all other scores features. If images were held out of training, they are the reference.
 
-    `fd`, `precision`, `recall` and `accuracy` judge samples as the net makes them. The others, the leading score among
-    them, judge samples as a file holds them, clamped to [-1, 1] and rounded to the 17 levels of the data: half of the
-    pixels of a digit are at the end of the range, where clamped noise is no longer noise but a shift.
+    `fd`, `precision`, `recall` and `accuracy` evaluate samples unchanged. All other scores evaluate samples clamped to
+    [-1, 1] and rounded to the 17 levels of the data: half of the pixels of a digit are at the limits of the range,
+    where clamped noise is a shift.
     """
     real = reference.x
     rounded = _round_to_grey_levels(x)
@@ -223,10 +228,10 @@ def score_digits(x: Sample, c: Cond, reference: Reference) -> Scores:
 
 
 def baselines_digits(reference: Reference, sample_c: Cond) -> dict[str, Scores]:
-    """Baselines for each score except precision and recall: `perfect` and `noise`.
+    """Return the baselines `perfect` and `noise` of all scores except precision and recall.
 
-    `sample_c` (n,) are the classes of the samples. `perfect` has the mean and the sd expected of n new digits. Digits
-    have the data's grey levels already, so `fd_grey` equals `fd`.
+    `sample_c` (n,) are the classes of the samples. `perfect` has the expected mean and sd for n new digits. `fd_grey`
+    equals `fd`, since digits already have the data's grey levels.
     """
     num_samples = len(sample_c)
     x = reference.x
@@ -253,7 +258,7 @@ def baselines_digits(reference: Reference, sample_c: Cond) -> dict[str, Scores]:
 
 
 def _round_to_grey_levels(x: Sample) -> Sample:
-    """The samples with each pixel at the nearest of the 17 grey levels that the data has from -1 to 1."""
+    """Round pixels to the nearest of the data's 17 grey levels from -1 to 1."""
     return ((x.clamp(-1, 1) + 1) * 8).round() / 8 - 1
 
 
@@ -261,24 +266,25 @@ def _round_to_grey_levels(x: Sample) -> Sample:
 
 
 def score_toy(x: Sample, c: Cond, reference: Reference) -> Scores:
-    """The score `mmd2` of points x (n, d), unbiased MMD^2 in the points' own space; the classes c are not read.
+    """Return the unbiased MMD^2, `mmd2`, of points x (n, d), ignoring classes.
 
-    The kernels are Gaussian, of `TOY_WIDTHS` sd of the data. A finite reference is compared with by at most `MAX_REAL`
-    of its points; raises `UserError` where one without end has other than n.
+    The kernels are Gaussians with `TOY_WIDTHS` times the sd of the data. At most `MAX_REAL` points of a finite
+    reference are used. Raises UserError if an infinite reference does not have n points.
     """
     real = reference.x.cpu()
     if reference.redraw is None:
         real = real[choose_rows(len(real), MAX_REAL, TOY_KIND)]
-    elif len(real) != len(x):  # the baseline is of as many points on both sides
-        raise UserError(f"protocol toy compares {len(x)} points with as many, here are {len(real)}: draw as many")
+    elif len(real) != len(x):
+        # The baseline compares equal numbers of points.
+        raise UserError(f"protocol toy needs {len(x)} points of the data, got {len(real)}: draw equal numbers")
     return {"mmd2": mmd2(x.cpu(), real, _toy_widths(reference.x))}
 
 
 def baselines_toy(reference: Reference, sample_c: Cond) -> dict[str, Scores]:
-    """The baseline `null`: mean and sd of `mmd2` between independent draws of n points of the data.
+    """Return the baseline `null`: mean and sd of `mmd2` between two independent draws of n points of the data.
 
-    `sample_c` (n,) are the classes of the points, of which the number alone counts. `null` is what `perfect` is
-    elsewhere, under the name that files have. {} where the reference cannot be drawn anew.
+    Only the length n of `sample_c` is used. Other protocols call this baseline `perfect`. The result is {} if the data
+    are finite.
     """
     if reference.redraw is None:
         return {}
@@ -287,7 +293,7 @@ def baselines_toy(reference: Reference, sample_c: Cond) -> dict[str, Scores]:
 
 
 def _toy_widths(x: Sample) -> list[float]:
-    """`TOY_WIDTHS` times the sd of the data x (n, d), the root of the mean variance of its coordinates."""
+    """Return `TOY_WIDTHS` times the sd of the data x (n, d), the root of the mean variance of its coordinates."""
     sd = x.double().var(0).mean().sqrt().item()
     return [width * sd for width in TOY_WIDTHS]
 
@@ -296,39 +302,40 @@ def _toy_widths(x: Sample) -> list[float]:
 
 
 def _noise_scores(z: Features, real: Real, *, width: float, sample_c: Classes, real_c: Classes) -> Scores:
-    """`mmd` of noise with features z, as `mean` and `sd`, and its `class_mmd` if samples are judged by class."""
+    """Return `mmd` of noise with features z, as `mean` and `sd`, and its `class_mmd` if there are classes."""
     distance = gaussian_mmd(z, real, width)
     by_class = noise_class_mmd(z, real, width=width, sample_c=sample_c, real_c=real_c)
     return {"mean": distance.value, "sd": distance.error, **by_class}
 
 
 def _perfect_auc(name: str, *, num_samples: int, num_real: int) -> Scores:
-    """The AUC of a perfect sampler and its sd, under `name`."""
+    """Return the AUC of a perfect sampler and its sd, as the score `name`."""
     return {name: 0.5, f"{name}_sd": auc_sd(num_samples, num_real)}
 
 
 def _accuracy(predicted_c: Cond, c: Cond) -> Scores:
-    """`accuracy`, the share of images whose predicted class is c; {} where all of c are equal."""
+    """Return `accuracy`, the share of images whose predicted class is c; {} if all of c are equal."""
     if not (c != c[0]).any():
         return {}
     return {"accuracy": (predicted_c == c.cpu()).double().mean().item()}
 
 
 def _perfect_accuracy(predicted_c: Cond, real_c: Cond, num_samples: int) -> Scores:
-    """`accuracy` of real images, and the sd of that of `num_samples` new ones; {} where all of `real_c` are equal."""
+    """Return `accuracy` of real images, with its sd for `num_samples` new images; {} if all of `real_c` are equal."""
     scores = _accuracy(predicted_c, real_c)
     if "accuracy" in scores:
         num_real = len(real_c)
-        p = (scores["accuracy"] * num_real + 1) / (num_real + 2)  # Laplace's estimate, which is never 1
+        # Laplace's estimate is never 1.
+        p = (scores["accuracy"] * num_real + 1) / (num_real + 2)
         scores["accuracy_sd"] = (p * (1 - p) * (1 / num_samples + 1 / num_real)) ** 0.5
     return scores
 
 
 def _nearness(fake: Real, real: Real, trained: Real | None) -> float:
-    """The mean distance of samples to their nearest training image, over that of real images: copies have 0.
+    """Return the mean distance of samples to the nearest training image, relative to real images; 0 for copies.
 
-    `trained` are the training images, and `real` was held out; None: `real` was trained on, and the distance of a real
-    image is that to its nearest other one.
+    `trained` are the training images if `real` was held out. None means that `real` are the training images; a real
+    image is then compared with all other ones.
     """
     training_images = real if trained is None else trained
     distances, _ = nearest(training_images, fake)
@@ -336,15 +343,18 @@ def _nearness(fake: Real, real: Real, trained: Real | None) -> float:
 
 
 def _perfect_nearness(real: Real, trained: Real | None, num_samples: int) -> Scores:
-    """The score `nearest` of `num_samples` new real images, which is 1 in the mean, and its sd."""
+    """Return the expected score `nearest` of `num_samples` new real images, which is 1, and its sd."""
     distances = _real_distances(real, trained)
     relative_sd = (distances.std() / distances.mean()).item()
     return {"nearest": 1.0, "nearest_sd": relative_sd * (1 / num_samples + 1 / len(distances)) ** 0.5}
 
 
-@lru_cache(maxsize=MAX_CACHED)  # by tensor: an evaluation calls it once for each number of passes
+@lru_cache(maxsize=MAX_CACHED)
 def _real_distances(real: Real, trained: Real | None) -> Float64[Tensor, " n"]:
-    """The distance of real images to their nearest training image other than themselves; of `MAX_REAL` at most."""
+    """Return the distances of up to `MAX_REAL` real images to their nearest other training image.
+
+    They are cached by tensor, since an evaluation needs them for each NFE.
+    """
     step = -(-len(real) // MAX_REAL)
     measured_rows = torch.arange(len(real))[::step]
     if trained is None:
@@ -353,7 +363,7 @@ def _real_distances(real: Real, trained: Real | None) -> Float64[Tensor, " n"]:
     return distances
 
 
-# ---------------------------------------------------------------- what a report says of the features, and the entrances
+# ------------------------------------------------------------------------- card entries, and functions that open these
 
 
 def _classifier_facts(classifier: ShippedClassifier, data_name: str) -> dict[str, str]:
@@ -379,7 +389,7 @@ _open_cifar10_images = make_opener(_cifar10_facts, score_cifar10, baselines_cifa
 
 
 def open_cifar10(protocol: Protocol, context: Context) -> Evaluator:
-    """An evaluator that compares with images, or, where the context has them, with their stored features."""
+    """Return an evaluator that compares with images, or with their stored features if the context has them."""
     if context.stored is None:
         return _open_cifar10_images(protocol, context)
     stored = StoredFeatures.read(context.stored, cifar10.sha256)

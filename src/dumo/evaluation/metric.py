@@ -1,87 +1,94 @@
-"""The metrics: what must be known of a score to read it, a line for each in `METRICS`.
+"""Properties of the metrics, one line each in `METRICS`, by the names of scores (`dumo.evaluation.protocol.Scores`).
 
-A protocol returns scores by name (`dumo.evaluation.protocol.Scores`). For such a name
-
-- `metric` looks up which way is better, in which space samples are compared, and what the score may decide;
-- `higher_is_better` is the most common question;
-- `headline_score` chooses the score that counts among several;
-- `is_trained_on` says whether a run learned from what the score measures.
-
-A new metric has a line here, its description in `dumo.config` (words.yaml), and a protocol that measures it.
+`metric` looks up a score, `headline_score` selects the main one among several, and `is_trained_on` is true if a run
+was trained on what the score measures. To add a metric, add a line here, its description in `dumo.config` (words.yaml),
+and a protocol that computes it.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-CLASS_MMD = "class_mmd"  # leads where both sides have classes
-CLASSES_SHA256 = "classes_sha256"  # on a card: of the classes of the reference, where samples are judged by class
-SAMPLE_SPACE = "numbers"  # `trained_on` on a card, where a loss compares the numbers of samples themselves
+# The main score if both samples and data have classes.
+CLASS_MMD = "class_mmd"
+# The card's hash of the classes of the reference, if samples are compared by class.
+CLASSES_SHA256 = "classes_sha256"
+# The value of `trained_on` in a card if the loss compares samples themselves instead of features.
+SAMPLE_SPACE = "numbers"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What the name of a score means; the defaults are those of a name that is not in `METRICS`."""
+    """The properties of a score. The defaults hold for scores that are not in `METRICS`.
 
-    better: Literal["lower", "higher", "equal"] = "lower"  # equal: to a perfect sampler's
-    in_sample_space: bool = False  # compares the numbers of samples themselves; False: their features
-    in_summary: bool = False  # shown in a summary, also where another score leads
-    # over two deviations worse than a perfect sampler's, this score alone says that samples are not like the data
+    better: "equal" means equal to the score of a perfect sampler.
+    in_sample_space: compares samples themselves instead of their features.
+    in_summary: shown in summaries even if another score is the main one.
+    can_reject: samples are reported as unlike the data if this score alone is two deviations worse than a perfect
+        sampler's.
+    needs_many_images: a perfect sampler's score cannot be estimated from few images.
+    sd_is_spread: NAME_sd is the spread over subsets or splits of the samples, not a standard error, so scores are not
+        ranked by it.
+    """
+
+    better: Literal["lower", "higher", "equal"] = "lower"
+    in_sample_space: bool = False
+    in_summary: bool = False
     can_reject: bool = False
-    needs_many_images: bool = False  # with few, nobody can say what a perfect sampler would have
-    # NAME_sd is the spread over subsets or splits of the samples; it is no standard error, so nothing is ranked by it
+    needs_many_images: bool = False
     sd_is_spread: bool = False
 
 
-# in the order in which a verdict names them
+# In the order in which a report's verdict lists them.
 METRICS: Mapping[str, Metric] = {
-    # a classifier of samples and data; below 0.5: samples are closer to the data than data are (copies)
+    # The AUC of a classifier between samples and data. Copies are closer to the data than new data are: below 0.5.
     "auc": Metric("equal", in_sample_space=True, can_reject=True),
     "auc_features": Metric("equal", can_reject=True),
-    # kernel distances within each class
+    # Kernel distances within each class.
     CLASS_MMD: Metric(in_summary=True, can_reject=True),
-    # how often a classifier finds the class that was asked for
+    # The share of samples that a classifier assigns to their class.
     "accuracy": Metric("higher", can_reject=True),
-    # the distance to the nearest training image, which is small for memorised ones; the share that are copies
+    # The distance to the nearest training image, which is small for memorised images, and the share of copies.
     "nearest": Metric("higher", in_sample_space=True, in_summary=True, can_reject=True),
     "copies": Metric(in_sample_space=True, in_summary=True, can_reject=True),
-    # kernel and Frechet distances
+    # Kernel and Fréchet distances.
     "mmd": Metric(needs_many_images=True),
     "mmd2": Metric(in_sample_space=True),
     "fd": Metric(needs_many_images=True),
     "fd_grey": Metric(needs_many_images=True),
     "pixel_fd": Metric(in_sample_space=True),
-    # by Inception's features
+    # Scores with the features of Inception.
     "fid": Metric(needs_many_images=True),
     "sfid": Metric(),
     "kid": Metric(needs_many_images=True, sd_is_spread=True),
     "is": Metric("higher", sd_is_spread=True),
-    # by the neighbours of features
-    "precision": Metric("higher"),  # in no summary, for noise has a high one
+    # Scores from nearest neighbours. Noise also has a high precision, so summaries leave it out.
+    "precision": Metric("higher"),
     "recall": Metric("higher", in_summary=True),
-    # bits per dimension: the negative log-likelihood
+    # Bits per dimension: the negative log-likelihood.
     "bits": Metric(),
-    # how well images fit their captions
+    # The similarity of images and captions.
     "clip_score": Metric("higher"),
 }
 
 
 def metric(score: str) -> Metric:
-    """What the name of a score means; for an unknown name the defaults: lower is better, by features."""
+    """Return the properties of a score. An unknown score has the defaults: lower is better, in feature space."""
     return METRICS.get(score, Metric())
 
 
 def higher_is_better(score: str) -> bool:
-    """Whether more is better; False also where the score should equal a perfect sampler's."""
+    """Whether higher is better. False also if the score should equal a perfect sampler's."""
     return metric(score).better == "higher"
 
 
 def headline_score(scores: Collection[str], card: Mapping[str, Any] | None = None) -> str:
-    """The score that counts: `class_mmd`, which alone depends on classes, else the first of `scores`.
+    """Return the main score: `class_mmd`, which alone depends on classes, else the first of `scores`.
 
-    Scores that the run of this card was trained on are passed over, unless all are. `scores` has one at least.
+    Scores that the run of this card was trained on are skipped, unless all are. `scores` must not be empty.
     """
-    ranked = sorted(scores, key=lambda score: score != CLASS_MMD)  # a stable order
+    # Sorting is stable.
+    ranked = sorted(scores, key=lambda score: score != CLASS_MMD)
     for score in ranked:
         if not is_trained_on(score, card or {}):
             return score
@@ -89,11 +96,11 @@ def headline_score(scores: Collection[str], card: Mapping[str, Any] | None = Non
 
 
 def is_trained_on(score: str, card: Mapping[str, Any]) -> bool:
-    """Whether a score measures what the run of this card was trained on, and so cannot judge it.
+    """Whether the run of this card was trained on what a score measures, which makes the score biased.
 
-    A card has two texts. `trained_on` is what the loss compared: SAMPLE_SPACE, or, on cards of an older dumo, the name
-    of features; "" for neither. `features` describes the features of the protocol, and has their name in it. A loss on
-    samples concerns the scores in sample space, a loss on features those by the same features.
+    The card's `trained_on` is SAMPLE_SPACE if the loss compared samples, a feature name if it compared features, or "".
+    A loss on samples affects scores in sample space; a loss on features affects scores with the same features, whose
+    name occurs in the card's `features`.
     """
     loss_space = card.get("trained_on", "")
     if not loss_space:

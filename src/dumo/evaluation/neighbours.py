@@ -1,12 +1,11 @@
-"""Precision and recall by nearest neighbours (Kynkäänniemi et al. 2019), and the nearest data of a sample.
+"""Precision and recall by nearest neighbours (Kynkäänniemi et al. 2019), and distances to the nearest data.
 
-A set of points stands for the region it covers: a ball around each, out to its k-th nearest neighbour in the set.
-Precision is the share of fakes in the region of the data, recall the share of data in the region of the fakes
-(Eqs. 1, 2). Blur and noise lower precision, missing modes lower recall.
+The support of a set of points is estimated by balls around each point that extend to its k-th nearest neighbour in the
+set. Precision is the share of fake points in the support of the real ones, and recall the share of real points in the
+support of the fake ones (Eqs. 1, 2). Blur and noise lower precision, missing modes lower recall.
 
-Distances are computed in two steps, in float64. Products of matrices, by |x|^2 + |c|^2 - 2 x.c, find the nearest
-centres of each row; the distances to these are then computed again from differences, so that a copy is at distance 0
-and not at the root of a rounding error.
+Distances are computed in two steps, in float64. Matrix products, |x|^2 + |c|^2 - 2 x.c, find the nearest centres of
+each row. Their distances are then recomputed from differences, so that the distance of a copy is exactly 0.
 """
 
 import torch
@@ -18,20 +17,21 @@ from dumo.types import UserError
 Real = Float[Tensor, "n *d"]
 Fake = Float[Tensor, "m *d"]
 
-NUM_NEIGHBOURS = 3  # of precision and recall, by which all protocols measure them (Kynkäänniemi et al. 2019)
-BLOCK = 512  # rows of a block of distances
-SPARE = 4  # candidates besides the k nearest: rounding may order equal distances differently
+# The number of neighbours of precision and recall in all protocols (Kynkäänniemi et al. 2019).
+NUM_NEIGHBOURS = 3
+# The number of rows per block of distances.
+BLOCK = 512
+# Candidates besides the k nearest, since rounding can change the order of equal distances.
+SPARE = 4
 
 
 def precision_recall(real: Real, fake: Fake, k: int = NUM_NEIGHBOURS) -> tuple[float, float]:
-    """Precision and recall, shares in [0, 1], by the k-th nearest neighbours.
+    """Compute precision and recall, in [0, 1], with the k-th nearest neighbours.
 
-    Raises `UserError` if a side has no more than k rows.
+    Raises UserError unless both sides have more than k rows.
     """
     if k >= min(len(real), len(fake)):
-        raise UserError(
-            f"{k} neighbours need more than {k} rows, here are {len(real)} and {len(fake)}: give more samples"
-        )
+        raise UserError(f"{k} neighbours need more than {k} rows, got {len(real)} and {len(fake)}: give more samples")
     real = real.flatten(1)
     fake = fake.flatten(1)
     precision = _share_inside(fake, real, _radii(real, k))
@@ -40,26 +40,28 @@ def precision_recall(real: Real, fake: Fake, k: int = NUM_NEIGHBOURS) -> tuple[f
 
 
 def nearest(real: Real, fake: Fake) -> tuple[Float64[Tensor, " m"], Int64[Tensor, " m"]]:
-    """For each fake its nearest real row: the Euclidean distance over all axes but the first, and the row's index."""
+    """Return the Euclidean distance and the index of the nearest real row for each fake row."""
     distances, indices = _nearest(fake.flatten(1), real.flatten(1), 1)
     return distances[:, 0], indices[:, 0]
 
 
 def nearest_other(x: Real, rows: Int64[Tensor, " m"]) -> Float64[Tensor, " m"]:
-    """The distance (m,) of the given rows of x to their nearest other row of x, which has 2 rows at least."""
+    """Return the distances (m,) of the given rows of x to their nearest other row. x must have 2 rows or more."""
     x = x.flatten(1)
     distances, _ = _nearest(x[rows], x, 2)
-    return distances[:, 1]  # the row itself, at 0, comes first
+    # The first neighbour is the row itself.
+    return distances[:, 1]
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
-    """The distance (n,) of every row to its k-th nearest other row."""
+    """Return the distance (n,) of every row to its k-th nearest other row."""
     distances, _ = _nearest(x, x, k + 1)
-    return distances[:, k]  # the row itself, at 0, comes first
+    # The first neighbour is the row itself.
+    return distances[:, k]
 
 
 def _nearest(x: Tensor, centres: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """For every row of x its k nearest centres in their order: distances (n, k) and indices (n, k)."""
+    """Return the sorted distances (n, k) and the indices (n, k) of the k nearest centres of every row of x."""
     all_distances: list[Tensor] = []
     all_indices: list[Tensor] = []
     middle = centres.double().mean(0)
@@ -73,7 +75,7 @@ def _nearest(x: Tensor, centres: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _share_inside(x: Tensor, centres: Tensor, radii: Tensor) -> float:
-    """The share of the rows of x that lie in a ball around one of the centres, of the radius of that centre."""
+    """Return the share of the rows of x that lie in at least one of the balls with these centres and radii."""
     num_inside = 0
     middle = centres.double().mean(0)
     for rows in x.split(BLOCK):
@@ -85,7 +87,7 @@ def _share_inside(x: Tensor, centres: Tensor, radii: Tensor) -> float:
 
 
 def _square_distances(x: Tensor, centres: Tensor, middle: Tensor) -> Tensor:
-    """Squared distances (n, m) by products of matrices, in float64. Rows are taken about `middle`, to round less."""
+    """Compute squared distances (n, m) by matrix products in float64. Subtracting `middle` reduces rounding errors."""
     x = x.double() - middle
     centres = centres.double() - middle
     products = torch.addmm(centres.square().sum(1), x, centres.mT, alpha=-2)
@@ -93,5 +95,5 @@ def _square_distances(x: Tensor, centres: Tensor, middle: Tensor) -> Tensor:
 
 
 def pair_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distances in float64, computed from differences: (..., n, d), (..., m, d) -> (..., n, m)."""
+    """Compute Euclidean distances from differences in float64: (..., n, d), (..., m, d) -> (..., n, m)."""
     return torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist")

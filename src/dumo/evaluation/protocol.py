@@ -1,17 +1,17 @@
-"""The interface of every protocol, a named way to judge samples.
+"""The interface of evaluation protocols.
 
-`Protocol` is the base of all specs: its `kind` fixes how samples are judged. In order, a caller
+`Protocol` is the base class of all specs. A caller
 
-1. asks `check` whether samples of a shape can be judged, before any work;
-2. hands what is known of the data to `evaluator`, as a `Context`, and gets an `Evaluator`;
+1. calls `check`, which raises UserError if samples of a shape cannot be evaluated;
+2. passes the data, as a `Context`, to `evaluator`, which returns an `Evaluator`;
 3. calls the evaluator's `score` with samples, and `baselines` for scores to compare with.
 
-Samples come in batches with their numbers, on several ranks each rank's own share. Every rank must call the evaluator,
-and all get the same scores, however the samples were split over batches and ranks. All else that the scores depend on
-is in the evaluator's `facts`, which a report prints; two reports with different facts are not compared.
+Samples are passed in numbered batches, on several ranks as each rank's share. Every rank must call the evaluator, and
+all get the same scores, independent of the split over batches and ranks. Everything else that affects scores is in the
+evaluator's `facts`, which become part of a report's card; reports with different facts are not compared.
 
-`ModelProtocol` is the base of those that judge images by a model whose folder the user names.
-`dumo.evaluation.metric` says what the name of a score means.
+`ModelProtocol` is the base class of protocols with a model chosen by the user. `dumo.evaluation.metric` has the
+properties of scores.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, runtime_checkable
-from typing import Protocol as Interface  # `Protocol` is the specs' base here
+from typing import Protocol as Interface
 
 import torch
 from jaxtyping import Int64
@@ -35,123 +35,139 @@ from dumo.types import HUB_MODEL, PLACE, Cond, Spec, UserError
 
 MODEL_FIELD = "evaluate.protocol.model"
 
-Scores = dict[str, float]  # by name. The first leads; lower is better, unless `metric.higher_is_better`
-NumberedSamples = Iterable[tuple[Tensor, Tensor]]  # numbers (n,) and samples (n, *d), in batches of any sizes
-ImageTick = Callable[[int, int], object]  # called with the number of images that are done, and of all images
+# By name. The first is the main score. Lower is better, unless `metric.higher_is_better`.
+Scores = dict[str, float]
+# Batches of any size, with numbers (n,) and samples (n, *d).
+NumberedSamples = Iterable[tuple[Tensor, Tensor]]
+# Called with the number of images that are done, and of all images.
+ImageTick = Callable[[int, int], object]
 
 
 @runtime_checkable
 class Evaluator(Interface):
-    """Scores samples against data that it knows."""
+    """Scores samples against data."""
 
     @property
     def facts(self) -> Mapping[str, str]:
-        """What scores depend on besides the samples, for a report's card: the features, the reference and others."""
+        """Entries of a report's card on which scores depend, such as the features and the reference."""
         ...
 
     def score(self, samples: NumberedSamples) -> Scores:
-        """The scores by name. Every rank must call it.
+        """Return the scores by name. Every rank must call this.
 
-        Raises UserError where samples are missing, come twice, or cannot be judged.
+        Raises UserError if samples are missing, duplicated, or cannot be evaluated.
         """
         ...
 
     def baselines(self) -> dict[str, Scores]:
-        """Scores to compare with, by the name of the baseline: `perfect`, for one, has those of a perfect sampler.
+        """Return scores to compare with by the name of the baseline, such as `perfect` for a perfect sampler.
 
-        Each baseline has `mean` and `sd`: the leading score, and its standard deviation.
+        Each baseline has `mean` and `sd`: the main score and its standard deviation.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a protocol needs to make its evaluator: the data, their classes, and where to compute."""
+    """The data and settings from which a protocol makes its evaluator.
 
-    data: Callable[[], Data]  # opens the data
-    classes: int = 0  # the number of classes of the data; 0: they have none
-    seed: int = 0  # of draws from data without end
+    data: opens the data.
+    classes: the number of classes; 0 means data without classes.
+    seed: keys draws from infinite data.
+    tick: called while images of the data are read.
+    captions: opens the data and returns them with the caption of each sample, an index (total,) into all texts, and the
+        texts. None means data without captions.
+    c: the class (total,) of each sample. None means `Protocol.labels`.
+    trained: opens the training data if `data` was held out. None means that `data` are the training data.
+    stored: a file with features of the data (`dumo.evaluation.stored`), which replaces the data.
+    split: the split that `data` opens. None means the training split.
+    """
+
+    data: Callable[[], Data]
+    classes: int = 0
+    seed: int = 0
     device: torch.device | str = "cpu"
-    tick: ImageTick | None = None  # is called while images of the data are read
-    # opens the data, and gives the caption of each sample as an index (total,) into the texts, and all texts; None: the
-    # data have no captions
+    tick: ImageTick | None = None
     captions: Callable[[], tuple[Data, Cond, Sequence[str]]] | None = None
-    c: Cond | None = None  # the class (total,) of each sample, where others made the samples; None: `Protocol.labels`
-    trained: Callable[[], Data] | None = None  # opens what was trained on, where `data` was held out of it
-    stored: Path | None = None  # a file of features of the data (`dumo.evaluation.stored`), read in place of the data
-    split: str | None = None  # of the images, that `data` opens; None: that of the training
+    c: Cond | None = None
+    trained: Callable[[], Data] | None = None
+    stored: Path | None = None
+    split: str | None = None
 
 
 class Protocol(Spec, ABC):
-    """A named way to judge samples. `kind` fixes all defaults, and fields that differ from them show in `name`."""
+    """The base class of protocols. `kind` fixes all defaults, and fields that deviate from them show in `name`."""
 
-    kind: Any  # a literal in each protocol; declared here to be the first field
-    samples: int | None = Field(default=None, ge=2, le=limits.SAMPLES)  # how many; None: `standard_samples`
+    # A literal in subclasses, declared here to be the first field.
+    kind: Any
+    # The number of samples. None means `standard_samples`.
+    samples: int | None = Field(default=None, ge=2, le=limits.SAMPLES)
 
     @property
     @abstractmethod
     def standard_samples(self) -> int:
-        """How many samples the name fixes."""
+        """The number of samples fixed by the kind."""
 
     @abstractmethod
-    def why_unfit(self, shape: tuple[int, ...], classes: int) -> str:
-        """Why samples of this decoded shape, in this number of classes, cannot be judged; "" where they can.
+    def find_problem(self, shape: tuple[int, ...], classes: int) -> str:
+        """Return the problem with samples of this decoded shape and number of classes; "" if there is none.
 
-        The text is a predicate, which `check` puts after "protocol NAME": "judges images, not samples of shape (2,)".
+        `check` puts the text after "protocol KIND", for example "evaluates images, not samples of shape (2,)".
         """
 
     @abstractmethod
     def evaluator(self, context: Context) -> Evaluator:
-        """An evaluator for these data. Raises `UserError` where the data, or files it needs, are missing or damaged."""
+        """Return an evaluator for these data. Raises UserError if data or required files are missing or damaged."""
 
     @property
     def total(self) -> int:
-        """How many samples are judged."""
+        """The number of samples."""
         return self.samples or self.standard_samples
 
     @property
     def name(self) -> str:
-        """`kind`, followed by the `deviations` from it in brackets."""
+        """`kind`, followed by its `deviations` in brackets."""
         return protocol_name(self.kind, *self.deviations)
 
     @property
     def deviations(self) -> list[str]:
-        """What differs from what `kind` fixes, in words."""
+        """Descriptions of all settings that deviate from the kind."""
         if self.total == self.standard_samples:
             return []
         return [f"{self.total} samples"]
 
     @property
     def missing(self) -> str | None:
-        """Which file or field is missing, so that nothing can be judged here; None: nothing is."""
+        """A missing file or field without which the protocol cannot run; None if there is none."""
         return None
 
     @property
     def reads_data(self) -> bool:
-        """Whether samples are compared with images of the data; else with a file."""
+        """Whether samples are compared with the data instead of a reference file."""
         return True
 
     def check(self, shape: Sequence[int], classes: int = 0) -> None:
-        """Raise UserError if samples of this decoded shape, in this number of classes, cannot be judged."""
-        problem = self.why_unfit(tuple(shape), classes)
+        """Raise UserError if samples of this decoded shape and number of classes cannot be evaluated."""
+        problem = self.find_problem(tuple(shape), classes)
         if problem:
             raise UserError(f"protocol {self.kind} {problem}")
 
     def labels(self, classes: int = 0) -> Int64[Tensor, " n"]:
-        """The class of each sample, (total,): of sample i it is i mod `classes`, or 0 without classes."""
+        """Return the class of each sample, (total,): i mod `classes` for sample i, or 0 without classes."""
         return torch.arange(self.total) % max(classes, 1)
 
     def classes_of(self, context: Context) -> Cond:
-        """The class (total,) of each sample that is judged: from the context, or, if it names none, `labels`."""
+        """Return the class of each sample, (total,): `context.c`, or `labels` if it is None."""
         if context.c is not None:
             return context.c
         return self.labels(context.classes)
 
 
 class ModelProtocol(Protocol):
-    """Judges images in colour or grey, decoded, by a model of transformers in safetensors."""
+    """The base class of protocols that evaluate decoded images with a transformers model in safetensors format."""
 
-    model: str | None = Field(default=None, json_schema_extra=PLACE | HUB_MODEL)  # a folder, or a name on the Hub
+    # A folder or a Hub name.
+    model: str | None = Field(default=None, json_schema_extra=PLACE | HUB_MODEL)
 
     @property
     @abstractmethod
@@ -161,35 +177,35 @@ class ModelProtocol(Protocol):
     @property
     @abstractmethod
     def model_hint(self) -> str:
-        """Where to get such a model."""
+        """How to get such a model."""
 
     @property
     def missing(self) -> str | None:
-        """That no model is named; None: one is."""
+        """The required model if none is set, else None."""
         if self.model:
             return None
         return f"a {self.model_class}, in {MODEL_FIELD}: {self.model_hint}"
 
     def model_folder(self) -> Path:
-        """The model's folder. Raises UserError where none is named."""
+        """Return the model's folder, downloading it if it is a Hub name. Raises UserError if no model is set."""
         if self.model is None:
             raise UserError(f"protocol {self.kind} needs {self.missing}")
         return hub.path_of(self.model, MODEL_FIELD, partial(choose_files, name=TRANSFORMERS))
 
-    def why_unfit(self, shape: tuple[int, ...], classes: int) -> str:
-        """Why samples of this shape are not judged: they must be images of 1 or 3 channels."""
+    def find_problem(self, shape: tuple[int, ...], classes: int) -> str:
+        """Refuse samples that are not images with 1 or 3 channels."""
         if len(shape) == 3 and shape[0] in (1, 3):
             return ""
-        return f"judges images of 1 or 3 channels, not samples of shape {shape}: choose another protocol"
+        return f"evaluates images with 1 or 3 channels, not samples of shape {shape}: choose another protocol"
 
 
 def name_of_data(split: str | None) -> str:
-    """What samples are compared with, in words: "the data", or "split test"."""
+    """Return the name of the reference data in reports: "the data" or, for example, "split test"."""
     return "the data" if split is None else f"split {split}"
 
 
 def protocol_name(kind: str, *deviations: str) -> str:
-    """The name under which scores are reported. Deviations are part of it, because they make another protocol."""
+    """Return the name under which scores are reported, which includes all deviations from the kind."""
     if not deviations:
         return kind
     return f"{kind} ({', '.join(deviations)})"

@@ -1,23 +1,17 @@
-"""Statistics of the data that samples are compared with: of ADM's file, or of all images of a run's own data.
+"""Statistics of the reference that samples are compared with: ADM's file, or all images of a run's data.
 
-A protocol of images gets its reference in three steps:
+1. `adm_facts` (after `open_adm_file`) or `data_facts` returns card entries that identify the reference by a hash of the
+   file or of all pixels. Hashing takes little time compared with the network.
+2. `load_or_compute` looks up the statistics for these entries in the cache.
+3. If they are missing, it calls `adm_statistics` or `data_statistics` and caches the result.
 
-1. The facts: `adm_facts` of a file that `open_adm_file` opens, or `data_facts` of a run's data. They hold a hash of the
-   file or of all pixels, so they say which reference it is. Hashing takes a small part of the network's time.
-2. `load_or_compute` looks in the cache for the statistics that belong to these facts.
-3. Where there are none, it calls `adm_statistics` or `data_statistics`, and writes what they return to the cache.
+The cache (`dumo.io.read.cache_folder`) may be deleted at any time. A file name is the hash of a key (the data's pixels,
+the network's weights, the protocol), which the file repeats, so statistics of changed data or in damaged files are
+recomputed. Images are read batch by batch, each rank its share, without keeping them in memory.
 
-The cache (`dumo.io.read.cache_folder`) may be emptied at any time. A file's name is a hash of its key (the data's
-pixels, the network's weights, the protocol), which the file itself repeats. So statistics of changed data, and damaged
-files, are computed anew. Images are read batch by batch, every rank its share of them, and none is held in memory.
-
-ADM's file (Dhariwal & Nichol 2021), an .npz, is read as it is published (`read_adm`): mean and covariance of the
+ADM's .npz files (Dhariwal & Nichol 2021) are read as published (`read_adm`). They contain mean and covariance of the
 features of a whole training set, `mu`, `sigma` for the FID and `mu_s`, `sigma_s` for the sFID, and some of its images,
-`arr_0`, for precision and recall (`dumo.evaluation.npz`). It does not say how many images the moments are of; the
-protocol does.
-
-Others also use `STANDARDS`, which says what each protocol's name fixes, `hash_images` and `with_progress`, which take
-batches of any images, and `PIECE`.
+`arr_0`, for precision and recall (`dumo.evaluation.npz`). They do not contain the number of images of the moments.
 """
 
 import json
@@ -57,21 +51,27 @@ from dumo.types import UserError
 
 InceptionKind = Literal["adm-imagenet256-50k", "adm-imagenet512-50k", "cifar10-train50k", "folder"]
 
-PIECE = 64  # images that are read, and put through the network, at a time: ours
-IMAGENET_TRAIN_IMAGES = 1_281_167  # in the training set of ImageNet-1k, of which ADM's files have the moments
+BATCH_SIZE = 64
+# The size of the training set of ImageNet-1k. ADM's files have its moments.
+IMAGENET_TRAIN_IMAGES = 1_281_167
 
 _ADM_URL = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
 
 
 class Standard(NamedTuple):
-    """What a protocol's name fixes; None where the data decides."""
+    """The definition of a protocol. A property that is None depends on the data.
+
+    size: the side of images in pixels.
+    reference_images: the number of images in ADM's file or in the data.
+    url: the address of ADM's reference file. None means that the data are the reference.
+    """
 
     samples: int
-    size: int | None  # pixels a side
+    size: int | None
     classes: int | None
-    reference_images: int | None  # their number, in ADM's file or in the data
-    subset: int  # rows per subset of the kernel distance
-    url: str | None = None  # of ADM's file, which then is the reference; None: the run's data is
+    reference_images: int | None
+    kid_subset_size: int
+    url: str | None = None
 
 
 STANDARDS: dict[InceptionKind, Standard] = {
@@ -80,7 +80,7 @@ STANDARDS: dict[InceptionKind, Standard] = {
         size=256,
         classes=1000,
         reference_images=10_000,
-        subset=1000,
+        kid_subset_size=1000,
         url=f"{_ADM_URL}/256/VIRTUAL_imagenet256_labeled.npz",
     ),
     "adm-imagenet512-50k": Standard(
@@ -88,34 +88,37 @@ STANDARDS: dict[InceptionKind, Standard] = {
         size=512,
         classes=1000,
         reference_images=10_000,
-        subset=1000,
+        kid_subset_size=1000,
         url=f"{_ADM_URL}/512/VIRTUAL_imagenet512.npz",
     ),
-    "cifar10-train50k": Standard(samples=50_000, size=32, classes=10, reference_images=50_000, subset=1000),
-    "folder": Standard(samples=10_000, size=None, classes=None, reference_images=None, subset=100),
+    "cifar10-train50k": Standard(samples=50_000, size=32, classes=10, reference_images=50_000, kid_subset_size=1000),
+    "folder": Standard(samples=10_000, size=None, classes=None, reference_images=None, kid_subset_size=100),
 }
 
 
 @dataclass(frozen=True)
 class AdmReference:
-    """A reference file of ADM: the moments are in memory, the images stay on disk."""
+    """A reference file of ADM, whose images stay on disk.
+
+    pool, spatial: moments of the features of FID and sFID over the whole training set.
+    image_file: some images of the training set.
+    """
 
     path: Path
-    pool: Moments  # of the FID's features, over the whole training set
-    spatial: Moments  # of the sFID's features, over the whole training set
-    image_file: NpzImages  # the images that the file holds, a part of the training set
+    pool: Moments
+    spatial: Moments
+    image_file: NpzImages
 
-    def images(self, batch: int = PIECE) -> Iterator[UInt8[Tensor, "n 3 h w"]]:
-        """Yield the images in their order, `batch` at a time. Raises `UserError` where the file ends early."""
+    def images(self, batch: int = BATCH_SIZE) -> Iterator[UInt8[Tensor, "n 3 h w"]]:
+        """Yield the images in order, `batch` at a time. Raises UserError if the file is truncated."""
         for first in range(0, len(self.image_file), batch):
             yield self.image_file.pixels(first, min(first + batch, len(self.image_file)))
 
 
 def load_or_compute(key: Mapping[str, str], compute: Callable[[], Statistics]) -> Statistics:
-    """The statistics of what `key` describes: from the cache if every rank can read them there, else computed.
+    """Load the statistics for `key` from the cache if every rank can read them; otherwise compute and cache them.
 
-    Computed statistics are written to the cache. Every rank must call this, since `compute` needs them all. Warns where
-    the cache cannot be written.
+    Every rank must call this, since `compute` is collective. Warns if the cache cannot be written.
     """
     key_hash = digest.of_bytes(json.dumps(dict(key), sort_keys=True).encode())[:16]
     path = cache_folder() / f"statistics-{key_hash}.safetensors"
@@ -130,34 +133,35 @@ def load_or_compute(key: Mapping[str, str], compute: Callable[[], Statistics]) -
         if dist.is_main():
             with files.atomic_write(path) as temp_path:
                 save_statistics(temp_path, statistics, key)
-    except (OSError, SafetensorError) as error:  # the statistics are good all the same
-        warnings.warn(f"{path} cannot be written ({error}), so the data is counted again next time", stacklevel=2)
+    except (OSError, SafetensorError) as error:
+        # The computed statistics are valid without the cache.
+        warnings.warn(f"{path} cannot be written ({error}): statistics will be recomputed next time", stacklevel=2)
     return statistics
 
 
 def open_adm_file(path: Path, name: str, standard: Standard) -> AdmReference:
-    """Open ADM's file for the protocol called `name`, which fixes `standard`.
+    """Open ADM's file for the protocol `name`.
 
-    Raises `UserError` where the file is damaged, or holds images of another number or size than the standard says.
+    Raises UserError if the file is damaged, or if the number or size of its images differs from the standard.
     """
     file = read_adm(path, count=IMAGENET_TRAIN_IMAGES)
     if file.image_file.shape[:3] != (standard.reference_images, standard.size, standard.size):
         raise UserError(
-            f"{path} has images of shape {file.image_file.shape}, protocol {name} compares with"
-            f" {standard.reference_images} of {standard.size}x{standard.size}: give the file {standard.url}"
+            f"{path} has images of shape {file.image_file.shape}, but protocol {name} needs "
+            f"{standard.reference_images} of {standard.size}x{standard.size}: give the file {standard.url}"
         )
     return file
 
 
 def adm_facts(file: AdmReference) -> dict[str, str]:
-    """What a report says of ADM's file: its name and its hash."""
+    """Return the card entries of ADM's file: its name and hash."""
     return {"reference": file.path.name, "reference_sha256": digest.of_file(file.path)}
 
 
 def adm_statistics(extractor: Extractor, file: AdmReference, tick: ImageTick | None = None) -> Statistics:
-    """Features of the file's images as the extractor sees them, with the moments that the file publishes.
+    """Compute the features of the file's images, and combine them with the moments in the file.
 
-    Every rank must call it. `tick` is called with how many images are done, of how many.
+    Every rank must call this. `tick` is called with the number of images done and in total.
     """
     batches = with_progress(_adm_batches(file), len(file.image_file), tick)
     image_statistics = gather(statistics_of(extractor, batches))
@@ -165,52 +169,54 @@ def adm_statistics(extractor: Extractor, file: AdmReference, tick: ImageTick | N
 
 
 def _adm_batches(file: AdmReference) -> Iterator[Batch]:
-    """This rank's share of the file's images, in batches of numbers (n,) and images (n, 3, height, width)."""
-    for piece, x in enumerate(file.images(PIECE)):
-        if piece % dist.world() == dist.rank():
-            yield piece * PIECE + torch.arange(len(x)), x
+    """Yield this rank's share of the file's images, in batches of numbers (n,) and images (n, 3, height, width)."""
+    for batch, x in enumerate(file.images(BATCH_SIZE)):
+        if batch % dist.world() == dist.rank():
+            yield batch * BATCH_SIZE + torch.arange(len(x)), x
 
 
 def data_facts(data: Finite, name: str, standard: Standard, split: str | None = None) -> dict[str, str]:
-    """What a report says of a run's data: how many images there are, and a hash of their pixels in their order.
+    """Return the card entries of a run's data: the number of images and a hash of their pixels in order.
 
-    `split` is the one that they are of; None: that of the training. Every rank must call it. Raises `UserError` where
-    the protocol called `name` compares with another number of images.
+    `split` is the name of the split; None means the training split. Every rank must call this. Raises UserError if the
+    protocol `name` needs another number of images.
     """
     total, sha256 = hash_images(_data_batches(data))
     if standard.reference_images not in (None, total):
-        problem = f"protocol {name} compares with {standard.reference_images} images, here are {total}"
+        problem = f"protocol {name} needs {standard.reference_images} images, got {total}"
         if split is not None:
-            raise UserError(f"{problem} of split {split}: compare with those of the training by evaluate.split=null")
-        raise UserError(f"{problem}: give them all, once")
+            raise UserError(f"{problem} in split {split}: compare with the training split by evaluate.split=null")
+        raise UserError(f"{problem}: use the whole data set once")
     return {"reference": f"{total:,} images of {name_of_data(split)}", "reference_sha256": sha256}
 
 
 def data_statistics(extractor: Extractor, data: Finite, tick: ImageTick | None = None) -> Statistics:
-    """The statistics of all images of a run's data, each known by its row.
+    """Compute the statistics of all images of a run's data, numbered by row.
 
-    Every rank must call it. `tick` is called with how many images are done, of how many.
+    Every rank must call this. `tick` is called with the number of images done and in total.
     """
     batches = ((rows, x) for rows, x in _data_batches(data) if len(x))
     return gather(statistics_of(extractor, with_progress(batches, len(data), tick)))
 
 
 def _data_batches(data: Finite) -> Iterator[Batch]:
-    """This rank's share of the images, in batches of rows (n,) and pixels (n, 3, height, width). Some may be empty."""
+    """Yield this rank's share of the images, in batches of rows (n,) and pixels (n, 3, height, width), maybe empty."""
     images_per_rank = -(-len(data) // dist.world())
-    batch_size = min(PIECE, images_per_rank)  # so every rank has a share of few images
+    # With few images, use smaller batches so that every rank gets some.
+    batch_size = min(BATCH_SIZE, images_per_rank)
     for first in range(dist.rank() * batch_size, len(data), dist.world() * batch_size):
         x, _ = data.rows(slice(first, first + batch_size))
         if x.dtype != torch.uint8:
             x = to_uint8(x)
-        pixels = x.expand(-1, 3, -1, -1)  # grey in all three
+        # Grey images get three equal channels.
+        pixels = x.expand(-1, 3, -1, -1)
         yield torch.arange(first, first + len(pixels)), pixels
 
 
 def hash_images(batches: Iterable[Batch]) -> tuple[int, str]:
-    """How many images all ranks have, and the SHA-256 of their pixels in the order of their numbers.
+    """Return the number of images on all ranks, and the SHA-256 of their pixels in the order of their numbers.
 
-    `batches` are this rank's share, as numbers and images. Every rank must call it.
+    `batches` is this rank's share of numbers and images. Every rank must call this.
     """
     hashes = [torch.empty(0, 32, dtype=torch.uint8)]
     numbers = [torch.empty(0, dtype=torch.long)]
@@ -229,9 +235,9 @@ def hash_images(batches: Iterable[Batch]) -> tuple[int, str]:
 def with_progress(
     batches: Iterable[tuple[Tensor, Tensor]], total: int, tick: ImageTick | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches unchanged. After each one, `tick` is called with how many images are done, of `total`.
+    """Yield the batches, and after each call `tick` with the number of images done and in total.
 
-    The other ranks are taken to be as far as this one.
+    All ranks are assumed to progress equally.
     """
     done = 0
     for index, x in batches:
@@ -242,7 +248,7 @@ def with_progress(
 
 
 def read_adm(path: Path | str, *, count: int) -> AdmReference:
-    """Read and check a file of ADM whose moments are of `count` images. Raises `UserError` for any other file."""
+    """Read ADM's file, whose moments are over `count` images. Raises UserError if it has another layout."""
     path = Path(path)
 
     def read_moments(suffix: str, width: int) -> Moments:
@@ -259,11 +265,8 @@ def read_adm(path: Path | str, *, count: int) -> AdmReference:
 
 
 def _read_floats(path: Path, key: str, *shape: int) -> Tensor:
-    """The file's array `key` in float64.
-
-    Raises `UserError` unless its values are finite floats of this shape, and a matrix is symmetric.
-    """
+    """Read the array `key` as float64. Raises UserError if it is not finite, or a matrix is not symmetric."""
     array = read_array(path, key, "f", shape, "finite floats")
     if len(shape) == 2 and not np.allclose(array, array.T, rtol=1e-4, atol=1e-6):
-        raise UserError(f"{path}: {key} is no covariance, it is not symmetric: fetch the file again")
+        raise UserError(f"{path}: {key} must be a symmetric covariance: download the file again")
     return torch.from_numpy(array.astype(np.float64))

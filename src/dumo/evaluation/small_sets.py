@@ -1,20 +1,19 @@
-"""Judge samples of a small set of one's own images, from `MIN_PHOTOS` on, with nothing to be fetched.
+"""The protocol `photos`: evaluate models of small sets of the user's images, from `MIN_PHOTOS` images.
 
-`open_photos` is the entrance, for `dumo.evaluation.bundled`. It reads the images of the data and makes a
-`PhotosEvaluator`, which
+`open_photos` reads the images of the data and makes a `PhotosEvaluator`, which
 
-1. measures the samples as the images were measured (`MeasuredImages`), once all have come;
-2. compares all samples with all images by kernel distances, which do not depend on how many there are;
-3. compares equal numbers of both, in the same classes, by the other measures, which do. These scores are means over
-   `SPLITS` random choices of images;
-4. counts samples that are copies of images that the net was trained on.
+1. computes features and thumbnails of all samples, as of the images (`MeasuredImages`);
+2. compares all samples with all images by kernel distances, which are unbiased for any number of images;
+3. compares equal numbers of both, in the same classes, by the remaining scores, which are biased. These scores are
+   means over `SPLITS` random choices of images;
+4. counts samples that are copies of training images.
 
-The features are those of the shipped classifier of CIFAR-10, on images reduced to 32x32. They are not Inception's, so
-no number is an FID, or to be compared with one. Pixels and copies are judged without a network. With few images every
-number is rough: `baselines` says what a perfect sampler would have, by comparing images with others of the data.
+Features are from the bundled CIFAR-10 classifier, on images reduced to 32x32, so distances are not FIDs. Pixels and
+copies are compared without a network. With few images all scores are rough: `baselines` estimates the scores of a
+perfect sampler by comparing images of the data with each other.
 
-Images are judged as a file holds them, clamped to [-1, 1] and rounded to 8 bits. Of more than `MAX_IMAGES` a random
-choice is looked at, always the same: copies of the others are not seen, which the facts say.
+Images are clamped to [-1, 1] and rounded to 8 bits. If there are more than `MAX_IMAGES`, a fixed random choice is used,
+and the report's card states that copies of other images are not detected.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,7 @@ from dumo.evaluation.copy import THUMB_SIDE, Thumbs, nearest_images
 from dumo.evaluation.estimate import mean_sd
 from dumo.evaluation.frechet import PIXEL_SIDE, pixel_frechet
 from dumo.evaluation.metric import CLASSES_SHA256
-from dumo.evaluation.mmd import class_facts, lost_classes, mmd_scores, noise_class_mmd, perfect_mmd_scores
+from dumo.evaluation.mmd import class_facts, missing_classes, mmd_scores, noise_class_mmd, perfect_mmd_scores
 from dumo.evaluation.neighbours import precision_recall
 from dumo.evaluation.protocol import Context, ImageTick, NumberedSamples, Protocol, Scores, name_of_data
 from dumo.evaluation.wholeset import choose_rows, collect
@@ -42,34 +41,43 @@ from dumo.runtime.random import noise, stream
 from dumo.types import Sample, UserError
 
 KIND = "photos"
-PIECE = 64  # images that are read at a time: ours
-MIN_PHOTOS = 20  # images of the data, and samples, that photos judges at least: ours
-SAMPLES_PER_CLASS = 2  # that photos is given where classes are many: `class_mmd` is over pairs
-MAX_IMAGES = 5000  # of the data that are judged by: ours
-MIN_COMPARED = MIN_PHOTOS // 2  # images on either side of a comparison, which there always are without classes
-MAX_COMPARED = 1000  # images on either side of a comparison: ours
-SPLITS = 10  # random choices of images over which scores are averaged: ours
-WIDTH = 16.0  # of the kernel: two images of CIFAR-10 are 15.9 apart, at the median
-CLASSIFIER_SIDE = 32  # pixels a side of CIFAR-10's images
-FEW_IMAGES = 500  # a report of fewer says that the spread is large: ours
+BATCH_SIZE = 64
+# The smallest number of images and of samples (our choice).
+MIN_PHOTOS = 20
+# The suggested number of samples per class. `class_mmd` averages over pairs.
+SAMPLES_PER_CLASS = 2
+# The largest number of images of the data (our choice).
+MAX_IMAGES = 5000
+# The number of images on each side of a comparison (our choice). Without classes, there are always enough.
+MIN_COMPARED = MIN_PHOTOS // 2
+MAX_COMPARED = 1000
+# Scores are averaged over this many random choices of images (our choice).
+SPLITS = 10
+# The kernel width. The median distance of two images of CIFAR-10 is 15.9.
+WIDTH = 16.0
+# The side of CIFAR-10's images in pixels.
+CLASSIFIER_SIDE = 32
+# Below this number of images, a report's card states that the spread is large (our choice).
+FEW_IMAGES = 500
 
 Classes = Int64[Tensor, " _"]
 Indices = Int64[Tensor, " _"]
 
 
 def open_photos(protocol: Protocol, context: Context) -> "PhotosEvaluator":
-    """Read the data, on the CPU whatever the device is.
+    """Read the data and return an evaluator, which computes on the CPU.
 
-    Raises `UserError` for fewer than `MIN_PHOTOS` images, and where no sample is of one of their classes.
+    Raises UserError if there are fewer than `MIN_PHOTOS` images, or if one of their classes has no sample.
     """
     data = context.data()
-    trained = context.trained() if context.trained else None  # None: the data themselves were trained on
+    # None means that the data are the training data.
+    trained = context.trained() if context.trained else None
     tick = context.tick or _no_tick
     num_data = data.size or 0
     num_trained = 0 if trained is None else trained.size or 0
     reads_before = min(num_data, MAX_IMAGES)
     reads_after = min(num_trained, MAX_IMAGES)
-    real, real_c, shape, pixels_sha256 = _measure_images(data, context.seed, _part_of(tick, after=reads_after))
+    real, real_c, shape, pixels_sha256 = _measure_images(data, context.seed, _shift_tick(tick, after=reads_after))
     num_images = len(real)
     sample_c = protocol.classes_of(context)
     _require_all_classes(sample_c, real_c, context)
@@ -87,7 +95,7 @@ def open_photos(protocol: Protocol, context: Context) -> "PhotosEvaluator":
     facts |= class_facts(sample_c, real_c)
     trained_thumbs = None
     if trained is not None:
-        thumbs = [_thumbs_of(x) for x, _ in _read_images(trained, context.seed, _part_of(tick, before=reads_before))]
+        thumbs = [_thumbs_of(x) for x, _ in _read_images(trained, context.seed, _shift_tick(tick, before=reads_before))]
         trained_thumbs = torch.cat(thumbs)
         facts["copies"] = f"looked for among {len(trained_thumbs):,} of {num_trained:,} images that were trained on"
     elif num_images < num_data:
@@ -104,10 +112,10 @@ def open_photos(protocol: Protocol, context: Context) -> "PhotosEvaluator":
 
 
 def _measure_images(data: Data, seed: int, tick: ImageTick) -> tuple["MeasuredImages", Classes, tuple[int, ...], str]:
-    """The images to judge by, measured, with their classes, the shape of one, and the SHA-256 of their pixels.
+    """Return the measured images of the data, their classes, their shape, and the SHA-256 of their pixels.
 
-    Pixels are hashed as a file holds them, in 8 bits: features differ in their last bits between machines. Raises
-    UserError for fewer than `MIN_PHOTOS` images.
+    8-bit pixels are hashed, since features have rounding differences between machines. Raises UserError if there are
+    fewer than `MIN_PHOTOS` images.
     """
     batches: list[MeasuredImages] = []
     classes: list[Tensor] = []
@@ -121,39 +129,40 @@ def _measure_images(data: Data, seed: int, tick: ImageTick) -> tuple["MeasuredIm
         image_hashes += [digest.of_tensor(image) for image in pixels]
     num_images = sum(len(c) for c in classes)
     if num_images < MIN_PHOTOS:
-        raise UserError(f"protocol {KIND} needs {MIN_PHOTOS} images or more, here are {num_images}: add some")
+        raise UserError(f"protocol {KIND} needs {MIN_PHOTOS} images or more, got {num_images}: add some")
     rows = torch.cat([batch.rows for batch in batches])
     pixels_sha256 = digest.of_bytes("".join(image_hashes).encode())
     return MeasuredImages(rows, batches[0].channels), torch.cat(classes), shape, pixels_sha256
 
 
 def _require_all_classes(sample_c: Classes, real_c: Classes, context: Context) -> None:
-    """Raise UserError where no sample is of one of the classes of the data."""
-    lost = lost_classes(sample_c, real_c)
-    if not lost:
+    """Raise UserError if a class of the data has no sample."""
+    missing = missing_classes(sample_c, real_c)
+    if not missing:
         return
-    problem = f"protocol {KIND}: no sample is of class {lost[0]}"
+    problem = f"protocol {KIND}: class {missing[0]} has no sample"
     if context.c is not None:
         raise UserError(f"{problem}: add some, or leave the class out of the images to compare with")
-    more_samples = f"evaluate.protocol.samples={SAMPLES_PER_CLASS * context.classes}"
+    num_samples = SAMPLES_PER_CLASS * context.classes
     raise UserError(
-        f"{problem}: judge more than {len(sample_c)}, as by {more_samples}, in training by as much of evaluate.few"
+        f"{problem}: increase {len(sample_c)} samples by evaluate.protocol.samples={num_samples}, or in training by "
+        f"evaluate.few={num_samples}"
     )
 
 
 def _no_tick(done: int, total: int) -> None:
-    """Show no progress."""
+    """Ignore progress."""
 
 
-def _part_of(tick: ImageTick, *, before: int = 0, after: int = 0) -> ImageTick:
-    """The tick of one reading of several: `before` images were read ahead of it, and `after` are read later."""
+def _shift_tick(tick: ImageTick, *, before: int = 0, after: int = 0) -> ImageTick:
+    """Return a tick for one of several reads, with `before` images read earlier and `after` images read later."""
     return lambda done, total: tick(before + done, before + total + after)
 
 
 def _read_images(data: Data, seed: int, tick: ImageTick) -> Iterator[tuple[Sample, Classes]]:
-    """The images to judge by, at most `MAX_IMAGES`, in batches with their classes.
+    """Yield at most `MAX_IMAGES` images of the data, in batches with their classes.
 
-    `tick` is called after each piece of the data, also where none of its images could be read.
+    `tick` is called after each batch, even if none of its images could be read.
     """
     if not isinstance(data, Finite):
         x, c = data.reference(MAX_IMAGES, seed)
@@ -163,30 +172,32 @@ def _read_images(data: Data, seed: int, tick: ImageTick) -> Iterator[tuple[Sampl
         return
     rows = choose_rows(len(data), MAX_IMAGES, KIND, "rows")
     num_read = 0
-    for piece in rows.split(PIECE):
-        x, c = data.rows(piece)
+    for batch in rows.split(BATCH_SIZE):
+        x, c = data.rows(batch)
         if x.dtype == torch.uint8:
             x = from_uint8(x)
         if len(x):
             yield x, c
-        num_read += len(piece)
+        num_read += len(batch)
         tick(num_read, len(rows))
 
 
 @dataclass(frozen=True)
 class MeasuredImages:
-    """What the scores need of n images: their features, and a thumbnail of each.
+    """The features and thumbnails of n images, in one row per image, so that ranks can gather them.
 
-    Both lie in one row per image, so that ranks can gather them.
+    rows: the features, then the flattened thumbnail.
+    channels: of a thumbnail, 1 or 3.
     """
 
-    rows: Float[Tensor, "n _"]  # the features, then the flattened thumbnail
-    channels: int  # of a thumbnail, 1 or 3
+    rows: Float[Tensor, "n _"]
+    channels: int
 
     @classmethod
     def of(cls, x: Sample) -> "MeasuredImages":
         """Measure images x (n, 1 or 3, h, w), rounded to 8 bits. Raises UserError for samples of other shapes."""
-        colours = from_uint8(to_uint8(x.cpu()))  # 3 channels, equal ones of a grey image
+        # Grey images get three equal channels.
+        colours = from_uint8(to_uint8(x.cpu()))
         features = cifar10.features(adaptive_avg_pool2d(colours, (CLASSIFIER_SIDE, CLASSIFIER_SIDE)))
         return cls(torch.cat([features, _thumbs_of(x).flatten(1)], 1), x.shape[1])
 
@@ -194,7 +205,7 @@ class MeasuredImages:
         return len(self.rows)
 
     def select(self, indices: Indices) -> "MeasuredImages":
-        """The images of these indices."""
+        """Return the images at these indices."""
         return MeasuredImages(self.rows[indices], self.channels)
 
     @property
@@ -209,27 +220,28 @@ class MeasuredImages:
 
 
 def _thumbs_of(x: Sample) -> Thumbs:
-    """Thumbnails (n, c, THUMB_SIDE, THUMB_SIDE) of images x (n, c, h, w) of 1 or 3 channels, rounded to 8 bits."""
+    """Reduce images x (n, 1 or 3, h, w), rounded to 8 bits, to thumbnails (n, 1 or 3, THUMB_SIDE, THUMB_SIDE)."""
     colours = from_uint8(to_uint8(x.cpu()))[:, : x.shape[1]]
     return adaptive_avg_pool2d(colours, (THUMB_SIDE, THUMB_SIDE))
 
 
 @dataclass(frozen=True)
 class MatchedClasses:
-    """The classes by which equal numbers of samples and images are compared.
+    """The classes in which equal numbers of samples and images are compared.
 
-    Each class is compared as often as it has samples, but with at most half of its images: the perfect sampler is
-    measured by comparing images with others. No image is drawn twice, since samples on top of each other cover no space
-    and lower recall.
+    A class is used as often as it has samples, but with at most half of its images, since the perfect sampler's scores
+    compare images with each other. No image is drawn twice, since duplicates would lower recall.
+
+    compared_c: the classes of the images on each side of a comparison, in random order.
     """
 
     sample_c: Classes
     real_c: Classes
-    compared_c: Classes  # of the images on either side of a comparison, in random order
+    compared_c: Classes
 
     @classmethod
     def of(cls, sample_c: Classes, real_c: Classes) -> "MatchedClasses":
-        """Match these classes; all are of one class where else fewer than `MIN_COMPARED` images were left."""
+        """Match these classes, or ignore classes if fewer than `MIN_COMPARED` images would remain."""
         num_classes = int(torch.cat([sample_c, real_c]).max()) + 1
         sample_counts = sample_c.bincount(minlength=num_classes)
         real_counts = real_c.bincount(minlength=num_classes)
@@ -241,32 +253,38 @@ class MatchedClasses:
         return cls(sample_c, real_c, compared_c[order[:MAX_COMPARED]])
 
 
-Pair = tuple[MeasuredImages, MeasuredImages]  # equally many samples and images that are compared
+# Equal numbers of samples and images that are compared.
+Pair = tuple[MeasuredImages, MeasuredImages]
 
 
 @dataclass(frozen=True)
 class PhotosEvaluator:
-    """Scores samples against the images of the data, and finds copies of those that were trained on."""
+    """Scores samples against the images of the data, and finds copies of training images.
+
+    real: the images of the data.
+    trained_thumbs: thumbnails of the training images. None means that `real` are the training images.
+    shape: (channels, height, width) of an image.
+    facts: entries of the report's card.
+    """
 
     sample_c: Classes
-    real: MeasuredImages  # the images of the data
+    real: MeasuredImages
     real_c: Classes
     matched: MatchedClasses
-    trained_thumbs: Thumbs | None  # of the images that were trained on; None: these are `real`
-    shape: tuple[int, ...]  # of an image, (channels, height, width)
+    trained_thumbs: Thumbs | None
+    shape: tuple[int, ...]
     facts: dict[str, str]
 
     @property
     def num_compared(self) -> int:
-        """How many images are on either side of a comparison."""
+        """The number of images on each side of a comparison."""
         return len(self.matched.compared_c)
 
     def score(self, samples: NumberedSamples) -> Scores:
-        """`mmd` and `class_mmd` with their standard errors, `pixel_fd`, `precision`, `recall`, and `copies`.
+        """Return `mmd` and `class_mmd` with their standard errors, `pixel_fd`, `precision`, `recall`, and `copies`.
 
-        `copies` is the share of samples that are copies of an image that was trained on, mirrored or not
-        (`NearestImages.is_copy`).
-        Every rank must call it. Raises `UserError` where samples are missing.
+        `copies` is the share of samples that are copies of training images, mirrored or not (`NearestImages.is_copy`).
+        Every rank must call this. Raises UserError if samples are missing.
         """
         batches = ((index, MeasuredImages.of(x).rows) for index, x in samples)
         fake = MeasuredImages(collect(batches, len(self.sample_c)), self.real.channels)
@@ -281,13 +299,13 @@ class PhotosEvaluator:
         return scores
 
     def baselines(self) -> dict[str, Scores]:
-        """The scores of new real images, `perfect`, and of noise; the first one is called `mean`, its error `sd`."""
+        """Return the scores of a perfect sampler, `perfect`, and of `noise`. `mmd` and its sd are `mean` and `sd`."""
         return {"perfect": self._perfect_scores(), "noise": self._noise_scores()}
 
     def _perfect_scores(self) -> Scores:
-        """The scores of new real images.
+        """Return the scores of a perfect sampler.
 
-        What depends on numbers is measured: images of the data are compared with as many others, in the same classes.
+        Biased scores are measured by comparing images of the data with the same number of others in the same classes.
         """
         pairs: list[Pair] = []
         for k in range(SPLITS):
@@ -296,9 +314,10 @@ class PhotosEvaluator:
             a, b = both_sides.chunk(2)
             pairs.append((self.real.select(a), self.real.select(b)))
         copies = self._share_of_copies(self.real, are_real=True)
-        # of the difference of two binomial shares, of the images and of the samples (ours)
+        # The variance of the difference of two binomial shares, of images and of samples (our choice), with Laplace's
+        # estimate, which is never 0.
         num_real = len(self.real)
-        p = (copies * num_real + 1) / (num_real + 2)  # Laplace's estimate, which is never 0
+        p = (copies * num_real + 1) / (num_real + 2)
         copies_variance = p * (1 - p) * (1 / num_real + 1 / len(self.sample_c))
         return {
             **perfect_mmd_scores(self.real.features, width=WIDTH, sample_c=self.sample_c, real_c=self.real_c),
@@ -308,10 +327,11 @@ class PhotosEvaluator:
         }
 
     def _noise_scores(self) -> Scores:
-        """The scores of noise in place of samples."""
+        """Return the scores of noise."""
         z = torch.cat([MeasuredImages.of(noise(0, [i], 0, self.shape)).rows for i in range(self.num_compared)])
         fake = MeasuredImages(z, self.real.channels)
-        one_class = torch.zeros(len(fake), dtype=torch.long)  # `mmd` then ignores classes, and gives no `class_mmd`
+        # With one class, `mmd` ignores classes and there is no `class_mmd`.
+        one_class = torch.zeros(len(fake), dtype=torch.long)
         distances = self._kernel_distances(fake, one_class)
         pairs = [(fake, self.real.select(self._random_indices(k))) for k in range(SPLITS)]
         return {
@@ -324,16 +344,16 @@ class PhotosEvaluator:
         }
 
     def _kernel_distances(self, fake: MeasuredImages, fake_c: Classes) -> Scores:
-        """`mmd` and `class_mmd`, with their errors, of samples in these classes to all images."""
+        """Return `mmd` and `class_mmd` of samples in these classes to all images, with standard errors."""
         return mmd_scores(fake.features, self.real.features, width=WIDTH, sample_c=fake_c, real_c=self.real_c)
 
     def _random_indices(self, k: int) -> Indices:
-        """The indices (num_compared,) of the images that the k-th split compares with samples."""
+        """Return the indices (num_compared,) of the images that the k-th split compares with samples."""
         return indices_of_classes(self.matched.compared_c, self.matched.real_c, stream(KIND, "halves", k))
 
     def _mean_scores(self, pairs: Sequence[Pair]) -> Scores:
-        """`pixel_fd`, `precision` and `recall`, in the mean over pairs of samples and images."""
-        # `pixel_frechet` compares channels * side^2 numbers, and needs more images than that on each side
+        """Return the means of `pixel_fd`, `precision` and `recall` over pairs of samples and images."""
+        # `pixel_frechet` compares channels * side^2 numbers, and needs more images on each side.
         side = min(PIXEL_SIDE, isqrt((self.num_compared - 1) // self.real.channels))
         pixel_distances: list[float] = []
         precisions: list[float] = []
@@ -350,10 +370,10 @@ class PhotosEvaluator:
         return scores
 
     def _share_of_copies(self, fake: MeasuredImages, *, are_real: bool = False) -> float:
-        """The share of samples that are copies of images that were trained on.
+        """Return the share of samples that are copies of training images.
 
-        `are_real`: `fake` are the images `real`. Where these were trained on, a copy is one that has a double among the
-        others.
+        `are_real` means that `fake` are the images `real`. If these are training images, they are compared with all
+        other ones.
         """
         trained_thumbs = self.trained_thumbs
         left_out = None
@@ -365,7 +385,7 @@ class PhotosEvaluator:
 
 
 def indices_of_classes(wanted_c: Classes, c: Classes, generator: Generator) -> Indices:
-    """Random indices i (n,), none twice, with c[i] equal to the classes `wanted_c` (n,), which c has as often."""
+    """Draw distinct random indices i (n,) with c[i] = `wanted_c` (n,). c must have enough of each class."""
     indices = torch.empty_like(wanted_c)
     for k in wanted_c.unique():
         candidates = (c == k).nonzero()[:, 0]

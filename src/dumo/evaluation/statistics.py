@@ -1,11 +1,11 @@
-"""Statistics of a set of images, of the features that a network extracts: moments, sums and features.
+"""Statistics of the features of a set of images: moments, sums of the Inception Score, and the features themselves.
 
-`statistics_of` counts a rank's batches, `gather` merges those of all ranks; `save_statistics` and `load_statistics`
-write and read them. `order_of` sorts images that came in any order by their numbers.
+`statistics_of` computes the statistics of a rank's batches, and `gather` merges all ranks. `save_statistics` and
+`load_statistics` write and read them.
 
-Images are known by number, so it does not matter in which batch or on which rank an image came. Moments
-(`dumo.evaluation.frechet`) and sums (`dumo.evaluation.inception_score`) are in float64 and can be merged. The features
-themselves are kept too, in float32, for kernels and neighbours: 50,000 of 2048 take 400 MB.
+Images are identified by number, so the split over batches and ranks does not matter. Moments
+(`dumo.evaluation.frechet`) and sums (`dumo.evaluation.inception_score`) are in float64 and can be merged. Features are
+kept in float32 for kernels and neighbours: 50,000 rows of 2048 take 400 MB.
 """
 
 import sys
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Protocol as Interface  # in these files a protocol is a measurement
+from typing import Protocol as Interface
 
 import torch
 from jaxtyping import Float32, Int64, UInt8
@@ -29,18 +29,21 @@ from dumo.runtime import dist
 from dumo.types import UserError
 
 ImageNumbers = Int64[Tensor, " n"]
-Batch = tuple[Int64[Tensor, " _"], UInt8[Tensor, "_ 3 _ _"]]  # numbers and images; batches differ in size
+# Numbers and images.
+Batch = tuple[Int64[Tensor, " _"], UInt8[Tensor, "_ 3 _ _"]]
 
-SPLIT_SIZE = 5000  # images per split of the Inception Score, as ADM's evaluation has them
-CHECKSUM = "sha256"  # the name, in a file of statistics, of the hash of all its tensors
+# Images per split of the Inception Score in ADM's evaluation.
+SPLIT_SIZE = 5000
+# The metadata key of the hash of all tensors.
+CHECKSUM = "sha256"
 
 
 class ExtractedFeatures(Interface):
-    """What a network extracts from n images, in n rows each; `spatial` and `logits` may have no columns."""
+    """The features of n images, n rows each. `spatial` and `logits` may have no columns."""
 
     @property
     def pool(self) -> Tensor:
-        """The features of the FID, named after Inception's last pooling layer."""
+        """The features of the FID, the output of Inception's last pooling layer."""
         ...
 
     @property
@@ -59,16 +62,20 @@ Extractor = Callable[[Pixels], ExtractedFeatures]
 
 @dataclass(frozen=True)
 class Statistics:
-    """The statistics of n images: moments of both kinds of features, sums of the Inception Score, and features."""
+    """The statistics of n images.
 
-    pool: Moments  # of the FID's features
-    spatial: Moments  # of the sFID's features
-    inception_score: InceptionScore  # of the logits
-    features: Float32[Tensor, "n d"]  # the FID's features, in row i those of image `image_numbers[i]`
+    pool, spatial: moments of the features of FID and sFID.
+    features: the FID's features; row i belongs to image `image_numbers[i]`.
+    """
+
+    pool: Moments
+    spatial: Moments
+    inception_score: InceptionScore
+    features: Float32[Tensor, "n d"]
     image_numbers: ImageNumbers
 
     def __add__(self, other: "Statistics") -> "Statistics":
-        """The statistics of both sets of images together; no image may be in both."""
+        """Return the statistics of the union of two disjoint sets of images."""
         return Statistics(
             pool=self.pool + other.pool,
             spatial=self.spatial + other.spatial,
@@ -79,9 +86,9 @@ class Statistics:
 
 
 def statistics_of(extractor: Extractor, batches: Iterable[Batch], total: int | None = None) -> Statistics:
-    """The statistics of this rank's share of `total` images, in batches of their numbers in [0, total) and pixels.
+    """Compute the statistics of this rank's share of `total` images, in batches of numbers in [0, total) and pixels.
 
-    Where the total is not known, the Inception Score has one split. Raises `UserError` where there is no image.
+    If `total` is None, the Inception Score has one split. Raises UserError if there are no images.
     """
     if total:
         split_size = SPLIT_SIZE
@@ -108,26 +115,26 @@ def statistics_of(extractor: Extractor, batches: Iterable[Batch], total: int | N
         features.append(pool.float().cpu())
         image_numbers.append(batch_numbers.cpu())
     if sums is None:
-        raise UserError("there are no images to judge: give some, at least one batch to each rank")
+        raise UserError("a rank has no images: give at least one batch to each rank")
     return _to_cpu(Statistics(*sums, torch.cat(features), torch.cat(image_numbers)))
 
 
 def float64_device(device: torch.device | str) -> torch.device:
-    """The device itself if it is a GPU of CUDA, which has float64; the CPU for any other."""
+    """Return the device if it is a CUDA GPU, which supports float64, else the CPU."""
     device = torch.device(device)
     return device if device.type == "cuda" else torch.device("cpu")
 
 
 def _to_cpu(statistics: Statistics) -> Statistics:
-    """The statistics with all tensors on the CPU, from where ranks exchange them and files take them."""
+    """Move all tensors to the CPU, to exchange them between ranks and write them to files."""
     return _unpack({name: x.cpu() for name, x in _pack(statistics).items()})
 
 
 def gather(rank_statistics: Statistics, total: int | None = None) -> Statistics:
-    """Merge the statistics of all ranks, on every rank, with the images in the order of their numbers.
+    """Merge the statistics of all ranks, with the images in the order of their numbers.
 
-    Every rank must call it. Raises `UserError` unless each of the numbers 0 .. total - 1 came once. Without a total the
-    numbers may have gaps, which are closed: the images are numbered anew.
+    Every rank must call this. Raises UserError unless each number in 0 .. total - 1 occurs once. If `total` is None,
+    the numbers may have gaps, and the images are renumbered.
     """
     merged = rank_statistics
     if dist.world() > 1:
@@ -141,24 +148,24 @@ def gather(rank_statistics: Statistics, total: int | None = None) -> Statistics:
 
 
 def save_statistics(path: Path, statistics: Statistics, key: Mapping[str, str]) -> None:
-    """Write statistics as safetensors. `key` says what they are of: the data, the sha256 of the network."""
-    parts = {name: x.contiguous() for name, x in _pack(statistics).items()}
-    save_file(parts, path, {**key, CHECKSUM: digest.of_tensors(parts)})
+    """Write statistics as safetensors. `key` identifies the data, the network and the protocol."""
+    tensors = {name: x.contiguous() for name, x in _pack(statistics).items()}
+    save_file(tensors, path, {**key, CHECKSUM: digest.of_tensors(tensors)})
 
 
 def load_statistics(path: Path, key: Mapping[str, str]) -> Statistics | None:
-    """Read statistics from a file; None where it is missing, damaged, or has another `key`."""
+    """Read statistics from a file; None if it is missing, damaged, or has another `key`."""
     try:
-        parts, notes = tensor_files.read(path)
-        if notes != {**key, CHECKSUM: digest.of_tensors(parts)}:
+        tensors, metadata = tensor_files.read(path)
+        if metadata != {**key, CHECKSUM: digest.of_tensors(tensors)}:
             return None
-        return _unpack(parts)
+        return _unpack(tensors)
     except (UserError, OSError, KeyError):
         return None
 
 
 def _pack(statistics: Statistics) -> dict[str, Tensor]:
-    """Statistics as tensors by the names that they have in files."""
+    """Convert statistics to tensors by their names in files."""
     pool = statistics.pool
     spatial = statistics.spatial
     inception_score = statistics.inception_score
@@ -177,37 +184,36 @@ def _pack(statistics: Statistics) -> dict[str, Tensor]:
     }
 
 
-def _unpack(parts: Mapping[str, Tensor]) -> Statistics:
-    """The inverse of `_pack`."""
+def _unpack(tensors: Mapping[str, Tensor]) -> Statistics:
+    """Invert `_pack`."""
 
     def moments(name: str) -> Moments:
-        return Moments(int(parts[f"{name}.count"]), parts[f"{name}.mean"], parts[f"{name}.scatter"])
+        return Moments(int(tensors[f"{name}.count"]), tensors[f"{name}.mean"], tensors[f"{name}.scatter"])
 
     return Statistics(
         pool=moments("pool"),
         spatial=moments("spatial"),
-        inception_score=InceptionScore(parts["score.count"], parts["score.entropy"], parts["score.mass"]),
-        features=parts["rows"],
-        image_numbers=parts["index"],
+        inception_score=InceptionScore(tensors["score.count"], tensors["score.entropy"], tensors["score.mass"]),
+        features=tensors["rows"],
+        image_numbers=tensors["index"],
     )
 
 
 def order_of(image_numbers: ImageNumbers, total: int | None = None) -> Int64[Tensor, " n"]:
-    """The permutation (n,) that sorts the numbers of n images, as `argsort` has it.
+    """Return the permutation (n,) that sorts the numbers of n images, as `argsort`.
 
-    Raises UserError unless each of 0 .. total - 1 came once; without a total, if a number came twice.
+    Raises UserError unless each number in 0 .. total - 1 occurs once or, if `total` is None, if a number occurs twice.
     """
     order = image_numbers.argsort()
     sorted_numbers = image_numbers[order]
     num_distinct = len(sorted_numbers.unique())
     if total is None and num_distinct != len(order):
         raise UserError(
-            f"{len(order)} images came, {num_distinct} different numbers among them, where none may come twice: give "
-            "each image a number of its own"
+            f"{len(order)} images have only {num_distinct} different numbers: give each image a different number"
         )
     if total is not None and not torch.equal(sorted_numbers, torch.arange(total)):
         raise UserError(
-            f"{len(order)} images came, {num_distinct} different numbers among them, where each of 0 to {total - 1} "
-            "must come once: give as many as the protocol judges"
+            f"{len(order)} images with {num_distinct} different numbers were given, but each number from 0 to "
+            f"{total - 1} must occur once: give as many as the protocol needs"
         )
     return order

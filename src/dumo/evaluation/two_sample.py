@@ -1,9 +1,9 @@
-"""The classifier two-sample test: can a classifier distinguish fake rows from real ones?
+"""The classifier two-sample test: train a classifier to distinguish fake rows from real ones.
 
-`two_sample_auc` learns from one half of each set and orders the other half. `auc_sd` says how far the result scatters
-where both sets have one distribution. The area under the curve (AUC) is the chance that a random fake row comes behind
-a random real row: 0.5 for equal distributions, 1 where the sets do not mix. Lopez-Paz & Oquab 2017 count right answers
-instead; the area needs no threshold.
+`two_sample_auc` trains on one half of each set and ranks the other half. `auc_sd` is the sd of the result for equal
+distributions. The area under the curve (AUC) is the probability that a random fake row ranks behind a random real row:
+0.5 for equal distributions, 1 for separable sets. Lopez-Paz & Oquab 2017 use the accuracy instead; the AUC needs no
+threshold.
 """
 
 import numpy as np
@@ -16,12 +16,12 @@ Fake = Float[Tensor, "m *d"]
 
 
 def two_sample_auc(real: Real, fake: Fake, generator: Generator) -> float:
-    """The area under the curve of a classifier between real and fake rows, in [0, 1]; 0.5 where nothing differs.
+    """Compute the AUC of a classifier between real and fake rows, in [0, 1]; 0.5 means indistinguishable.
 
-    Rows are split into random halves. One half trains the classifier and the other is ordered, then the halves change
-    their parts, and the two areas are averaged. The classifier is scikit-learn's support vector machine as it comes:
-    C = 1, a Gaussian kernel whose width comes from the spread of the rows. Its time grows as the square of the rows:
-    half a second for 4,000 of 64 numbers. Each side needs 4 rows or more.
+    Rows are split into random halves. The classifier is trained on one half and ranks the other, then the halves are
+    exchanged, and the two areas are averaged. The classifier is scikit-learn's support vector machine with default
+    settings: C = 1, and a Gaussian kernel with a width computed from the rows. Its time is quadratic in the number of
+    rows: half a second for 4,000 rows of 64 numbers. Each side needs 4 rows or more.
     """
     from sklearn.metrics import roc_auc_score  # slow to import
     from sklearn.svm import SVC
@@ -38,9 +38,10 @@ def two_sample_auc(real: Real, fake: Fake, generator: Generator) -> float:
 
 
 def auc_sd(num_samples: int, num_real: int) -> float:
-    """The sd of `two_sample_auc` about 0.5 where both sides have one distribution (Mann & Whitney 1947).
+    """Return the sd of `two_sample_auc` for equal distributions (Mann & Whitney 1947).
 
-    It is that of one area. The mean of the two areas has it too, for both see the same difference between the halves.
+    It is the sd of one area. The mean of both areas has the same sd, since both depend on the same difference between
+    the halves.
     """
     n = num_samples // 2
     m = num_real // 2
@@ -48,13 +49,13 @@ def auc_sd(num_samples: int, num_real: int) -> float:
 
 
 def _random_halves(x: Tensor, generator: Generator) -> tuple[Tensor, ...]:
-    """The rows of x in random order, flat, in float64 and on the CPU, as two halves."""
+    """Shuffle the rows of x and split them into two halves, flattened, in float64 on the CPU."""
     order = torch.randperm(len(x), generator=generator)
     return x[order].double().flatten(1).cpu().chunk(2)
 
 
 def _with_labels(real: Tensor, fake: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (n + m, d) of both sets, real ones first, and their labels (n + m,): 0 real, 1 fake."""
+    """Concatenate the rows of both sets (n + m, d), and return them with labels (n + m,): 0 real, 1 fake."""
     rows = torch.cat([real, fake]).numpy()
     is_fake = np.repeat([0, 1], [len(real), len(fake)])
     return rows, is_fake

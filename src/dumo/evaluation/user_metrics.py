@@ -1,10 +1,10 @@
-"""Scores by functions of the user's own, next to those of a run's protocol.
+"""Scores computed by functions of the user, in addition to a protocol's scores.
 
-`OwnMetricsEvaluator` wraps the protocol's evaluator, and is an `Evaluator` itself. Its `score`
+`UserMetricsEvaluator` wraps the protocol's evaluator. Its `score`
 
-1. lets the protocol's evaluator judge the samples as they come, and keeps them;
-2. calls each metric with all samples (n, *shape), in the order of their numbers, images clamped to [-1, 1];
-3. adds each number that a metric returns to the protocol's scores, under the metric's name.
+1. passes the samples to the protocol's evaluator, and keeps them;
+2. calls each metric with all samples (n, *shape) in the order of their numbers, images clamped to [-1, 1];
+3. adds the results to the protocol's scores under the metrics' names.
 """
 
 import math
@@ -17,34 +17,34 @@ from torch import Tensor
 from dumo.evaluation.protocol import Evaluator, NumberedSamples, Scores
 from dumo.types import UserError
 
-OwnMetric = Callable[[Tensor], float]  # takes all samples, (n, *shape), images in [-1, 1]
-RESERVED_NAMES = ("nfe", "solver")  # what a row of a report has besides scores
+# Takes all samples, (n, *shape), images in [-1, 1].
+UserMetric = Callable[[Tensor], float]
+# Columns of a report that are not scores.
+RESERVED_NAMES = ("nfe", "solver")
 
 
 @dataclass(frozen=True)
-class OwnMetricsEvaluator:
-    """An evaluator (`dumo.evaluation.protocol.Evaluator`) whose scores are followed by those of own metrics.
-
-    All samples are kept in memory until they are judged.
-    """
+class UserMetricsEvaluator:
+    """An `Evaluator` that adds the scores of `metrics`, by name, to a protocol's. All samples are kept in memory."""
 
     protocol_evaluator: Evaluator
-    metrics: Mapping[str, OwnMetric]  # by the name of the score
+    metrics: Mapping[str, UserMetric]
 
     @property
     def facts(self) -> Mapping[str, str]:
-        """The facts of the protocol; own metrics add none."""
+        """The card entries of the protocol."""
         return self.protocol_evaluator.facts
 
     def score(self, samples: NumberedSamples) -> Scores:
-        """The protocol's scores, then those of own metrics.
+        """Return the protocol's scores and the user's scores.
 
-        Raises UserError where a metric has the name of another score or column, or returns no finite number.
+        Raises UserError if a metric has the name of another score or column, or returns a number that is not finite.
         """
         number_batches: list[Tensor] = []
         sample_batches: list[Tensor] = []
 
-        def keep_samples() -> Iterator[tuple[Tensor, Tensor]]:  # they can be read once
+        # `samples` can only be iterated once.
+        def keep_samples() -> Iterator[tuple[Tensor, Tensor]]:
             for numbers, batch in samples:
                 number_batches.append(numbers)
                 sample_batches.append(batch)
@@ -58,13 +58,13 @@ class OwnMetricsEvaluator:
             x = x.clamp(-1, 1)
         for name, metric in self.metrics.items():
             if name in scores or name in RESERVED_NAMES:
-                raise UserError(f"metrics: {name} is a name that the report has already: take another")
+                raise UserError(f"metrics: the report already has a column {name}: choose another name")
             number = float(metric(x))
             if not math.isfinite(number):
-                raise UserError(f"metrics: {name} is {number}, which is no finite number")
+                raise UserError(f"metrics: {name} is {number}: return a finite number")
             scores[name] = number
         return scores
 
     def baselines(self) -> dict[str, Scores]:
-        """The baselines of the protocol. Own metrics have none: they are called with the run's samples alone."""
+        """Return the protocol's baselines. User metrics have none, since they are only called with samples."""
         return self.protocol_evaluator.baselines()

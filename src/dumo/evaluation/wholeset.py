@@ -1,13 +1,10 @@
-"""Judge all samples at once: protocols whose scores need the whole set, compared with the whole of the data.
+"""Evaluators for scores of the whole set of samples, compared with the whole data set.
 
-`make_opener` is the entrance of `dumo.evaluation.measures`. It makes the function that opens such a protocol:
+`make_opener` makes the function that opens such a protocol, for `dumo.evaluation.measures`. That function reads the
+data (`Reference`) and returns a `WholeSetEvaluator`. Its `score` collects the samples of all ranks in the order of
+their numbers (`collect`) before computing scores.
 
-1. the opener reads the data to compare with (`Reference`) and makes an evaluator;
-2. `score` waits for the samples of all ranks, puts them in the order of their numbers (`collect`), and hands them to a
-   measure.
-
-Protocols with another reference make a `WholeSetEvaluator` of it; those with evaluators of their own use `Reference`
-and `collect` alone, and `choose_rows`, where they compare with a part of the data.
+Other evaluators also use `Reference`, `collect`, and `choose_rows` to select a part of the data.
 """
 
 from collections.abc import Callable
@@ -28,24 +25,31 @@ from dumo.runtime import dist
 from dumo.runtime.random import stream
 from dumo.types import Cond, Sample, UserError
 
-TrainedSamples = Float[Tensor, "_ *_"]  # of the shape of a reference's, but another number of them
+# The number of training samples can differ from the number of reference samples.
+TrainedSamples = Float[Tensor, "_ *_"]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The data that samples are compared with, in memory."""
+    """The data that samples are compared with, in memory.
 
-    x: Sample  # (m, *d)
-    c: Cond  # (m,), their classes
-    redraw: Callable[[int], Sample] | None = None  # makes the i-th new draw of m rows; None: the data are finite
-    trained: TrainedSamples | None = None  # what was trained on, if `x` was held out of it; None: `x` itself was
+    x: (m, *d).
+    c: (m,), the classes.
+    redraw: draws m new rows, the i-th time. None means finite data.
+    trained: the training data if `x` was held out. None means that `x` are the training data.
+    """
+
+    x: Sample
+    c: Cond
+    redraw: Callable[[int], Sample] | None = None
+    trained: TrainedSamples | None = None
 
     @classmethod
     def of(cls, data: Data, n: int, seed: int, trained: Data | None = None) -> "Reference":
-        """The reference of a data set: all its rows, or n draws where it has no end.
+        """Return the reference of a data set: all rows of finite data, or n draws of infinite data.
 
-        Of a `HeldOutSplit` it is the rows that are held out. The split itself holds the rows that were trained on, so
-        `trained` is not read. For any other data `trained` says what was trained on, if that is not the data.
+        The reference of a `HeldOutSplit` are its held-out rows, and `trained` is ignored, since the split contains the
+        training rows. For other data, `trained` is the training data if they differ from the data.
         """
         if isinstance(data, HeldOutSplit):
             return cls(data.held_out.x, data.held_out.c, trained=data.x)
@@ -57,15 +61,16 @@ class Reference:
             return cls(x, c, trained=trained_x)
 
         def redraw(i: int) -> Sample:
-            new_x, _ = data.reference(n, seed, 1 + i)  # choice 0 is `x`
+            # Draw 0 is `x`.
+            new_x, _ = data.reference(n, seed, 1 + i)
             return new_x
 
         return cls(x, c, redraw=redraw, trained=trained_x)
 
     def facts(self, seed: int, split: str | None) -> dict[str, str]:
-        """What a report says of the reference, which is of this split of the data.
+        """Return the card entries of the reference, from this split of the data.
 
-        Draws differ in their last bits between machines, so have no hash.
+        Draws have no hash, since their last bits differ between machines.
         """
         if self.redraw:
             return {"reference": f"{len(self.x):,} draws of seed {seed}"}
@@ -76,10 +81,11 @@ class Reference:
         return {"reference": f"{len(self.x):,} samples {which}", "reference_sha256": digest.of_tensor(self.x)}
 
 
-R = TypeVar("R")  # what samples are compared with: a `Reference`, or features of one
+# A `Reference`, or features of one.
+R = TypeVar("R")
 # Takes samples, their classes, and the reference.
 SampleMeasure = Callable[[Sample, Cond, R], Scores]
-# Takes the reference, and the samples' classes, whose number is that of the samples.
+# Takes the reference, and the classes of all samples.
 BaselineMeasure = Callable[[R, Cond], dict[str, Scores]]
 
 
@@ -90,10 +96,10 @@ def make_opener(
     *,
     by_class: bool = True,
 ) -> "Callable[[Protocol, Context], WholeSetEvaluator[Reference]]":
-    """Make the function that opens a protocol: it reads the reference, and returns an evaluator.
+    """Make the function that opens a protocol: it reads the reference and returns an evaluator.
 
-    `describe_features` gives a report's facts of the features. `by_class`: the facts also name the classes that do not
-    count, because they have too few samples or data.
+    describe_features: returns the card entries of the features.
+    by_class: add a card entry with classes that are excluded, since they have too few samples or data.
     """
 
     def open_evaluator(protocol: Protocol, context: Context) -> WholeSetEvaluator[Reference]:
@@ -116,7 +122,7 @@ def make_opener(
 
 @dataclass(frozen=True)
 class WholeSetEvaluator(Generic[R]):
-    """An evaluator (`dumo.evaluation.protocol.Evaluator`) that waits for all samples."""
+    """An `Evaluator` that computes scores of all samples together."""
 
     sample_c: Int64[Tensor, " n"]
     reference: R
@@ -125,26 +131,24 @@ class WholeSetEvaluator(Generic[R]):
     measure_baselines: BaselineMeasure[R]
 
     def score(self, samples: NumberedSamples) -> Scores:
-        """The scores of all samples. Every rank must call it.
+        """Return the scores of all samples. Every rank must call this.
 
-        Raises UserError unless each sample came once and is finite.
+        Raises UserError unless each sample occurs once and is finite.
         """
         x = collect(samples, len(self.sample_c))
         if not x.isfinite().all():
-            raise NotFiniteError(
-                "some samples are not finite numbers: train again with a lower rate, or clip the gradient"
-            )
+            raise NotFiniteError("some samples are not finite: lower the learning rate, or clip the gradient")
         return self.measure(x, self.sample_c, self.reference)
 
     def baselines(self) -> dict[str, Scores]:
-        """The scores of a perfect sampler and of noise, as the measure has them."""
+        """Return the scores of a perfect sampler and of noise."""
         return self.measure_baselines(self.reference, self.sample_c)
 
 
 def choose_rows(num_rows: int, count: int, *key: int | str) -> Int64[Tensor, " _"]:
-    """The numbers of `count` of `num_rows` rows, or of all where there are no more, in their order.
+    """Choose `count` of `num_rows` rows, or all if there are fewer; return their sorted numbers.
 
-    They are chosen at random, keyed by `key`: in many sets the first rows, or every k-th, are of some classes only.
+    The choice is random, keyed by `key`, since the first rows or every k-th row of many data sets have few classes.
     """
     if num_rows <= count:
         return torch.arange(num_rows)
@@ -152,9 +156,9 @@ def choose_rows(num_rows: int, count: int, *key: int | str) -> Int64[Tensor, " _
 
 
 def collect(samples: NumberedSamples, total: int) -> Tensor:
-    """All samples of all ranks, (total, *d), in the order of their numbers. Every rank must call it.
+    """Gather the samples of all ranks, (total, *d), in the order of their numbers. Every rank must call this.
 
-    Raises UserError, on every rank, where a rank has no batch, or unless each of the numbers 0 .. total - 1 came once.
+    Raises UserError, on every rank, if a rank has no batch or unless each number in 0 .. total - 1 occurs once.
     """
     indices: list[Tensor] = []
     batches: list[Tensor] = []
@@ -162,8 +166,9 @@ def collect(samples: NumberedSamples, total: int) -> Tensor:
         indices.append(index.cpu())
         batches.append(x.cpu())
     batches_by_rank = torch.cat(dist.all_gather(torch.tensor([len(batches)])))
-    if (batches_by_rank == 0).any():  # a rank that raised alone would leave the others waiting for it
-        raise UserError("there are no samples to judge: give some, at least one batch to each rank")
+    # Raise on all ranks: if only one raised, the remaining ranks would wait for it.
+    if (batches_by_rank == 0).any():
+        raise UserError("a rank has no samples: give at least one batch to each rank")
     all_indices = torch.cat(dist.all_gather(torch.cat(indices)))
     all_x = torch.cat(dist.all_gather(torch.cat(batches)))
     return all_x[order_of(all_indices, total)]

@@ -1,4 +1,4 @@
-"""Many runs: a plan's arms trained at equal cost, figures and tables of their results, and the time of a training step.
+"""Experiments of many runs: train the arms of a plan at equal cost, tabulate and plot the results, time training steps.
 
-`reproduce.reproduce` runs a plan and `bench.measure` times a step. Only the command line calls this subpackage.
+`reproduce.reproduce` runs a plan and `bench.measure` times a step. Only the command line uses this subpackage.
 """

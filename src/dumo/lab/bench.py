@@ -1,11 +1,11 @@
-"""`dumo bench`: time a training step with every slope, and count its operations, memory and error.
+"""`dumo bench`: measure time, operations, memory and error of a training step with every slope.
 
-A slope is a way to compute du/dt (`dumo.flow.slope`). A step is the forward pass, the targets and the backward pass on
-random data, without the optimizer. The unit is F, a forward pass: a third of the plain flow-matching step of the same
-network in the same precision, or a quarter if blocks are recomputed in the backward pass (checkpointing). The error of
-a slope is relative to the derivative in float64 (`slope_error`).
+A slope is a method to compute du/dt (`dumo.flow.slope`). A step is the forward pass, the targets and the backward pass
+on random data, without the optimizer. The unit is F, a forward pass: a third of a plain flow-matching step of the same
+network in the same precision, or a quarter with activation checkpointing. The error of a slope is relative to the
+derivative in float64 (`slope_error`).
 
-`measure` is the entry point. `prepare` and `StepBench.make_step` also serve Figure 4b (`dumo.lab.fig4b`).
+`measure` is the entry point. Figure 4b (`dumo.lab.fig4b`) also uses `prepare` and `StepBench.make_step`.
 """
 
 import copy
@@ -49,43 +49,43 @@ from dumo.types import (
     mean_square,
 )
 
-# Makes one training step.
+# Runs one training step.
 Step = Callable[[], None]
 
-# What may be compiled: nothing, each block of the network, or the whole loss.
+# Compile nothing, each block of the network, or the whole loss.
 _COMPILE_CHOICES = ("none", "blocks", "loss")
-# The name of the plain flow-matching step in the column of slopes.
+# The plain flow-matching step in the column `slope`.
 PLAIN = "none"
-# Forward passes of a plain step: one, and a backward pass that costs two.
+# The cost of a plain step in forward passes: one, and a backward pass that costs two.
 _PLAIN_UNITS = 3
-# du/dt is compared on at least so many rows.
+# The error of du/dt is measured on at least this many rows.
 _MIN_EXAMINED_ROWS = 8
-# Compiled variants of one block, which serves every precision, slope and number of rows.
+# A block is compiled anew for every precision, slope and number of rows.
 _MAX_COMPILED_VARIANTS = 64
-# The class of each slope, by its kind.
+# Slope classes by their kind.
 SLOPES: dict[str, Any] = {slope.model_fields["kind"].default: slope for slope in get_args(get_args(Slope)[0])}
 
 
 @dataclass(frozen=True)
 class StepRow:
-    """What was measured of one slope in one precision; None if it is not available."""
+    """Measurements of one slope in one precision. Unavailable ones are None."""
 
     slope: str
     precision: Precision
     compile: str
     # How dual numbers compute the tangent: tape, ride or pass.
     way: str | None = None
-    # Why training would refuse this slope.
+    # The error message with which training would refuse this slope.
     refused: str | None = None
-    # Operations in F, and the quartiles of the time in F.
+    # Operations in F, then the median and quartiles of the time in F.
     units_counted: float | None = None
     units_timed: float | None = None
     units_low: float | None = None
     units_high: float | None = None
-    # Medians.
+    # Medians over rounds.
     milliseconds: float | None = None
     images_per_second: float | None = None
-    # Bytes in use before the step (weights and batch), and the most that the step itself has in use at one time.
+    # Bytes in use before the step (weights and batch), and the peak of the step itself.
     bytes_before: int | None = None
     bytes: int | None = None
     bytes_over_central: float | None = None
@@ -97,25 +97,24 @@ class StepRow:
 
 @dataclass(frozen=True)
 class StepBench:
-    """A network and how it is trained, for steps with any slope. `prepare` makes it."""
+    """A network and its training settings, to run steps with any slope. Made by `prepare`."""
 
     run: Run
     device: torch.device
     # One of _COMPILE_CHOICES.
     compile: str
-    # The network on the meta device.
     meta_net: nn.Module
     net: nn.Module
-    # theta^-, as in training.
+    # theta^- of the training.
     ref: Frozen
-    # The share of the training that is done, for objectives whose loss changes with it.
+    # The share of the training that is done. Some losses depend on it.
     progress: float
 
     def attempt(self, row: StepRow, objective: Objective) -> tuple[StepRow, Step | None]:
-        """The row with its error, operations and bytes, and its step.
+        """Return the row with its error, operations and bytes, and its step.
 
-        If the step cannot be made, it is None and the row's `refused` says why. Errors of the plain step are raised:
-        without it nothing can be compared.
+        If the step fails, it is None and the row's `refused` has the error message. Errors of the plain step propagate,
+        since all rows are relative to it.
         """
         try:
             step = self.make_step(objective, row.precision, row.compile)
@@ -127,7 +126,7 @@ class StepBench:
             return replace(row, refused=str(error).splitlines()[0]), None
 
     def _draw_batch(self, objective: Objective, rows: int) -> NoisyBatch:
-        """A batch of random data and labels, with noise added as in training."""
+        """Draw a noisy batch of random data and labels as in training."""
         data = self.run.data
         x, c = random_batch("bench", rows, data.shape, data.classes)
         x, c = x.to(self.device), c.to(self.device)
@@ -144,7 +143,7 @@ class StepBench:
         )
 
     def make_step(self, objective: Objective, precision: Precision, compile: str) -> Step:
-        """A training step without the optimizer: forward pass, targets and backward pass on one random batch."""
+        """Return a training step without the optimizer: forward pass, targets and backward pass on one random batch."""
         b = self._draw_batch(objective, self.run.train.batch)
         loss = objective.loss
         if compile == "loss":
@@ -160,17 +159,17 @@ class StepBench:
         return step
 
     def _compile_mode(self, compile: str) -> AbstractContextManager[object]:
-        """A context in which compiled blocks run eagerly, unless the step is of a compiled network."""
+        """Return a context that runs compiled blocks eagerly, unless `compile` is the network's own mode."""
         if compile == self.compile:
             return nullcontext()
         return torch.compiler.set_stance("force_eager")
 
     def _dropout_keys(self, rows: int) -> AbstractContextManager[None]:
-        """A context in which passes of this number of rows use dropout and routing as in training."""
+        """Return a context with the random keys of dropout and routing for this number of rows."""
         return dropout.using(dropout.keys(0, 0, rows).to(self.device))
 
     def examine(self, row: StepRow, objective: Objective) -> StepRow:
-        """The row with the error of its slope. A compiled loss is examined as it is without compiling."""
+        """Return the row with the error of its slope. A compiled loss is examined without compilation."""
         if row.slope == PLAIN:
             return row
         row_multiple = flops.exact_rows(objective)
@@ -179,15 +178,15 @@ class StepBench:
             return replace(row, error=slope_error(self.net, self.ref, objective, b))
 
     def count(self, row: StepRow, objective: Objective, step: Step) -> StepRow:
-        """The row with its operations and bytes, and how dual numbers compute the tangent.
+        """Return the row with its operations, bytes, and the method by which dual numbers compute the tangent.
 
-        Bytes are counted on a CPU; on a GPU the allocator measures them.
+        Bytes are measured by the allocator on a GPU, and counted otherwise.
         """
         run = self.run
         shape, rows, ref = run.data.shape, run.train.batch, run.train.ref
         step_cost = flops.step_cost(self.meta_net, objective, run.path, shape, rows=rows, ref=ref)
         if self.device.type == "cuda":
-            # Kernels keep memory after their first call.
+            # Run once first, since kernels keep memory after their first call.
             step()
             self.net.zero_grad()
             step_memory = memory.allocated_bytes(step, self.device)
@@ -214,19 +213,19 @@ def measure(
     device: str = "auto",
     bar: Bar = no_bar,
 ) -> dict[str, Any]:
-    """Measure each slope in each precision at the run's batch, and the plain step, `none`; return the report.
+    """Measure each slope and the plain step `none` in each precision at the run's batch size; return the report.
 
-    `slopes` None takes all. A slope that training refuses is measured if possible, and its row says why it is refused.
-    Raises UserError for a slope, precision or way to compile that this run or device does not have.
+    If `slopes` is None, all are measured. A slope that training refuses is measured if possible, and its row has the
+    error message. Raises UserError if this run or device does not support a slope, precision or compile mode.
     """
-    # List the rows, and make the step of each.
+    # Prepare a row and a step for each slope and precision.
     torch_device = choose_device(device)
     known_precisions = _checked_precisions(precisions, torch_device)
     variants = list(_variants(run.objective, run.net.time_scale, slopes, known_precisions, compile))
     bench = prepare(run, torch_device, compile)
     attempts = [bench.attempt(row, objective) for row, objective in variants]
 
-    # Time all steps in turn, so that a slow minute slows all of them.
+    # Time all steps in turn, so that a temporary slowdown affects them alike.
     steps = [step for _, step in attempts if step]
     seconds = Stopwatch.for_bench(torch_device).time_rounds(steps, rounds, bar=bar, title="training steps")
 
@@ -251,11 +250,11 @@ def measure(
 
 
 def prepare(run: Run, device: torch.device, compile: str = "none", progress: float = 0.0) -> StepBench:
-    """Build the network of a run with random weights, and theta^-; with `compile` "blocks", compile its blocks.
+    """Build the network of a run with random weights, and theta^-; if `compile` is "blocks", compile its blocks.
 
-    Raises UserError if the network does not fit the memory, or has no blocks to compile.
+    Raises UserError if the network does not fit in memory, or has no blocks to compile.
     """
-    require_known("way to compile", compile, _COMPILE_CHOICES)
+    require_known("compile mode", compile, _COMPILE_CHOICES)
     require_room(run, device)
     net = random_net(run, device)
     ref = frozen(net) if run.train.ref == "self" else Frozen(copy.deepcopy(net))
@@ -266,7 +265,7 @@ def prepare(run: Run, device: torch.device, compile: str = "none", progress: flo
 
 
 def _checked_precisions(names: Sequence[str], device: torch.device) -> tuple[Precision, ...]:
-    """The precisions with these names. Raises UserError for an unknown one, or one that this device does not have."""
+    """Return the precisions with these names. Raises UserError if one is unknown or unsupported by the device."""
     for name in names:
         require_known("precision", name, get_args(Precision))
         if name == "tf32" and device.type != "cuda":
@@ -275,7 +274,7 @@ def _checked_precisions(names: Sequence[str], device: torch.device) -> tuple[Pre
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the GPU or processor."""
+    """Return the name of the GPU or processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()
@@ -288,9 +287,9 @@ def _variants(
     precisions: Sequence[Precision],
     compile: str,
 ) -> Iterator[tuple[StepRow, Objective]]:
-    """For each precision the plain step, then every slope: the row without measures, and the objective.
+    """Yield an empty row and an objective for the plain step and then every slope, in each precision.
 
-    Raises UserError for an unknown slope, or any if the objective has none.
+    Raises UserError if a slope is unknown, or if slopes are given but the objective has none.
     """
     objective_slope = slope_of(objective)
     if slopes is not None:
@@ -308,7 +307,7 @@ def _variants(
         for name in slope_names:
             slope = SLOPES[name]()
             if objective_slope and objective_slope.kind == name:
-                # Keep the run's own settings.
+                # Keep the run's settings of its slope.
                 slope = objective_slope
             # Inductor fails on jvp (torch 2.13).
             row_compile = "none" if name == "jvp" else compile
@@ -319,7 +318,7 @@ def _variants(
 
 
 def _refusal(slope: Any, precision: Precision, time_scale: float) -> str | None:  # noqa: ANN401, any slope
-    """Why training would refuse this slope; None if it would not."""
+    """Return the error message with which training would refuse this slope; None if it is accepted."""
     try:
         slope.check(precision, time_scale)
     except UserError as error:
@@ -330,11 +329,11 @@ def _refusal(slope: Any, precision: Precision, time_scale: float) -> str | None:
 def with_times(
     attempts: Sequence[tuple[StepRow, Step | None]], seconds: RoundTimes, batch: int, seconds_at_peak: float | None
 ) -> Iterator[StepRow]:
-    """Yield the rows with their times in forward passes of the plain step, and their bytes over those of `central`.
+    """Yield the rows with their times in units of F, and their bytes relative to slope `central`.
 
-    attempts: the rows with their steps. The plain step of each precision has one.
-    seconds: (steps, rounds), the times of all steps that are not None.
-    seconds_at_peak: what a forward pass of the batch would take at the GPU's peak.
+    attempts: rows and steps. The plain step of each precision is not None.
+    seconds: (steps, rounds), times of all steps that are not None.
+    seconds_at_peak: time of a forward pass of the batch at the GPU's peak.
     """
     numbers_of_steps = [number for number, (_, step) in enumerate(attempts) if step]
     seconds_of_row = dict(zip(numbers_of_steps, seconds.unbind(), strict=True))
@@ -371,18 +370,19 @@ def with_times(
 
 
 class PlainStep(Spec):
-    """The plain flow-matching loss on every head of another objective's net: three forward units."""
+    """The plain flow-matching loss on every head of another objective's network. A step costs 3 F."""
 
-    of: Any  # the other objective
+    # The other objective.
+    of: Any
 
     @property
     def kind(self) -> str:
-        """The plain step's name."""
+        """The name of the plain step."""
         return PLAIN
 
     @property
     def needs(self) -> Needs:
-        """The net of the other objective."""
+        """The network inputs and heads of the other objective."""
         needs: Needs = self.of.needs
         return Needs(
             inputs=needs.inputs,
@@ -395,20 +395,20 @@ class PlainStep(Spec):
 
     @property
     def times(self) -> TimeLaw:
-        """The times that the other objective draws."""
+        """The time distribution of the other objective."""
         return self.of.times
 
     @property
     def drop(self) -> float:
-        """The share of labels that the other objective drops."""
+        """The label dropout of the other objective."""
         return self.of.drop
 
     def __iter__(self) -> Iterator[tuple[str, object]]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The fields of the other objective, so that batches are drawn as for it."""
+        """Iterate over the fields of the other objective, so that batches are drawn as for it."""
         return iter(self.of)
 
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """The loss of every head against the velocity v_t; knobs are zero."""
+        """Compute the mean squares of all heads against the velocity v_t, with knobs at zero."""
         heads = net(b.x_t, b.c, **_net_inputs(self.of, b))[: len(self.of.needs.heads)]
         loss = torch.zeros_like(b.t)
         for head in heads:
@@ -416,25 +416,25 @@ class PlainStep(Spec):
         return Terms(loss)
 
     def readings(self, net: Net) -> Readings:
-        """How the other objective reads its net."""
+        """Return the readings of the other objective."""
         return self.of.read(net)
 
 
 class _UncheckedSlope(CentralSlope):
-    """The central difference without its checks: what training refuses is measured here all the same."""
+    """The central difference without its checks, to measure settings that training refuses."""
 
     def check(self, precision: str, time_scale: float = 1.0) -> None:
-        """Accept all."""
+        """Accept everything."""
 
 
 def _net_inputs(objective: Objective, b: NoisyBatch) -> dict[str, Time]:
-    """The inputs (n,) that a net of this objective takes by name: the times of the rows, and knobs at zero."""
+    """Return the network's named inputs, each (n,): the times of the batch, and knobs at zero."""
     times = {"t": b.t, "r": b.r}
     return {name: times.get(name, torch.zeros_like(b.t)) for name in objective.needs.names}
 
 
 def slope_error(net: nn.Module, ref: Frozen, objective: Objective, b: NoisyBatch) -> float | None:
-    """The relative error of du/dt along v_t, on the rows of a batch; None for an objective without a slope."""
+    """Compute the relative error of du/dt along v_t on a batch; None if the objective has no slope."""
     if objective.needs.slope is None:
         return None
     point = examination.ExamplePoint(x_t=b.x_t, direction=b.v_t, c=b.c, inputs=_net_inputs(objective, b))

@@ -1,14 +1,14 @@
-"""Train and measure the cells of a plan, each as a run in a folder of its own.
+"""Train and evaluate the cells of a plan, each in its own run folder and its own process.
 
-`finish_all` is the entry point. It starts a process per cell, several at a time, and reads their results. In that
-process `finish` trains and evaluates one run:
+`finish_all` is the entry point. It starts the processes, several at a time, and reads the results. In each process,
+`finish` trains and evaluates one run:
 
     python -m dumo.lab.cell CELL.yaml FOLDER DEVICE
 
-A cell that diverges, fails or is killed is reported as a failure and does not stop the others. A finished cell is not
-run again and a stopped one resumes. The folder's name ends in a hash of all settings that affect training, so a cell
-with other settings is trained in another folder. A cell may start from another cell of its plan, or be taught by one;
-its spec then has the name of that cell in place of a folder.
+If a cell diverges, fails or is killed, its failure is reported and the remaining cells continue. Finished cells are
+skipped and stopped cells resume. The folder's name ends in a hash of all settings that affect training, so a cell with
+different settings gets a different folder. A cell may use another cell of its plan as its start or teacher: its spec
+then contains that cell's name instead of a folder.
 """
 
 import os
@@ -35,7 +35,7 @@ from dumo.data import Data, Latents
 from dumo.encoders.pipeline_folder import Pipeline
 from dumo.error import NotFiniteError
 from dumo.io import file
-from dumo.lab.plan import Cell
+from dumo.lab.experiment import Cell
 from dumo.nets.dualized import Dualized
 from dumo.nets.pretrained import Pretrained
 from dumo.nets.text_rows import Codes
@@ -55,11 +55,10 @@ from dumo.types import Objective, UserError
 # A row of a table or a report, by column.
 Row = dict[str, Any]
 
-# The parts of a run that may change after training.
+# Sections of a run that may change after training.
 _NOT_OF_TRAINING = {"about", "sample", "evaluate"}
-# The length of the hash in the name of a cell's folder.
-_HASH_BYTES = 4
-# How often the main process looks for signals while it waits for cells.
+_FOLDER_HASH_BYTES = 4
+# Seconds between checks for signals while the main process waits for cells.
 _POLL_SECONDS = 0.2
 
 
@@ -70,7 +69,7 @@ class Result:
     cell: Cell
     folder: Path
     report: dict[str, Any]
-    # The commit of dumo that trained it; None if dumo was installed without git.
+    # The dumo commit that trained the cell. None if dumo was installed without git.
     commit: str | None = None
     device: str = "auto"
 
@@ -83,27 +82,27 @@ class Result:
 def finish_all(
     cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar
 ) -> tuple[list[Result], dict[str, str]]:
-    """Train and evaluate all cells, `jobs` at a time; return the results, and by cell name why the others failed.
+    """Train and evaluate all cells, `jobs` at a time; return the results, and error messages by name of failed cell.
 
-    Raises UserError if cells of one protocol, split and fold were not evaluated alike.
+    Raises UserError if cells with the same protocol, split and fold were evaluated differently.
     """
     results: dict[str, Result] = {}
     failures: dict[str, str] = {}
     names = {cell.name for cell in cells}
     waiting = list(cells)
     while True:
-        # Take the cells whose sources are finished.
+        # Select the cells whose start and teacher are finished.
         ready = [cell for cell in waiting if sources(cell, names) <= results.keys()]
         if not ready:
             break
         waiting = [cell for cell in waiting if cell not in ready]
 
-        # Replace the names of sources by folders, and make the caches that several cells read.
+        # Replace the names of source cells by their folders, and fill the caches that several cells share.
         ready = [with_folders(cell, results, folder.parent) for cell in ready]
         _make_caches(ready, device=device, bar=bar)
         ready = [replace(cell, spec=resolve(cell.spec)) for cell in ready]
 
-        # Run the cells that are not finished, then read all results.
+        # Run the unfinished cells, then read all results.
         for cell in ready:
             result = read_result(cell, folder, device)
             if result is not None:
@@ -116,8 +115,8 @@ def finish_all(
             result = read_result(cell, folder, device)
             if result is None:
                 raise UserError(
-                    f"{cell_folder(cell, folder)} was continued with other settings than the plan's: move it away, and "
-                    "the cell is trained again"
+                    f"{cell_folder(cell, folder)} was resumed with settings that differ from the plan's: move it away "
+                    "to train the cell again"
                 )
             results[cell.name] = result
     for cell in waiting:
@@ -129,14 +128,14 @@ def finish_all(
 
 
 def cell_folder(cell: Cell, cells_folder: Path) -> Path:
-    """The folder of a cell's run, named after the cell and a hash of all that affects its training."""
+    """Return the run folder of a cell, named after the cell and a hash of all settings that affect its training."""
     training_spec = cell.spec.model_dump_json(exclude=_NOT_OF_TRAINING)
-    training_hash = blake2b(training_spec.encode(), digest_size=_HASH_BYTES).hexdigest()
+    training_hash = blake2b(training_spec.encode(), digest_size=_FOLDER_HASH_BYTES).hexdigest()
     return cells_folder / f"{cell.name}-{training_hash}"
 
 
 def read_result(cell: Cell, cells_folder: Path, device: str) -> Result | None:
-    """The result of a cell; None if it is not finished, or was trained or evaluated with other settings."""
+    """Return the result of a cell; None if it is unfinished, or was trained or evaluated with different settings."""
     folder = cell_folder(cell, cells_folder)
     if not (folder / EVALUATION_FILE).is_file():
         return None
@@ -151,15 +150,15 @@ def read_result(cell: Cell, cells_folder: Path, device: str) -> Result | None:
 
 
 def _settings(run: Run) -> str:
-    """All settings of a run but its description and what was found on disk, as text."""
+    """Serialize all settings of a run except its description and the values resolved from files."""
     return run.model_dump_json(exclude={"about", "resolved"})
 
 
 def run_in_processes(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> dict[str, str]:
-    """Finish each cell in a process of its own, `jobs` at a time; return why some failed, by cell name.
+    """Finish each cell in its own process, `jobs` at a time; return error messages by name of failed cell.
 
-    The processes share the cores. With device `auto` they are spread over all GPUs. Raises Stopped after a signal, once
-    all processes have saved a checkpoint and ended.
+    The processes share the cores. With device `auto` they are distributed over all GPUs. After a signal, raises Stopped
+    once all processes have saved a checkpoint and exited.
     """
     if not cells:
         return {}
@@ -170,13 +169,13 @@ def run_in_processes(cells: Sequence[Cell], folder: Path, *, jobs: int, device: 
     processes: list[subprocess.Popen[bytes]] = []
 
     def run(number: int, cell: Cell) -> str | None:
-        own_device = f"cuda:{number % num_gpus}" if num_gpus > 1 else device
+        cell_device = f"cuda:{number % num_gpus}" if num_gpus > 1 else device
         run_folder = cell_folder(cell, folder)
         spec_file = run_folder.with_name(f"{run_folder.name}.yaml")
         log_file = run_folder.with_name(f"{run_folder.name}.log")
         file.write(spec_file, dump(cell.spec).encode())
-        # -P: a module in the working folder must not replace one of the same name.
-        command = [sys.executable, "-P", "-m", "dumo.lab.cell", str(spec_file), str(run_folder), own_device]
+        # -P keeps modules in the working folder from shadowing installed ones.
+        command = [sys.executable, "-P", "-m", "dumo.lab.cell", str(spec_file), str(run_folder), cell_device]
         with log_file.open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
             processes.append(process)
@@ -210,17 +209,17 @@ def run_in_processes(cells: Sequence[Cell], folder: Path, *, jobs: int, device: 
 
 
 def _failure_text(code: int, log_file: Path) -> str:
-    """Why a process failed: its signal, or the last line of its log."""
+    """Return the signal that ended a process, or the last line of its log."""
     if code < 0:
         text = f"its process was ended by {signal.Signals(-code).name}"
-        return f"{text}, as happens when memory runs out" if code == -signal.SIGKILL else text
+        return f"{text}, possibly because memory ran out" if code == -signal.SIGKILL else text
     lines = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     last_line = lines[-1] if lines else ""
     return f"{last_line} ({log_file})"
 
 
 def main(spec_file: str, folder: str, device: str) -> None:
-    """Finish the cell whose run is in a file, in this process. Code that the run names was agreed to by the caller."""
+    """Finish the cell of a spec file in this process. The caller has already obtained consent to the code it names."""
     with signals.listening(child=True), trust.trusting():
         try:
             finish(load(Path(spec_file)), Path(folder), device=device)
@@ -229,7 +228,7 @@ def main(spec_file: str, folder: str, device: str) -> None:
 
 
 def finish(run: Run, folder: Path, *, device: str) -> None:
-    """Train a run in a folder and evaluate it. What is done there already is not done again."""
+    """Train a run in a folder and evaluate it, skipping what is already finished."""
     if not (folder / RUN_FILE).is_file():
         file.write(_commit_file(folder), (commit() or "").encode())
     prepared = prepare(run, out=folder)
@@ -242,12 +241,12 @@ def finish(run: Run, folder: Path, *, device: str) -> None:
 
 
 def _commit_file(folder: Path) -> Path:
-    """The file that holds the commit which trained the run in `folder`."""
+    """Return the path of the file with the commit that trained the run in `folder`."""
     return folder.with_name(f"{folder.name}.commit")
 
 
 def commit() -> str | None:
-    """The commit of this dumo, ending in "-dirty" if its code was changed; None if it was installed without git."""
+    """Return dumo's commit, with the suffix "-dirty" if its code was changed; None if it was installed without git."""
     if shutil.which("git") is None:
         return None
     module = Path(__file__)
@@ -256,81 +255,81 @@ def commit() -> str | None:
     if is_tracked.returncode:
         return None
     head = subprocess.run([*git, "rev-parse", "--short=8", "HEAD"], capture_output=True, text=True).stdout.strip()
-    # Results and pages do not count: measuring writes them.
+    # Ignore results and documentation, since experiments write them.
     code = [":(top)src/dumo/*.py", ":(top)src/dumo/*.yaml"]
     is_changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code]).returncode != 0
     return f"{head}-dirty" if is_changed else head
 
 
 def _make_caches(cells: Sequence[Cell], *, device: str, bar: Bar) -> None:
-    """Make the caches of latents that cells read and that do not exist yet."""
+    """Encode the caches of latents that the cells need and that do not exist yet."""
     for data in dict.fromkeys(cell.spec.data for cell in cells):
         if isinstance(data, Latents):
             fill_caches.ensure_cache(data, device=device, bar=bar)
 
 
 def _require_measured_alike(results: Sequence[Result]) -> None:
-    """Raise UserError if results that stand in one table were measured in different ways."""
+    """Raise UserError if results in one table were evaluated in different ways."""
     cards: dict[tuple[str, str | None, int], dict[str, Any]] = {}
     for result in results:
         spec = result.cell.spec
-        # Cells of other protocols, splits or folds are evaluated against other images.
+        # Different protocols, splits and folds have different reference images.
         key = (spec.evaluate.protocol.kind, spec.evaluate.split, getattr(spec.data, "fold", 0))
         cards.setdefault(key, {})[result.cell.name] = result.report["card"]
     for cards_by_cell in cards.values():
         comparison.require_comparable(cards_by_cell)
 
 
-# ------------------------------------------------------------------------------- cells that start from other cells
+# -------------------------------------------------------------------- cells that use other cells as start or teacher
 
 
 def sources(cell: Cell, names: Collection[str]) -> set[str]:
-    """The names among `names` of the cells that a cell starts from or is taught by."""
+    """Return the cells among `names` that a cell uses as its start or teacher."""
     start = getattr(cell.spec.start, "source", None)
     teacher = getattr(cell.spec.teacher, "source", None)
     return {*names} & {cell.weights, start, teacher}
 
 
 def with_folders(cell: Cell, results_by_name: Mapping[str, Result], parent: Path) -> Cell:
-    """The cell with folders in place of the names of cells that have results.
+    """Replace the names of finished cells in a cell's spec by their folders.
 
-    A model that a cell starts from by `Cell.weights` is saved in a folder below `parent`.
+    The model of `Cell.weights` is saved in a folder below `parent`.
     """
-    parts: dict[str, Any] = {}
+    sections: dict[str, Any] = {}
     for name in ("start", "teacher"):
-        part = getattr(cell.spec, name)
-        source = results_by_name.get(getattr(part, "source", ""))
+        section = getattr(cell.spec, name)
+        source = results_by_name.get(getattr(section, "source", ""))
         if source is not None:
-            parts[name] = part.model_copy(update={"source": str(source.folder)})
+            sections[name] = section.model_copy(update={"source": str(source.folder)})
     if cell.weights:
-        folder = _save_model(results_by_name[cell.weights], parent, cell.cut)
-        parts["pipeline"] = Pipeline(source=str(folder))
-    return replace(cell, spec=cell.spec.model_copy(update=parts))
+        folder = _save_model(results_by_name[cell.weights], parent, cell.refit_lowpass)
+        sections["pipeline"] = Pipeline(source=str(folder))
+    return replace(cell, spec=cell.spec.model_copy(update=sections))
 
 
-def _save_model(result: Result, parent: Path, cut: float | None) -> Path:
-    """Save the model of a cell for diffusers, with the head of v, once; return its folder, below `parent`.
+def _save_model(result: Result, parent: Path, lowpass_limit: float | None) -> Path:
+    """Save the model of a cell with its v head for diffusers, unless it exists; return its folder, below `parent`.
 
-    `cut` is the limit, in rad, of a low-pass filter that is fitted to the model's time embedding; None fits none.
+    If `lowpass_limit` (in rad) is given, a low-pass filter is fitted to the model's time embedding.
     """
-    # The name of the run's folder has a hash of what trained it.
+    # The name of the run's folder contains a hash of the training settings.
     name = result.folder.name
-    if cut is not None:
-        name += f"-{cut:g}"
+    if lowpass_limit is not None:
+        name += f"-{lowpass_limit:g}"
     folder = parent / name
     if (folder / "config.json").exists():
         return folder
     net = result.trained.net
-    if cut is not None:
+    if lowpass_limit is not None:
         run = result.trained.spec
-        net = _low_pass(run.objective, run.data, _save_model(result, parent, None), cut)
+        net = _refit_lowpass(run.objective, run.data, _save_model(result, parent, None), lowpass_limit)
     assert isinstance(net, Dualized)
     net.single_head_model("v").save_pretrained(folder)
     return folder
 
 
-def _low_pass(objective: Objective, data: Data, folder: Path, limit: float) -> Dualized:
-    """The model of a folder, its time embedding filtered at `limit` rad and fitted again (`dumo.nets.lowpass`)."""
+def _refit_lowpass(objective: Objective, data: Data, folder: Path, limit: float) -> Dualized:
+    """Load a model, low-pass filter its time embedding at `limit` rad, and refit it (`dumo.nets.lowpass`)."""
     spec = Pretrained(texts=Codes(), lowpass=limit).within(Pipeline(source=str(folder)))
     net = spec.build(objective.needs, data.shape, data.classes)
     net.refit()

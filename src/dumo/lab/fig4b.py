@@ -1,9 +1,9 @@
-"""Figure 4b of the paper: what a training step costs, by size and objective.
+"""Figure 4b of the paper: the cost of a training step by network size and objective.
 
 `dumo.lab.reproduce` calls `time_cells`, `table` and `charts`, in this order. Nothing is trained: weights and data are
-random, and a step is the one of `dumo bench`, without the optimizer, which is the same for all objectives. All
-objectives of one size are timed in turn, round by round. Times are divided within each round, and the median of the
-ratios over the rounds counts, so that a slow minute affects both.
+random, and a step is timed as in `dumo bench`, without the optimizer, whose cost does not depend on the objective. All
+objectives of one size are timed in turn, in rounds. Ratios of times are taken within each round and their median is
+reported, so that a temporary slowdown affects numerator and denominator alike.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from PIL import Image
 
 from dumo.lab import bench
 from dumo.lab.cell import Result, Row
-from dumo.lab.plan import Cell, Cost, Plan
+from dumo.lab.experiment import Cell, Cost, Plan
 from dumo.report import chart
 from dumo.run.net import meta_net
 from dumo.runtime.device import choose_device, software_versions
@@ -23,28 +23,28 @@ from dumo.runtime.progress import Bar
 from dumo.runtime.stopwatch import Stopwatch, quartiles
 from dumo.types import UserError
 
-# The objectives of Fig. 4b, as the column `objective` names them.
+# The objectives of Fig. 4b in the column `objective`.
 FLOW_MATCHING = "Flow matching"
 DUMO = "DuMo, guided, central"
 MEANFLOW = "MeanFlow, guided, central on all rows"
 MEANFLOW_FEWER_ROWS = "MeanFlow, guided, central where r < t"
-# Sec. 4.4: steps per second on XL over MeanFlow's.
+# Sec. 4.4: steps per second on XL, relative to MeanFlow.
 _PAPER_SPEEDS = {DUMO: 1.126, MEANFLOW: 1.0}
 
 
 def time_cells(
     cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar
 ) -> tuple[list[Result], dict[str, str]]:
-    """Time the steps of all cells, size by size; nothing is trained. Raises UserError for several jobs."""
+    """Time the training steps of all cells, size by size, without training. Raises UserError if `jobs` > 1."""
     if jobs > 1:
-        raise UserError("fig4b times its cells in turn, and several at a time would slow each other: leave out --jobs")
+        raise UserError("fig4b times its cells one by one, since parallel cells slow each other: leave out --jobs")
     torch_device = choose_device(device)
     results: list[Result] = []
     for size in dict.fromkeys(cell.labels["size"] for cell in cells):
         cells_of_size = [cell for cell in cells if cell.labels["size"] == size]
         steps: list[bench.Step] = []
         for cell in cells_of_size:
-            # In the middle of the training, for objectives whose loss changes with its progress.
+            # Time a step from the middle of training, since some losses change with its progress.
             prepared = bench.prepare(cell.spec, torch_device, progress=0.5)
             steps.append(prepared.make_step(cell.spec.objective, cell.spec.train.precision, "none"))
         rounds = cells_of_size[0].labels["rounds"]
@@ -60,7 +60,7 @@ def time_cells(
                     "versions": software_versions(),
                 },
                 "parameters": sum(p.numel() for p in meta_net(cell.spec).parameters()),
-                "F_per_step": Cost(cell.spec).units,
+                "F_per_step": Cost(cell.spec).forwards_per_step,
                 "seconds": cell_seconds.tolist(),
             }
             results.append(Result(cell, folder / cell.name, report))
@@ -68,9 +68,9 @@ def time_cells(
 
 
 def table(plan: Plan, results: list[Result]) -> list[Row]:
-    """A row per size and objective: the cost of a step in forward passes, counted and timed, and steps per second.
+    """Tabulate, by size and objective, the counted and timed cost of a step in forward passes, and steps per second.
 
-    Times are divided round by round, before the median is taken.
+    Ratios of times are taken within each round, before the median.
     """
     reports: dict[tuple[str, str], dict[str, Any]] = {}
     for result in results:
@@ -102,7 +102,7 @@ def table(plan: Plan, results: list[Result]) -> list[Row]:
 
 
 def charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
-    """The paper's bars, steps per second of DuMo and MeanFlow by size; and times of all objectives, a line each."""
+    """Draw the paper's bars of steps per second of DuMo and MeanFlow, and a dot chart with times of all objectives."""
     bars: dict[str, dict[str, float]] = {}
     dots: dict[str, dict[str, chart.Dot]] = {}
     for timing in table:
@@ -112,6 +112,6 @@ def charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
         if objective in (DUMO, MEANFLOW, MEANFLOW_FEWER_ROWS):
             bars.setdefault(size, {})[objective] = timing["steps_per_second"]
     return {
-        "fig4b": chart.bars("Training steps", "size of the net", "steps per second", bars),
-        "fig4b-all": chart.dots("Time of a training step", "time over flow matching's", dots),
+        "fig4b": chart.bars("Training steps", "network size", "steps per second", bars),
+        "fig4b-all": chart.dots("Time of a training step", "time relative to flow matching", dots),
     }

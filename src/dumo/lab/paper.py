@@ -1,9 +1,8 @@
-"""What the paper's figures and tables have beyond those of any plan: columns, charts and pictures of their own.
+"""Columns, charts and pictures of the paper's figures and tables that other plans do not have.
 
-Functions are named after the figure and what they make: `fig3_table`, `fig4a_charts`, `fig5_draw`. The views of
-`dumo.lab.reproduce` say which plan has which, and call them in this order: `_table` makes rows of the results,
-`_charts` draws the table, `_draw` writes pictures that need the nets. All take the plan, which few need. Figure 4b,
-which times steps instead of training, has a file of its own, `dumo.lab.fig4b`.
+A `View` of `dumo.lab.reproduce` calls the functions of a figure in this order: `*_table` computes the rows from the
+results, `*_charts` plots the table, and `*_draw` writes pictures that need the trained networks. Figure 4b times steps
+instead of training, in `dumo.lab.fig4b`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from dumo.config.word import MERITS, word
 from dumo.flow import sampling
 from dumo.io import picture
 from dumo.lab.cell import Result, Row
-from dumo.lab.plan import Plan
+from dumo.lab.experiment import Plan
 from dumo.lab.result_table import average_by_arm, group_by_arm, main_score
 from dumo.plan.facts import far_share
 from dumo.report import chart, evaluation, gallery
@@ -25,18 +24,21 @@ from dumo.report.sample_to_files import sample_to_files
 from dumo.run.judge import evaluator_of
 from dumo.runtime.progress import no_bar
 
-_FIG5_PASSES = (1, 2, 50)  # at which Fig. 5 is judged: few, and as many as the velocity needs
-_FIG4C_LOG_FID = {(2.0, 2.0): 4.06}  # by (theta_1, theta_2): the paper's lowest value of Fig. 4c, Sec. 4.4
-_EXPLAINED_RATIO = 3.0  # times the first arm's distance, beyond which the zoo's table says why: ours
+# The NFEs at which Fig. 5 is evaluated. The velocity needs the largest one.
+_FIG5_NFES = (1, 2, 50)
+# The lowest value of Fig. 4c in the paper, by (theta_1, theta_2); Sec. 4.4.
+_FIG4C_LOG_FID = {(2.0, 2.0): 4.06}
+# The zoo's table explains distances above this multiple of the first arm's distance.
+_EXPLAINED_RATIO = 3.0
 
 
 def far_column(result: Result) -> Row:
-    """P(t - r > 0.9), the share of rows where one-step sampling is taught, as the column `far`."""
+    """Return the column `far`: P(t - r > 0.9), the share of rows that train one-step sampling."""
     return {"far": round(far_share(result.cell.spec.objective), 6)}
 
 
 def fig3_table(plan: Plan, results: list[Result]) -> list[Row]:
-    """A row per arm: MMD^2 of one-step samples over its seeds, and the deviation of MMD^2 between two draws of data."""
+    """Tabulate, by arm, MMD^2 of one-step samples over the seeds, and the sd of MMD^2 between two draws of data."""
     rows: list[Row] = []
     for results_of_arm in group_by_arm(results):
         first = results_of_arm[0]
@@ -54,10 +56,7 @@ def fig3_table(plan: Plan, results: list[Result]) -> list[Row]:
 
 
 def fig3_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
-    """Write fig3.png, a panel per arm as in the paper: the data in grey, one-step samples in red; and a legend.
-
-    Samples are of the arm's first seed.
-    """
+    """Write fig3.png, a panel per arm as in the paper: data in grey, one-step samples of the first seed in red."""
     real, _ = results[0].trained.spec.data.open().reference(4000, 0)
     panels: dict[str, Image.Image] = {}
     for result, *_ in group_by_arm(results):
@@ -73,7 +72,7 @@ def fig3_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
 
 
 def fig4a_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
-    """A curve per objective: the share of training on the velocity to the right, the distance upwards."""
+    """Plot distance over the share of training on the velocity, a curve per objective."""
     score = main_score(table[0])
     points: dict[str, list[chart.CurvePoint]] = {}
     for averages in table:
@@ -86,7 +85,7 @@ def fig4a_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
 
 
 def fig4c_table(plan: Plan, results: list[Result]) -> list[Row]:
-    """A row per pair: the distance, its logarithm, and the share of rows where one-step sampling is taught."""
+    """Tabulate, by theta, the distance, its logarithm, and the share of rows that train one-step sampling."""
     rows: list[Row] = []
     for averages in average_by_arm(results, far_column):
         thetas = (averages["theta_1"], averages["theta_2"])
@@ -96,7 +95,7 @@ def fig4c_table(plan: Plan, results: list[Result]) -> list[Row]:
 
 
 def fig4c_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
-    """The grid, theta_1 to the right, theta_2 upwards, in colours and numbers; the lowest is bold."""
+    """Plot the log distance as a heat map over theta_1 and theta_2, with the lowest value in bold."""
     score = main_score(table[0])
     values = {(averages["theta_1"], averages["theta_2"]): log(averages[score]) for averages in table}
     scale = f"log of the {word(MERITS, score).title} (lower is better)"
@@ -104,7 +103,7 @@ def fig4c_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
 
 
 def fig5_table(plan: Plan, results: list[Result]) -> list[Row]:
-    """A row per objective, sampling mode, step and number of passes: the protocol's first distance to the data."""
+    """Tabulate the protocol's first distance by objective, sampling mode, training step and NFE."""
     rows: list[Row] = []
     for result in results:
         for distances in _distances_by_milestone(result):
@@ -113,15 +112,15 @@ def fig5_table(plan: Plan, results: list[Result]) -> list[Row]:
 
 
 def _distances_by_milestone(result: Result) -> Iterator[Row]:
-    """A row for each milestone of a run, sampling mode and number of passes, with the first distance to the data."""
+    """Yield the first distance for each milestone of a run, sampling mode and NFE."""
     trained = result.trained
     spec = trained.spec
     evaluator = evaluator_of(spec, spec.evaluate, trained.device, no_bar)
     c = spec.evaluate.protocol.labels(spec.data.classes)
     for step, file in gallery.milestone_files(trained.folder, trained.step).items():
         milestone = gallery.open_milestone(trained, step, file)
-        for mode in gallery.choose_modes(spec, _FIG5_PASSES):
-            for nfe in _FIG5_PASSES:
+        for mode in gallery.choose_modes(spec, _FIG5_NFES):
+            for nfe in _FIG5_NFES:
                 solver = mode.solver_for(nfe)
                 scores = evaluation.score_passes(milestone, evaluator, solver, nfe, c, spec.evaluate.seed)
                 first_distance = next(name for name in scores if name not in ("nfe", "solver"))
@@ -130,7 +129,7 @@ def _distances_by_milestone(result: Result) -> Iterator[Row]:
 
 
 def fig5_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
-    """Write fig5.png, trajectories of all objectives by all modes; and each objective's panels and sheets by class."""
+    """Write trajectories of all objectives and sampling modes to fig5.png, and each objective's panels and samples."""
     files: list[Path] = []
     panels_by_title: dict[str, Mapping[int, Image.Image]] = {}
     for result in results:
@@ -145,9 +144,9 @@ def fig5_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
 
 
 def zoo_table(plan: Plan, results: list[Result]) -> list[Row]:
-    """The average rows, with each distance over that of DuMo in one pass; None if DuMo failed.
+    """Average over seeds, and add each distance relative to DuMo's at 1 NFE, or None if DuMo failed.
 
-    Rows of one pass that are beyond `_EXPLAINED_RATIO` times it say why.
+    Rows at 1 NFE above `_EXPLAINED_RATIO` times DuMo's distance get the plan's explanation.
     """
     rows = average_by_arm(results)
     score = main_score(rows[0])
@@ -157,8 +156,8 @@ def zoo_table(plan: Plan, results: list[Result]) -> list[Row]:
     table: list[Row] = []
     for averages in rows:
         ratio = averages[score] / dumo_distances[0] if dumo_distances else None
-        why = ""
+        explanation = ""
         if averages["nfe"] == 1 and ratio is not None and ratio > _EXPLAINED_RATIO:
-            why = plan.why.get(averages["objective"], "not known")
-        table.append(averages | {"over_dumo_1_pass": ratio, "why": why})
+            explanation = plan.explanations.get(averages["objective"], "not known")
+        table.append(averages | {"over_dumo_1_pass": ratio, "why": explanation})
     return table

@@ -1,8 +1,8 @@
 """Compare arms by differences paired by seed.
 
-Arms with the same seed saw the same noise and were evaluated against the same images. What these add to both arms
-cancels in the difference, whose variance is therefore smaller than that of either arm. With differences d_i over n
-common seeds, the 95 % confidence interval of the mean difference is
+Arms with the same seed were trained with the same noise and evaluated against the same images. These effects cancel in
+the difference, so its variance is smaller. With differences d_i over n common seeds, the 95 % confidence interval of
+the mean difference is
 
     mean(d) ± t(0.975, n - 1) stdev(d) / sqrt(n)
 
@@ -35,40 +35,40 @@ class ArmScore:
 
     @property
     def estimate(self) -> Estimate:
-        """The mean with its error."""
+        """The mean with its standard error."""
         return Estimate(self.mean, self.error)
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """The difference of two arms, seed by seed."""
+    """The mean difference of two arms over their common seeds."""
 
     mean: float
     # The standard error of the mean.
     error: float
-    # The number of seeds that both arms have.
-    pairs: int
+    # The number of common seeds.
+    num_seeds: int
 
     @property
     def margin(self) -> float:
         """Half the width of the confidence interval of the mean."""
         from scipy.stats import t as student_t  # slow to import
 
-        quantile = float(student_t.ppf((1 + CONFIDENCE) / 2, self.pairs - 1))
+        quantile = float(student_t.ppf((1 + CONFIDENCE) / 2, self.num_seeds - 1))
         return quantile * self.error
 
 
 def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> PairedDifference | None:
-    """The difference a - b of distances by seed; None if fewer than two seeds are in both."""
+    """Return the difference a - b of distances by seed; None if they have fewer than two seeds in common."""
     differences = [a[seed] - b[seed] for seed in a if seed in b]
-    pairs = len(differences)
-    if pairs < 2:
+    num_seeds = len(differences)
+    if num_seeds < 2:
         return None
-    return PairedDifference(fmean(differences), stdev(differences) / sqrt(pairs), pairs)
+    return PairedDifference(fmean(differences), stdev(differences) / sqrt(num_seeds), num_seeds)
 
 
-def is_level(arm: ArmScore, best: ArmScore) -> bool:
-    """Whether the difference between an arm and the best one is not significant."""
+def is_tied(arm: ArmScore, best: ArmScore) -> bool:
+    """Whether an arm is not significantly worse than the best one."""
     difference = paired_difference(arm.by_seed, best.by_seed)
     if difference is None:
         return ties_with_least([best.estimate, arm.estimate])[1]

@@ -1,8 +1,7 @@
-"""`dumo reproduce`: train and measure all cells of a plan, and write its table, pictures and results.json.
+"""`dumo reproduce`: train and evaluate all cells of a plan, and write its table, pictures and results.json.
 
-`reproduce` is the entry point. A `View` holds the functions that make and show the results of a plan. The default view
-serves all plans but figures and tables of the paper, whose columns and pictures are in `dumo.lab.paper` and
-`dumo.lab.fig4b`.
+`reproduce` is the entry point. A `View` holds the functions that compute and show the results of a plan. The paper's
+figures and tables have views of their own, with columns and pictures from `dumo.lab.paper` and `dumo.lab.fig4b`.
 """
 
 import os
@@ -21,7 +20,7 @@ from dumo.io import file, picture
 from dumo.io.read import write_json
 from dumo.lab import arm_picture, cell, fig4b, paper
 from dumo.lab.cell import Result, Row
-from dumo.lab.plan import Cell, Plan, is_file_name, read_plan, require_fair, require_runnable
+from dumo.lab.experiment import Cell, Plan, is_file_name, read_plan, require_fair, require_runnable
 from dumo.lab.result_table import markdown, ranked_table, with_failed_seeds
 from dumo.run.speed import seconds_between
 from dumo.runtime import shell_path
@@ -32,32 +31,32 @@ from dumo.types import UserError
 
 
 class RunCells(Protocol):
-    """A function that trains and measures cells, `jobs` at a time, in a folder."""
+    """A function that trains and evaluates cells in a folder, `jobs` at a time."""
 
     def __call__(
         self, cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar
     ) -> tuple[list[Result], dict[str, str]]:
-        """Return the results in the order of the cells, and by cell name why the others failed."""
+        """Return the results in the order of the cells, and error messages by name of failed cell."""
         ...
 
 
 def _ranked_table(plan: Plan, results: list[Result]) -> list[Row]:
-    """A row for each arm and number of passes: means over seeds, and how the arm compares with the best."""
+    """Return the default table, which ranks the arms at each NFE."""
     return ranked_table(results)
 
 
 def _ranking_chart(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
-    """One chart with the plan's name, in which the best arm is on top."""
+    """Return the default chart, which has the plan's name."""
     return {plan.name: arm_picture.ranking_chart(plan, table)}
 
 
 def _no_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
-    """No chart."""
+    """Return no charts."""
     return {}
 
 
 def _draw_samples(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
-    """Write a picture of samples of all arms if the plan asks for it and they are images; return its path."""
+    """Write a picture of samples of all arms if the plan sets `samples` and they are images; return its path."""
     if not plan.samples or not all(result.trained.makes_images for result in results):
         return []
     path = folder / f"{plan.name}-samples.png"
@@ -67,13 +66,13 @@ def _draw_samples(plan: Plan, results: list[Result], folder: Path) -> list[Path]
 
 @dataclass(frozen=True)
 class View:
-    """The functions that make and show the results of a plan, in the order in which they are called."""
+    """The functions that compute and show the results of a plan, in the order in which they are called."""
 
     run_cells: RunCells = cell.finish_all
     make_table: Callable[[Plan, list[Result]], list[Row]] = _ranked_table
-    # Draws charts of the table, by file name.
+    # Returns charts of the table by file name.
     make_charts: Callable[[Plan, list[Row]], dict[str, Image.Image]] = _ranking_chart
-    # Writes pictures that need the trained networks into the folder; returns their paths.
+    # Writes pictures that need the trained networks to the folder and returns their paths.
     draw_pictures: Callable[[Plan, list[Result], Path], list[Path]] = _draw_samples
 
 
@@ -91,11 +90,13 @@ VIEWS = {
 def reproduce(
     name: str, scale: str, folder: Path | None, *, jobs: int = 1, device: str = "auto", bar: Bar = no_bar
 ) -> dict[str, Any]:
-    """Run a plan, `jobs` cells at a time; write results.json, table.md and its pictures; return results.json's content.
+    """Run a plan, `jobs` cells at a time; write results.json, table.md and pictures; return results.json's content.
 
-    `name` is that of a plan, or of a YAML file. `folder` None is runs/reproduce/NAME-SCALE. `device` is as `--device`
-    names it. Raises UserError for an unknown name or scale, for a file whose arms do not cost the same, and if all
-    cells failed.
+    name: a bundled plan, or a YAML file.
+    folder: None means runs/reproduce/NAME-SCALE.
+    device: the value of `--device`.
+
+    Raises UserError if the name or scale is unknown, if the arms of a file have unequal cost, or if all cells failed.
     """
     # Read the plan.
     plan = read_plan(name)
@@ -107,14 +108,14 @@ def reproduce(
         require_fair(cells, plan.get_scale(scale).cost)
         view = View()
 
-    # Train and measure the cells.
+    # Train and evaluate the cells.
     out = folder or Path("runs/reproduce") / f"{plan.name}-{scale}"
     results, failures = view.run_cells(cells, out / "cells", jobs=jobs, device=device, bar=bar)
     messages = [f"{cell_name}: {message}" for cell_name, message in failures.items()]
     if not results:
         raise UserError("\n".join(["every cell failed", *messages]))
 
-    # Write the numbers before the pictures: hours of training must not be lost if a picture fails.
+    # Write the numbers before the pictures, so that they are not lost if a picture fails.
     table = view.make_table(plan, results)
     if failures:
         table = with_failed_seeds(table, plan.columns, cells, failures)
@@ -132,7 +133,7 @@ def reproduce(
     file.write(table_file, "\n".join([markdown(plan.title, table), *messages]).encode())
     write_json(results_file, report | {"files": [str(table_file), str(results_file)]})
 
-    # Draw the pictures, and name them in results.json.
+    # Draw the pictures and list them in results.json.
     charts = write_charts(plan, view, table, out)
     pictures = view.draw_pictures(plan, results, out)
     report["files"] = [str(path) for path in (*charts, *pictures, table_file, results_file)]
@@ -141,7 +142,7 @@ def reproduce(
 
 
 def write_charts(plan: Plan, view: View, table: list[Row], folder: Path) -> list[Path]:
-    """Write the charts that a view makes of a plan's table into a folder; return their paths."""
+    """Write a view's charts of a plan's table to a folder; return their paths."""
     paths: list[Path] = []
     for name, image in view.make_charts(plan, table).items():
         path = folder / f"{name}.png"
@@ -151,7 +152,7 @@ def write_charts(plan: Plan, view: View, table: list[Row], folder: Path) -> list
 
 
 def _command(name: str, scale: str, folder: Path | None, jobs: int, device: str, cells: Sequence[Cell]) -> str:
-    """The command that makes the results again. Options but --scale are left out if they have their default."""
+    """Return the command that reproduces the results, without default options except --scale."""
     command = f"dumo reproduce {shell_path(name)} --scale {scale}"
     if folder is not None:
         command += f" --out {shell_path(folder)}"
@@ -165,10 +166,10 @@ def _command(name: str, scale: str, folder: Path | None, jobs: int, device: str,
 
 
 def _origin(command: str, device: str, results: Sequence[Result]) -> dict[str, Any]:
-    """How results were made, on what, and on which day (UTC) their table was; `device` as `--device` names it.
+    """Return command, date (UTC), hardware and versions of the results.
 
-    `commit` has all commits by which cells were trained. `training_hours` are the sum over all cells, without
-    evaluation; steps without a recorded time count as zero.
+    `commit` lists all commits that trained cells. `training_hours` is the sum over all cells, without evaluation and
+    steps whose time was not recorded.
     """
     commits = [result.commit for result in results if result.commit]
     seconds = [seconds_between(result.folder, 0, result.report.get("step", 0)) or 0.0 for result in results]

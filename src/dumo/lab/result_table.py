@@ -1,8 +1,8 @@
-"""Tables of the results of cells: a row per arm and number of passes.
+"""Tabulate the results of cells, with a row per arm and NFE.
 
-`ranked_table` is the default table, with means over seeds and how each arm compares with the best. `with_failed_seeds`
-adds the seeds that the means leave out, and `markdown` writes a table. `average_rows`, `rows_of_all_passes` and
-`error_of_mean` also serve the tables of the pages, which docs/tables.py makes of stored results.
+`ranked_table` is the default table: means over seeds, and each arm's difference from the best one. `with_failed_seeds`
+adds a column of failed seeds, and `markdown` formats a table. docs/tables.py uses `average_rows`, `rows_of_all_nfes`
+and `error_of_mean` for tables of stored results.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -11,12 +11,12 @@ from typing import Any
 
 from dumo.evaluation.metric import headline_score, higher_is_better, metric
 from dumo.lab.cell import Result, Row
-from dumo.lab.plan import Cell
-from dumo.lab.ranking import ArmScore, is_level, paired_difference
+from dumo.lab.experiment import Cell
+from dumo.lab.ranking import ArmScore, is_tied, paired_difference
 
 
 def group_by_arm(results: Sequence[Result]) -> list[list[Result]]:
-    """The results of each arm, which differ in their seed alone."""
+    """Group results that differ only in their seed."""
     arms: dict[str, list[Result]] = {}
     for result in results:
         arms.setdefault(result.cell.arm, []).append(result)
@@ -24,19 +24,19 @@ def group_by_arm(results: Sequence[Result]) -> list[list[Result]]:
 
 
 def ranked_table(results: Sequence[Result]) -> list[Row]:
-    """A row for each arm and number of passes: means over seeds, and how the arm compares with the best one.
+    """Average over the seeds of each arm and NFE, and compare each arm with the best one.
 
-    `best` is * for the best arm and for those not significantly worse. `behind` is the mean difference from the best
-    arm, seed by seed, and `margin` half the width of its 95 % confidence interval; both are None for the best arm, and
-    with fewer than two seeds. Arms are compared at equal passes, protocol and budget. They are not ranked if a higher
-    score is better, or if an arm has one seed and its score no standard error.
+    `best` is * for the best arm and arms not significantly worse. `behind` is the mean difference from the best arm,
+    paired by seed, and `margin` half the width of its 95 % confidence interval; both are None for the best arm and for
+    fewer than two seeds. Arms are compared at equal NFE, protocol and budget. They are not ranked if a higher score is
+    better, or if an arm has only one seed and its score has no standard error.
     """
     table: list[Row] = []
-    # The rows that are compared with each other: the place of each in the table, and its score.
-    rivals: dict[tuple[Any, ...], list[tuple[int, ArmScore | None]]] = {}
+    # The table index and score of each row, grouped by NFE, protocol and budget.
+    groups: dict[tuple[Any, ...], list[tuple[int, ArmScore | None]]] = {}
     for results_of_arm in group_by_arm(results):
         cell = results_of_arm[0].cell
-        rows_by_seed = [rows_of_all_passes(result.report) for result in results_of_arm]
+        rows_by_seed = [rows_of_all_nfes(result.report) for result in results_of_arm]
         for rows in zip(*rows_by_seed, strict=True):
             averages = average_rows(rows)
             score = main_score(averages)
@@ -48,27 +48,27 @@ def ranked_table(results: Sequence[Result]) -> list[Row]:
                 "margin": None,
             }
             key = (averages["nfe"], cell.spec.evaluate.protocol.kind, cell.labels.get("budget"))
-            rivals.setdefault(key, []).append((len(table), _arm_score(results_of_arm, rows, score)))
+            groups.setdefault(key, []).append((len(table), _arm_score(results_of_arm, rows, score)))
             table.append({**cell.labels, **columns, **averages})
 
-    # Mark the best of each comparison and those not significantly worse.
-    for places_and_arms in rivals.values():
-        arms = {place: arm for place, arm in places_and_arms if arm is not None}
-        if len(arms) < len(places_and_arms):
+    # Mark the best arm of each group and the arms that are not significantly worse.
+    for group in groups.values():
+        arms = {index: arm for index, arm in group if arm is not None}
+        if len(arms) < len(group):
             continue
-        best_place = min(arms, key=lambda place: arms[place].mean)
-        best = arms[best_place]
-        for place, arm in arms.items():
-            table[place]["best"] = "*" if is_level(arm, best) else ""
+        best_index = min(arms, key=lambda index: arms[index].mean)
+        best = arms[best_index]
+        for index, arm in arms.items():
+            table[index]["best"] = "*" if is_tied(arm, best) else ""
             difference = paired_difference(arm.by_seed, best.by_seed)
-            if place != best_place and difference is not None:
-                table[place]["behind"] = difference.mean
-                table[place]["margin"] = difference.margin
+            if index != best_index and difference is not None:
+                table[index]["behind"] = difference.mean
+                table[index]["margin"] = difference.margin
     return table
 
 
 def _arm_score(results: Sequence[Result], rows: Sequence[Row], score: str) -> ArmScore | None:
-    """The score of an arm, from the row of each of its results; None if it cannot be ranked by this score."""
+    """Return the score of an arm from the rows of its results; None if arms cannot be ranked by this score."""
     has_errors = all(f"{score}_sd" in row for row in rows) and not metric(score).sd_is_spread
     if higher_is_better(score) or (len(rows) == 1 and not has_errors):
         return None
@@ -79,9 +79,9 @@ def _arm_score(results: Sequence[Result], rows: Sequence[Row], score: str) -> Ar
 
 
 def average_by_arm(results: Sequence[Result], more_columns: Callable[[Result], Row] | None = None) -> list[Row]:
-    """A row for each arm and number of passes: the arm's labels, and means over its seeds (`average_rows`).
+    """Return the labels and means over seeds (`average_rows`) of each arm and NFE.
 
-    `more_columns` makes further columns from the result of the arm's first seed.
+    `more_columns` computes additional columns from the result of the arm's first seed.
     """
     table: list[Row] = []
     for results_of_arm in group_by_arm(results):
@@ -89,28 +89,27 @@ def average_by_arm(results: Sequence[Result], more_columns: Callable[[Result], R
         columns = dict(first.cell.labels)
         if more_columns:
             columns |= more_columns(first)
-        rows_of_seeds = [rows_of_all_passes(result.report) for result in results_of_arm]
-        for rows_of_passes in zip(*rows_of_seeds, strict=True):
-            table.append(columns | average_rows(rows_of_passes))
+        rows_by_seed = [rows_of_all_nfes(result.report) for result in results_of_arm]
+        for rows in zip(*rows_by_seed, strict=True):
+            table.append(columns | average_rows(rows))
     return table
 
 
-def rows_of_all_passes(report: Row) -> list[Row]:
-    """The rows of a report, one for each number of passes: by the run's solver, or by Euler's where it was not run."""
+def rows_of_all_nfes(report: Row) -> list[Row]:
+    """Return one row of a report per NFE: with the run's solver if it was evaluated, otherwise with Euler's."""
     rows = list(report["results"])
-    passes = {row["nfe"] for row in rows}
+    nfes = {row["nfe"] for row in rows}
     for row in report["contrast"]:
-        if row["nfe"] not in passes:
+        if row["nfe"] not in nfes:
             rows.append(row)
     return rows
 
 
 def average_rows(rows: Sequence[Row]) -> Row:
-    """The means over the rows of several seeds, which have one number of passes and one solver.
+    """Average rows of several seeds with equal NFE and solver.
 
-    The main score comes first, then `fd` if that is another one, both with their standard deviations; `error` is the
-    standard error of the main score's mean, if each row has an error. Other scores follow, None if a seed has none, and
-    the number of seeds.
+    The main score and `fd` come first, with their standard deviations. `error` is the standard error of the main
+    score's mean, if all rows have a standard error. A mean is None if the score of a seed is None.
     """
     names = [key for key in rows[0] if key not in ("nfe", "solver") and not key.endswith("_sd")]
     main = main_score_of_names(names)
@@ -132,10 +131,10 @@ def average_rows(rows: Sequence[Row]) -> Row:
 
 
 def error_of_mean(points: Sequence[tuple[float, float]]) -> float:
-    """The standard error of the mean of `points`, each a value and its own standard error.
+    """Return the standard error of the mean of `points`, pairs of a value and its standard error.
 
-    It is the larger of two estimates, from the scatter of the values and from their errors, since few seeds say little
-    about their scatter.
+    It is the larger of two estimates, from the scatter of the values and from their errors, since the scatter of few
+    seeds is unreliable.
     """
     scatter = stdev(value for value, _ in points) if len(points) > 1 else 0.0
     return max(fmean(error**2 for _, error in points) ** 0.5, scatter) / len(points) ** 0.5
@@ -144,29 +143,28 @@ def error_of_mean(points: Sequence[tuple[float, float]]) -> float:
 def with_failed_seeds(
     table: Sequence[Row], columns: Sequence[str], cells: Sequence[Cell], failed: Collection[str]
 ) -> list[Row]:
-    """The table with a column `failed`: the seeds of each arm whose runs failed, which its means leave out.
+    """Add the column `failed` with each arm's failed seeds, which its means exclude.
 
-    `columns` are the plan's, by which arms differ, and `failed` the names of the cells. An arm without a finished seed
-    has no row.
+    `columns` are the plan's columns, which identify an arm, and `failed` the names of failed cells.
     """
 
-    def arm_of(labels: Row) -> tuple[Any, ...]:
+    def arm_key(labels: Row) -> tuple[Any, ...]:
         return tuple(labels[name] for name in columns)
 
     seeds_by_arm: dict[tuple[Any, ...], list[str]] = {}
     for cell in cells:
         if cell.name in failed:
-            seeds_by_arm.setdefault(arm_of(cell.labels), []).append(str(cell.spec.train.seed))
-    return [row | {"failed": ", ".join(seeds_by_arm.get(arm_of(row), []))} for row in table]
+            seeds_by_arm.setdefault(arm_key(cell.labels), []).append(str(cell.spec.train.seed))
+    return [row | {"failed": ", ".join(seeds_by_arm.get(arm_key(row), []))} for row in table]
 
 
 def main_score(row: Row) -> str:
-    """The main score of an averaged row. Scores that are None do not count."""
+    """Return the name of the main score of an averaged row, ignoring scores that are None."""
     return main_score_of_names([key for key, value in row.items() if value is not None and f"{key}_sd" in row])
 
 
 def main_score_of_names(scores: Sequence[str]) -> str:
-    """The main score among these names: `class_mmd`, else `mmd`, else the protocol's (`headline_score`)."""
+    """Return the main score among these names: `class_mmd`, else `mmd`, else the protocol's (`headline_score`)."""
     for name in ("class_mmd", "mmd"):
         if name in scores:
             return name
@@ -174,7 +172,7 @@ def main_score_of_names(scores: Sequence[str]) -> str:
 
 
 def markdown(title: str, table: Sequence[Row]) -> str:
-    """The table as Markdown."""
+    """Format a table as Markdown."""
     columns = list(dict.fromkeys(name for row in table for name in row))
     lines = [columns, ["---"] * len(columns)]
     for row in table:
@@ -184,5 +182,5 @@ def markdown(title: str, table: Sequence[Row]) -> str:
 
 
 def _cell_text(value: object) -> str:
-    """A value as a table shows it: a float with four digits."""
+    """Format a value for a table, with four digits if it is a float."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

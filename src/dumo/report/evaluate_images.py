@@ -30,10 +30,10 @@ from dumo.data.images import Labels, Source, labels_of
 from dumo.data.rows import open_rows
 from dumo.encoders import vision
 from dumo.evaluation import Context, ImageProtocol, MetricProtocol
-from dumo.evaluation.bundled import ShippedKind
+from dumo.evaluation.bundled import BundledKind
 from dumo.evaluation.npz import NpzImages
 from dumo.evaluation.protocol import ImageTick
-from dumo.evaluation.reference import PIECE, InceptionKind, hash_images, with_progress
+from dumo.evaluation.reference import BATCH_SIZE, InceptionKind, hash_images, with_progress
 from dumo.io.data_source import Data
 from dumo.io.picture import to_uint8
 from dumo.io.read import first_few, user_path, write_json
@@ -52,7 +52,7 @@ DEFAULT_KIND = "photos"
 CLASSES_KINDS = ("photos", "cifar10-features")
 DIGIT_NUMERALS = tuple("0123456789")
 # The protocols that judge images without captions.
-KINDS = sorted({*get_args(InceptionKind), *get_args(ShippedKind), *get_args(vision.FeatureKind)} - {"toy"})
+KINDS = sorted({*get_args(InceptionKind), *get_args(BundledKind), *get_args(vision.FeatureKind)} - {"toy"})
 # Pixels that are kept decoded, as of a run's data.
 MEMORY_BYTES = 2 * GIGABYTE
 
@@ -99,15 +99,15 @@ class ImageSet:
         sample_index_by_row = torch.full((len(self.source),), not_selected)
         sample_index_by_row[self.chosen_rows(total)] = torch.arange(total)
 
-        # Ranks take blocks of PIECE rows in turn, so that no batch depends on how many ranks there are. A rank without
-        # a block yields one empty batch, because the other ranks wait for its part.
+        # Ranks take blocks of BATCH_SIZE rows in turn, so that batches do not depend on the number of ranks. A rank
+        # without a block yields one empty batch, because the other ranks wait for its part.
         num_rows = len(sample_index_by_row)
-        first_rows: Sequence[int] = range(dist.rank() * PIECE, num_rows, dist.world() * PIECE)
+        first_rows: Sequence[int] = range(dist.rank() * BATCH_SIZE, num_rows, dist.world() * BATCH_SIZE)
         for first in first_rows or [num_rows]:
             signals.check()
-            sample_indices = sample_index_by_row[first : first + PIECE]
+            sample_indices = sample_index_by_row[first : first + BATCH_SIZE]
             is_selected = sample_indices != not_selected
-            x, _ = self.source.rows(slice(first, first + PIECE))
+            x, _ = self.source.rows(slice(first, first + BATCH_SIZE))
             x = x[is_selected]
             if channels == 1:
                 is_coloured = (x != x[:, :1]).flatten(1).any(1)
@@ -290,12 +290,12 @@ def judged_channels_and_classes(protocol: MetricProtocol, image_set: ImageSet, p
     num_classes = image_set.labels.count if image_set.labels else 0
     for channels in (3, 1):
         shape = (channels, *image_set.shape[1:])
-        if not protocol.why_unfit(shape, 0):
-            return channels, 0 if protocol.why_unfit(shape, num_classes) else num_classes
+        if not protocol.find_problem(shape, 0):
+            return channels, 0 if protocol.find_problem(shape, num_classes) else num_classes
     _, height, width = image_set.shape
     raise UserError(
         f"{place} has {len(image_set.source):,} images of {width} x {height} pixels, such as {image_set.name(0)}: "
-        f"protocol {protocol.kind} {protocol.why_unfit(image_set.shape, 0)}"
+        f"protocol {protocol.kind} {protocol.find_problem(image_set.shape, 0)}"
     )
 
 

@@ -19,7 +19,7 @@ from dumo.config.spec import Evaluation, Run, Sampling
 from dumo.evaluation.bits_per_dim import LikelihoodEvaluator
 from dumo.evaluation.protocol import Evaluator
 from dumo.evaluation.stored import FILE as STORED_FILE
-from dumo.evaluation.user_metrics import OwnMetric, OwnMetricsEvaluator
+from dumo.evaluation.user_metrics import UserMetric, UserMetricsEvaluator
 from dumo.flow.guide import CFG
 from dumo.flow.likelihood import axes, log_likelihood
 from dumo.flow.sampling import Batch, counting_passes, eval_mode, in_precision
@@ -53,7 +53,7 @@ def evaluate(
     nfe: Sequence[int] | None = None,
     seed: int | None = None,
     solver: Solver | str | None = None,
-    metrics: Mapping[str, OwnMetric] | None = None,
+    metrics: Mapping[str, UserMetric] | None = None,
     bar: Bar = no_bar,
 ) -> dict[str, Any]:
     """Evaluate a run by its protocol, write the report, and return it. Its `file` says where it is.
@@ -77,7 +77,7 @@ def evaluate(
         dist.require_one_process("a metric of your own")
         if isinstance(evaluator, LikelihoodEvaluator):
             raise UserError(f"protocol {protocol.kind} makes no samples, so it takes no metrics of your own")
-        evaluator = OwnMetricsEvaluator(evaluator, metrics)
+        evaluator = UserMetricsEvaluator(evaluator, metrics)
 
     # Sample and score.
     c = sample_conditions(run.data, run.evaluate)

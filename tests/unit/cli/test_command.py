@@ -12,7 +12,7 @@ from docs.test_command import require_fields
 from dumo import cli
 from dumo.cli import export, lab, sample, terminal, train
 from dumo.export import write
-from dumo.lab import plan
+from dumo.lab import experiment
 from dumo.report import benchmark, evaluate_images, tracker
 from dumo.run import write_samples
 from e2e.shell import call
@@ -33,7 +33,7 @@ def parameters_of(name: str) -> dict[str, Any]:
         (export.export, "to", write.FORMS),
         (export.export, "parts", write.PARTS),
         (export.export, "dtype", write.DTYPES),
-        (lab.reproduce, "scale", plan.SCALES),
+        (lab.reproduce, "scale", experiment.SCALES),
         (train.train, "track", tracker.TRACKERS),
     ],
 )

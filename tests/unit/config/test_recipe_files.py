@@ -14,7 +14,7 @@ from dumo.config.load import dump, load, summary
 from dumo.config.source import FORMAT_KEY, read
 from dumo.io.hub import PUBLISHED
 from dumo.io.yaml import parse_yaml
-from dumo.lab import plan
+from dumo.lab import experiment
 from recipe import recipe
 
 NAMES = recipe_files.names()
@@ -167,8 +167,8 @@ def test_a_pretrained_transformer_is_tuned_as_published(name: str) -> None:
 def test_results_say_where_they_come_from() -> None:
     for name in measured.names():
         results = measured.results(name)
-        assert (results["name"], results["title"]) == (name, plan.read_plan(name).title)
-        assert results["scale"] in plan.SCALES
+        assert (results["name"], results["title"]) == (name, experiment.read_plan(name).title)
+        assert results["scale"] in experiment.SCALES
         assert results["scale"] != "smoke"
         assert results["origin"]["command"].startswith(f"dumo reproduce {name} --scale {results['scale']}")
         assert {"date", "machine", "device", "versions"} <= results["origin"].keys()

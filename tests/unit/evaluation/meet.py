@@ -27,7 +27,7 @@ def main(number: str, file: str, to: str) -> None:
         x, numbers = images(TOTAL), torch.arange(TOTAL)
         mine = numbers[numbers // BATCH % 2 == rank].flip(0)  # a rank's own order
         found = gather(statistics_of(extractor, ((rows, x[rows]) for rows in mine.split(BATCH)), TOTAL), TOTAL)
-        reference.PIECE = BATCH
+        reference.BATCH_SIZE = BATCH
         album = Album(x)
         data, facts = (
             reference.data_statistics(extractor, album),

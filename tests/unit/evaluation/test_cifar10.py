@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from dumo.encoders.classifier import cifar10
-from dumo.evaluation import Context, ShippedProtocol
+from dumo.evaluation import BundledProtocol, Context
 from dumo.evaluation import measures as protocol
 from dumo.evaluation.measures import baselines_cifar10 as baselines
 from dumo.evaluation.measures import cached_features, feature_cache, features_of
@@ -19,7 +19,7 @@ from dumo.io.picture import from_uint8
 from dumo.runtime.random import noise, stream
 from train_classifier import cifar_images
 
-QUICK = ShippedProtocol(kind="cifar10-features", samples=1000)
+QUICK = BundledProtocol(kind="cifar10-features", samples=1000)
 
 
 def real(split: str, count: int) -> Reference:

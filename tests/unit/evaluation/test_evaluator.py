@@ -7,7 +7,7 @@ import torch
 
 from dumo.data import Digits
 from dumo.encoders.classifier import digits
-from dumo.evaluation import ClipProtocol, Context, ShippedProtocol, measures
+from dumo.evaluation import BundledProtocol, ClipProtocol, Context, measures
 from dumo.evaluation.fid import ImageProtocol
 from dumo.evaluation.protocol import Evaluator, Protocol
 from dumo.evaluation.statistics import order_of
@@ -44,7 +44,7 @@ class Drawn:
 
 
 def test_an_evaluator_scores_as_its_protocol_does() -> None:
-    protocol = ShippedProtocol(kind="toy", samples=60)
+    protocol = BundledProtocol(kind="toy", samples=60)
     evaluator = protocol.evaluator(Context(Drawn, seed=3))
     assert isinstance(evaluator, Evaluator)
     x, reference = Drawn().reference(60, 9)[0], Reference.of(Drawn(), 60, 3)
@@ -67,7 +67,7 @@ def test_the_split_of_a_reference_is_named() -> None:
 
 def test_a_finite_reference_is_known_by_its_hash_and_features_by_theirs() -> None:
     data = Digits().originals()
-    facts = ShippedProtocol(kind="digits", samples=500).evaluator(Context(lambda: data)).facts
+    facts = BundledProtocol(kind="digits", samples=500).evaluator(Context(lambda: data)).facts
     assert facts["reference"] == "1,797 samples of the data"
     assert facts["reference_sha256"] == of_tensor(data.x)
     assert facts["features_sha256"] == hashlib.sha256(digits.file.read_bytes()).hexdigest()
@@ -76,13 +76,13 @@ def test_a_finite_reference_is_known_by_its_hash_and_features_by_theirs() -> Non
 @pytest.mark.parametrize(
     ("protocol", "name", "total"),
     [
-        (ShippedProtocol(kind="digits"), "digits", 2000),
-        (ShippedProtocol(kind="digits", samples=2000), "digits", 2000),
-        (ShippedProtocol(kind="digits", samples=500), "digits (500 samples)", 500),
-        (ShippedProtocol(kind="toy"), "toy", 10_000),
-        (ShippedProtocol(kind="toy", samples=400), "toy (400 samples)", 400),
-        (ShippedProtocol(kind="cifar10-features"), "cifar10-features", 5000),
-        (ShippedProtocol(kind="photos", samples=60), "photos (60 samples)", 60),
+        (BundledProtocol(kind="digits"), "digits", 2000),
+        (BundledProtocol(kind="digits", samples=2000), "digits", 2000),
+        (BundledProtocol(kind="digits", samples=500), "digits (500 samples)", 500),
+        (BundledProtocol(kind="toy"), "toy", 10_000),
+        (BundledProtocol(kind="toy", samples=400), "toy (400 samples)", 400),
+        (BundledProtocol(kind="cifar10-features"), "cifar10-features", 5000),
+        (BundledProtocol(kind="photos", samples=60), "photos (60 samples)", 60),
         (ClipProtocol(kind="clip-score", samples=10), "clip-score (10 samples)", 10),
         (ImageProtocol(kind="adm-imagenet256-50k"), "adm-imagenet256-50k", 50_000),
         (ImageProtocol(kind="cifar10-train50k", samples=50_000), "cifar10-train50k", 50_000),
@@ -96,7 +96,7 @@ def test_a_name_says_what_is_not_as_it_says_and_labels_are_balanced(protocol: Pr
 
 
 IMAGENET, FOLDER, CIFAR = (ImageProtocol(kind=k) for k in ("adm-imagenet256-50k", "folder", "cifar10-train50k"))
-DIGITS, TOY, FEATURES, PHOTOS = (ShippedProtocol(kind=k) for k in ("digits", "toy", "cifar10-features", "photos"))
+DIGITS, TOY, FEATURES, PHOTOS = (BundledProtocol(kind=k) for k in ("digits", "toy", "cifar10-features", "photos"))
 JUDGED: list[tuple[Protocol, tuple[int, ...], int]] = [
     (DIGITS, (1, 8, 8), 10),
     (DIGITS, (1, 8, 8), 0),

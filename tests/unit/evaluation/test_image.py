@@ -62,7 +62,7 @@ def test_names_lock_what_the_papers_do() -> None:
         ("cifar10-train50k", 50_000, 32, 10, 50_000),
         ("folder", 10_000, None, None, None),
     ]
-    assert [v.subset for v in STANDARDS.values()] == [1000, 1000, 1000, 100]
+    assert [v.kid_subset_size for v in STANDARDS.values()] == [1000, 1000, 1000, 100]
     assert SPLIT_SIZE == 5000
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from dumo.config.load import load
 from dumo.data import Digits, Images
 from dumo.encoders.classifier import digits
-from dumo.evaluation import Context, ShippedProtocol, measures
+from dumo.evaluation import BundledProtocol, Context, measures
 from dumo.evaluation.estimate import mean_sd
 from dumo.evaluation.frechet import Moments, frechet_distance, pixel_frechet
 from dumo.evaluation.mmd import gaussian_mmd
@@ -23,7 +23,7 @@ from dumo.runtime.progress import no_bar
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
-DIGITS = ShippedProtocol(kind="digits")
+DIGITS = BundledProtocol(kind="digits")
 
 
 @pytest.fixture(scope="module")

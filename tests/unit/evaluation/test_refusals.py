@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dumo.encoders import inception
 from dumo.evaluation import (
+    BundledProtocol,
     ClipProtocol,
     Context,
     FeatureProtocol,
@@ -18,7 +19,6 @@ from dumo.evaluation import (
     LikelihoodProtocol,
     MetricProtocol,
     Reference,
-    ShippedProtocol,
     reference,
 )
 from dumo.evaluation.frechet import Moments, frechet_distance, pixel_frechet
@@ -29,7 +29,7 @@ from dumo.evaluation.protocol import Evaluator, Protocol
 from dumo.evaluation.reference import STANDARDS, Standard
 from dumo.evaluation.statistics import order_of, statistics_of
 from dumo.evaluation.stored import FILE, StoredFeatures
-from dumo.evaluation.user_metrics import OwnMetricsEvaluator
+from dumo.evaluation.user_metrics import UserMetricsEvaluator
 from dumo.evaluation.wholeset import collect
 from dumo.io.data_source import TensorData
 from dumo.io.picture import from_uint8
@@ -50,12 +50,12 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
 
 # Samples of another shape, or of other classes, than a protocol judges.
 SHAPES: list[tuple[Protocol, tuple[int, ...], int, str]] = [
-    (ShippedProtocol(kind="digits"), (2,), 0, "(2,)"),
-    (ShippedProtocol(kind="digits"), (1, 8, 8), 1000, "1000"),
-    (ShippedProtocol(kind="toy"), (1, 8, 8), 10, "(1, 8, 8)"),
-    (ShippedProtocol(kind="cifar10-features"), (1, 8, 8), 10, "(1, 8, 8)"),
-    (ShippedProtocol(kind="cifar10-features"), (3, 32, 32), 1000, "1000"),
-    (ShippedProtocol(kind="photos"), (4, 8, 8), 0, "channels"),
+    (BundledProtocol(kind="digits"), (2,), 0, "(2,)"),
+    (BundledProtocol(kind="digits"), (1, 8, 8), 1000, "1000"),
+    (BundledProtocol(kind="toy"), (1, 8, 8), 10, "(1, 8, 8)"),
+    (BundledProtocol(kind="cifar10-features"), (1, 8, 8), 10, "(1, 8, 8)"),
+    (BundledProtocol(kind="cifar10-features"), (3, 32, 32), 1000, "1000"),
+    (BundledProtocol(kind="photos"), (4, 8, 8), 0, "channels"),
     (ImageProtocol(kind="adm-imagenet256-50k"), (3, 32, 32), 1000, "256x256"),
     (ImageProtocol(kind="adm-imagenet512-50k"), (3, 256, 256), 1000, "512x512"),
     (ImageProtocol(kind="folder"), (1, 8, 8), 0, "(1, 8, 8)"),
@@ -105,7 +105,7 @@ def evaluator(protocol: Protocol, data: object, **context: Any) -> Evaluator:  #
 def photos(n: int, classes: int = 0) -> Evaluator:
     x = from_uint8(images(n))
     c = torch.arange(n) % max(classes, 1)
-    return evaluator(ShippedProtocol(kind="photos", samples=60), TensorData(x, c), classes=classes)
+    return evaluator(BundledProtocol(kind="photos", samples=60), TensorData(x, c), classes=classes)
 
 
 def likelihood(levels: int | None = None, samples: int = 4) -> Evaluator:
@@ -128,13 +128,13 @@ def features_of_another_classifier(here: Path) -> StoredFeatures:
 
 def samples_that_are_not_finite(_: Path) -> object:
     data = TensorData(random_rows(4, 2), torch.zeros(4))
-    judged = evaluator(ShippedProtocol(kind="toy", samples=4), data)
+    judged = evaluator(BundledProtocol(kind="toy", samples=4), data)
     return judged.score([(torch.arange(4), data.x / 0)])
 
 
 def own_metric(name: str, value: object) -> object:
     x = from_uint8(images(60))
-    judged = OwnMetricsEvaluator(photos(60), {name: lambda x: value})  # pyright: ignore[reportArgumentType]
+    judged = UserMetricsEvaluator(photos(60), {name: lambda x: value})  # pyright: ignore[reportArgumentType]
     return judged.score([(torch.arange(60), x)])
 
 

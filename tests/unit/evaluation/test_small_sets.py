@@ -13,7 +13,7 @@ from torch.nn.functional import avg_pool2d, pad
 
 from dumo.data import Digits
 from dumo.encoders.classifier import ShippedClassifier, cifar10
-from dumo.evaluation import Context, ShippedProtocol, small_sets
+from dumo.evaluation import BundledProtocol, Context, small_sets
 from dumo.evaluation.measures import baselines_digits, score_digits
 from dumo.evaluation.mmd import random_parts
 from dumo.evaluation.small_sets import MAX_IMAGES, PhotosEvaluator, indices_of_classes
@@ -26,7 +26,7 @@ from dumo.report.score import verdict
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
-PROTOCOL = ShippedProtocol(kind="photos", samples=60)
+PROTOCOL = BundledProtocol(kind="photos", samples=60)
 Row = dict[str, float]
 
 
@@ -37,7 +37,7 @@ def drawn(n: int, key: str, side: int = 32) -> Tensor:
     return from_uint8(((smooth + 1) * 127.5).round().to(torch.uint8))
 
 
-def opened(x: Tensor, c: Tensor | None = None, protocol: ShippedProtocol = PROTOCOL) -> PhotosEvaluator:
+def opened(x: Tensor, c: Tensor | None = None, protocol: BundledProtocol = PROTOCOL) -> PhotosEvaluator:
     c = torch.zeros(len(x), dtype=torch.long) if c is None else c
     evaluator = protocol.evaluator(Context(lambda: TensorData(x, c), int(c.max() + 1) if c.any() else 0))
     assert isinstance(evaluator, PhotosEvaluator)
@@ -130,7 +130,7 @@ def in_classes(c: Tensor, key: str) -> Tensor:
 
 def test_recall_is_as_perfect_where_a_class_has_far_more_images_than_samples() -> None:
     real_c = torch.cat([torch.zeros(220), torch.arange(80) % 4 + 1]).long()
-    protocol = ShippedProtocol(kind="photos", samples=100)
+    protocol = BundledProtocol(kind="photos", samples=100)
     evaluator = opened(in_classes(real_c, "real"), real_c, protocol)
     found = scores(evaluator, in_classes(protocol.labels(5), "fresh"))
     perfect = evaluator.baselines()["perfect"]
@@ -139,7 +139,7 @@ def test_recall_is_as_perfect_where_a_class_has_far_more_images_than_samples() -
 
 
 def test_where_each_class_has_one_image_classes_are_not_matched() -> None:
-    evaluator = opened(drawn(61, "real", side=8), torch.arange(61), ShippedProtocol(kind="photos", samples=122))
+    evaluator = opened(drawn(61, "real", side=8), torch.arange(61), BundledProtocol(kind="photos", samples=122))
     found = scores(evaluator, drawn(122, "fresh", side=8))
     assert found["recall"] > 0.5
 
@@ -172,7 +172,7 @@ def test_it_says_what_it_is_and_is_not(own: PhotosEvaluator, good: Row) -> None:
 @pytest.mark.parametrize(("count", "side", "channels"), [(20, 40, 3), (25, 8, 1), (41, 100, 3)])
 def test_few_images_of_any_size(count: int, side: int, channels: int) -> None:
     x = drawn(count, "real", side=side)[:, :channels]
-    evaluator = opened(x, protocol=ShippedProtocol(kind="photos", samples=20))
+    evaluator = opened(x, protocol=BundledProtocol(kind="photos", samples=20))
     found = evaluator.score([(torch.arange(20), x[:20])])
     assert all(torch.tensor(value).isfinite() for value in found.values())
     assert found["copies"] == 1
@@ -290,7 +290,7 @@ def crops(key: str, each: int = 60) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def folder() -> PhotosEvaluator:
-    return opened(*crops("folder"), ShippedProtocol(kind="photos", samples=120))
+    return opened(*crops("folder"), BundledProtocol(kind="photos", samples=120))
 
 
 def said_of(evaluator: PhotosEvaluator, x: Tensor) -> tuple[Row, dict[str, Row], str]:

@@ -7,7 +7,7 @@ import torch
 
 from dumo.config.load import load
 from dumo.encoders.classifier import cifar10
-from dumo.evaluation import Context, ShippedProtocol
+from dumo.evaluation import BundledProtocol, Context
 from dumo.evaluation.measures import features_of, open_cifar10
 from dumo.evaluation.stored import FILE, StoredFeatures
 from dumo.evaluation.wholeset import Reference
@@ -53,7 +53,7 @@ def test_samples_score_against_stored_features_as_against_images(tmp_path: Path)
     reference = Reference(data.x, data.c)
     stored = StoredFeatures.of(features_of(reference.x), reference.c, images="noise", features_sha256=cifar10.sha256)
     stored.save(tmp_path / FILE)
-    protocol = ShippedProtocol(kind="cifar10-features", samples=1000)
+    protocol = BundledProtocol(kind="cifar10-features", samples=1000)
     context = Context(data=lambda: data, classes=10)
     by_images = open_cifar10(protocol, context)
     by_features = open_cifar10(protocol, Context(data=lambda: data, classes=10, stored=tmp_path / FILE))

@@ -18,7 +18,7 @@ import trap
 from dumo.config.load import load
 from dumo.lab import cell, fig4b, reproduce
 from dumo.lab.cell import Result, sources
-from dumo.lab.plan import Cell, Cost, Plan, read_plan
+from dumo.lab.experiment import Cell, Cost, Plan, read_plan
 from dumo.report.evaluation import evaluate
 from dumo.run.trainer import Trainer
 from dumo.runtime import signals
@@ -97,7 +97,7 @@ def test_a_cell_that_fails_or_is_killed_leaves_the_others(tmp_path: Path, monkey
     third = replace(first, name="c-0")
     failures = IN_PROCESSES([first, second, third], tmp_path, jobs=2, device="cpu", bar=no_bar)
     assert failures.keys() == {"a-0", "b-0"}
-    assert failures["a-0"] == "its process was ended by SIGKILL, as happens when memory runs out"
+    assert failures["a-0"] == "its process was ended by SIGKILL, possibly because memory ran out"
     assert failures["b-0"].startswith("step 3 diverged (")
 
 
@@ -388,7 +388,7 @@ def test_cells_of_other_folds_or_splits_have_other_references(
     recipe: str, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each fold is held out of its own training; within one all must be judged against the same images."""
-    monkeypatch.setattr(cell.encode, "ensure_cache", lambda *_, **__: None)
+    monkeypatch.setattr(cell.fill_caches, "ensure_cache", lambda *_, **__: None)
     cells = [
         replace(next(iter(two().cells("smoke"))), name=name, spec=load(recipe, [word.format(*which) for word in words]))
         for name, which in (("a", (0, "train")), ("b", (1, "test")), ("c", (1, "test")))
@@ -413,9 +413,9 @@ def test_a_cell_is_made_after_those_it_begins_from(monkeypatch: pytest.MonkeyPat
         made.append(one.name)
         return Result(one, folder / one.name, {"card": {}})
 
-    monkeypatch.setattr(Cost, "units", 4.0)
+    monkeypatch.setattr(Cost, "forwards_per_step", 4.0)
     monkeypatch.setattr(cell, "read_result", read_result)
-    monkeypatch.setattr(cell, "compare", SimpleNamespace(require_comparable=lambda cards: None))
+    monkeypatch.setattr(cell, "comparison", SimpleNamespace(require_comparable=lambda cards: None))
     cells = list(read_plan("stages").cells("smoke"))
     names = [one.name for one in cells]
     done, _ = cell.finish_all(cells[::-1], tmp_path, jobs=1, device="cpu", bar=no_bar)

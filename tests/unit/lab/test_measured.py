@@ -5,7 +5,7 @@ import json
 import pytest
 
 import measured
-from dumo.lab.plan import read_plan
+from dumo.lab.experiment import read_plan
 from tiers import tiered
 
 

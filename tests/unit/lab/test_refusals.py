@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dumo.lab.plan import read_plan, require_fair, require_runnable
+from dumo.lab.experiment import read_plan, require_fair, require_runnable
 
 PLAN = """
 scales: {laptop: {cost: passes, steps: 200, seeds: [0]}}

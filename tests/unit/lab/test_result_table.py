@@ -12,7 +12,7 @@ from dumo.config.load import load
 from dumo.flow.sampling import Samples
 from dumo.lab import arm_picture, fig4b, paper, result_table
 from dumo.lab.cell import Result
-from dumo.lab.plan import Cell, read_plan
+from dumo.lab.experiment import Cell, read_plan
 from dumo.run.folder import RunFolder
 from dumo.run.trained import TrainedRun
 from dumo.types import Cond
@@ -55,7 +55,7 @@ def test_a_table_is_means_over_seeds() -> None:
     assert (second["nfe"], second["mmd_sd"], third["arm"], third["mmd"]) == (2, 0, "b", 6)
     assert result_table.average_by_arm(done[:1])[0]["mmd_sd"] is None
     report = {"results": [row(1, 1.0), row(2, 2.0)], "contrast": [row(2, 7.0), row(50, 3.0)]}
-    by_passes = result_table.rows_of_all_passes(report)
+    by_passes = result_table.rows_of_all_nfes(report)
     assert [one["mmd"] for one in by_passes] == [1.0, 2.0, 3.0]  # Euler's where there is no other
     assert result_table.main_score(first) == "mmd"
     assert result_table.main_score({"fd": 1, "fd_sd": 2, "kid": 3}) == "fd"
@@ -142,7 +142,7 @@ def test_the_zoo_says_why_an_arm_is_far() -> None:
     found = paper.zoo_table(read_plan("zoo"), done)
     assert [one["over_dumo_1_pass"] for one in found] == [1, 1, 3.5, 3.5, 3, 3]
     assert [bool(one["why"]) for one in found] == [False, False, True, False, False, False]
-    assert found[2]["why"] == read_plan("zoo").why["CM"]
+    assert found[2]["why"] == read_plan("zoo").explanations["CM"]
 
 
 def test_steps_are_compared_within_rounds() -> None:
@@ -205,6 +205,6 @@ def test_a_sheet_has_ten_columns_of_however_many_classes(
         return Samples(torch.zeros(len(c), 3, 64, 64), nfe)
 
     monkeypatch.setattr(TrainedRun, "make_samples", sample)
-    sheet = arm_picture._sheet(result({"arm": "x"}, 0, [row(1, 1.0)], source, card={"nfe": [1]}))
+    sheet = arm_picture._draw_sheet(result({"arm": "x"}, 0, [row(1, 1.0)], source, card={"nfe": [1]}))
     assert made_of == [*shown, *shown]
     assert sheet.width == 10 * 66 - 2

@@ -16,10 +16,10 @@ from PIL import Image
 from dumo.data import Digits
 from dumo.data.pixel import SameSize, Unreadable
 from dumo.encoders import inception
-from dumo.evaluation import Context, ShippedProtocol
+from dumo.evaluation import BundledProtocol, Context
 from dumo.evaluation import fid as by_inception
 from dumo.evaluation.protocol import NumberedSamples, Scores
-from dumo.evaluation.reference import PIECE, STANDARDS, hash_images
+from dumo.evaluation.reference import BATCH_SIZE, STANDARDS, hash_images
 from dumo.evaluation.statistics import gather, statistics_of
 from dumo.io.picture import to_rows, to_uint8, write_adm
 from dumo.report import score
@@ -180,11 +180,11 @@ def contexts(monkeypatch: pytest.MonkeyPatch) -> list[Context]:
         def baselines(self) -> dict[str, Scores]:
             return {}
 
-    def evaluator(protocol: ShippedProtocol, context: Context) -> Judged:
+    def evaluator(protocol: BundledProtocol, context: Context) -> Judged:
         contexts.append(context)
         return Judged()
 
-    monkeypatch.setattr(ShippedProtocol, "evaluator", evaluator)
+    monkeypatch.setattr(BundledProtocol, "evaluator", evaluator)
     return contexts
 
 
@@ -218,7 +218,7 @@ def test_digits_are_grey_and_have_an_accuracy_only_with_classes() -> None:
     assert report["card"]["reference"] == "1,797 samples of the data"
     write_adm(Path("two.npz"), to_rows(table.x[:600]), table.c[:600] % 2)
     found = open_images(Path("two.npz"))
-    assert judged_channels_and_classes(ShippedProtocol(kind="digits"), found, Path("two.npz")) == (1, 0)
+    assert judged_channels_and_classes(BundledProtocol(kind="digits"), found, Path("two.npz")) == (1, 0)
     assert "accuracy" not in judge("two.npz", "digits")["results"][0]
 
 
@@ -256,7 +256,7 @@ def test_colour_is_no_grey() -> None:
 
 def test_ranks_take_pieces_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same pieces, so that no batch rounds otherwise; a rank without one gives an empty one, for others wait."""
-    np.savez("many.npz", DRAWS.integers(0, 256, (2 * PIECE + 5, 4, 4, 3), dtype=np.uint8))
+    np.savez("many.npz", DRAWS.integers(0, 256, (2 * BATCH_SIZE + 5, 4, 4, 3), dtype=np.uint8))
     found = open_images(Path("many.npz"))
     alone = [index.tolist() for index, _ in found.batches(99, 3)]
     assert [i for piece in alone for i in piece] == [*range(99)]
@@ -318,7 +318,7 @@ def test_two_ranks_are_one(here: Path) -> None:
 @pytest.mark.parametrize("frechet", [False, True])
 def test_by_inception_as_a_runs_samples(frechet: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The numbers are those of the evaluator, of the same pixels; weights have to be there."""
-    small = STANDARDS["folder"]._replace(samples=30, subset=10)
+    small = STANDARDS["folder"]._replace(samples=30, kid_subset_size=10)
     monkeypatch.setitem(STANDARDS, "folder", small)
     monkeypatch.setattr(by_inception, "WIDTH", 6)
     write("made", 30)

@@ -12,7 +12,7 @@ import torch
 from dumo.cli.lab import reproduce
 from dumo.config import recipe_files, trust
 from dumo.config.load import load
-from dumo.lab.plan import (
+from dumo.lab.experiment import (
     Cell,
     Cost,
     Plan,
@@ -35,8 +35,8 @@ QUICK = [("fig3", "smoke"), ("scaling", "smoke")]
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step costs 3 F: counting takes long, and is a law of its own."""
-    monkeypatch.setattr(Cost, "units", 3.0)
-    monkeypatch.setattr(Cost, "operations", 3.0)
+    monkeypatch.setattr(Cost, "forwards_per_step", 3.0)
+    monkeypatch.setattr(Cost, "flops_per_step", 3.0)
 
 
 @cache
@@ -58,7 +58,7 @@ def test_every_arm_loads(name: str, scale: str) -> None:
     assert len({cell.name for cell in cells}) == len(cells) >= 2
     assert all(slug(cell.name) == cell.name for cell in cells)
     assert len({tuple(cell.labels) for cell in cells}) == 1  # one table
-    assert len({(cell.spec.model_dump_json(), cell.weights, cell.cut) for cell in cells}) == len(cells)
+    assert len({(cell.spec.model_dump_json(), cell.weights, cell.refit_lowpass) for cell in cells}) == len(cells)
     if scale == "smoke" and name != "fig4b":
         assert all(cell.spec.train.steps <= 40 for cell in cells)
 
@@ -70,16 +70,16 @@ def test_every_arm_loads(name: str, scale: str) -> None:
 def test_arms_cost_the_same(name: str, scale: str) -> None:
     """Or a share of it, to half a step; the pairs that a teacher makes are part of it."""
     chosen, shares = read_plan(name), {arm.share for arm in read_plan(name).arms}
-    unit = "operations" if chosen.get_scale(scale).cost == "operations" else "units"
+    unit = "flops_per_step" if chosen.get_scale(scale).cost == "operations" else "forwards_per_step"
     cells = list(chosen.cells(scale))
     first = load(chosen.steps_of or chosen.arms[0].recipe, [*chosen.set, *chosen.get_scale(scale).set])
     total = getattr(Cost(first), unit) * (chosen.get_scale(scale).steps or first.train.steps)
     for cell in cells:
         each = getattr(Cost(cell.spec), unit)
-        spent = each * cell.spec.train.steps + Cost(cell.spec).pair_units
+        spent = each * cell.spec.train.steps + Cost(cell.spec).forwards_for_pairs
         assert min(abs(spent - share * total) for share in shares) <= each / 2 + 1e-6 * total, cell.name
         assert cell.labels["steps"] == cell.spec.train.steps
-        assert cell.labels["F_per_step"] == round(Cost(cell.spec).units, 2)
+        assert cell.labels["F_per_step"] == round(Cost(cell.spec).forwards_per_step, 2)
 
 
 def small(**fields: object) -> Plan:
@@ -143,17 +143,17 @@ def test_an_arm_with_steps_of_its_own_begins_a_budget() -> None:
 @pytest.mark.parametrize("cost", ["passes", "operations"])
 def test_a_teachers_pairs_are_paid_from_the_budget(monkeypatch: pytest.MonkeyPatch, cost: str) -> None:
     """By their passes, of which a step takes three, of a hundred operations each."""
-    monkeypatch.setattr(Cost, "units", 3.0)
-    monkeypatch.setattr(Cost, "operations", 300.0)
+    monkeypatch.setattr(Cost, "forwards_per_step", 3.0)
+    monkeypatch.setattr(Cost, "flops_per_step", 300.0)
     arms = [
         {"objective": "a", "recipe": "digits", "steps": 10_000},
         {"objective": "b", "recipe": "digits-cmt"},
     ]
     plan = small(columns=["objective"], set=[], scales={"laptop": {"seeds": [0], "cost": cost}}, arms=arms)
     _, taught = plan.cells("laptop")
-    pair_units = Cost(taught.spec).pair_units
-    assert pair_units
-    assert taught.spec.train.steps == round(10_000 - pair_units / 3)
+    pair_forwards = Cost(taught.spec).forwards_for_pairs
+    assert pair_forwards
+    assert taught.spec.train.steps == round(10_000 - pair_forwards / 3)
 
 
 def test_a_mistake_in_a_plan_is_found() -> None:
@@ -198,7 +198,7 @@ def test_the_papers_batches_go_through_one_gpu_in_parts() -> None:
 def test_a_teacher_that_is_an_average_counts() -> None:
     """As a pass of its own."""
     alone, taught = (Cost(load("digits", ["net.width=8", "net.depth=1", *more])) for more in ([], ["train.ref=0.999"]))
-    assert taught.units > alone.units
+    assert taught.forwards_per_step > alone.forwards_per_step
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_a_teacher_that_is_an_average_counts() -> None:
 def test_a_teacher_costs_as_many_passes_as_the_loss_asks_for(name: str, settings: list[str], passes: float) -> None:
     run = load(name, ["net.width=8", "net.depth=1", *settings])
     alone = run.model_copy(update={"teacher": None})
-    assert Cost(run).units - Cost(alone).units == pytest.approx(passes)
+    assert Cost(run).forwards_per_step - Cost(alone).forwards_per_step == pytest.approx(passes)
 
 
 def test_the_zoo_has_every_objective_that_begins_from_nothing() -> None:
@@ -225,7 +225,7 @@ def test_the_zoo_has_every_objective_that_begins_from_nothing() -> None:
     found = {name for name in recipe_files.names() if name.partition("-")[0] == "digits"} - without
     alone = {name for name in found if (spec := recipe(name)).teacher is None and spec.start is None}
     assert {arm.recipe for arm in read_plan("zoo").arms} == alone
-    assert read_plan("zoo").why.keys() <= {arm.labels["objective"] for arm in read_plan("zoo").arms}
+    assert read_plan("zoo").explanations.keys() <= {arm.labels["objective"] for arm in read_plan("zoo").arms}
 
 
 @pytest.mark.slow
@@ -254,8 +254,8 @@ def test_the_fair_ablation_varies_one_thing_at_a_time() -> None:
 def test_the_papers_steps_make_as_many_passes_as_it_says() -> None:
     """DuMo three without gradients, MeanFlow four; one with gradients is three."""
     _, dumo, meanflow, _ = islice(read_plan("fig4b").cells("paper"), 4)
-    assert Cost(dumo.spec).units == pytest.approx(3 + 3, abs=1e-2)
-    assert Cost(meanflow.spec).units == pytest.approx(3 + 4, abs=1e-2)
+    assert Cost(dumo.spec).forwards_per_step == pytest.approx(3 + 3, abs=1e-2)
+    assert Cost(meanflow.spec).forwards_per_step == pytest.approx(3 + 4, abs=1e-2)
 
 
 @pytest.mark.usefixtures("free")
@@ -285,8 +285,9 @@ def test_a_file_holds_a_plan_as_dumos_are(tmp_path: Path) -> None:
     cells = list(own_plan(tmp_path).cells("laptop"))
     assert [cell.name for cell in cells] == ["dumo-3", "dumo-5", "meanflow-3", "meanflow-5"]
     dumo, _, meanflow, _ = cells
-    total = 200 * Cost(dumo.spec).units
-    assert (dumo.spec.train.steps, meanflow.spec.train.steps) == (200, round(total / Cost(meanflow.spec).units))
+    total = 200 * Cost(dumo.spec).forwards_per_step
+    meanflow_steps = round(total / Cost(meanflow.spec).forwards_per_step)
+    assert (dumo.spec.train.steps, meanflow.spec.train.steps) == (200, meanflow_steps)
     assert (meanflow.spec.train.seed, meanflow.spec.train.clip) == (3, 2.0)
     require_runnable(cells)
     require_fair(cells, "operations")
