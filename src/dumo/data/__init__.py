@@ -1,6 +1,7 @@
-"""All data sets. A data set's spec knows the shape and the classes; `open()` gives its source.
+"""Data sets. A spec has the shape and the classes of a data set, and its `open()` returns the source of batches.
 
-Touches your images, read only, and the caches that it makes. Knows no net and no objective.
+This subpackage reads the user's images without changing them, and writes caches. It depends on neither networks nor
+objectives.
 """
 
 from typing import Annotated
@@ -16,4 +17,5 @@ from dumo.types.outside import BUNDLED, OUTSIDE, DataSpec, Outside, branch
 BundledData = Annotated[Digits | Images | Latents | Memory | Moons, Field(discriminator="kind"), Tag(BUNDLED)]
 OutsideData = Annotated[DataSpec, Outside(DataSpec, BundledData), Tag(OUTSIDE)]
 Data = Annotated[BundledData | OutsideData, Discriminator(branch)]
-ShownData = Digits | Images | Memory | Moons | DataSpec  # data that people look at: all but latents
+# Data that can be displayed: all but latents.
+ShownData = Digits | Images | Memory | Moons | DataSpec

@@ -1,11 +1,11 @@
-"""Buckets: sizes of about one area, so that images of any aspect ratio lose little (NovelAI 2022; SDXL, App. I).
+"""Aspect-ratio buckets: image sizes of about the same area, which reduce cropping (NovelAI 2022; SDXL, App. I).
 
-`Buckets` is the spec: which sizes there are. `dumo.data.images.BucketedImages` assigns images to them, and `Crops` says
-what is cut off.
+`Buckets` is the spec of the sizes. `dumo.data.images.BucketedImages` assigns images to buckets, and `Crops` summarizes
+the cropping.
 
-An image goes to the bucket of the nearest ratio (`nearest_size`). It is brought to the least size that covers the
-bucket's, and the overhang is cut off, half on each side (`cropped_share`). In a bucket of ratio b, an image of ratio a
-loses the share 1 - min(a / b, b / a), so the nearest ratio is the least loss.
+An image is assigned to the bucket with the nearest aspect ratio (`nearest_size`), resized to the smallest size that
+covers the bucket's, and cropped in the middle (`cropped_share`). In a bucket with ratio b, an image with ratio a loses
+the share 1 - min(a / b, b / a), so the nearest ratio minimizes the loss.
 """
 
 from collections.abc import Sequence
@@ -27,15 +27,18 @@ SideLength = Annotated[int, Field(ge=1, le=PIXELS)]
 class Buckets(Spec):
     """Sizes around an area of side x side pixels."""
 
-    step: SideLength = 64  # pixels: sides are multiples of it (SDXL)
-    ratio: float = Field(default=2.0, ge=1, le=MAX_ASPECT_RATIO)  # of the longer side to the shorter, at most
-    smaller: tuple[SideLength, ...] = ()  # sides of further areas, for images that `side` would enlarge
+    # Sides are multiples of this number of pixels (SDXL).
+    step: SideLength = 64
+    # The largest ratio of the longer side to the shorter.
+    ratio: float = Field(default=2.0, ge=1, le=MAX_ASPECT_RATIO)
+    # Sides of additional, smaller areas, for images that `side` would enlarge.
+    smaller: tuple[SideLength, ...] = ()
 
     def groups(self, side: int) -> tuple[tuple[Size, ...], ...]:
-        """The sizes of each area, side x side first, then the smaller ones from large to small.
+        """Return the sizes of each area, from side x side to the smallest.
 
-        Raises UserError where the side of an area is no multiple of the step, for then the square would be no bucket,
-        or is larger than `side`.
+        Raises UserError if the side of an area is larger than `side` or not a multiple of the step, since the square
+        would then not be a bucket.
         """
         area_sides = sorted({side, *self.smaller}, reverse=True)
         for area_side in area_sides:
@@ -47,11 +50,11 @@ class Buckets(Spec):
         return tuple(self._sizes_of_area(area_side) for area_side in area_sides)
 
     def sizes(self, side: int) -> tuple[Size, ...]:
-        """The sizes of all areas, each once. Raises UserError for a side that `step` does not divide."""
+        """Return the distinct sizes of all areas. Raises UserError if `step` does not divide a side."""
         return tuple(dict.fromkeys(size for group in self.groups(side) for size in group))
 
     def _sizes_of_area(self, area_side: int) -> tuple[Size, ...]:
-        """For each shorter side the longest side that fits into the area, upright and lying; sorted, each size once."""
+        """Return the sorted sizes with the longest side within the area for each shorter side, in both orientations."""
         sizes: set[Size] = set()
         for short in range(self.step, area_side + 1, self.step):
             long = area_side * area_side // short // self.step * self.step
@@ -61,10 +64,11 @@ class Buckets(Spec):
 
 
 def cropped_share(image_size: Size, bucket_size: Size, crop: Crop = "adm") -> float:
-    """The share of an image that is cut off where it is brought to the size of a bucket."""
+    """Return the share of an image that is cropped for a bucket."""
     height, width = image_size
     bucket_height, bucket_width = bucket_size
-    if crop == "adm":  # halved by boxes first, as `dumo.data.pixel.crop_middle` does
+    # Halve by boxes first, as in `dumo.data.pixel.crop_middle`.
+    if crop == "adm":
         while height >= 2 * bucket_height and width >= 2 * bucket_width:
             height //= 2
             width //= 2
@@ -72,9 +76,9 @@ def cropped_share(image_size: Size, bucket_size: Size, crop: Crop = "adm") -> fl
 
 
 def nearest_size(image_size: Size, groups: Sequence[Sequence[Size]]) -> Size:
-    """The size that an image goes to: of the nearest aspect ratio, in the largest area that does not enlarge it.
+    """Return the bucket of an image: the nearest aspect ratio in the largest area that does not enlarge the image.
 
-    `groups` are the sizes of each area, the largest area first. Where each would enlarge the image, it is the last.
+    `groups` are the sizes of each area, the largest area first. If all would enlarge the image, the last is used.
     """
     nearest_by_area = [min(group, key=partial(_ratio_gap, image_size)) for group in groups]
     for size in nearest_by_area:
@@ -84,7 +88,7 @@ def nearest_size(image_size: Size, groups: Sequence[Sequence[Size]]) -> Size:
 
 
 def _ratio_gap(size: Size, other_size: Size) -> float:
-    """The factor, at least 1, by which the aspect ratios of two sizes differ."""
+    """Return the factor, at least 1, by which the aspect ratios of two sizes differ."""
     a = size[0] * other_size[1]
     b = size[1] * other_size[0]
     return max(a, b) / min(a, b)
@@ -92,16 +96,20 @@ def _ratio_gap(size: Size, other_size: Size) -> float:
 
 @dataclass(frozen=True)
 class Crops:
-    """What buckets leave of images."""
+    """Numbers of images in buckets, and the cropped shares of images.
 
-    num_buckets: int  # with images or without
-    counts: dict[Size, int]  # the number of images in each bucket that has some
-    mean_cropped: float  # share of an image that is cut off, in the mean
-    max_cropped: float  # largest such share
+    num_buckets: the number of all buckets, including empty ones.
+    counts: the number of images in each bucket that is not empty.
+    """
+
+    num_buckets: int
+    counts: dict[Size, int]
+    mean_cropped: float
+    max_cropped: float
 
     @classmethod
     def of(cls, sizes: Sequence[Size], bucket_index: Tensor, cropped: Tensor) -> "Crops":
-        """Count images, given the bucket (n,) of each, as an index of `sizes`, and the share (n,) that is cut off."""
+        """Summarize images with buckets (n,), as indices of `sizes`, and cropped shares (n,)."""
         num_images = bucket_index.bincount(minlength=len(sizes)).tolist()
         counts = {size: n for size, n in zip(sizes, num_images, strict=True) if n}
         if not len(cropped):
@@ -109,7 +117,7 @@ class Crops:
         return cls(len(sizes), counts, mean_cropped=cropped.double().mean().item(), max_cropped=cropped.max().item())
 
     def __str__(self) -> str:
-        """The counts and shares in words."""
+        """Describe the counts and shares."""
         each = ", ".join(f"{width} x {height}: {n:,}" for (height, width), n in self.counts.items())
         share = f"cut off are {self.mean_cropped:.1%} of an image on average, {self.max_cropped:.1%} at most"
         return f"{len(self.counts)} of {self.num_buckets} buckets ({each}); {share}"

@@ -1,23 +1,23 @@
-"""A folder of latents: images that a codec has encoded once, so that training need not.
+"""A cache of latents: a folder of images that were encoded once, before training.
 
-`dumo.data.encoding` makes a cache, `open_cache` opens it for a codec and for what a run asks of it, and
-`require_same_images` compares it with the images that are here. `read_index` reads its index, `measure_crops` what its
-buckets cut off, and `read_captions` the captions of its images.
+`dumo.data.encoding` makes a cache, `open_cache` opens it after comparing it with the run's settings, and
+`require_same_images` compares it with the images on this machine. `read_index`, `measure_crops` and `read_captions`
+read its index, the cropped shares, and the captions.
 
-A cache is a table (`dumo.io.table`) of the columns
+A cache is a table (`dumo.io.table`) with the columns
 
-    x          what `LoadedCodec.encode` gives: the moments where the codec has Gaussians, or one draw of them
-    flipped    x of the mirrored images, if the data are flipped: a mirrored latent decodes to no mirrored image
+    x          the output of `LoadedCodec.encode`: the moments if the codec has Gaussians, or one draw of them
+    flipped    x of the mirrored images, if the data are flipped: mirrored latents do not decode to mirrored images
     labels     classes, or the images' numbers in captions.jsonl
-    image      the number of each row's image in the source, and
-    state      its size in bytes and the time of its file in ns, and
-    sha256     16 bytes of the hash of its bytes: the records of `dumo.data.ledger`, so that changed images are refused
+    image      the number of each row's image in the source
+    state      its size in bytes and the modification time of its file in ns
+    sha256     16 bytes of the hash of its bytes; image, state and sha256 are the records of `dumo.data.ledger`
 
-Of images in buckets there are, for each bucket, "x 192x320" and "flipped 192x320", with the rows of its images alone,
-and "in 192x320", which is 1 for these rows; "cropped" is the share of each image that was cut off.
+With buckets, there are for each bucket "x 192x320" and "flipped 192x320", with the rows of its images only, and
+"in 192x320", which is 1 for these rows. "cropped" is the share of each image that was cropped.
 
-names.zlib has the images' names. captions.jsonl has a line for each image, in the images' order: a JSON list of its
-captions. So training, and encoding the captions, need no images.
+names.zlib has the images' names. captions.jsonl has a JSON list of captions per line, in the order of the images. So
+training, and encoding the captions, do not need the images.
 """
 
 import json
@@ -47,37 +47,51 @@ from dumo.types import Spec, UserError
 
 LATENT_COLUMNS = ("x", "flipped")
 HASH_COLUMN = "sha256"
-CAPTIONS = "captions.jsonl"  # a file in a cache
-NAMES = "names.zlib"  # a file in a cache: the names of its images, as `Ledger.names_bytes`, compressed
-_CAPTIONS_FIX = "remove it, and dumo encode writes it from the images"  # the end of messages
-_SAME_IMAGES_FIX = f"put them back as they were, begin a new run on these with another --out, or {ELSEWHERE}"
-_WEIGHTS_FIELDS = ("weights", "sha256")  # fields of a codec that say where its weights are, not what it does
+# The files of captions and of image names (`Ledger.names_bytes`, compressed).
+CAPTIONS = "captions.jsonl"
+NAMES = "names.zlib"
+_CAPTIONS_FIX = "remove it, and dumo encode writes it from the images"
+_SAME_IMAGES_FIX = f"restore them, start a new run on these with another --out, or {ELSEWHERE}"
+# Fields of a codec with the location of its weights.
+_WEIGHTS_FIELDS = ("weights", "sha256")
 
 
 class CachePlan(Spec):
-    """How a data set is to be encoded, by whatever codec."""
+    """The settings with which a data set is encoded, independent of the codec."""
 
-    source: str = ""  # what the data set is, in words
-    fingerprint: str = ""  # of the images' names and classes (`Ledger.names_digest`)
-    resolution: int = Field(gt=0, le=PIXELS)  # pixels along a side
-    sizes: tuple[Size, ...] = Field(default=(), exclude_if=not_)  # of the buckets around that side; (): all are squares
-    crop: str = ""  # how the images came to be square, in words
-    classes: int = Field(default=0, ge=0, le=CLASSES)  # labels are in [0, classes); 0: there are none, and all are 0
-    names: tuple[str, ...] = ()  # of the classes
-    captioned: bool = Field(default=False, exclude_if=not_)  # labels are the images' numbers in captions.jsonl
-    first_images: int = Field(default=0, ge=0, le=ROWS, exclude_if=not_)  # that many of the source, and no more; 0: all
-    flips: bool = True  # mirrored images, too
-    store: Literal["moments", "samples"] = "moments"  # of a codec with Gaussians; others have one latent per image
+    # A description of the data set.
+    source: str = ""
+    # The digest of the images' names and classes (`Ledger.names_digest`).
+    fingerprint: str = ""
+    # The side of images in pixels.
+    resolution: int = Field(gt=0, le=PIXELS)
+    # The sizes of buckets around that side. () means squares.
+    sizes: tuple[Size, ...] = Field(default=(), exclude_if=not_)
+    # The method by which images are cropped.
+    crop: str = ""
+    # Labels are in [0, classes). With 0 classes, all labels are 0.
+    classes: int = Field(default=0, ge=0, le=CLASSES)
+    # The names of the classes.
+    names: tuple[str, ...] = ()
+    # Whether labels are the images' numbers in captions.jsonl.
+    captioned: bool = Field(default=False, exclude_if=not_)
+    # Encode only this many first images. 0 means all.
+    first_images: int = Field(default=0, ge=0, le=ROWS, exclude_if=not_)
+    # Whether to encode mirrored images, too.
+    flips: bool = True
+    # For codecs with Gaussians. Other codecs have one latent per image.
+    store: Literal["moments", "samples"] = "moments"
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    shard_rows: int = Field(default=1024, gt=0, le=ROWS)  # images to a shard
-    seed: int = 0  # of the samples
+    shard_rows: int = Field(default=1024, gt=0, le=ROWS)
+    # The seed of `store: samples`.
+    seed: int = 0
 
     def column_suffix(self, size: Size) -> str:
-        """The end of the names of columns of images of this size; "" without buckets."""
+        """Return the suffix of the columns of the bucket with this size; "" without buckets."""
         return f" {size[0]}x{size[1]}" if self.sizes else ""
 
     def membership_column(self, size: Size) -> str:
-        """The name of the column that says which rows are in the bucket of this size."""
+        """Return the name of the column that marks rows in the bucket with this size."""
         return f"in{self.column_suffix(size)}"
 
 
@@ -85,11 +99,13 @@ class CacheIndex(CachePlan, TableIndex):
     """The contents of a cache's index.json."""
 
     noun: ClassVar[str] = "cache"
-    codec: dict[str, Any]  # what it does (`CodecSpec.facts`), and where its weights were
-    weights: str  # SHA-256 of the codec's weights
+    # The codec's settings (`CodecSpec.facts`), and the location of its weights at that time.
+    codec: dict[str, Any]
+    # The SHA-256 of the codec's weights.
+    weights: str
 
     def summary(self) -> str:
-        """The rows and latents of a finished cache, in words."""
+        """Describe the rows and latents of a finished cache."""
         rows = sum(shard.rows for shard in self.shards)
         unread = f" ({self.rows - rows} could not be read)" if rows < self.rows else ""
         shape = f"latents of {len(self.sizes)} buckets" if self.sizes else self.columns["x"].shape
@@ -99,18 +115,18 @@ class CacheIndex(CachePlan, TableIndex):
         return f"{text}, {self.classes:,} classes" if self.classes else f"{text}, no classes"
 
     def binding(self) -> dict[str, Any]:
-        """The fields that say what was encoded, and how.
+        """Return the fields that define what was encoded, and how.
 
-        The codec's fields are among them, each as `codec.name`, without the place of its weights: their hash is.
+        The codec's fields are included as `codec.NAME`, with the hash of the weights instead of their location.
         """
         fields = super().binding()
-        codec = _without_places(fields.pop("codec"))
+        codec = _without_weights_fields(fields.pop("codec"))
         return fields | {f"codec.{name}": value for name, value in codec.items()}
 
     def compared_inputs(self) -> dict[str, Any]:
-        """The fields that must be equal in two indices of one cache: all but the words for the images' place.
+        """Return the fields that must be equal in two indices of the same cache.
 
-        Their names and hashes say which images they are, wherever they lie.
+        The description of the source is left out, since names and hashes identify the images.
         """
         fields = self.binding()
         del fields["source"]
@@ -118,18 +134,18 @@ class CacheIndex(CachePlan, TableIndex):
 
 
 def split_column(name: str) -> tuple[str, str]:
-    """The name of a column without the bucket, and the bucket's: "x" and "192x320" of "x 192x320"; "" for none."""
+    """Split the name of a column into name and bucket, "x 192x320" into "x" and "192x320"; "" means no bucket."""
     stem, _, bucket = name.partition(" ")
     return stem, bucket
 
 
 def read_index(folder: Path) -> CacheIndex | None:
-    """The index of a cache, or None where there is none. Raises UserError if it is damaged."""
+    """Read the index of a cache; None if there is none. Raises UserError if it is damaged."""
     return table.read_index(folder, CacheIndex)
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a cache is there, and its index.json lists its shards. Raises UserError if the index is damaged."""
+    """Whether a cache exists and its index.json lists the shards. Raises UserError if the index is damaged."""
     index = read_index(folder)
     return index is not None and bool(index.shards)
 
@@ -141,25 +157,27 @@ def open_cache(
     *,
     max_bytes: float = 0.0,
 ) -> ShardTable:
-    """Open a cache to read it as the data of a codec.
+    """Open a cache for training with a codec.
 
-    `plan_fields` are fields of the `CachePlan` and the values that they must have; None as a value: any will do. A
-    cache of at most `max_bytes` is read into memory, not mapped. Raises UserError if there is no cache, it
-    is unfinished, a shard is missing or of another size, or it differs from what is asked.
+    plan_fields: required values of fields of the `CachePlan`. None as a value allows any.
+    max_bytes: a cache of at most this size is read into memory instead of being mapped.
+
+    Raises UserError if there is no cache, if it is unfinished or differs from the required fields, or if a shard is
+    missing or has another size.
     """
     missing = UserError(
-        f"{folder} is no cache (it has no {table.FILE}): make it with dumo encode RECIPE, and the same overrides"
+        f"{folder} is not a cache (it has no {table.FILE}): make it with dumo encode RECIPE and the same overrides"
     )
     index = table.read_finished_index(folder, CacheIndex, missing)
     differences = [*_plan_differences(index, plan_fields or {}), *_codec_differences(index, codec)]
     if differences:
         listed = "\n  ".join(differences)
-        raise UserError(f"{folder} does not fit:\n  {listed}\nEncode the data for this, or ask for what is there")
+        raise UserError(f"{folder} does not match the run:\n  {listed}\nEncode the data again, or change these fields")
     return ShardTable(folder, index, max_bytes)
 
 
 def has_cache(folder: Path, index: CacheIndex) -> bool:
-    """Whether a folder has the cache of this index, whatever the images that it was made of."""
+    """Whether a folder has the cache of this index, regardless of its images."""
     cached = read_index(folder)
     if cached is None:
         return False
@@ -168,15 +186,15 @@ def has_cache(folder: Path, index: CacheIndex) -> bool:
 
 
 def read_names(folder: Path) -> bytes:
-    """The names of a cache's images, as `Ledger.names_bytes`; b"" if the cache does not say."""
+    """Read the names of a cache's images, in the format of `Ledger.names_bytes`; b"" if they are missing."""
     file = folder / NAMES
     return zlib.decompress(file.read_bytes()) if file.is_file() else b""
 
 
 def expect_same_images(folder: Path, ledger: Ledger) -> None:
-    """Let a ledger expect the images that a cache was made of. A folder without a cache, or of no files, passes.
+    """Set the expected images of a ledger to a cache's images, if the folder has a cache of files.
 
-    Raises UserError, with names, for other names or classes.
+    Raises UserError, with the names of images, if names or classes differ.
     """
     index = read_index(folder)
     if index is None or HASH_COLUMN not in index.columns:
@@ -185,23 +203,24 @@ def expect_same_images(folder: Path, ledger: Ledger) -> None:
     if written and index.fingerprint != ledger.names_digest():
         names = read_names(folder) or ledger.names_bytes
         change = ledger.difference(Recorded(names, ledger.classes_digest, ledger.records))
-        raise _other_images_error(folder, change or "they have other names or classes")
+        raise _other_images_error(folder, change or "with different names or classes")
     records = np.zeros(len(ledger), RECORD)
     for shard in written.values():
+        # Callers refuse or remake damaged shards.
         if shard.fault(folder, deep=False):
-            continue  # it is refused, or made again, by others
+            continue
         columns = load(folder / shard.file)
         images = columns["image"].numpy()
         records["size"][images] = columns["state"][:, 0].numpy()
         records["time"][images] = columns["state"][:, 1].numpy()
         records["sha256"][images] = columns[HASH_COLUMN].numpy()
-    ledger.expect(records, f"is not the image that {folder} was made of: {_SAME_IMAGES_FIX}")
+    ledger.expect(records, f"is not the image that was encoded in {folder}: {_SAME_IMAGES_FIX}")
 
 
 def require_same_images(folder: Path, ledger: Ledger, *, hash_all: bool = False) -> None:
-    """Raise UserError, with a name, if a cache was made of other images than are here.
+    """Raise UserError, with the name of an image, if a cache was made from different images.
 
-    Images of another size or time are read and hashed now, with `hash_all` all images.
+    Images whose size or modification time changed are hashed; with `hash_all`, all images are.
     """
     expect_same_images(folder, ledger)
     ledger.hash(range(len(ledger)) if hash_all else ledger.suspects())
@@ -211,17 +230,16 @@ def require_same_images(folder: Path, ledger: Ledger, *, hash_all: bool = False)
 
 
 def _other_images_error(folder: Path, change: str) -> UserError:
-    """The error that a cache was made of other images."""
-    return UserError(f"{folder} was made of other images than are here, {change}: {_SAME_IMAGES_FIX}")
+    """Return the error for a cache of different images."""
+    return UserError(f"{folder} was made from different images, {change}: {_SAME_IMAGES_FIX}")
 
 
 def measure_crops(cache: ShardTable, index: CacheIndex) -> Crops:
-    """What the buckets of a cache have cut off its images. Reads these columns of all shards."""
+    """Summarize the cropping of a cache's images by its buckets, from the columns of all shards."""
     buckets_by_shard: list[Tensor] = []
     cropped_by_shard: list[Tensor] = []
     for number in range(len(index.shards)):
         columns = cache.tensors(number)
-        # by bucket, 1 for the rows that are in it
         memberships = [columns[index.membership_column(size)] for size in index.sizes]
         buckets_by_shard.append(torch.stack(memberships).long().argmax(0))
         cropped_by_shard.append(columns["cropped"])
@@ -229,74 +247,76 @@ def measure_crops(cache: ShardTable, index: CacheIndex) -> Crops:
 
 
 def dump_captions(captions: Captions) -> bytes:
-    """The content of captions.jsonl, which `read_captions` reads."""
+    """Format captions for captions.jsonl."""
     texts = captions.texts
     ids = captions.ids.tolist()
     lines: list[str] = []
     for first, end in pairwise([0, *captions.ends.tolist()]):
-        image_texts = [texts[k] for k in ids[first:end] if k < len(texts)]  # len(texts) is no caption
+        # The number len(texts) means no caption.
+        image_texts = [texts[k] for k in ids[first:end] if k < len(texts)]
         lines.append(f"{json.dumps(image_texts, ensure_ascii=False)}\n")
     return "".join(lines).encode()
 
 
 def read_captions(file: Path) -> Captions:
-    """The captions in a captions.jsonl, by image. Raises UserError where there is no such file, or it is damaged."""
+    """Read the captions of all images from a captions.jsonl. Raises UserError if the file is missing or damaged."""
     if not file.is_file():
-        raise UserError(f"{file} is not there, which has the images' captions: start the same dumo encode again")
+        raise UserError(f"{file} with the images' captions is missing: run the same dumo encode again")
     return Captions.from_images(_read_texts(file))
 
 
 def require_captions(file: Path, captions: Captions) -> None:
-    """Raise UserError where a captions.jsonl exists that holds other captions."""
+    """Raise UserError if a captions.jsonl exists with different captions."""
     if file.exists() and file.read_bytes() != dump_captions(captions):
         raise UserError(
-            f"{file} holds other captions than the images have now: {_CAPTIONS_FIX}; runs of the old ones need it"
+            f"{file} differs from the images' present captions: {_CAPTIONS_FIX}; runs with the old captions need it"
         )
 
 
 def _read_texts(file: Path) -> Iterator[list[str]]:
-    """The texts in each line of a captions.jsonl. Raises UserError for a damaged line."""
+    """Yield the texts in each line of a captions.jsonl. Raises UserError if a line is damaged."""
     for number, line in enumerate(text_lines(file), 1):
         where = f"{file} line {number}"
         texts = parse_json(line, where)
         if not is_text_list(texts):
-            raise UserError(f"{where} is no list of texts: {_CAPTIONS_FIX}")
+            raise UserError(f"{where} must be a list of texts: {_CAPTIONS_FIX}")
         yield texts
 
 
 def _plan_differences(index: CacheIndex, plan_fields: Mapping[str, object]) -> Iterator[str]:
-    """Yield a line per field of the plan that has another value in the cache; None as a value: any will do."""
+    """Yield a line for each field of the plan with a different value in the cache. None as a value allows any."""
     for name, value in plan_fields.items():
         cached = getattr(index, name)
-        serves_one_flip = name == "flips" and not value  # both flips may be there, and one is read
-        if value is not None and value != cached and not serves_one_flip:
-            yield f"{name}: {cached} in the cache, {value} asked"
+        # A cache with mirrored images can be used without them.
+        is_unused_flip = name == "flips" and not value
+        if value is not None and value != cached and not is_unused_flip:
+            yield f"{name}: {cached} in the cache, {value} in the run"
 
 
 def _codec_differences(index: CacheIndex, codec: Codec) -> Iterator[str]:
-    """Yield a line per way in which a codec would have given other latents than those in the cache.
+    """Yield a line for each setting of the codec that differs from the cache.
 
-    Weights are equal if their SHA-256 are, that of a run that has begun or of a file that is here. If neither is known,
-    they are equal if their names are.
+    Weights are compared by SHA-256, which is known in an existing run or if the file is on this machine, or else by
+    name.
     """
-    cached_facts = _without_places(index.codec)
-    asked_facts = _without_places(codec.facts())
-    for name in sorted(cached_facts.keys() | asked_facts.keys()):
+    cached_facts = _without_weights_fields(index.codec)
+    codec_facts = _without_weights_fields(codec.facts())
+    for name in sorted(cached_facts.keys() | codec_facts.keys()):
         cached = cached_facts.get(name)
-        asked = asked_facts.get(name)
-        if cached != asked:
-            yield f"codec.{name}: {cached} in the cache, {asked} asked"
-    if cached_facts != asked_facts:
+        value = codec_facts.get(name)
+        if cached != value:
+            yield f"codec.{name}: {cached} in the cache, {value} in the run"
+    if cached_facts != codec_facts:
         return
     sha256 = codec.sha256 or codec.digest()
     cached_name = index.codec["weights"]
     has_same_weights = sha256 == index.weights
-    if sha256 is None:  # no run has begun, and the file is not here
+    if sha256 is None:
         has_same_weights = codec.weights == cached_name
     if not has_same_weights:
-        yield f"codec.weights: {cached_name} in the cache, {codec.weights} asked, which are not the same"
+        yield f"codec.weights: {cached_name} in the cache, {codec.weights} in the run, which differ"
 
 
-def _without_places(codec: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a codec that say what it does, not where its weights are."""
+def _without_weights_fields(codec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a codec without the location of its weights."""
     return {name: value for name, value in codec.items() if name not in _WEIGHTS_FIELDS}

@@ -1,14 +1,13 @@
-"""Make a cache (`dumo.data.cache`): a codec encodes images, shard by shard.
+"""Encode images with a codec into a cache (`dumo.data.cache`), shard by shard.
 
-`encode` is the entrance. On each rank it
+`encode` is the entry point. On each rank it
 
-1. compares what is in the folder with the images and captions that are here;
+1. compares the folder with the images and captions on this machine;
 2. makes the rank's shards that are missing or damaged (`_ShardEncoder`): reads images batch by batch, encodes them, and
    joins the batches into the columns of a shard, with the records of the images (`dumo.data.ledger`);
 3. writes captions and the images' names next to the shards.
 
-Each shard is encoded in batches from its own first row, and its draws have a random stream of its own: so it does not
-matter which rank makes it.
+Each shard starts a new batch and has its own random stream, so the result does not depend on the rank.
 """
 
 import zlib
@@ -57,20 +56,20 @@ def encode(
     world: int = 1,
     tick: Tick = lambda done, note: None,
 ) -> MakeResult:
-    """Make the shards of rank `rank` out of `world` that are missing in the folder `out`, or damaged there.
+    """Make the shards of rank `rank` of `world` that are missing or damaged in the folder `out`.
 
-    `captions` are written to the cache; the label of image i must then be i. `batch` is the number of images that are
-    encoded at once; another number may change latents in their last bits. `tick` is called with the number of images
-    encoded so far, and a note on them.
+    captions: written to the cache. The label of image i must then be i.
+    batch: the number of images encoded at once, which may change the last bits of latents.
+    tick: called with the number of images encoded so far, and a message.
 
-    Raises UserError where `out` holds another cache, other captions or something else, where an image or a label is not
-    as planned, or a latent is too large for the dtype; OSError where nothing can be written; Stopped after a signal.
+    Raises UserError if `out` has another cache, other captions or other files, if an image or a label contradicts the
+    plan, or if a latent is too large for the dtype; OSError if `out` cannot be written; Stopped after a signal.
     Finished shards are kept.
     """
     index = _plan_index(source, codec, plan)
     ledger = ledger_of(source)
 
-    # Compare what is in the folder with what is here.
+    # Compare the folder with the images and captions on this machine.
     if ledger and has_cache(out, index):
         require_same_images(out, ledger)
     if captions:
@@ -102,16 +101,16 @@ def encode(
     if isinstance(source, Source):
         source.warn_of_unreadable("left out")
 
-    # Another rank may have read other images meanwhile.
+    # Compare again, since images may have changed while another rank read them.
     if ledger and has_cache(out, index):
         require_same_images(out, ledger)
     return result
 
 
 def _plan_index(source: Finite | BucketedImages, codec: LoadedCodec, plan: CachePlan) -> CacheIndex:
-    """The index of the complete cache, with its columns, codec and rows. No shard is listed yet.
+    """Return the index of the complete cache with its columns, codec and rows, without shards.
 
-    Raises UserError if there is nothing to encode.
+    Raises UserError if there are no images.
     """
     if not len(source):
         where = f" in {plan.source}" if plan.source else ""
@@ -126,8 +125,9 @@ def _plan_index(source: Finite | BucketedImages, codec: LoadedCodec, plan: Cache
 
 
 def _plan_columns(source: Finite | BucketedImages, codec: LoadedCodec, plan: CachePlan) -> dict[str, Column]:
-    """The columns of a cache, by name: latents of each bucket, labels, and what identifies the images."""
-    stores_moments = codec.codec.is_gaussian and plan.store == "moments"  # a mean and a deviation of each number
+    """Return the columns of a cache by name: latents of each bucket, labels, and the records of the images."""
+    # Moments are the mean and the standard deviation of each number.
+    stores_moments = codec.codec.is_gaussian and plan.store == "moments"
     columns: dict[str, Column] = {}
     for size in plan.sizes or [(plan.resolution, plan.resolution)]:
         channels, *sides = codec.codec.shape(*size)
@@ -150,19 +150,19 @@ def _plan_columns(source: Finite | BucketedImages, codec: LoadedCodec, plan: Cac
 
 @dataclass(frozen=True)
 class _ShardEncoder:
-    """Makes the columns of a shard by its number."""
+    """Encodes the columns of a shard."""
 
     source: Finite | BucketedImages
     codec: LoadedCodec
     index: CacheIndex
-    batch_size: int  # images that are encoded at once
+    batch_size: int
 
     def encode(self, shard: int, report: Callable[[int], None]) -> dict[str, Tensor]:
-        """The tensors of a shard, in the dtypes of its columns. `report` is called with the images encoded so far.
+        """Return the tensors of a shard in the dtypes of its columns, without rows if none of its images can be read.
 
-        They have no rows where no image of the shard can be read. Raises UserError where an image or a label is not as
-        planned, no image of the whole source can be read, or a latent has values that are not finite, by the codec or
-        by the cast; Stopped after a signal.
+        `report` is called with the number of images encoded so far. Raises UserError if an image or a label contradicts
+        the plan, if no image of the whole source can be read, or if latents are not finite after the codec or the cast;
+        Stopped after a signal.
         """
         columns_by_batch = self._encode_batches(shard, report)
         span = self.index.span(shard)
@@ -185,20 +185,18 @@ class _ShardEncoder:
                 latent = self.codec.codec.sample(column, *key, rows=range(len(column)))
             latents[name] = latent.to(dtype)
             if not latents[name].isfinite().all():
-                raise UserError(
-                    f"{where}: the codec gives no numbers, or too large ones for {self.index.dtype}: try float32"
-                )
+                raise UserError(f"{where}: the codec's latents are not finite in {self.index.dtype}: try float32")
         return other_columns | latents
 
     def _encode_batches(self, shard: int, report: Callable[[int], None]) -> list[dict[str, Tensor]]:
-        """The columns of each batch of images of one size, in the order of the shard's images."""
+        """Encode the columns of each batch of images with one size, in the order of the shard's images."""
         span = self.index.span(shard)
         columns_by_batch: list[dict[str, Tensor]] = []
         for batch_rows in self._split_into_batches(span):
             bucketed = self._find_buckets(batch_rows)
             for size, images_of_size, rows in self._split_by_size(batch_rows, bucketed):
                 columns = self._encode_batch(images_of_size, rows, batch_rows.start, size)
-                if columns is None:  # none of these images can be read
+                if columns is None:
                     continue
                 if bucketed:
                     columns["cropped"] = bucketed.cropped[columns["image"] - batch_rows.start]
@@ -207,7 +205,7 @@ class _ShardEncoder:
         return columns_by_batch
 
     def _require_any_readable(self) -> None:
-        """Raise UserError, with the reason, where no image of the source can be read. Reads images until one can."""
+        """Read images until one can be read. Raises UserError, with the reason, if there is none."""
         unreadable: dict[int, str] = {}
         for batch_rows in self._split_into_batches(range(len(self.source))):
             for _, images_of_size, rows in self._split_by_size(batch_rows, self._find_buckets(batch_rows)):
@@ -220,36 +218,36 @@ class _ShardEncoder:
             unreadable = unreadable | self.source.unreadable
         where = f" in {self.index.source}" if self.index.source else ""
         raise UserError(
-            f"none of the {len(self.source)} images{where} can be read: mend them, or give other images"
+            f"none of the {len(self.source)} images{where} can be read: repair them, or give other images"
             f"{first_unreadable(unreadable)}"
         )
 
     def _split_into_batches(self, rows: range) -> Iterator[range]:
-        """Yield rows of the source in batches, each where no signal has come."""
+        """Yield rows of the source in batches. Raises Stopped after a signal."""
         for batch_start in rows[:: self.batch_size]:
             signals.check()
             yield range(batch_start, min(batch_start + self.batch_size, rows.stop))
 
     def _find_buckets(self, rows: range) -> RowsInBuckets | None:
-        """The buckets of rows of the source; None of a source without buckets."""
+        """Return the buckets of rows of the source; None if the source has no buckets."""
         return self.source.find(rows) if isinstance(self.source, BucketedImages) else None
 
     def _split_by_size(self, rows: range, bucketed: RowsInBuckets | None) -> Iterator[tuple[Size, Finite, range]]:
-        """Split rows of the source by size. Yields the size, a source of images of that size, and its rows.
+        """Split rows of the source by size; yield the size, a source of images with that size, and its rows.
 
-        `bucketed`: the buckets of these rows; None of a source without buckets.
+        `bucketed` are the buckets of these rows, or None if the source has no buckets.
         """
         if not isinstance(self.source, BucketedImages):
             yield (self.index.resolution, self.index.resolution), self.source, rows
             return
-        assert bucketed, "a source with buckets has them of each row"
-        for size, part in self.source.parts(bucketed).items():
-            yield size, part, range(len(part))
+        assert bucketed, "each row has a bucket"
+        for size, source in self.source.sources_by_size(bucketed).items():
+            yield size, source, range(len(source))
 
     def _encode_batch(self, source: Finite, rows: range, batch_start: int, size: Size) -> dict[str, Tensor] | None:
-        """The columns of some rows of a source of images of one size; None where none of them can be read.
+        """Encode rows of a source of images with one size; return their columns, or None if no image can be read.
 
-        `batch_start` is the number of the batch's first image in all, for messages.
+        `batch_start` is the number of the batch's first image in the whole source, for messages.
         """
         images, labels = source.rows(slice(rows.start, rows.stop))
         if not len(images):
@@ -265,14 +263,14 @@ class _ShardEncoder:
             columns["state"] = torch.tensor([*zip(records["size"].tolist(), records["time"].tolist(), strict=True)])
             columns[HASH_COLUMN] = torch.from_numpy(records["sha256"].copy())
         if self.index.flips:
-            columns[f"flipped{suffix}"] = self.codec.encode(images.flip(-1)).cpu()  # left-right
+            columns[f"flipped{suffix}"] = self.codec.encode(images.flip(-1)).cpu()
         return columns
 
 
 def _join_batches(columns_by_batch: list[dict[str, Tensor]], index: CacheIndex) -> dict[str, Tensor]:
-    """The columns of a shard, joined from its batches; with buckets, rows are in the order of the images in the source.
+    """Join the columns of batches to those of a shard. With buckets, rows are sorted by image number.
 
-    Latents are in columns of their own for each bucket. Their rows are in that order already.
+    Latents have a column for each bucket, whose rows are already sorted.
     """
     if not index.sizes:
         return table.concatenate(columns_by_batch)
@@ -284,23 +282,24 @@ def _join_batches(columns_by_batch: list[dict[str, Tensor]], index: CacheIndex) 
             latents = [columns[name] for columns in columns_by_batch if name in columns]
             joined[name] = torch.cat(latents or [torch.zeros(0, *column.shape)])
             continue
-        if bucket:  # whether each row is in the bucket
-            parts = [torch.full((len(columns["image"]),), f"x {bucket}" in columns) for columns in columns_by_batch]
+        if bucket:
+            # Mark the rows that are in the bucket.
+            batches = [torch.full((len(columns["image"]),), f"x {bucket}" in columns) for columns in columns_by_batch]
         else:
-            parts = [columns[name] for columns in columns_by_batch]
-        joined[name] = torch.cat(parts)[order].to(column.torch_dtype)
+            batches = [columns[name] for columns in columns_by_batch]
+        joined[name] = torch.cat(batches)[order].to(column.torch_dtype)
     return joined
 
 
 def _checked_floats(images: Tensor, labels: Tensor, index: CacheIndex, batch_start: int, size: Size) -> Tensor:
-    """The images as floats in [-1, 1]. Raises UserError if they or their labels are not as planned."""
+    """Convert images to floats in [-1, 1]. Raises UserError if they or their labels contradict the plan."""
     span = f"images {batch_start} to {batch_start + len(images) - 1}"
     if images.shape[1:] != (3, *size):
-        raise UserError(f"{span} are {tuple(images.shape[1:])}, planned is {(3, *size)}")
+        raise UserError(f"{span} have shape {tuple(images.shape[1:])}, expected {(3, *size)}")
     num_labels = index.rows if index.captioned else max(index.classes, 1)
-    strange_labels = labels[(labels < 0) | (labels >= num_labels)]
-    if len(strange_labels):
-        raise UserError(f"{span}: there is a label {int(strange_labels[0])}, and {index.classes} classes are planned")
+    invalid_labels = labels[(labels < 0) | (labels >= num_labels)]
+    if len(invalid_labels):
+        raise UserError(f"{span} have the label {int(invalid_labels[0])}, but there are {index.classes} classes")
     if images.dtype == torch.uint8:
         return from_uint8(images)
     largest = float(images.abs().max())

@@ -1,11 +1,10 @@
-"""Images or points that Python gave to `dumo.train`: an array, or a data set of torch's or of Hugging Face's.
+"""Data passed to `dumo.train` from Python: arrays, and data sets of PyTorch or Hugging Face.
 
-`Memory.of` reads samples, labels and names of classes, brings them to tensors in dumo's layout and range, remembers
-the source in `SOURCES` by its digest, and returns the spec. `Memory.open` looks the source up, so it needs the same
-process.
+`Memory.of` reads samples, labels and class names, converts them to tensors in dumo's layout and range, registers the
+source in `SOURCES` by its digest, and returns the spec. `Memory.open` looks it up, so it needs the same process.
 
-A `datasets.Dataset` of colour images is not read in advance: its encoded images are decoded when they are asked for. A
-data set whose rows change between two reads, as with random augmentation, is read anew at each visit (`RereadData`).
+Colour images of a `datasets.Dataset` are decoded on demand. A data set whose rows change between two reads, as with
+random augmentation, is read again for each batch (`RereadData`).
 """
 
 from dataclasses import dataclass, field
@@ -30,74 +29,85 @@ from dumo.runtime.progress import Bar, line_printer, no_bar
 from dumo.types import FREE, Spec, UserError
 from dumo.types.outside import name_of
 
-_IMAGE_CHANNELS = (1, 3)  # grey, colour
-_ROWS_READ_TWICE = 16  # to see whether they change: a flip with p = 1/2 is missed once in 65,536 times
-_ROUNDING = 1e-4  # by which floats may lie outside [-1, 1]
-_IMAGE_KEYS = ("image", "img", "pixel_values")  # of a row of Hugging Face datasets
-_LABEL_KEYS = ("label", "labels", "fine_label")  # of a row of Hugging Face datasets
-_GREY_MODES = ("1", "L")  # of PIL, whose pictures keep one channel; those of "F" hold numbers, which are taken as given
-_KEPT_BYTES = 2 * GIGABYTE  # of the pixels of a `datasets.Dataset`
-SOURCES: dict[str, "TensorData | Source"] = {}  # what this process was given, by digest
+# Grey and colour.
+_IMAGE_CHANNELS = (1, 3)
+# Rows read twice to detect changes. A flip with p = 1/2 is missed once in 65,536 times.
+_ROWS_READ_TWICE = 16
+# Tolerance of the range [-1, 1] of floats.
+_ROUNDING = 1e-4
+# Columns of images and labels in Hugging Face data sets.
+_IMAGE_KEYS = ("image", "img", "pixel_values")
+_LABEL_KEYS = ("label", "labels", "fine_label")
+# PIL modes that keep one channel. Mode "F" has floats, which are not converted.
+_GREY_MODES = ("1", "L")
+# Decoded pixels of a `datasets.Dataset` are kept up to this size.
+_KEPT_BYTES = 2 * GIGABYTE
+# The data passed to this process, by digest.
+SOURCES: dict[str, "TensorData | Source"] = {}
 
 
 @dataclass(frozen=True)
 class RereadData(TensorData):
-    """A data set of Python that gives a row another sample at each read: batches read it anew.
+    """A data set whose rows change at each read, as with random augmentation. Batches read it again.
 
-    `x` has the first sample of each row, for what compares with the data. What a row gives is drawn by the data set,
-    with generators of its own, so a resumed run meets other draws.
+    `x` has the first sample of each row, as the reference. The data set's random generators are not saved, so a resumed
+    run has different draws. The lock serializes reads, since data sets may not be thread-safe.
     """
 
-    data_set: Any = None  # data_set[i] is its row i
-    lock: Lock = field(default_factory=Lock)  # batches are made by several threads, and data sets may not allow that
+    data_set: Any = None
+    lock: Lock = field(default_factory=Lock)
 
     def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """The rows of a step, read now. Raises UserError for a sample of another shape, or beyond [-1, 1]."""
+        """Read the rows of a step. Raises UserError if a sample has another shape, or values outside [-1, 1]."""
         numbers = self.numbers(step, batch_size, seed, rows)
         tensors: list[Tensor] = []
         with self.lock:
             for i in numbers.tolist():
                 tensors.append(_read_sample(self.data_set, i))
         shapes = {tuple(tensor.shape) for tensor in tensors}
-        x = torch.empty(0)  # of no sample's shape
+        # An empty tensor fails the comparison of shapes below.
+        x = torch.empty(0)
         if len(shapes) == 1:
             x = _to_layout(torch.stack(tensors))
         if x.shape[1:] != self.x.shape[1:]:
             raise UserError(
-                f"rows of the data have shape {', '.join(map(str, shapes))}, and gave {tuple(self.x.shape[1:])} "
-                "when they were read first: bring all to one size"
+                f"rows of the data have shape {', '.join(map(str, shapes))}, but {tuple(self.x.shape[1:])} when first "
+                "read: resize all to one size"
             )
         x = _to_float32(x)
         if x.ndim == 4 and x.abs().max() > 1 + _ROUNDING:
-            raise UserError(f"a row of the data reaches {x.abs().max():.3g}, and images lie in [-1, 1]")
+            raise UserError(f"a row of the data has the value {x.abs().max():.3g}: scale images to [-1, 1]")
         return x, self.c[numbers]
 
     def fingerprint(self) -> str:
-        """A digest of the classes, the number and the shape of the rows: their samples are others at each read."""
+        """Return a digest of the classes, the number and the shape of the rows, since samples change at each read."""
         return digest.short("reread", str(tuple(self.x.shape)), digest.of_tensor(self.c))
 
 
 class Memory(Spec):
-    """Samples in memory, there while the process lives."""
+    """Samples in the memory of this process."""
 
     kind: Literal["memory"] = "memory"
-    name: str  # of the type that was given
-    shape: tuple[int, ...]  # of a sample
+    # The type of the Python object.
+    name: str
+    # The shape of a sample.
+    shape: tuple[int, ...]
     classes: int = Field(ge=0)
-    names: tuple[str, ...] = ()  # of the classes
-    # Of all samples: training resumes with the same alone (run.yaml). Where rows are others at each read, of what does
-    # not change (`RereadData.fingerprint`): two such data sets may share it, and `open` then gives the one read last.
+    # The names of the classes.
+    names: tuple[str, ...] = ()
+    # The digest of all samples, which must be equal to resume training. For `RereadData`, it only covers what does not
+    # change: two such data sets may have the same digest, and `open` then returns the one read last.
     digest: str = Field(json_schema_extra=FREE)
     captions: ClassVar[None] = None
     augment: ClassVar[None] = None
 
     @classmethod
     def of(cls, data: Any, bar: Bar = no_bar) -> "Memory":  # noqa: ANN401, what a notebook has
-        """Read and remember an array, a pair (array, labels), or a map-style data set of samples, or of such pairs.
+        """Read and register an array, a pair (array, labels), or a map-style data set of samples or (sample, label).
 
         Images are (n, channels, height, width), channels last, or grey without channels, as uint8 or floats in
-        [-1, 1]; data sets may give PIL images. Points are (n, d). A data set whose rows change between two reads is
-        read again at each visit, which a line says. Raises UserError for anything else.
+        [-1, 1]; data sets may return PIL images. Points are (n, d). If rows change between two reads, a message is
+        printed and the data set is read again for each batch. Raises UserError for other data.
         """
         if is_dataset(data):
             rows = DatasetRows(data)
@@ -115,14 +125,14 @@ class Memory(Spec):
         if is_data_set and _gives_other_samples(data, raw_x):
             source = RereadData(x, c, data_set=data)
             line_printer(bar)(
-                f"{name_of(type(data))} gives other samples at each read, as augmentation does: training reads rows "
-                "anew at each visit, and a resumed run meets other draws"
+                f"{name_of(type(data))} returns different samples at each read, as with augmentation: training reads "
+                "rows again for each batch, and a resumed run has different draws"
             )
-        return cls._remember(source, name_of(type(data)), tuple(x.shape[1:]), classes, names)
+        return cls._register(source, name_of(type(data)), tuple(x.shape[1:]), classes, names)
 
     @classmethod
     def _of_dataset(cls, rows: DatasetRows, bar: Bar) -> "Memory":
-        """Remember the colour images of a `datasets.Dataset`, all of one size. Says which columns are not used."""
+        """Register the colour images of a `datasets.Dataset`, all of one size. Prints the unused columns."""
         class_columns = [name for name in _LABEL_KEYS if name in rows.columns()]
         if not class_columns and len(rows.class_names) == 1:
             class_columns = [*rows.class_names]
@@ -132,19 +142,19 @@ class Memory(Spec):
         if unused:
             line_printer(bar)(
                 f"the columns {', '.join(unused)} of the data are not used: classes are read from a column 'label', "
-                "captions from a folder or parquet files"
+                "and captions from a folder or parquet files"
             )
         width, height = load_upright(rows.read(0)).size
         source = Source(rows, SameSize(height, width, "none", rows.path(0)), labels)
         source.keep_decoded(_KEPT_BYTES, now=False)
         count = labels.count if labels else 0
-        return cls._remember(source, name_of(type(rows.data)), (3, height, width), count, source.names)
+        return cls._register(source, name_of(type(rows.data)), (3, height, width), count, source.names)
 
     @classmethod
-    def _remember(
+    def _register(
         cls, source: TensorData | Source, name: str, shape: tuple[int, ...], classes: int, names: tuple[str, ...]
     ) -> "Memory":
-        """The spec of a source, which is kept for `open`."""
+        """Register a source for `open`, and return its spec."""
         fingerprint = source.fingerprint()
         SOURCES[fingerprint] = source
         return cls(name=name, shape=shape, classes=classes, names=names, digest=fingerprint)
@@ -155,23 +165,23 @@ class Memory(Spec):
         return self.classes
 
     def open(self) -> TensorData | Source:
-        """All samples. Raises UserError where this process was not given them."""
+        """Return all samples. Raises UserError if they were not passed to this process."""
         if self.digest not in SOURCES:
             raise UserError(
-                f"the data are a {self.name} of Python that this process does not have: give the same in Python, "
+                f"the data are a {self.name} of Python that this process does not have: pass it again in Python, "
                 "dumo.train(RUN, data=...) or dumo.load(RUN, data=...)"
             )
         return SOURCES[self.digest]
 
     def originals(self) -> TensorData | Source:
-        """All samples: they have no captions. Raises UserError where this process was not given them."""
+        """Return all samples, as `open`. They have no captions."""
         return self.open()
 
 
 def _read(data: Any, bar: Bar) -> tuple[Any, Any, tuple[str, ...]]:  # noqa: ANN401
-    """Samples as they were given, their labels or None, and the names of the classes.
+    """Return samples, their labels or None, and the names of the classes.
 
-    Arrays are returned as they are, rows of a data set as one tensor. Raises UserError for what is no data.
+    Arrays are returned unchanged, and rows of a data set as one tensor. Raises UserError for other objects.
     """
     if isinstance(data, Tensor | np.ndarray):
         return data, None, ()
@@ -181,7 +191,8 @@ def _read(data: Any, bar: Bar) -> tuple[Any, Any, tuple[str, ...]]:  # noqa: ANN
     tensors: list[Tensor] = []
     labels: list[Any] = []
     with bar("reading the data", total) as tick:
-        for i in range(total):  # not every data set ends by itself
+        # Some data sets raise no IndexError at their end, so do not iterate over them.
+        for i in range(total):
             signals.check()
             sample, label = _sample_and_label(data[i])
             tensors.append(_to_tensor(sample, f"row {i} of the data"))
@@ -190,8 +201,8 @@ def _read(data: Any, bar: Bar) -> tuple[Any, Any, tuple[str, ...]]:  # noqa: ANN
             lacks_label = (label is None) != (labels[0] is None)
             if has_other_shape or lacks_label:
                 raise UserError(
-                    f"row {i} of the data has shape {tuple(tensors[i].shape)}, row 0 {tuple(tensors[0].shape)}, and "
-                    "all or none have a label: bring all to one size, or give a folder of images"
+                    f"row {i} of the data has shape {tuple(tensors[i].shape)}, row 0 has {tuple(tensors[0].shape)}, "
+                    "and all or none must have a label: resize all to one size, or give a folder of images"
                 )
             tick(i + 1, "")
     has_labels = labels[0] is not None
@@ -199,29 +210,29 @@ def _read(data: Any, bar: Bar) -> tuple[Any, Any, tuple[str, ...]]:  # noqa: ANN
 
 
 def _read_sample(data_set: Any, i: int) -> Tensor:  # noqa: ANN401
-    """The sample in row i of a data set, as it is. Raises UserError for what holds no numbers."""
+    """Return the sample in row i of a data set. Raises UserError if it is not numeric."""
     sample, _ = _sample_and_label(data_set[i])
     return _to_tensor(sample, f"row {i} of the data")
 
 
 def _count_rows(data: Any) -> int:  # noqa: ANN401
-    """The number of rows of a data set. Raises UserError for what has no rows by number, such as a loader or a stream.
+    """Return the number of rows of a data set. Raises UserError if rows cannot be indexed, as in a loader or a stream.
 
-    A table of pandas has a length, and columns in place of rows.
+    A pandas table has a length, but its indices are columns.
     """
     try:
         total = len(data)
         data[0]
     except (TypeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
         raise UserError(
-            f"data is a {name_of(type(data))}, which has no rows by number: give a folder, an array, a pair (array, "
-            "labels), or a data set with a length and rows; of a DataLoader its dataset, of a stream list(...)"
+            f"data is a {name_of(type(data))}, whose rows cannot be indexed: give a folder, an array, a pair (array, "
+            "labels), or a map-style data set (the dataset of a DataLoader, list(...) of a stream)"
         ) from error
     return total
 
 
 def _gives_other_samples(data_set: Any, x: Tensor) -> bool:  # noqa: ANN401
-    """Whether some rows of a data set, read again, differ from the samples x (n, ...) that were read before."""
+    """Whether some rows of a data set, read again, differ from the samples x (n, ...) read before."""
     numbers = torch.linspace(0, len(x) - 1, min(len(x), _ROWS_READ_TWICE)).long()
     for i in numbers.tolist():
         sample = _read_sample(data_set, i)
@@ -231,7 +242,7 @@ def _gives_other_samples(data_set: Any, x: Tensor) -> bool:  # noqa: ANN401
 
 
 def _class_names(data: Any) -> tuple[str, ...]:  # noqa: ANN401
-    """The names of the classes that a data set of torchvision's, or of Hugging Face's, has; () where it has none."""
+    """Return the class names of a torchvision or Hugging Face data set; () if it has none."""
     classes = getattr(data, "classes", ())
     if classes and isinstance(classes, list | tuple):
         return tuple(str(name) for name in classes)
@@ -243,21 +254,24 @@ def _class_names(data: Any) -> tuple[str, ...]:  # noqa: ANN401
 
 
 def _sample_and_label(row: Any) -> tuple[Any, Any]:  # noqa: ANN401
-    """The sample in a row of a data set, and its label or None. Raises UserError for a mapping without an image."""
+    """Return the sample and the label or None of a row. Raises UserError if a mapping has no image."""
     if isinstance(row, dict):
         image = _first_of(row, _IMAGE_KEYS)
         if image is None:
-            raise UserError(f"a row of the data has {', '.join(map(str, row))}: none is {' or '.join(_IMAGE_KEYS)}")
+            raise UserError(
+                f"a row of the data has {', '.join(map(str, row))}: name the images {' or '.join(_IMAGE_KEYS)}"
+            )
         return image, _first_of(row, _LABEL_KEYS)
     if isinstance(row, tuple | list) and len(row) == 2:
         return row[0], row[1]
-    if isinstance(row, tuple) and len(row) == 1:  # of a TensorDataset of images alone
+    # A TensorDataset without labels returns tuples of one tensor.
+    if isinstance(row, tuple) and len(row) == 1:
         return row[0], None
     return row, None
 
 
 def _first_of(row: dict[Any, Any], keys: tuple[str, ...]) -> Any:  # noqa: ANN401
-    """The value of the first key that a row has; None where it has none."""
+    """Return the value of the first key that a row has; None if it has none."""
     for key in keys:
         if key in row:
             return row[key]
@@ -265,9 +279,9 @@ def _first_of(row: dict[Any, Any], keys: tuple[str, ...]) -> Any:  # noqa: ANN40
 
 
 def _to_tensor(values: Any, name: str) -> Tensor:  # noqa: ANN401
-    """An array, picture or list of numbers as a tensor on the CPU.
+    """Convert an array, picture or list of numbers to a tensor on the CPU.
 
-    Raises UserError, with `name`, for what holds no numbers.
+    Raises UserError, with `name`, if it is not numeric.
     """
     if isinstance(values, Tensor):
         return values.cpu()
@@ -275,23 +289,26 @@ def _to_tensor(values: Any, name: str) -> Tensor:  # noqa: ANN401
         values = _to_colours(values, name)
     try:
         array = values if isinstance(values, np.ndarray) else np.array(values)
-    except ValueError as error:  # lists of several lengths
-        raise UserError(f"{name} is no array ({error}): give rows of one shape") from error
-    if any(stride < 0 for stride in array.strides):  # torch has none
+    except ValueError as error:
+        # The lists have different lengths.
+        raise UserError(f"{name} is not an array ({error}): give rows of one shape") from error
+    # torch has no negative strides.
+    if any(stride < 0 for stride in array.strides):
         array = array.copy()
     try:
         return torch.from_numpy(array)
-    except (TypeError, ValueError) as error:  # objects, texts; another order of bytes
+    except (TypeError, ValueError) as error:
+        # torch has no objects, strings or foreign byte orders.
         raise UserError(
-            f"{name} is an array of dtype {array.dtype}, which torch cannot hold: give uint8 colours, or finite floats "
-            "in [-1, 1]"
+            f"{name} is an array of dtype {array.dtype}, which torch does not support: give uint8 colours, or finite "
+            "floats in [-1, 1]"
         ) from error
 
 
 def _to_colours(picture: Image.Image, name: str) -> Image.Image:
-    """A picture upright in grey or RGB, as one looks at it. Raises UserError, with `name`, where its range is unknown.
+    """Convert a picture to upright grey or RGB. Raises UserError, with `name`, if its range is unknown.
 
-    Pixels of a palette are numbers of its colours, and pictures in CMYK, or with transparency, have four channels.
+    Palette, CMYK and transparent pictures are converted to RGB.
     """
     picture = ImageOps.exif_transpose(picture)
     if picture.mode in _GREY_MODES:
@@ -303,26 +320,26 @@ def _to_colours(picture: Image.Image, name: str) -> Image.Image:
 
 
 def _to_samples(x: Tensor | np.ndarray) -> Tensor:
-    """Float32 points (n, d), or images (n, 1 or 3, h, w) in [-1, 1]. Raises UserError for other shapes and ranges."""
+    """Convert to float32 points (n, d) or images (n, 1 or 3, h, w) in [-1, 1]. Raises UserError if that fails."""
     is_uint8 = x.dtype in (torch.uint8, np.uint8)
     x = _to_float32(_to_layout(_to_tensor(x, "data")))
     low = x.min().item()
     high = x.max().item()
     is_image = x.ndim == 4
-    # Images without negative numbers are taken to be in [0, 1].
+    # Images without negative numbers are assumed to be in [0, 1].
     is_in_range = -1 - _ROUNDING <= low < 0 and high <= 1 + _ROUNDING
     if is_image and not is_uint8 and not is_in_range:
         raise UserError(
-            f"data are floats from {low:.3g} to {high:.3g}, and images lie in [-1, 1]: give 2 * x - 1 where they are "
+            f"data are floats from {low:.3g} to {high:.3g}, but images must be in [-1, 1]: give 2 * x - 1 if they are "
             "from 0 to 1, or uint8 colours"
         )
     return x
 
 
 def _to_layout(x: Tensor) -> Tensor:
-    """Points (n, d) as they are, images as (n, 1 or 3, h, w). Raises UserError for other shapes."""
+    """Return points (n, d) unchanged, and images as (n, 1 or 3, h, w). Raises UserError for other shapes."""
     if x.ndim == 3:
-        x = x.unsqueeze(1)  # grey
+        x = x.unsqueeze(1)
     if x.ndim == 4 and x.shape[1] not in _IMAGE_CHANNELS and x.shape[3] in _IMAGE_CHANNELS:
         x = x.permute(0, 3, 1, 2)
     is_image = x.ndim == 4 and x.shape[1] in _IMAGE_CHANNELS
@@ -335,32 +352,33 @@ def _to_layout(x: Tensor) -> Tensor:
 
 
 def _to_float32(x: Tensor) -> Tensor:
-    """uint8 colours of images in [-1, 1], and finite floats as they are, in float32. Raises UserError for all else."""
+    """Convert uint8 images to [-1, 1], and finite floats to float32. Raises UserError for other values."""
     if x.dtype == torch.uint8 and x.ndim == 4:
         return from_uint8(x).contiguous()
     if not x.is_floating_point() or not x.isfinite().all():
-        raise UserError(f"data holds {x.dtype} or what is no number: give uint8 colours, or finite floats in [-1, 1]")
+        raise UserError(f"data are {x.dtype} or not finite: give uint8 colours, or finite floats in [-1, 1]")
     return x.float().contiguous()
 
 
 def _to_labels(labels: Any, n: int) -> Tensor:  # noqa: ANN401
-    """Class numbers (n,), all 0 where `labels` is None. Raises UserError for labels that are no classes, or not n."""
+    """Return class numbers (n,), all 0 if `labels` is None. Raises UserError if they are not n whole numbers from 0."""
     if labels is None:
         return torch.zeros(n, dtype=torch.long)
-    rule = f"labels are whole numbers from 0, one for each of {n} samples"
+    rule = f"labels must be whole numbers from 0, one for each of {n} samples"
     try:
         values = np.asarray(_to_cpu(labels))
-    except ValueError as error:  # lists of several lengths
+    except ValueError as error:
+        # The lists have different lengths.
         raise UserError(rule) from error
     if values.dtype.kind not in "iu":
-        raise UserError(f"{rule}, and these are of dtype {values.dtype}")
+        raise UserError(f"{rule}, but these have dtype {values.dtype}")
     if values.shape != (n,) or values.min() < 0:
         raise UserError(rule)
     return torch.from_numpy(values.astype(np.int64))
 
 
 def _to_cpu(labels: Any) -> Any:  # noqa: ANN401
-    """Labels with their tensors on the CPU, one tensor or some in a list: NumPy reads no others."""
+    """Move labels, a tensor or a list with tensors, to the CPU, which NumPy needs."""
     if isinstance(labels, Tensor):
         return labels.cpu()
     if isinstance(labels, list | tuple):

@@ -1,18 +1,17 @@
-"""What images held when they were read, so that a changed image is refused by name.
+"""Hashes of all images that were read, so that changed images are refused by name.
 
-A record of an image is its size in bytes, the time of the last change of its file, and 16 bytes of the SHA-256 of its
-bytes. The order of events:
+The record of an image is its size in bytes, the modification time of its file, and 16 bytes of the SHA-256 of its
+bytes.
 
-1. A source of images (`dumo.data.images.Source`) has a `Ledger`. Each image that is read is hashed and compared: with
-   what it was when it was read before, and with what is expected.
-2. A run writes the records of new images to one file in its folder, to which it only appends (`append`). A checkpoint
-   holds the length and the SHA-256 of that file. A cache of latents holds the records of the images that it was made of
-   (`dumo.data.cache`).
-3. On resume, `Ledger.expect` takes the records. Images of another size or time (`suspects`) are hashed at once; all
-   others are compared when they are read.
+1. A source of images (`dumo.data.images.Source`) has a `Ledger`. Each image is hashed when it is read, and compared
+   with its earlier and its expected hash.
+2. A run appends the records of new images to a file in its folder (`append`). A checkpoint has the length and the
+   SHA-256 of that file. A cache of latents has the records of its images (`dumo.data.cache`).
+3. On resume, `Ledger.expect` sets the expected records. Images whose size or time changed (`suspects`) are hashed
+   immediately, the rest when they are read.
 
-A content that changed in place, with its size and time kept, is noticed when the image is read, or where all images are
-hashed (`dumo show RUN --check`).
+If the content changes but size and time do not, this is detected when the image is read, or when all images are hashed
+(`dumo show RUN --check`).
 """
 
 import hashlib
@@ -38,35 +37,40 @@ from dumo.runtime.progress import bar
 from dumo.runtime.threads import cores
 from dumo.types import UserError
 
-FILE = "images.ledger"  # in a run's folder
+FILE = "images.ledger"
 HASH_BYTES = 16
 RECORD = np.dtype([("image", "<i8"), ("size", "<i8"), ("time", "<i8"), ("sha256", "u1", HASH_BYTES)])
 
-# The file is a sequence of blocks: a kind, the number of bytes that follow, and these. A block of names begins the
-# records anew, as where a run resumes on data that were changed on purpose.
+# The file is a sequence of blocks: a kind, the number of bytes, and the bytes. A block of names replaces all earlier
+# records, as when a run continues on data that were changed on purpose.
 _BLOCK = struct.Struct("<4sQ")
 _NAMES = b"NAME"
 _RECORDS = b"ROWS"
 
 _THREADS = min(16, cores())
 _CHUNK_IMAGES = 64
-_CHANGED = "is not what it was when it was read before: put it back as it was"
+_CHANGED = "has changed since it was first read: restore it"
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """The records of all images of a data set, with zeros for a hash that is not known."""
+    """The records of all images of a data set. Unknown hashes are zeros.
 
-    names: bytes  # as `Ledger.names_bytes`
-    classes: str  # as `Ledger.classes_digest`
-    records: NDArray[np.void]  # (n,), of RECORD
+    names: in the format of `Ledger.names_bytes`.
+    classes: in the format of `Ledger.classes_digest`.
+    records: (n,), of dtype RECORD.
+    """
+
+    names: bytes
+    classes: str
+    records: NDArray[np.void]
 
 
 class Ledger:
-    """The records of the images of some rows, and what is expected of them. It may be used from several threads."""
+    """The records of images, and the records expected of them. Thread-safe."""
 
     def __init__(self, rows: Rows, labels: Tensor | None = None) -> None:
-        """Begin without hashes. `labels` are the classes of the images, (n,)."""
+        """Start without hashes. `labels` are the classes of the images, (n,)."""
         self.rows = rows
         self.labels = labels
         self.records = np.zeros(len(rows), RECORD)
@@ -83,7 +87,7 @@ class Ledger:
         return len(self.records)
 
     def check(self, i: int, data: bytes) -> None:
-        """Hash image i, of which `data` was just read. Raises UserError, with its name, if it has changed."""
+        """Hash the bytes `data` of image i. Raises UserError, with its name, if it has changed."""
         before = self._known_or_expected(i)
         now = hashlib.sha256(data).digest()[:HASH_BYTES]
         if before is not None and before != now:
@@ -91,7 +95,7 @@ class Ledger:
         self._add(i, now)
 
     def hash(self, images: Iterable[int] | NDArray[np.int64]) -> None:
-        """Read and hash images whose hash is not known yet, on threads. An image that cannot be read is left out."""
+        """Read and hash images with unknown hashes, on threads. Unreadable images are skipped."""
         numbers = [int(i) for i in images if not self.is_known[i]]
 
         def hash_chunk(first: int) -> None:
@@ -99,7 +103,8 @@ class Ledger:
                 try:
                     data = self.rows.read(i)
                 except (OSError, ValueError):
-                    continue  # decoding it says why
+                    # Decoding it raises the error.
+                    continue
                 self._add(i, hashlib.sha256(data).digest()[:HASH_BYTES])
 
         window = _CHUNK_IMAGES * _THREADS
@@ -111,26 +116,26 @@ class Ledger:
                 tick(end, "")
 
     def expect(self, records: NDArray[np.void], problem: str) -> None:
-        """From now on expect these records (n,). `problem` follows the name of an image that is another."""
+        """Set the expected records (n,). `problem` follows the name of a changed image in errors."""
         self.expected = records
         self.problem = problem
 
-    def learn(self, records: NDArray[np.void], problem: str) -> None:
-        """Expect, besides what is expected, what other ranks have read."""
+    def expect_more(self, records: NDArray[np.void], problem: str) -> None:
+        """Add records to the expected ones, such as those read by other ranks."""
         if self.expected is None:
             self.expected = np.zeros(len(self), RECORD)
         self.expected[records["image"]] = records
         self.problem = problem
 
     def suspects(self) -> NDArray[np.int64]:
-        """The images of another size or time than expected, whose hash is not known yet."""
+        """Return the images whose size or time differs from the expected one, and whose hash is unknown."""
         if self.expected is None:
             return np.zeros(0, np.int64)
         is_other = (self.records["size"] != self.expected["size"]) | (self.records["time"] != self.expected["time"])
         return np.flatnonzero(is_other & self.expected["sha256"].any(1) & ~self.is_known)
 
     def changed(self) -> NDArray[np.int64]:
-        """The images that are known to be others than expected: by their hashes, else by their sizes."""
+        """Return the images that differ from the expected ones, by hash if known, else by size."""
         if self.expected is None:
             return np.zeros(0, np.int64)
         is_hashed = self.expected["sha256"].any(1)
@@ -140,46 +145,46 @@ class Ledger:
         return np.flatnonzero(np.where(is_hashed & self.is_known, has_other_hash, has_other_size))
 
     def difference(self, recorded: Recorded) -> str:
-        """Which images are gone and which are new since these records, or that classes differ; "" if nothing does."""
+        """Describe removed and new images since these records, or changed classes; "" if there is no difference."""
         if recorded.names != self.names_bytes:
             return _name_changes(recorded.names, self.names_bytes)
-        return "" if recorded.classes == self.classes_digest else "their classes are others"
+        return "" if recorded.classes == self.classes_digest else "with different classes"
 
     def changed_text(self, images: Sequence[int] | NDArray[np.int64]) -> str:
-        """The first of some changed images by name, and how many more there are."""
+        """Return the names of the first changed images, and the number of further ones."""
         return first_few([int(i) for i in images], self.rows.path)
 
     def recorded(self) -> Recorded:
-        """The present records, with zeros for hashes that are not known."""
+        """Return the present records, with zeros for unknown hashes."""
         return Recorded(self.names_bytes, self.classes_digest, self.records.copy())
 
     def take_new(self) -> NDArray[np.void]:
-        """The records of the images that were hashed since the last call."""
+        """Return the records of all images hashed since the last call."""
         with self._lock:
             images, self._new = self._new, []
         return self.records[images]
 
     @cached_property
     def names_bytes(self) -> bytes:
-        """The names of all images, with NUL between them, which no name holds."""
+        """The names of all images, separated by NUL, which does not occur in names."""
         return "\0".join(self.rows.names).encode("utf-8", "surrogateescape")
 
     @cached_property
     def classes_digest(self) -> str:
-        """A SHA-256 of the classes."""
+        """The SHA-256 of the classes."""
         return digest.of_bytes(b"") if self.labels is None else digest.of_tensor(self.labels)
 
     def names_digest(self) -> str:
-        """A short text that changes if images are added, removed or renamed, or get other classes."""
-        return digest.short(digest.of_bytes(self.names_bytes), self.classes_digest, self.rows.mark)
+        """Return a digest of the names and classes of all images."""
+        return digest.short(digest.of_bytes(self.names_bytes), self.classes_digest, self.rows.content_digest)
 
     def fingerprint(self, *more: str) -> str:
-        """As `names_digest`; it changes also if an image has another size, or with `more`."""
+        """Return a digest of the names, classes and sizes of all images, and of `more`."""
         sizes = digest.of_bytes(self.records["size"].tobytes())
         return digest.short(self.names_digest(), sizes, *more)
 
     def _known_or_expected(self, i: int) -> bytes | None:
-        """The hash that image i is to have; None: any."""
+        """Return the hash that image i must have; None if it is unknown."""
         if self.is_known[i]:
             return self.records["sha256"][i].tobytes()
         if self.expected is not None and self.expected["sha256"][i].any():
@@ -187,7 +192,7 @@ class Ledger:
         return None
 
     def _add(self, i: int, sha256: bytes) -> None:
-        """Note the hash of image i, unless it is known."""
+        """Record the hash of image i, unless it is known."""
         if self.is_known[i]:
             return
         self.records["sha256"][i] = np.frombuffer(sha256, np.uint8)
@@ -197,13 +202,13 @@ class Ledger:
 
 
 def ledger_of(source: object) -> Ledger | None:
-    """The ledger of a source of images; None for a source whose samples are no files."""
+    """Return the ledger of a source of images; None if samples are not files."""
     ledger = getattr(source, "ledger", None)
     return ledger if isinstance(ledger, Ledger) else None
 
 
-def begin(file: Path, ledger: Ledger) -> None:
-    """Begin the records in a run's file, with the names, sizes and times of all images."""
+def start(file: Path, ledger: Ledger) -> None:
+    """Start new records in a run's file, with the names, sizes and times of all images."""
     without_hashes = ledger.records.copy()
     without_hashes["sha256"] = 0
     names = zlib.compress(ledger.names_bytes, 1)
@@ -218,9 +223,9 @@ def append(file: Path, records: NDArray[np.void]) -> None:
 
 
 def read(file: Path, length: int) -> Recorded:
-    """The records in the first `length` bytes of a run's file; of several of an image, the last one counts.
+    """Read the records in the first `length` bytes of a run's file. The last record of an image is used.
 
-    Raises UserError if the file is shorter, or damaged.
+    Raises UserError if the file is shorter or damaged.
     """
     content = file.read_bytes()[:length] if file.exists() else b""
     names = b""
@@ -244,12 +249,12 @@ def read(file: Path, length: int) -> Recorded:
         for of_block in blocks:
             records[of_block["image"]] = of_block
     except (ValueError, IndexError, struct.error, zlib.error) as error:
-        raise UserError(f"{file} is damaged, which holds what the images were ({error}): bring it back") from error
+        raise UserError(f"{file}, the record of the run's images, is damaged ({error}): restore it") from error
     return Recorded(names, classes, records)
 
 
 def truncate(file: Path, length: int) -> None:
-    """Drop what was appended to a run's file after its first `length` bytes."""
+    """Truncate a run's file to its first `length` bytes."""
     if file.exists() and file.stat().st_size > length:
         with file.open("r+b") as opened:
             opened.truncate(length)
@@ -263,7 +268,7 @@ def _append_block(file: Path, kind: bytes, content: bytes) -> None:
 
 
 def _name_changes(then: bytes, now: bytes) -> str:
-    """Which names are gone and which are new, in words."""
+    """Describe removed and new names."""
     names_then = set(then.decode("utf-8", "surrogateescape").split("\0"))
     names_now = set(now.decode("utf-8", "surrogateescape").split("\0"))
     changes: list[str] = []
@@ -271,4 +276,4 @@ def _name_changes(then: bytes, now: bytes) -> str:
         changes.append(f"{first_few(sorted(names_then - names_now))} gone")
     if names_now - names_then:
         changes.append(f"{first_few(sorted(names_now - names_then))} new")
-    return ", ".join(changes) or "they are in another order"
+    return ", ".join(changes) or "in a different order"

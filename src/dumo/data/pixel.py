@@ -1,12 +1,12 @@
-"""From the bytes of an image file to a square of pixels, or a rectangle.
+"""Decode image files to squares or rectangles of pixels.
 
-`ToSquare(side, crop)(data)` and `ToRectangle` make pixels: the image is loaded and turned upright (`load_upright`),
-then converted to 8-bit RGB (`to_rgb`), then resized and cropped (`crop_middle`). `upright_size` and `short_side` read
-only the header, where that is enough. `covering_size` says to which size an image is brought before it is cropped.
+`ToSquare(side, crop)(data)` and `ToRectangle` load the image and turn it upright (`load_upright`), convert it to 8-bit
+RGB (`to_rgb`), and resize and crop it (`crop_middle`). `upright_size` and `short_side` read only the header if
+possible.
 
-Every file becomes 8-bit RGB, upright, as one looks at it: transparency lies over white, grey of 16 bits is rounded to
-8 (of colours of 16 bits pillow reads the upper 8), of an animation the first frame is taken, and the camera's rotation
-(EXIF) is carried out. Colour profiles are not read, as in ADM and the references that were computed with it.
+Transparent pixels are blended with white, 16-bit grey is rounded to 8 bits (pillow keeps the upper 8 bits of 16-bit
+colours), the first frame of an animation is used, and EXIF rotations are applied. Colour profiles are ignored, as in
+ADM and in references computed with it.
 """
 
 from collections.abc import Generator
@@ -25,25 +25,29 @@ from torch import Tensor
 from dumo.types import UserError
 
 Crop = Literal["adm", "bicubic", "none"]
-Size = tuple[int, int]  # (height, width); PIL's image.size is the other way round
+# (height, width), whereas PIL's image.size is (width, height).
+Size = tuple[int, int]
 
-# What is opened. No EPS or PDF: pillow hands them to another program, and data may come from anywhere.
+# Supported formats. EPS and PDF are excluded, since pillow passes them to other programs and data may not be trusted.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
-SIDE_SWAPPING_ORIENTATIONS = (5, 6, 7, 8)  # of EXIF's orientations, those that exchange height and width
+# EXIF orientations that exchange height and width.
+SIDE_SWAPPING_ORIENTATIONS = (5, 6, 7, 8)
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-MAX_ASPECT_RATIO = 100  # of the longer side to the shorter: ours
-_SERIAL_PIXELS = 2**26  # larger images are loaded one at a time (ours); above 1.8e8 pixels pillow loads none
+# The largest ratio of the longer side to the shorter (our choice).
+MAX_ASPECT_RATIO = 100
+# Larger images are loaded one at a time to limit memory. Above 1.8e8 pixels, pillow refuses them.
+_SERIAL_PIXELS = 2**26
 _SERIAL_LOCK = Lock()
 
 
-class Unreadable(UserError):  # noqa: N818, it says what the image is
-    """An image that cannot be shown as pixels. Messages begin with a verb; the caller puts the file's name before."""
+class Unreadable(UserError):  # noqa: N818, a property of the image
+    """An image that cannot be decoded. Messages begin with a verb, and callers prepend the file's name."""
 
 
 @dataclass(frozen=True)
 class ToRectangle:
-    """Bytes of an image file to RGB of `height` x `width` pixels."""
+    """Decode an image file to RGB of `height` x `width` pixels."""
 
     height: int
     width: int
@@ -55,39 +59,39 @@ class ToRectangle:
         return (3, self.height, self.width)
 
     def __call__(self, data: bytes) -> UInt8[Tensor, "3 h w"]:
-        """The pixels, 0 ... 255. Raises Unreadable where the bytes are no whole image, or not of a size that fits."""
+        """Return the pixels, 0 ... 255. Raises Unreadable if the image is damaged or has an unsuitable size."""
         image = to_rgb(load_upright(data))
         image = crop_middle(image, (self.height, self.width), self.crop)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class ToSquare(ToRectangle):
-    """Bytes of an image file to RGB of `side` x `side` pixels."""
+    """Decode an image file to RGB of `side` x `side` pixels."""
 
     def __init__(self, side: int, crop: Crop) -> None:
-        """Bring images to squares of `side` x `side` pixels, by `crop`."""
+        """Set the size and the method of cropping."""
         super().__init__(side, side, crop)
 
 
 @dataclass(frozen=True)
 class SameSize(ToRectangle):
-    """Bytes of an image file to RGB, if it has the size of the first image, `width` x `height`."""
+    """Decode an image file to RGB if it has the size of the first image, `width` x `height`."""
 
     first_name: str
 
     def __call__(self, data: bytes) -> UInt8[Tensor, "3 h w"]:
-        """The pixels, 0 ... 255. Raises Unreadable where the bytes are no whole image, or of another size."""
+        """Return the pixels, 0 ... 255. Raises Unreadable if the image is damaged or has another size."""
         image = to_rgb(load_upright(data))
         if image.size != (self.width, self.height):
             raise Unreadable(
-                f"is {image.width} x {image.height} pixels, and {self.first_name} is {self.width} x {self.height}: "
-                "bring all images to one size, for none is resized here"
+                f"is {image.width} x {image.height} pixels, but {self.first_name} is {self.width} x {self.height}: "
+                "resize all images to one size"
             )
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def load_upright(data: bytes) -> Image.Image:
-    """The first frame, loaded and turned as its EXIF tag says. Raises Unreadable."""
+    """Load the first frame and turn it upright by its EXIF tag. Raises Unreadable."""
     with _open_image(data) as image:
         is_large = image.width * image.height > _SERIAL_PIXELS
         lock = _SERIAL_LOCK if is_large else nullcontext()
@@ -97,15 +101,15 @@ def load_upright(data: bytes) -> Image.Image:
 
 
 def short_side(data: bytes) -> int:
-    """The pixels along the shorter side, by the header alone. Raises Unreadable."""
+    """Return the shorter side in pixels from the header. Raises Unreadable."""
     with _open_image(data) as image:
         return min(image.size)
 
 
 def upright_size(data: bytes) -> Size:
-    """The height and width of the upright image, mostly by the header alone. Raises Unreadable.
+    """Return the height and width of the upright image, if possible from the header. Raises Unreadable.
 
-    A PNG is read as a whole, for its EXIF tags may come last; so is a TIFF, which pillow turns when it loads it.
+    A PNG is read completely, since its EXIF tags may be at the end, and a TIFF since pillow turns it when loading.
     """
     with _open_image(data) as image:
         if image.format == "TIFF":
@@ -120,13 +124,14 @@ def upright_size(data: bytes) -> Size:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image in 8-bit RGB, over white where it is transparent. Raises Unreadable."""
+    """Convert an image to 8-bit RGB, with white behind transparent pixels. Raises Unreadable."""
     if image.mode == "F":
-        raise Unreadable("has floating-point pixels, whose range is not known: convert it to 8 bits")
+        raise Unreadable("has floating-point pixels of unknown range: convert it to 8 bits")
     if image.mode.startswith("I"):
         clear_level = image.info.get("transparency")
         eight_bits = _to_eight_bits(image)
-        if isinstance(clear_level, int):  # the level that a PNG says is clear, among its 65,536
+        # In a 16-bit grey PNG, one of the 65,536 levels can be transparent.
+        if isinstance(clear_level, int):
             alpha = np.where(np.asarray(image) == clear_level, 0, 255).astype(np.uint8)
             eight_bits = Image.merge("LA", (eight_bits, Image.fromarray(alpha)))
         image = eight_bits
@@ -137,13 +142,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def crop_middle(image: Image.Image, size: Size, crop: Crop) -> Image.Image:
-    """The middle of an image, of `size`.
+    """Resize an image and crop the middle to `size`.
 
-    - `adm`: halve by boxes while both sides are at least twice `size`; bring the image bicubically, up as well as down,
-      to the least size that covers `size`; cut the middle out. This is `center_crop_arr` of guided-diffusion (Dhariwal
-      & Nichol 2021), by which the ImageNet references were made.
-    - `bicubic`: as `adm`, without the halving.
-    - `none`: the image as it is. Raises Unreadable if it is of another size.
+    - `adm`: halve with a box filter while both sides are at least twice `size`; resize bicubically, up or down, to the
+      smallest size that covers `size`; crop the middle. This is `center_crop_arr` of guided-diffusion (Dhariwal &
+      Nichol 2021), with which the ImageNet references were made.
+    - `bicubic`: as `adm`, without halving.
+    - `none`: do nothing. Raises Unreadable if the image has another size.
     """
     height, width = size
     if crop == "none":
@@ -160,7 +165,7 @@ def crop_middle(image: Image.Image, size: Size, crop: Crop) -> Image.Image:
 
 
 def covering_size(image_size: Size, target: Size) -> Size:
-    """The least size that covers `target`, of the proportions of an image."""
+    """Return the smallest size that covers `target` with the aspect ratio of an image."""
     image_height, image_width = image_size
     height, width = target
     scale = max(height / image_height, width / image_width)
@@ -169,29 +174,32 @@ def covering_size(image_size: Size, target: Size) -> Size:
 
 @contextmanager
 def _open_image(data: bytes) -> Generator[Image.Image]:
-    """Open an image, its pixels unread. Raises Unreadable, also in place of errors inside."""
+    """Open an image without reading its pixels. Converts errors in the context to Unreadable."""
     if not data:
         raise Unreadable("is empty: it has 0 bytes")
     try:
         with Image.open(BytesIO(_without_texts(data)), formats=_FORMATS) as image:
             shorter, longer = sorted(image.size)
-            if longer > MAX_ASPECT_RATIO * shorter:  # brought to a size by its short side, it would have gigabytes
-                raise Unreadable(f"is {image.width} x {image.height} pixels, too long for its width: cut it first")
+            # Resized by its shorter side, such an image would take gigabytes.
+            if longer > MAX_ASPECT_RATIO * shorter:
+                raise Unreadable(f"is {image.width} x {image.height} pixels, too long for its width: crop it first")
             yield image
     except Unreadable:
         raise
     except UnidentifiedImageError as error:
-        raise Unreadable(f"is no image of a known format ({', '.join(_FORMATS)})") from error
+        raise Unreadable(f"is not an image in a supported format ({', '.join(_FORMATS)})") from error
     except Image.DecompressionBombError as error:
         raise Unreadable("has more than 178 million pixels: make it smaller first") from error
-    except Exception as error:  # a broken file may raise anything in pillow's readers
+    except Exception as error:
+        # Pillow's readers can raise any exception for damaged files.
         raise Unreadable(f"cannot be read as an image: {error}") from error
 
 
 def _without_texts(data: bytes) -> bytes:
-    """A PNG without its texts and colour profile, of which pillow reads no more than a MB; other bytes as they are.
+    """Remove the texts and the colour profile of a PNG; return other files unchanged.
 
-    Programs that make images write workflows of several MB there. XMP stays, for it may say how the image is turned.
+    Pillow refuses texts of more than a MB, but image generators store workflows of several MB there. XMP is kept, since
+    it may contain the orientation.
     """
     if not data.startswith(_PNG_SIGNATURE):
         return data
@@ -208,7 +216,7 @@ def _without_texts(data: bytes) -> bytes:
 
 
 def _halve_by_boxes(image: Image.Image, size: Size) -> Image.Image:
-    """An image, halved by boxes while both sides are at least twice `size`."""
+    """Halve an image with a box filter while both sides are at least twice `size`."""
     height, width = size
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -216,8 +224,8 @@ def _halve_by_boxes(image: Image.Image, size: Size) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits, 0 ... 65535, rounded to 0 ... 255: pillow alone would clip it."""
+    """Round 16-bit grey, 0 ... 65535, to 0 ... 255. Pillow would clip it."""
     levels = np.asarray(image).astype(np.int64)
     if levels.min() < 0 or levels.max() > 65535:
-        raise Unreadable("has grey levels outside 0 ... 65535, whose range is not known: convert it to 8 bits")
+        raise Unreadable("has grey levels outside 0 ... 65535, of unknown range: convert it to 8 bits")
     return Image.fromarray(((levels + 128) // 257).astype(np.uint8))

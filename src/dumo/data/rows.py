@@ -1,14 +1,13 @@
-"""Encoded images by number, and what is known of each: captions, classes and other columns.
+"""Encoded images by number, with captions, classes and other columns.
 
-`open_rows` finds out what a place holds and returns its `Rows`, without decoding an image:
+`open_rows` detects the format of a data set and returns its `Rows` without decoding images:
 
     FolderRows     image files; columns from metadata.{csv,jsonl,parquet} and from .txt or .caption next to an image
     ParquetRows    a column of {bytes, path} or of bytes, as on the Hugging Face Hub
     TarRows        webdataset shards: 0001.jpg with 0001.cls, .txt, .caption or .json
-    DatasetRows    a `datasets.Dataset`, or a data set of the Hub by its name, read from its Arrow files
+    DatasetRows    a `datasets.Dataset`, or a Hub data set by its name, read from its Arrow files
 
-Files come in the order of their paths, so that a batch depends on the place alone. Columns are read when they are asked
-for.
+Files are sorted by path, so that batches are deterministic. Columns are read on demand.
 """
 
 import csv
@@ -51,13 +50,13 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test"))
-# Tables in a folder of images that say more of them, by their paths in the column `file_name`.
+# Tables of metadata in a folder of images, with their paths in the column `file_name`.
 TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "captions.jsonl")
-# Columns that captions are looked for in, and the endings of text files next to an image.
+# Default columns of captions, and suffixes of text files next to an image.
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
 CAPTION_ENDINGS = ("txt", "caption")
-# Folders that systems, network drives and programs of backups put next to people's images, in lower case. They hold
-# thumbnails, deleted files and earlier states. Names that begin with a dot are left out without being listed here.
+# Folders of operating systems, network drives and backup programs, in lower case. They contain thumbnails, deleted files
+# and earlier states. Names that begin with a dot are skipped without being listed here.
 SYSTEM_FOLDERS = frozenset(
     (
         *("$recycle.bin", "system volume information", "found.000"),  # Windows
@@ -68,9 +67,9 @@ SYSTEM_FOLDERS = frozenset(
         *("~snapshot", "_gsdata_", "_vti_cnf"),  # NetApp, GoodSync, FrontPage
     )
 )
-# The image column that is preferred if a table has several.
+# Preferred image columns if a table has several.
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "pixel_values")
-# If more rows than this share name no image, the names are wrong as a whole.
+# A larger share of rows without images is refused.
 MAX_UNPAIRED = 0.1
 
 _MAX_IMAGE_BYTES = 2**30
@@ -78,82 +77,83 @@ _MAX_TEXT_BYTES = 2**20
 _MAX_CLASS_BYTES = 100
 _CACHE_BYTES = 2**30
 _MAX_OPEN_TABLES = 64
-# An archive of at least this size is scanned once, and its members are noted in runs/tars.
+# The index of an archive of at least this size is cached in runs/tars.
 INDEX_BYTES = 2**26
 INDEX_FOLDER = Path(RUNS_FOLDER) / "tars"
-# Images of a `datasets.Dataset` that its fingerprint reads.
+# The number of images in the fingerprint of a `datasets.Dataset`.
 _FINGERPRINT_IMAGES = 64
 
 
 class Rows(ABC):
-    """Encoded images in a fixed order. They may be read from several threads at once.
+    """Encoded images in a fixed order. Thread-safe.
 
-    - `root`: the deepest folder that holds all files, or what to call the data
-    - `names`: of each image below the root
-    - `states`: (n, 2), for each image a size in bytes and the time of the last change of its file in ns; zeros if
-      unknown
-    - `class_names`: by column, the names of its class numbers, if the data have them
-    - `mark`: a digest of the content, if names and sizes do not tell it
+    root: the deepest folder with all files, or a name of the data.
+    names: the path of each image below the root.
+    states: (n, 2), the size in bytes and the modification time in ns of each image's file; zeros if unknown.
+    class_names: the names of class numbers, by column, if known.
+    content_digest: a digest of the content if names and sizes do not identify it.
     """
 
-    # Whether captions are files of their own, so that an image may lack one by mistake.
-    captions_lie_apart = False
+    # Whether captions are in separate files, so that an image may lack one by mistake.
+    has_caption_files = False
 
     def __init__(self, root: str, names: Sequence[str], states: NDArray[np.int64]) -> None:
         self.root = root
         self.names = names
         self.states = states
         self.class_names: dict[str, tuple[str, ...]] = {}
-        self.mark = ""
+        self.content_digest = ""
 
     def __len__(self) -> int:
         return len(self.names)
 
     def path(self, i: int) -> str:
-        """What to call image i in a message."""
+        """Return the path or name of image i for messages."""
         return escape_line(os.path.join(self.root, self.names[i]))
 
     @abstractmethod
     def read(self, i: int) -> bytes:
-        """The bytes of image i. Raises OSError, or Unreadable if the place holds no image."""
+        """Read the bytes of image i. Raises OSError, or Unreadable if there is no image."""
 
     @abstractmethod
     def columns(self) -> list[str]:
-        """The names of the other columns."""
+        """Return the names of all columns except the images."""
 
     @abstractmethod
     def column(self, name: str) -> list[Any]:
-        """The values of a column, one for each image; None where an image has no value."""
+        """Return the value of a column for each image, or None if an image has none."""
 
     def caption_columns(self) -> list[str]:
-        """The columns that captions are looked for in, the preferred one first."""
+        """Return the columns that may have captions, the preferred one first."""
         available = self.columns()
         return [name for name in CAPTION_COLUMNS if name in available]
 
     def integer_columns(self) -> list[str]:
-        """The columns of integers, which may be classes."""
+        """Return the columns of integers, which may be classes."""
         return []
 
 
 def open_rows(place: Any, split: str | None = None, column: str | None = None) -> Rows:  # noqa: ANN401, path or data set
-    """Open the images at a place: a folder, a file, a name on the Hub, or a `datasets.Dataset`.
+    """Open the images at a place: a folder, a file, a Hub name, or a `datasets.Dataset`.
 
-    `split` chooses part of the files by a word of their names or folders, or the split of a DatasetDict; `column` is
-    the column of images. Raises UserError if there are no images, or several ways to take what is there.
+    split: selects files by a word in their names or folders, or the split of a DatasetDict.
+    column: the column of images.
+
+    Raises UserError if there are no images, or if the choice is ambiguous.
     """
     if not isinstance(place, str | Path):
         return DatasetRows(place, split, column)
     if isinstance(place, str) and hub.is_hub_name(place):
         return DatasetRows(hub.load_dataset(place), split, column, hub.repository_of(place))
     root = os.path.normpath(place)
-    # The path of a file in the current folder would not begin with a folder.
+    # Paths of files must include a folder.
     if root == os.curdir or not (os.path.dirname(root) or os.path.isdir(root)):
         root = os.path.abspath(root)
     if not os.path.lexists(root):
-        raise UserError(f"there is no folder or file {root}: set data.root to where the images are")
+        raise UserError(f"there is no folder or file {root}: set data.root to the path of the images")
     states = _walk(root)
 
-    # Sort the files by what they hold. Next to images or archives, a parquet file without images is a table of texts.
+    # Group the files by format. Next to images or archives, parquet files without images are tables of texts.
     by_kind: dict[str, list[str]] = {"folder": [], "parquet": [], "tar": []}
     for file in states:
         suffix = suffix_of(file)
@@ -167,16 +167,15 @@ def open_rows(place: Any, split: str | None = None, column: str | None = None) -
     kinds = [kind for kind, files_of_kind in by_kind.items() if files_of_kind]
     if not kinds:
         raise NoImagesError(
-            f"no images in {root}, where there are {len(states)} files: looked for image files (.jpg, .png, .webp "
-            "...), *.parquet, *.tar, at any depth"
+            f"no images in {root} with {len(states)} files: looked for image files (.jpg, .png, .webp ...), *.parquet "
+            "and *.tar at any depth"
         )
     if len(kinds) > 1:
         raise UserError(
-            f"{root} holds {' and '.join(kinds)} side by side: set data.root to a folder of one of them, or move the "
-            "others elsewhere"
+            f"{root} has both {' and '.join(kinds)} data: set data.root to a folder with one of them, or move the rest"
         )
 
-    # Choose the split, and open what is left.
+    # Select the split, and open its files.
     chosen = _files_of_split(root, by_kind[kinds[0]], split, is_folder=kinds[0] == "folder")
     chosen_states = {file: states[file] for file in chosen}
     rows: Rows
@@ -192,39 +191,39 @@ def open_rows(place: Any, split: str | None = None, column: str | None = None) -
 
 
 class NoImagesError(UserError):
-    """A place has no file that may hold images."""
+    """A place has no files with images."""
 
 
 class FolderRows(Rows):
-    """Image files, with the tables in their folder and the text files next to them."""
+    """Image files, with tables in their folder and text files next to them."""
 
-    captions_lie_apart = True
+    has_caption_files = True
 
     def __init__(self, states: dict[str, tuple[int, int]], all_files: Sequence[str]) -> None:
-        """Open image files, given with their states. `all_files` are those in the folder, of all splits."""
+        """Open image files, given by their states. `all_files` are the files of all splits."""
         self.files = list(states)
         root = _common_folder(self.files)
         super().__init__(root, [_below(root, file) for file in self.files], np.array(list(states.values()), np.int64))
         self.all_files = all_files
 
     def read(self, i: int) -> bytes:
-        """The bytes of image i. Raises OSError, and Unreadable for a pipe, a device, or a file of more than a GB."""
-        # A pipe is opened without waiting, because what it holds may never come.
+        """Read the bytes of image i. Raises OSError, and Unreadable for a pipe, a device, or more than a GB."""
+        # Open without blocking, since a pipe may never have data.
         with open(os.open(self.files[i], os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as opened:
             file_stat = os.fstat(opened.fileno())
             if not stat.S_ISREG(file_stat.st_mode):
-                raise Unreadable("is no regular file")
+                raise Unreadable("is not a regular file")
             _require_image_size(file_stat.st_size)
             return opened.read(file_stat.st_size)
 
     def columns(self) -> list[str]:
-        """The columns of the tables."""
+        """Return the columns of the tables."""
         return list(dict.fromkeys(name for rows in self.table_rows for row in rows for name in row.values))
 
     def column(self, name: str) -> list[Any]:
-        """A column of the tables, or the captions in text files with the ending `name`.
+        """Return a column of the tables, or the captions in text files with the suffix `name`.
 
-        Of an image in several rows, the value is the list of theirs; [] if its row has no value.
+        The value of an image in several rows is a list. It is [] if a row of the image has no value.
         """
         if name in CAPTION_ENDINGS and name not in self.columns():
             return self._text_files(name)
@@ -236,18 +235,18 @@ class FolderRows(Rows):
         return values
 
     def caption_columns(self) -> list[str]:
-        """The columns of the tables, then the endings of text files."""
+        """Return caption columns of the tables, then the suffixes of text files."""
         columns = super().caption_columns()
         return [*columns, *(ending for ending in CAPTION_ENDINGS if ending not in columns)]
 
     @cached_property
     def class_folders(self) -> list[str]:
-        """The folder of each image directly below the root; "" for an image in the root itself."""
+        """The folder of each image directly below the root; "" for an image in the root."""
         return [name.partition(os.sep)[0] if os.sep in name else "" for name in self.names]
 
     @cached_property
     def table_rows(self) -> list[list["TableRow"]]:
-        """The rows of tables that name each image. Refuses tables of which many rows name no image."""
+        """The table rows of each image. Raises UserError if many rows have no image."""
         rows_by_image: list[list[TableRow]] = [[] for _ in self.files]
         tables = [file for file in self.all_files if os.path.basename(file) in TABLES]
         if not tables:
@@ -265,22 +264,23 @@ class FolderRows(Rows):
                 if not isinstance(file_name, str):
                     raise UserError(
                         f"{where} has no text in file_name (it has {', '.join(values)}): give the path of the image "
-                        f"from {folder}"
+                        f"relative to {folder}"
                     )
                 path = _composed(os.path.abspath(os.path.join(folder, file_name)))
+                # Accept paths of Windows.
                 if path not in of_all_splits:
-                    path = path.replace("\\", "/")  # as Windows writes it
+                    path = path.replace("\\", "/")
                 if path not in of_all_splits:
                     unpaired.append(f"'{file_name}' in {where}")
                 elif path in number_of:
                     rows_by_image[number_of[path]].append(TableRow(folder, values))
         require_paired(
-            self.root, "rows name no image, where file_name counts from the table's folder", unpaired, num_rows
+            self.root, "rows have no image (file_name is relative to the table's folder)", unpaired, num_rows
         )
         return rows_by_image
 
     def _text_files(self, ending: str) -> list[Any]:
-        """For each image, the lines of the file of the same name with another ending; None if there is no such file."""
+        """Return the lines of the text file with the same name for each image, or None if there is none."""
         texts = {_composed(file): file for file in self.all_files if file.endswith(f".{ending}")}
         values: list[Any] = []
         for file in self.files:
@@ -291,17 +291,21 @@ class FolderRows(Rows):
 
 @dataclass(frozen=True)
 class TableRow:
-    """A row of a table of metadata."""
+    """A row of a table of metadata.
 
-    folder: str  # that of the table, from which paths in it count
-    values: dict[str, Any]  # by column, without file_name
+    folder: the table's folder, to which paths are relative.
+    values: by column, without file_name.
+    """
+
+    folder: str
+    values: dict[str, Any]
 
 
 class ParquetRows(Rows):
-    """Rows of parquet files, one file after the other. The row groups that were used last stay in memory."""
+    """Rows of parquet files, one file after the other. The most recently used row groups are cached."""
 
     def __init__(self, states: dict[str, tuple[int, int]], column: str | None = None) -> None:
-        """Open tables, given with their states. Raises UserError for a file that is not whole, or has no images."""
+        """Open tables, given by their states. Raises UserError if a file is damaged or has no images."""
         self.files = list(states)
         root = _common_folder(self.files)
         self.metadata: list[Any] = []
@@ -331,7 +335,7 @@ class ParquetRows(Rows):
         self._lock = Lock()
 
     def read(self, i: int) -> bytes:
-        """The bytes in row i. Raises OSError where its row group is damaged, Unreadable where it has no bytes."""
+        """Read the bytes in row i. Raises OSError if its row group is damaged, Unreadable if it has no bytes."""
         from pyarrow import ArrowException  # slow to import
 
         group = bisect_right(self._group_starts, i) - 1
@@ -342,44 +346,44 @@ class ParquetRows(Rows):
             raise OSError(f"row group {self._groups[group][1]} is damaged: {error}") from error
         row = i - self._group_starts[group]
         if row >= len(images):
-            raise Unreadable("is not there: its file is damaged")
+            raise Unreadable("is missing: its file is damaged")
         data = images[row].as_py()
         if data is None:
-            raise Unreadable("holds no bytes of an image")
+            raise Unreadable("has no bytes of an image")
         return data
 
     def columns(self) -> list[str]:
-        """The columns of any file, without those of images."""
+        """Return the columns of all files, except images."""
         names = dict.fromkeys(name for schema in self.schemas for name in schema.names)
         return [name for name in names if name not in self.image_columns]
 
     def column(self, name: str) -> list[Any]:
-        """A column of all files. Raises UserError if a file lacks it."""
+        """Return a column of all files. Raises UserError if a file lacks it."""
         values: list[Any] = []
         for k, file in enumerate(self.files):
             if name not in self.schemas[k].names:
-                raise UserError(f"{file} has no column '{name}', other files have")
+                raise UserError(f"{file} has no column '{name}', but other files have: remove it from data.root")
             with _readable(file):
                 column = self._table(k).read(columns=[name], use_threads=False).column(0)
             values += _to_python(column, file)
         return values
 
     def caption_columns(self) -> list[str]:
-        """The columns of captions that all files have."""
+        """Return the caption columns that all files have."""
         return [name for name in super().caption_columns() if all(name in schema.names for schema in self.schemas)]
 
     def integer_columns(self) -> list[str]:
-        """The columns of integers."""
+        """Return the columns of integers."""
         from pyarrow import types  # slow to import
 
         return [field.name for field in self.schemas[0] if types.is_integer(field.type)]
 
     def _open(self, k: int) -> "ParquetFile":
-        """File k, whose footer has been read before."""
+        """Open file k with its known footer."""
         return _open_table(self.files[k], self.metadata[k])
 
     def _read_group(self, group: int) -> Any:  # noqa: ANN401, an untyped array
-        """The images of a row group. The groups that were not used for longest leave a full cache."""
+        """Return the images of a row group, from an LRU cache."""
         from pyarrow import types  # slow to import
 
         if group in self._cache:
@@ -399,29 +403,29 @@ class ParquetRows(Rows):
 
 
 class TarRows(Rows):
-    """Images in webdataset archives, in their order there.
+    """Images in webdataset archives, in the order of the archives.
 
-    Members belong to one sample if their names are equal up to the first dot of the file name. An archive of at least
-    INDEX_BYTES is scanned once: what is in it is noted in INDEX_FOLDER, by the archive's path, size and time.
+    Members belong to one sample if their names are equal up to the first dot of the file name. The index of an archive
+    of at least INDEX_BYTES is cached in INDEX_FOLDER, by the archive's path, size and time.
     """
 
-    captions_lie_apart = True
+    has_caption_files = True
 
     def __init__(self, states: dict[str, tuple[int, int]]) -> None:
-        """Scan archives, given with their states. Raises UserError for a file that is no whole archive."""
+        """Scan archives, given by their states. Raises UserError if an archive is damaged."""
         self.files = list(states)
         root = _common_folder(self.files)
         self.scans: list[TarScan] = []
-        with bar("looking through tar archives", len(states)) as tick:
+        with bar("scanning tar archives", len(states)) as tick:
             for done, (file, state) in enumerate(states.items(), 1):
                 signals.check()
-                self.scans.append(_noted_scan(file, state))
+                self.scans.append(_cached_scan(file, state))
                 tick(done, "")
         left_out = [name for scan in self.scans for name in scan.left_out]
         if left_out:
             warnings.warn(
                 f"{len(left_out):,} members of tar archives are left out, such as {left_out[0]}: in webdataset the "
-                "ending of a name begins at its first dot, and these are no endings of images; rename them",
+                "suffix begins at the first dot of a name, and these are not suffixes of images; rename them",
                 stacklevel=3,
             )
         names: list[str] = []
@@ -434,45 +438,45 @@ class TarRows(Rows):
         self._ends = list(accumulate(len(scan.images) for scan in self.scans))
 
     def read(self, i: int) -> bytes:
-        """The bytes of image i. Raises OSError, and Unreadable where the archive has become shorter."""
+        """Read the bytes of image i. Raises OSError, and Unreadable if the archive was truncated."""
         k = bisect_right(self._ends, i)
         _, start, size = self.scans[k].images[i - (self._ends[k - 1] if k else 0)]
         _require_image_size(size)
         data = _read_span(self.files[k], start, size)
         if len(data) < size:
-            raise Unreadable("is cut off: its archive has become shorter")
+            raise Unreadable("is truncated: its archive has become shorter")
         return data
 
     def columns(self) -> list[str]:
-        """`cls`, `txt` and `caption`, if there are such members, and the keys of .json members."""
+        """Return `cls`, `txt` and `caption`, if there are such members, and the keys of .json members."""
         names = ["cls"] if any(scan.classes for scan in self.scans) else []
         names += self._text_endings
         keys = dict.fromkeys(key for values in self._json for key in values or ())
         return [*names, *(key for key in keys if key not in names)]
 
     def column(self, name: str) -> list[Any]:
-        """Class numbers, the lines of the texts next to each image, or the values of a key of their .json."""
+        """Return class numbers, the lines of text members, or the values of a key of .json members."""
         if name == "cls":
             return self._by_image(lambda k, key: self.scans[k].classes.get(key))
         if name in self._text_endings:
             return self._by_image(lambda k, key: self._text_lines(k, key, name))
-        # A key that is null says that the image has no caption.
+        # A null value means that the image deliberately has no caption.
         return [None if values is None or name not in values else values[name] or [] for values in self._json]
 
     def caption_columns(self) -> list[str]:
-        """Text members come before the keys of .json."""
+        """Return the suffixes of text members, then the keys of .json members."""
         columns = super().caption_columns()
         return [*self._text_endings, *(name for name in columns if name not in self._text_endings)]
 
     @cached_property
     def _text_endings(self) -> list[str]:
-        """The endings of text members that there are."""
+        """The suffixes of existing text members."""
         endings = {name.rpartition(".")[2] for scan in self.scans for name in scan.texts}
         return [ending for ending in CAPTION_ENDINGS if ending in endings]
 
     @cached_property
     def _json(self) -> list[dict[str, Any] | None]:
-        """The object in the .json next to each image; None if there is none."""
+        """The object in the .json member of each image, or None."""
 
         def read(k: int, key: str) -> dict[str, Any] | None:
             text = self._text(k, key, "json")
@@ -481,23 +485,23 @@ class TarRows(Rows):
         return self._by_image(read)
 
     def _text_lines(self, k: int, key: str, ending: str) -> list[str] | None:
-        """The captions in a text member; None if there is none."""
+        """Return the captions in a text member; None if there is none."""
         text = self._text(k, key, ending)
         return None if text is None else caption_lines(text)
 
     def _text(self, k: int, key: str, ending: str) -> str | None:
-        """The text of a member of archive k; None if there is none."""
+        """Return the text of a member of archive k; None if there is none."""
         span = self.scans[k].texts.get(f"{key}.{ending}")
         if span is None:
             return None
         where = f"{self.files[k]} member {key}.{ending}"
         start, size = span
         if size > _MAX_TEXT_BYTES:
-            raise UserError(f"{where} has {size:,} bytes, and a text has at most {_MAX_TEXT_BYTES:,}")
+            raise UserError(f"{where} has {size:,} bytes, but a text may have at most {_MAX_TEXT_BYTES:,}: shorten it")
         return decode_utf8(_read_span(self.files[k], start, size), where)
 
     def _by_image(self, value_of: Callable[[int, str], Any]) -> list[Any]:
-        """A value for each image, by the number of its archive and the key of its sample."""
+        """Return a value for each image, computed from the number of its archive and the key of its sample."""
         values: list[Any] = []
         for k, scan in enumerate(self.scans):
             signals.check()
@@ -507,19 +511,25 @@ class TarRows(Rows):
 
 @dataclass(frozen=True)
 class TarScan:
-    """What is in an archive, as plain values of JSON."""
+    """The index of an archive, as JSON values.
 
-    images: list[tuple[str, int, int]]  # the name of each image, its first byte and its bytes
-    classes: dict[str, int | str]  # by sample: a number, or the text of what is no number
-    texts: dict[str, tuple[int, int]]  # the first byte and the bytes of .txt, .caption and .json, by SAMPLE.ENDING
-    left_out: list[str]  # names such as 1.seg.png, whose ending has two dots, if their sample has no image
+    images: the name, offset and size of each image.
+    classes: by sample; a number, or the text if it is not a number.
+    texts: the offset and size of .txt, .caption and .json members, by SAMPLE.SUFFIX.
+    left_out: names with several dots in their suffix, such as 1.seg.png, if their sample has no image.
+    """
+
+    images: list[tuple[str, int, int]]
+    classes: dict[str, int | str]
+    texts: dict[str, tuple[int, int]]
+    left_out: list[str]
 
     @classmethod
     def of(cls, file: str) -> "TarScan":
-        """Go through the members of an archive.
+        """Scan the members of an archive.
 
-        Raises UserError if the archive is damaged or cut off, or holds an image, a class or a text twice: which of two
-        captions belongs to which of two images would be a guess.
+        Raises UserError if the archive is damaged or truncated, or if a member occurs twice, since images and captions
+        could then not be matched.
         """
         images: list[tuple[str, int, int]] = []
         classes: dict[str, int | str] = {}
@@ -529,12 +539,12 @@ class TarScan:
         try:
             with files.named_in_errors(file), tarfile.open(file, "r:") as archive:
                 while info := archive.next():
-                    # tarfile would keep a kilobyte for each member.
+                    # Drop tarfile's list of members, which takes a kilobyte each.
                     setattr(archive, "members", [])  # noqa: B010, the attribute is not typed
                     if info.size < 0 or info.issparse():
-                        raise UserError(f"{file} is damaged, or sparse, at byte {info.offset}: fetch it again")
+                        raise UserError(f"{file} is damaged, or sparse, at byte {info.offset}: download it again")
                     path = PurePosixPath(info.name)
-                    if info.isdir() or _is_of_the_system(path):
+                    if info.isdir() or _is_hidden(path):
                         continue
                     ending = path.name.partition(".")[2]
                     key = _sample_key(info.name)
@@ -545,22 +555,22 @@ class TarScan:
                         continue
                     if not info.isfile():
                         raise UserError(
-                            f"{file} has {info.name}, which is a link or no regular file, and is not read: write the "
-                            "archive anew by tar --dereference --hard-dereference"
+                            f"{file} has {info.name}, which is a link or not a regular file: write the archive again "
+                            "with tar --dereference --hard-dereference"
                         )
-                    # One file may be written as a.png and ./a.png, and é as one character or two.
+                    # The same file may be written as a.png or ./a.png, and é as one or two characters.
                     same_name = f"{key}.{ending}"
                     if same_name in seen:
                         raise UserError(
-                            f"{file} has the member {info.name} twice, so which caption and class belong to which is "
-                            "not known: write the archive anew, with other names"
+                            f"{file} has the member {info.name} twice, so captions and classes are ambiguous: write "
+                            "the archive again with unique names"
                         )
                     seen.add(same_name)
                     if is_image:
                         images.append((info.name, info.offset_data, info.size))
                     elif ending == "cls":
                         content = archive.extractfile(info)
-                        assert content is not None, "it is a regular file"
+                        assert content is not None
                         text = content.read(_MAX_CLASS_BYTES).decode(errors="replace").strip()
                         classes[key] = int(text) if re.fullmatch("-?[0-9]{1,18}", text) else text
                     else:
@@ -568,15 +578,16 @@ class TarScan:
                 end = archive.offset
         except UserError:
             raise
-        except (tarfile.TarError, ValueError) as error:  # tarfile trusts the numbers in headers
-            raise UserError(f"{file} is no whole tar archive: {error}; fetch it again, or remove it") from error
+        except (tarfile.TarError, ValueError) as error:
+            # tarfile does not validate the numbers in headers.
+            raise UserError(f"{file} is a damaged tar archive: {error}; download it again, or remove it") from error
         _require_whole_end(file, end)
         samples = {_sample_key(name) for name, _, _ in images}
         return cls(images, classes, texts, [name for name in two_dots if _sample_key(name) not in samples])
 
 
 class DatasetRows(Rows):
-    """A `datasets.Dataset`, or one split of a DatasetDict. Rows are read from the Arrow files; none is decoded."""
+    """A `datasets.Dataset`, or one split of a DatasetDict. Rows are read from the Arrow files without decoding."""
 
     def __init__(
         self,
@@ -585,16 +596,16 @@ class DatasetRows(Rows):
         column: str | None = None,
         root: str = "data",
     ) -> None:
-        """Open a data set, called `root` in messages. Raises UserError for anything else, or if it has no images."""
+        """Open a data set, called `root` in messages. Raises UserError for other objects, or without images."""
         if isinstance(data, dict):
             if (split is None and len(data) > 1) or (split is not None and split not in data):
                 raise UserError(
-                    f"{root} has the splits {', '.join(data)}: set data.split={next(iter(data))}, or give one of them "
-                    f"from Python, such as data['{next(iter(data))}']"
+                    f"{root} has the splits {', '.join(data)}: set data.split={next(iter(data))}, or in Python pass "
+                    f"one of them, such as data['{next(iter(data))}']"
                 )
             data = data[split or next(iter(data))]
         if not is_dataset(data):
-            raise UserError(f"data is a {type(data).__name__}, and no data set of `datasets`")
+            raise UserError(f"data is a {type(data).__name__}: pass a `datasets.Dataset`")
         os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
         from datasets import ClassLabel, Image, Value
 
@@ -609,31 +620,31 @@ class DatasetRows(Rows):
             if isinstance(feature, ClassLabel):
                 self.class_names[name] = tuple(feature.names)
 
-        # There are no names and sizes, so some images stand for all.
+        # Without names and sizes, hash some of the images.
         sampled = sorted({k * len(data) // _FINGERPRINT_IMAGES for k in range(_FINGERPRINT_IMAGES)})
-        self.mark = digest.of_bytes(*(self._bytes_or_nothing(i) for i in sampled if i < len(data)))
+        self.content_digest = digest.of_bytes(*(self._bytes_or_nothing(i) for i in sampled if i < len(data)))
 
     def read(self, i: int) -> bytes:
-        """The bytes of image i. Raises OSError, and Unreadable if it has none."""
+        """Read the bytes of image i. Raises OSError, and Unreadable if it has none."""
         row = self._images[i][self.image_column]
         if not row or (row["bytes"] is None and not row["path"]):
-            raise Unreadable("holds no bytes of an image")
+            raise Unreadable("has no bytes of an image")
         return row["bytes"] if row["bytes"] is not None else Path(row["path"]).read_bytes()
 
     def columns(self) -> list[str]:
-        """All columns but that of images."""
+        """Return all columns except images."""
         return [name for name in self.data.column_names if name != self.image_column]
 
     def column(self, name: str) -> list[Any]:
-        """A column, as Python's values."""
+        """Return a column as Python values."""
         return self.data.select_columns([name]).with_format(None)[name][:]
 
     def integer_columns(self) -> list[str]:
-        """The columns of integers, and of classes."""
+        """Return the columns of integers and classes."""
         return [name for name in self.columns() if "int" in getattr(self.data.features[name], "dtype", "")]
 
     def _bytes_or_nothing(self, i: int) -> bytes:
-        """The bytes of image i; none of an image that cannot be read."""
+        """Read the bytes of image i; b"" if it is unreadable."""
         try:
             return self.read(i)
         except (OSError, Unreadable):
@@ -641,14 +652,14 @@ class DatasetRows(Rows):
 
 
 def is_dataset(data: object) -> bool:
-    """Whether an object is a Dataset or DatasetDict of Hugging Face `datasets`, told without importing it."""
+    """Whether an object is a Dataset or DatasetDict of Hugging Face `datasets`, without importing it."""
     return type(data).__module__.partition(".")[0] == "datasets" and (
         isinstance(data, dict) or (hasattr(data, "cast_column") and hasattr(data, "data"))
     )
 
 
 def require_paired(where: str, what: str, unpaired: Sequence[str], total: int) -> None:
-    """Warn of captions without an image, or images without a caption. Raises UserError if they are many."""
+    """Warn about captions without images, or images without captions. Raises UserError if there are many."""
     if not unpaired:
         return
     text = f"{where}: {len(unpaired):,} of {total:,} {what}: {first_few(unpaired)}"
@@ -659,27 +670,27 @@ def require_paired(where: str, what: str, unpaired: Sequence[str], total: int) -
 
 @lru_cache(None)
 def warn_once(text: str) -> None:
-    """Warn once in this process: a run opens its images several times."""
+    """Warn once in this process, since a run opens its images several times."""
     warnings.warn(text, stacklevel=3)
 
 
 def caption_lines(text: str) -> list[str]:
-    """A caption for each line that is not blank. Lines end as Unix, Windows and old Macs end them."""
+    """Return a caption for each line that is not blank. Line ends may be those in Unix, Windows or old Macs."""
     lines = [line.strip() for line in re.split("\r\n|\r|\n", text)]
     return [line for line in lines if line]
 
 
 def suffix_of(file: str) -> str:
-    """A file's ending, with its dot, in lower case: `.txt`."""
+    """Return a file's suffix in lower case, with its dot: `.txt`."""
     return os.path.splitext(file)[1].lower()
 
 
 def _walk(root: str) -> dict[str, tuple[int, int]]:
-    """All files under a folder, or the one file `root`, in the order of their paths: size in bytes, and time in ns.
+    """Return all files under a folder, or the file `root`, sorted by path, with size in bytes and time in ns.
 
-    Left out are hidden files, SYSTEM_FOLDERS, and below `root` the folders that dumo itself put images into. Links are
-    followed; a link to nowhere has size -1, and reading it says so. Raises UserError for a link to a folder above it,
-    and for a name that is not UTF-8, which run.yaml could not hold.
+    Hidden files, SYSTEM_FOLDERS, and folders below `root` with dumo's own images are skipped. Links are followed. A
+    broken link has size -1, and reading it raises the error. Raises UserError if a link points to a folder that
+    contains it, or if a name is not UTF-8, which run.yaml cannot contain.
     """
     states: dict[str, tuple[int, int]] = {}
     system_folders: list[str] = []
@@ -689,7 +700,7 @@ def _walk(root: str) -> dict[str, tuple[int, int]]:
         folder_stat = os.stat(folder)
         identity = (folder_stat.st_dev, folder_stat.st_ino)
         if identity in above:
-            raise UserError(f"{folder} is a link to a folder that holds it, so it never ends: remove the link")
+            raise UserError(f"{folder} is a link to a folder that contains it: remove the link")
         with os.scandir(folder) as entries:
             visible = [entry for entry in entries if not entry.name.startswith(".")]
         if above and holds_own_images(folder, {entry.name for entry in visible}):
@@ -714,12 +725,12 @@ def _walk(root: str) -> dict[str, tuple[int, int]]:
         return {root: (root_stat.st_size, root_stat.st_mtime_ns)}
     walk(root, frozenset())
     if system_folders:
-        warn_once(f"folders of the system are left out: {first_few(system_folders)}")
+        warn_once(f"system folders are skipped: {first_few(system_folders)}")
     return states
 
 
 def _require_utf8(folder: str, name: str) -> None:
-    """Raise UserError for a name that is not UTF-8."""
+    """Raise UserError if a name is not UTF-8."""
     try:
         name.encode()
     except UnicodeEncodeError as error:
@@ -730,10 +741,10 @@ def _require_utf8(folder: str, name: str) -> None:
 
 
 def _files_of_split(root: str, paths: Sequence[str], split: str | None, *, is_folder: bool) -> list[str]:
-    """The files of a split. It is named by a folder or, of tables and archives, by a word of the file's name.
+    """Return the files of a split, which is a folder name or, for tables and archives, a word in the file name.
 
-    Without a split: all files, if they are of one split. Raises UserError if the split is absent, or must be chosen;
-    and for a table or archive that is no regular file, because opening a pipe would wait forever.
+    If `split` is None, all files are returned if they belong to one split. Raises UserError if the split is missing or
+    must be chosen, or if a table or archive is not a regular file, since opening a pipe would wait forever.
     """
 
     def words(file: str) -> list[str]:
@@ -744,43 +755,43 @@ def _files_of_split(root: str, paths: Sequence[str], split: str | None, *, is_fo
         paths = [file for file in paths if split in words(file)]
         if not paths:
             raise UserError(
-                f"{root} has no split '{split}', a folder or file of this name: set data.split=null to read all of it"
+                f"{root} has no split '{split}', a folder or file with this name: set data.split=null to read all data"
             )
     elif is_folder:
-        # The folders of splits stand where class folders would.
+        # Splits are folders at the level of class folders.
         common = _common_folder(paths)
         tops = {_below(common, file).partition(os.sep)[0] for file in paths}
         if len(tops) > 1 and tops <= SPLITS:
-            raise UserError(f"{common} holds the splits {first_few(sorted(tops))}: choose one with data.split")
+            raise UserError(f"{common} has the splits {first_few(sorted(tops))}: choose one with data.split")
     else:
         found = {next((word for word in words(file) if word in SPLITS), "(no split)") for file in paths}
         if len(found) > 1:
-            raise UserError(f"{root} holds {', '.join(sorted(found))}: choose one with data.split")
+            raise UserError(f"{root} has the splits {', '.join(sorted(found))}: choose one with data.split")
     if not is_folder:
         for file in paths:
             if os.path.exists(file) and not os.path.isfile(file):
-                raise UserError(f"{file} is no regular file, but a pipe, a device or a folder: remove it")
+                raise UserError(f"{file} is not a regular file, but a pipe, a device or a folder: remove it")
     return list(paths)
 
 
 def _common_folder(paths: Sequence[str]) -> str:
-    """The deepest folder that holds all files."""
+    """Return the deepest folder that contains all files."""
     return os.path.commonpath({path.rpartition(os.sep)[0] or os.sep for path in paths})
 
 
 def _below(folder: str, file: str) -> str:
-    """A file's path from a folder that holds it; `os.path.relpath` is slow."""
+    """Return a file's path relative to a folder that contains it. `os.path.relpath` is slow."""
     return file[len(folder.rstrip(os.sep)) + 1 :]
 
 
 def _require_image_size(size: int) -> None:
-    """Raise Unreadable for more bytes than an image has: a sparse file would fill the memory."""
+    """Raise Unreadable if a file is too large for an image, since a sparse file would fill the memory."""
     if size > _MAX_IMAGE_BYTES:
-        raise Unreadable(f"has {size} bytes, more than an image has")
+        raise Unreadable(f"has {size} bytes, too many for an image")
 
 
 def _composed(name: str) -> str:
-    """A name as it is compared, in Unicode's form C: macOS writes "é" as two characters."""
+    """Normalize a name to NFC for comparisons, since macOS writes "é" as two characters."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -788,7 +799,7 @@ def _composed(name: str) -> str:
 
 
 def _table_rows(table: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of a table of metadata: where it is, and its values by column."""
+    """Yield each row of a table of metadata: its location for messages, and its values by column."""
     match suffix_of(table):
         case ".parquet":
             with _readable(table):
@@ -805,10 +816,10 @@ def _table_rows(table: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _csv_rows(table: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of a CSV file, whose columns are separated by commas, semicolons or tabs.
+    """Yield each row of a CSV file with commas, semicolons or tabs as separators.
 
-    Raises UserError for what the csv module would take silently: a quote that is not closed swallows the rows after it,
-    a caption with an unquoted separator is cut, and of two equal columns the last one wins.
+    Raises UserError for errors that the csv module ignores: an unclosed quote, which swallows all following rows, an
+    unquoted separator, which truncates a caption, and duplicate columns, which overwrite each other.
     """
     text = "".join(text_lines(Path(table)))
     first_line = text.partition("\n")[0]
@@ -819,26 +830,26 @@ def _csv_rows(table: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         header = [name.strip() for name in next(reader, [])]
         if len(set(header)) < len(header):
-            raise UserError(f"{table} line 1 names a column twice ({', '.join(header)}): rename one")
+            raise UserError(f"{table} line 1 has a column twice ({', '.join(header)}): rename one")
         line = reader.line_num + 1
         for fields in reader:
             if len(fields) > len(header):
                 raise UserError(
-                    f"{table} line {line} has {len(fields)} fields, and the first line has {len(header)}: put a text "
-                    "that holds the separator into double quotes"
+                    f"{table} line {line} has {len(fields)} fields, but the first line has {len(header)}: enclose "
+                    "texts with separators in double quotes"
                 )
             if fields:
                 yield f"{table} line {line}", dict(zip(header, fields, strict=False))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{table} line {line} is no CSV ({error}): close each quote that opens") from error
+        raise UserError(f"{table} line {line} is not valid CSV ({error}): close all quotes") from error
 
 
 def _parse_object(text: str, where: str) -> dict[str, Any]:
-    """An object of JSON. Raises UserError for anything else."""
+    """Parse a JSON object. Raises UserError for other values."""
     value = parse_json(text, where)
     if not isinstance(value, dict):
-        raise UserError(f'{where} is no JSON object, as in {{"text": "a cat"}}')
+        raise UserError(f'{where} must be a JSON object, such as {{"text": "a cat"}}')
     return value
 
 
@@ -846,7 +857,7 @@ def _parse_object(text: str, where: str) -> dict[str, Any]:
 
 
 def _open_table(file: str, metadata: Any = None) -> "ParquetFile":  # noqa: ANN401, untyped
-    """A parquet file, its rows unread. `metadata` is its footer, if that was read before. Raises UserError."""
+    """Open a parquet file without reading rows. `metadata` is its footer, if known. Raises UserError for damage."""
     from pyarrow.parquet import ParquetFile  # slow to import
 
     with _readable(file):
@@ -855,21 +866,21 @@ def _open_table(file: str, metadata: Any = None) -> "ParquetFile":  # noqa: ANN4
 
 @contextmanager
 def _readable(file: str) -> Generator[None]:
-    """Raise UserError, with the file's name, where pyarrow cannot read the file inside."""
+    """Convert pyarrow's errors in the context to a UserError with the file's name."""
     from pyarrow import ArrowException  # slow to import
 
     try:
         with files.named_in_errors(file):
             yield
     except (ArrowException, OSError) as error:
-        # An error of the system, such as too many open files, is no damage.
+        # System errors, such as too many open files, do not mean damage.
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise UserError(f"{file} is no whole parquet file: {error}; fetch it again, or remove it") from error
+        raise UserError(f"{file} is a damaged parquet file: {error}; download it again, or remove it") from error
 
 
 def _to_python(column: Any, file: str) -> list[Any]:  # noqa: ANN401, an untyped column
-    """A column as Python's values. Raises UserError for a text that is not UTF-8."""
+    """Convert a column to Python values. Raises UserError if a text is not UTF-8."""
     try:
         return column.to_pylist()
     except UnicodeDecodeError as error:
@@ -877,26 +888,26 @@ def _to_python(column: Any, file: str) -> list[Any]:  # noqa: ANN401, an untyped
 
 
 def _image_columns(schema: Any) -> list[str]:  # noqa: ANN401, an untyped schema
-    """The columns of bytes, or of structs with bytes."""
+    """Return the columns of bytes, or of structs with bytes."""
     from pyarrow import types  # slow to import
 
-    def holds_bytes(kind: Any) -> bool:  # noqa: ANN401, an untyped type
+    def has_bytes(kind: Any) -> bool:  # noqa: ANN401, an untyped type
         if types.is_struct(kind):
             return kind.get_field_index("bytes") >= 0
         return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
-    return [field.name for field in schema if holds_bytes(field.type)]
+    return [field.name for field in schema if has_bytes(field.type)]
 
 
 def _choose_image_column(file: str, schema: Any, column: str | None) -> str:  # noqa: ANN401, an untyped schema
-    """The column of images in a parquet file. Raises UserError."""
+    """Return the column of images in a parquet file. Raises UserError if there is none, or several."""
     return _choose_column(file, column, _image_columns(schema), {field.name: str(field.type) for field in schema})
 
 
 def _choose_column(where: str, column: str | None, candidates: Sequence[str], types: dict[str, str]) -> str:
-    """The column of images: the one asked for, else the first of IMAGE_COLUMNS, else the only candidate.
+    """Return `column`, or else the first of IMAGE_COLUMNS, or else the only candidate.
 
-    `types` are all columns with what they hold, for the error.
+    `types` are the types of all columns, for the error message.
     """
     wanted = [column] if column else [*IMAGE_COLUMNS, *(candidates if len(candidates) == 1 else ())]
     for name in wanted:
@@ -904,14 +915,16 @@ def _choose_column(where: str, column: str | None, candidates: Sequence[str], ty
             return name
     listed = ", ".join(f"{name}: {kind}" for name, kind in types.items())
     if len(candidates) > 1:
-        raise UserError(f"{where} has several columns of bytes ({', '.join(candidates)}): call that of images 'image'")
+        raise UserError(
+            f"{where} has several columns of bytes ({', '.join(candidates)}): name the column of images 'image'"
+        )
     raise UserError(
-        f"{where} has no column of images (it has {brief(listed)}): an image is bytes, or a struct of bytes and path"
+        f"{where} has no column of images (it has {brief(listed)}): store images as bytes, or structs of bytes and path"
     )
 
 
 def _class_names_of(schema: Any) -> dict[str, tuple[str, ...]]:  # noqa: ANN401, an untyped schema
-    """The names of the classes, by column, as Hugging Face's metadata of a table have them."""
+    """Return the class names by column from Hugging Face's metadata of a table."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: tuple(feature["names"]) for name, feature in features.items() if "names" in feature}
@@ -920,71 +933,72 @@ def _class_names_of(schema: Any) -> dict[str, tuple[str, ...]]:  # noqa: ANN401,
 
 
 def _describe(features: Any) -> dict[str, str]:  # noqa: ANN401, Features
-    """What the columns of a data set hold, in words."""
+    """Describe the types of a data set's columns."""
     return {name: getattr(feature, "dtype", "") or type(feature).__name__ for name, feature in features.items()}
 
 
 # Tar
 
 
-def _noted_scan(file: str, state: tuple[int, int]) -> TarScan:
-    """The scan of an archive: of a large one from its note, if its size and time are as noted; else made now."""
+def _cached_scan(file: str, state: tuple[int, int]) -> TarScan:
+    """Scan an archive. The scan of a large archive is cached by its size and time."""
     if state[0] < INDEX_BYTES:
         return TarScan.of(file)
-    note = INDEX_FOLDER / f"{os.path.basename(file)}-{digest.short(os.path.abspath(file))}.json"
+    cache_file = INDEX_FOLDER / f"{os.path.basename(file)}-{digest.short(os.path.abspath(file))}.json"
     try:
-        content = json.loads(note.read_bytes())
+        content = json.loads(cache_file.read_bytes())
         if content["state"] == list(state):
             return TarScan(**content["scan"])
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # there is no note, or no whole one
+        # The cached scan is missing or damaged.
+        pass
     scan = TarScan.of(file)
     try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        files.write(note, json.dumps({"state": state, "scan": asdict(scan)}).encode())
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        files.write(cache_file, json.dumps({"state": state, "scan": asdict(scan)}).encode())
     except OSError as error:
-        warn_once(f"{note.parent} cannot be written ({error.strerror}): the next start scans {file} again")
+        warn_once(f"{cache_file.parent} cannot be written ({error.strerror}): {file} will be scanned again next time")
     return scan
 
 
 def _sample_key(name: str) -> str:
-    """A member's path without its endings, which an image, its class and its texts have in common (webdataset)."""
+    """Return a member's path without suffixes, which all members of a sample share (webdataset)."""
     path = PurePosixPath(name)
     return _composed(str(path.with_name(path.name.partition(".")[0])))
 
 
-def _is_of_the_system(path: PurePosixPath) -> bool:
-    """Whether a member is hidden, or in a hidden folder or one of SYSTEM_FOLDERS. `..` is neither."""
+def _is_hidden(path: PurePosixPath) -> bool:
+    """Whether a member, or one of its folders, is hidden or in SYSTEM_FOLDERS. `..` is not hidden."""
     return any((part.startswith(".") and part != "..") or part.lower() in SYSTEM_FOLDERS for part in path.parts)
 
 
 def _read_span(file: str, start: int, size: int) -> bytes:
-    """Bytes of a file."""
+    """Read `size` bytes of a file from `start`."""
     with files.named_in_errors(file), open(file, "rb") as opened:
         opened.seek(start)
         return opened.read(size)
 
 
 def _require_whole_end(file: str, end: int) -> None:
-    """Raise UserError unless the members of an archive end as tar ends them, at byte `end`.
+    """Raise UserError unless an archive has a valid end after its members, at byte `end`.
 
-    tarfile stops without a word at the first block that is no header. So a block of zeros must follow the members, and
-    nothing but zeros after it, no more than fill the archive's last record of up to a MiB.
+    tarfile silently stops at the first block that is not a header. A valid end is a block of zeros, followed only by
+    zeros that fill the archive's last record of up to a MiB.
     """
     size = os.stat(file).st_size
     with files.named_in_errors(file), open(file, "rb") as archive:
         archive.seek(end)
         block = archive.read(tarfile.BLOCKSIZE)
         if len(block) < tarfile.BLOCKSIZE or any(block):
-            raise UserError(f"{file} is broken off or damaged at byte {end}: fetch it again, or remove it")
+            raise UserError(f"{file} is truncated or damaged at byte {end}: download it again, or remove it")
         while chunk := archive.read(2**20):
             if any(chunk):
                 raise UserError(
-                    f"{file} goes on after its end at byte {end}: it is damaged, or is several archives laid end to end"
+                    f"{file} has data after its end at byte {end}: it is damaged, or consists of several archives"
                 )
     record_sizes = (tarfile.RECORDSIZE, *(tarfile.BLOCKSIZE << k for k in range(12)))
     if not any(size % record == 0 and size - end <= record + 2 * tarfile.BLOCKSIZE for record in record_sizes):
         raise UserError(
-            f"{file} holds {size - end} zeros from byte {end} on, more than tar writes at its end: a part of it is "
-            "missing; fetch it again"
+            f"{file} has {size - end} zeros after byte {end}, more than tar writes at its end: a part is missing, "
+            "download it again"
         )

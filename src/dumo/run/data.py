@@ -143,7 +143,7 @@ def begin_ledger(folder: Path, source: object, last: Checkpoint | None) -> None:
     entry = last.facts.ledger if last else None
     ledgers.truncate(file, entry.bytes if entry else 0)
     if entry is None:
-        ledgers.begin(file, ledger)
+        ledgers.start(file, ledger)
 
 
 def save_ledger(folder: Path, ledger: Ledger | None) -> FileEntry | None:
@@ -157,7 +157,7 @@ def save_ledger(folder: Path, ledger: Ledger | None) -> FileEntry | None:
     merged = of_ranks[0]
     if len(of_ranks) > 1:
         merged = agreement.on_each_rank(lambda: _merge(ledger, of_ranks))
-        ledger.learn(merged, _PROBLEM)
+        ledger.expect_more(merged, _PROBLEM)
     file = folder / ledgers.FILE
 
     def append() -> FileEntry:

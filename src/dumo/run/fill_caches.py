@@ -25,7 +25,7 @@ from dumo.config.source import choose
 from dumo.config.spec import Run, with_pipeline
 from dumo.data import Data, Latents, cache, encoding
 from dumo.data.caption import CaptionFiles
-from dumo.data.images import errors_of_latents
+from dumo.data.images import rename_fields_in_errors
 from dumo.encoders import textcache
 from dumo.encoders.pipeline_folder import Pipeline
 from dumo.io import table
@@ -217,7 +217,7 @@ def encode(
     num_rows = table.rows_of_rank(len(image_rows), plan.shard_rows, rank, world)
     with (
         bar(f"encoding {images.root}", num_rows) as tick,
-        errors_of_latents(),
+        rename_fields_in_errors(),
     ):
         make_result = encoding.encode(
             image_rows,

@@ -29,7 +29,7 @@ from dumo.config.source import CODE_KEY, RunText, read, without_resolved
 from dumo.config.spec import Run
 from dumo.data import Data, Images, Latents
 from dumo.data.cache import is_finished, read_index
-from dumo.data.images import with_fields_of_latents
+from dumo.data.images import rename_fields
 from dumo.flow.path import Diffusion
 from dumo.io import hub, run_places
 from dumo.io.read import user_path
@@ -126,7 +126,7 @@ def data_with_facts(data: Data) -> Data:
     except UserError as error:
         message = f"data: {error}"
         if isinstance(data, Latents):
-            message = f"data.images: {with_fields_of_latents(str(error))}"
+            message = f"data.images: {rename_fields(str(error))}"
         raise type(error)(message) from error
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dumo.data.augment import SHIFT_SD, SIZE_SD, STRETCH_SD, SYM6, Edm, Name, draw_changes, lookup_matrix, warp
+from dumo.data.augment import SHIFT_SD, SIZE_SD, STRETCH_SD, SYM6, Edm, Name, draw_transformations, lookup_matrix, warp
 from dumo.runtime.random import stream
 from dumo.types import Sample
 from unit.data.animals import as_folder, spec
@@ -35,7 +35,7 @@ def places(side: int = SIDE) -> Float[Tensor, "h w 2"]:
 
 def made(shares: dict[Name, float], x: Sample, key: int) -> tuple[Sample, Float[Tensor, "b n"]]:
     """The images transformed, and the numbers that say how."""
-    change = draw_changes(shares, len(x), stream(key))
+    change = draw_transformations(shares, len(x), stream(key))
     return Edm()(x, change), change.augment_labels
 
 

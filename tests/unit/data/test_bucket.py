@@ -262,7 +262,7 @@ def test_a_cache_of_other_buckets_or_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.root: [\s\S]*sizes: "):
         latents(root, tmp_path / "cache", buckets=None).open()
     Image.new("RGB", (40, 24)).save(root / "b/01.png")
-    with pytest.raises(UserError, match=r"was made of other images than are here, .*01\.png changed"):
+    with pytest.raises(UserError, match=r"was made from different images, .*01\.png changed"):
         fill_caches.encode(data)
 
 

@@ -92,7 +92,7 @@ def test_samples_are_one_draw_of_the_moments(tmp_path: Path) -> None:
 
 
 def test_no_cache_an_unfinished_one_and_a_damaged_index_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no cache"):
+    with pytest.raises(UserError, match="is not a cache"):
         open_cache(tmp_path, POINT.codec)
     encode(Pictures(COUNT), POINT, PLAN, tmp_path, rank=1, world=2)
     with pytest.raises(UserError, match="unfinished"):

@@ -255,10 +255,10 @@ def test_an_image_that_is_swapped_while_a_run_trains_is_refused_when_it_is_read(
     source = spec(tmp_path, memory=0.0, on_bad=on_bad).open()
     source.batch(0, COUNT, 0)
     (tmp_path / "bee/05.png").write_bytes(picture(7))
-    with pytest.raises(UserError, match=r"bee/05\.png is not what it was"):
+    with pytest.raises(UserError, match=r"bee/05\.png has changed"):
         source.batch(1, COUNT, 0)
     (tmp_path / "bee/05.png").write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"bee/05\.png is not what it was"):
+    with pytest.raises(UserError, match=r"bee/05\.png has changed"):
         source.batch(1, COUNT, 0)
 
 

@@ -149,7 +149,7 @@ def test_an_array_may_be_read_backwards() -> None:
 def test_rows_that_change_are_read_at_each_visit(capfd: pytest.CaptureFixture[str]) -> None:
     data = Flipping(*range(30))
     spec = Memory.of(data, bar)
-    assert "Flipping gives other samples at each read" in capfd.readouterr().err
+    assert "Flipping returns different samples at each read" in capfd.readouterr().err
     source = spec.open()
     visits = torch.stack([source.batch(step, 30, 0)[0] for step in range(8)])
     numbers = source.numbers(0, 30, 0)

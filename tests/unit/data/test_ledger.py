@@ -36,7 +36,7 @@ def test_records_are_of_the_bytes_and_come_back(form: str, tmp_path: Path) -> No
     for i in range(COUNT):
         assert ledger.records["sha256"][i].tobytes() == hashlib.sha256(picture(i)).digest()[:HASH_BYTES]
     file = tmp_path / FILE
-    module.begin(file, ledger)
+    module.start(file, ledger)
     module.append(file, ledger.take_new())
     recorded = module.read(file, file.stat().st_size)
     assert (recorded.records == ledger.records).all()
@@ -79,7 +79,7 @@ def test_what_changed_is_told_apart(tmp_path: Path) -> None:
 def test_an_image_of_another_size_is_known_without_reading_it(tmp_path: Path) -> None:
     """Though the run had not read it before."""
     as_folder(tmp_path / "images")
-    module.begin(tmp_path / FILE, opened(tmp_path / "images"))
+    module.start(tmp_path / FILE, opened(tmp_path / "images"))
     (tmp_path / "images/bee/05.png").write_bytes(b"longer" * 99)
     ledger = opened(tmp_path / "images")
     ledger.expect(module.read(tmp_path / FILE, (tmp_path / FILE).stat().st_size).records, "is another")
@@ -101,7 +101,7 @@ def test_names_and_classes_are_compared(change: str, tmp_path: Path) -> None:
     ledger = opened(tmp_path)
     if change == "class":
         ledger = Ledger(open_rows(tmp_path))
-    assert ledger.difference(before) == said.get(change, "their classes are others")
+    assert ledger.difference(before) == said.get(change, "with different classes")
 
 
 def test_the_file_is_only_appended_to_and_cut_back(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_the_file_is_only_appended_to_and_cut_back(tmp_path: Path) -> None:
     as_folder(tmp_path / "images")
     ledger = opened(tmp_path / "images")
     file = tmp_path / FILE
-    module.begin(file, ledger)
+    module.start(file, ledger)
     ledger.hash([0, 1])
     module.append(file, ledger.take_new())
     length = file.stat().st_size
@@ -121,7 +121,7 @@ def test_the_file_is_only_appended_to_and_cut_back(tmp_path: Path) -> None:
     assert module.read(file, file.stat().st_size).records["sha256"].any(1).nonzero()[0].tolist() == [0, 1, 2]
     module.truncate(file, length)
     assert file.read_bytes() == content
-    module.begin(file, ledger)
+    module.start(file, ledger)
     assert not module.read(file, file.stat().st_size).records["sha256"].any()
 
 
@@ -129,7 +129,7 @@ def test_the_file_is_only_appended_to_and_cut_back(tmp_path: Path) -> None:
 def test_a_damaged_file_is_refused(damage: str, tmp_path: Path) -> None:
     as_folder(tmp_path / "images")
     file = tmp_path / FILE
-    module.begin(file, hashed(tmp_path / "images"))
+    module.start(file, hashed(tmp_path / "images"))
     data = bytearray(file.read_bytes())
     if damage == "gone":
         file.unlink()
@@ -147,7 +147,7 @@ def test_ranks_that_read_other_contents_are_refused(tmp_path: Path, monkeypatch:
     as_folder(tmp_path / "images")
     here = opened(tmp_path / "images")
     there = opened(tmp_path / "images")
-    module.begin(tmp_path / FILE, here)
+    module.start(tmp_path / FILE, here)
 
     def gather_results(work: object, *, is_long: bool = False) -> list[object]:
         return [here.take_new(), there.take_new()] if work == here.take_new else [work()]  # pyright: ignore
