@@ -88,7 +88,7 @@ def test_sizes_are_stated_and_asked_for(photos: Path) -> None:
 def test_what_knows_one_size_refuses_buckets(photos: Path) -> None:
     for field, *named in (
         ("data.images.buckets.step=12", "data.images: buckets of 32 x 32 pixels", "multiple of buckets.step = 12"),
-        ("data.images.crop=none", "crop is of one size"),
+        ("data.images.crop=none", "crop=none needs images of one size"),
     ):
         refused("train", *RECIPE, *SMALL, field, "--out", "run", named=(*named,))
     net = ("net={kind: unet, width: 8, multipliers: [1], depth: 1}", "data.images.buckets=null")

@@ -37,13 +37,13 @@ COMMANDS = [
 @pytest.mark.parametrize("words", COMMANDS, ids=[" ".join(words[:2]) for words in COMMANDS])
 def test_a_table_that_is_not_of_these_images_ends_a_command(photos: Path, words: tuple[str, ...]) -> None:
     captioned(photos, 'img_00.png,"a cat')
-    refused(*words, named=("metadata.csv line 2 is no CSV", "close each quote"))
+    refused(*words, named=("metadata.csv line 2 is not valid CSV", "close all quotes"))
     captioned(photos, "img_00.png,a cat", "latin1")
     refused(*words, named=("metadata.csv is not UTF-8", "iconv"))
     captioned(photos, "img_00.png,a cat")
     for file in photos.glob("*.png"):
         file.rename(file.with_name(file.name.upper()))
-    refused(*words, named=("12 of 12 rows name no image", "'img_00.png' in"))
+    refused(*words, named=("12 of 12 rows have no image", "'img_00.png' in"))
 
 
 @pytest.mark.slow

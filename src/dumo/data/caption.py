@@ -240,7 +240,7 @@ def edited_images(rows: Rows, source: str) -> list[list[tuple[dict[str, Any], Pa
 def image_hash(file: Path) -> str:
     """Compute the SHA-256 of an original image, cached until the file changes. Raises UserError if it is missing."""
     if not file.is_file():
-        raise UserError(f"{file}, an image to edit, is missing: restore it, or change captions.source")
+        raise UserError(f"{file} is missing: restore this image to edit, or change captions.source")
     file_stat = file.stat()
     return _hash_of_state(file, file_stat.st_mtime_ns, file_stat.st_size)
 

@@ -55,8 +55,8 @@ TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet", "captions.jsonl"
 # Default columns of captions, and suffixes of text files next to an image.
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
 CAPTION_ENDINGS = ("txt", "caption")
-# Folders of operating systems, network drives and backup programs, in lower case. They contain thumbnails, deleted files
-# and earlier states. Names that begin with a dot are skipped without being listed here.
+# Folders of operating systems, network drives and backup programs, in lower case. They contain thumbnails, deleted
+# files and earlier states. Names that begin with a dot are skipped without being listed here.
 SYSTEM_FOLDERS = frozenset(
     (
         *("$recycle.bin", "system volume information", "found.000"),  # Windows

@@ -89,7 +89,9 @@ class NpzImages:
             num_bytes = archive.getinfo(f"{IMAGES}.npy").file_size
         # The header can claim any number of images.
         if num_bytes < prod(self.shape):
-            raise UserError(f"{path}: {IMAGES} has {num_bytes:,} bytes, too few for shape {self.shape}: download it again")
+            raise UserError(
+                f"{path}: {IMAGES} has {num_bytes:,} bytes, too few for shape {self.shape}: download it again"
+            )
         has_classes = with_classes and LABELS in _array_names(path)
         self.c = self._read_classes() if has_classes else None
 

@@ -192,7 +192,7 @@ def test_an_image_that_cannot_be_read_is_in_no_bucket(tmp_path: Path) -> None:
         image.save(half := root / "b/01.jpg")
     half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
     (root / "b/01.png").unlink()
-    with pytest.raises(UserError, match=r"00\.png is no image of a known format"):
+    with pytest.raises(UserError, match=r"00\.png is not an image in a supported format"):
         spec(root).open()
     with pytest.warns(UserWarning, match="1 of 16 images cannot be read and are in no bucket"):
         source = spec(root, on_bad="skip", memory=0.0).open()

@@ -148,11 +148,11 @@ def test_the_rotation_of_the_camera_is_carried_out(orientation: int) -> None:
     ("data", "why"),
     [
         (b"", "is empty"),
-        (b"<html>404 not found</html>", "no image of a known format"),
+        (b"<html>404 not found</html>", "not an image in a supported format"),
         (encoded(noise(64, 64), "JPEG")[:700], "truncated"),
         (encoded(noise(64, 64))[:5000], "cannot be read as an image"),
-        (encoded(noise(64, 64))[:9], "no image of a known format"),
-        (encoded(noise(8, 8), "EPS"), "no image of a known format"),  # a program, not pixels
+        (encoded(noise(64, 64))[:9], "not an image in a supported format"),
+        (encoded(noise(8, 8), "EPS"), "not an image in a supported format"),  # a program, not pixels
         (encoded(Image.new("1", (1, 5_000_000))), "1 x 5000000 pixels, too long for its width"),
         (encoded(Image.new("1", (15_000, 15_000))), "more than 178 million pixels: make it smaller first"),
         (encoded(noise(6, 5)), r"is 6 x 5 pixels, not 5 x 5"),

@@ -442,7 +442,7 @@ def test_where_there_are_no_classes_or_no_data_yet_no_names_are_written(
     for images in (Images(root="$HERE", side=SIDE).with_facts(), spec(tmp_path / "later")):
         assert (images.classes, images.names, images.model_dump()["classes"]) == (0, None, None)
     as_folder(tmp_path / "later")
-    with pytest.raises(UserError, match="nobody counted its classes"):
+    with pytest.raises(UserError, match="its classes are unknown"):
         images.open()
     assert images.with_facts().names == CLASSES
     for fields in ({"classes": 3}, {"labelled": False}):

@@ -168,10 +168,10 @@ def test_a_batch_of_rows_that_change_is_checked() -> None:
     data = Flipping(*range(30))
     source = Memory.of(data).open()
     object.__setattr__(source, "data_set", Rows(*[(3 * FLOATS[0], 0)] * 30))
-    with pytest.raises(UserError, match="a row of the data reaches 3, and images lie in"):
+    with pytest.raises(UserError, match="a row of the data has the value 3: scale images"):
         source.batch(0, 4, 0)
     object.__setattr__(source, "data_set", Rows(*[(FLOATS[0, :, :4], 0)] * 30))
-    with pytest.raises(UserError, match=r"have shape \(3, 4, 8\), and gave \(3, 8, 8\)"):
+    with pytest.raises(UserError, match=r"have shape \(3, 4, 8\), but \(3, 8, 8\)"):
         source.batch(0, 4, 0)
 
 

@@ -101,7 +101,7 @@ def test_reference_is_of_distinct_rows(cached: Latents) -> None:
 
 def test_another_cache_than_meant_is_refused_by_its_field(cached: Latents) -> None:
     other = cached.model_copy(update={"images": cached.images.model_copy(update={"crop": "adm", "classes": 17})})
-    with pytest.raises(UserError, match=r"data\.root: [\s\S]*crop: none in the cache, adm asked\n  classes: 3 in the"):
+    with pytest.raises(UserError, match=r"data\.root: [\s\S]*crop: none in the cache, adm in the run\n  classes: 3"):
         other.open()
 
 
@@ -144,7 +144,7 @@ def test_images_of_which_none_can_be_read_are_refused_with_the_reason(
     data = latents(tmp_path / "photos", tmp_path / "out", on_bad="skip", buckets=buckets, crop="adm")
     with (
         pytest.warns(UserWarning, match="cannot be read"),
-        pytest.raises(UserError, match=r"the first: .*1\.heic is no image .*; convert it to"),
+        pytest.raises(UserError, match=r"the first: .*1\.heic is not an image .*; convert it to"),
     ):
         fill_caches.encode(data)
 
@@ -237,12 +237,12 @@ def test_other_captions_are_refused(latents: Maker, tmp_path: Path) -> None:
     fill_caches.encode(data)
     as_lines(root, [*TOLD[:-1], ["another"]])
     other = latents(root, tmp_path / "new", **FILES)
-    with pytest.raises(UserError, match="holds other captions than the images have now"):
+    with pytest.raises(UserError, match="differs from the images' present captions"):
         fill_caches.encode(other.model_copy(update={"root": str(tmp_path / "cache")}))
     data.open()  # it knows its own
     file = tmp_path / "cache" / FILE
     lines = file.read_text().splitlines(keepends=True)
-    for wrong, told in ((['["x"]\n'], "other captions"), (["{}\n"], "no list of texts"), (["[\n"], "not JSON")):
+    for wrong, told in ((['["x"]\n'], "different captions"), (["{}\n"], "a list of texts"), (["[\n"], "not JSON")):
         file.write_text("".join(lines[:-1] + wrong))
         with pytest.raises(UserError, match=told):
             data.open()
@@ -255,9 +255,9 @@ def test_a_cache_of_classes_is_none_of_captions(latents: Maker, tmp_path: Path) 
     as_lines(root := tmp_path / "images", TOLD)
     fill_caches.encode(latents(root, tmp_path / "classes"))
     fill_caches.encode(latents(root, tmp_path / "captions", **FILES))
-    with pytest.raises(UserError, match="captioned: False in the cache, True asked"):
+    with pytest.raises(UserError, match="captioned: False in the cache, True in the run"):
         latents(root, tmp_path / "classes", **FILES).open()
-    with pytest.raises((UserError, ValidationError), match="captioned: True in the cache, False asked"):
+    with pytest.raises((UserError, ValidationError), match="captioned: True in the cache, False in the run"):
         latents(root, tmp_path / "captions").open()
 
 
@@ -270,13 +270,13 @@ def test_the_first_images_alone(latents: Maker, images: Path, cached: Latents, t
     torch.testing.assert_close(first.cache().take(rows, "x"), cached.cache().take(rows, "x"), rtol=0, atol=1e-2)
     first.compare_images(hash_all=True)
     whole = latents(images, tmp_path / "first")
-    with pytest.raises(UserError, match="first_images: 3 in the cache, 0 asked"):
+    with pytest.raises(UserError, match="first_images: 3 in the cache, 0 in the run"):
         whole.cache()
     with pytest.raises(UserError, match="first_images: 3 there, None now"):
         fill_caches.encode(whole)
-    with pytest.raises(UserError, match="first_images: 0 in the cache, 3 asked"):
+    with pytest.raises(UserError, match="first_images: 0 in the cache, 3 in the run"):
         latents(images, Path(cached.root), count=3).cache()
-    with pytest.raises(UserError, match=rf"has {COUNT} images, and count asks for the first {COUNT + 1}"):
+    with pytest.raises(UserError, match=rf"has {COUNT} images, but count is {COUNT + 1}"):
         latents(images, tmp_path / "more", count=COUNT + 1).rows()
 
 
@@ -319,7 +319,7 @@ def test_images_that_cannot_be_opened_any_more_are_refused(images: Path, cached:
     copied = cached.images.model_copy(update={"root": str(tmp_path / "images")})
     cached.model_copy(update={"images": copied}).compare_images(hash_all=True)
     shutil.copy(tmp_path / "images/ant/00.png", tmp_path / "images/new.png")
-    with pytest.raises(UserError, match=r"outside them, .*: set data\.images\.labelled=false, or move them"):
+    with pytest.raises(UserError, match=r"outside of them, .*: set data\.images\.labelled=false, or move them"):
         cached.model_copy(update={"images": copied}).compare_images()
     (tmp_path / "empty").mkdir()
     elsewhere = copied.model_copy(update={"root": str(tmp_path / "empty")})

@@ -60,7 +60,7 @@ IMAGES: list[tuple[Tensor, Tensor, str]] = [
     (ZEROS, LABELS - 1, "label -1"),
     (ZEROS + 255, LABELS, "255"),
     (ZEROS[:0], LABELS[:0], "no images"),
-    (ZEROS * torch.nan, LABELS, "numbers"),
+    (ZEROS * torch.nan, LABELS, "finite"),
 ]
 
 

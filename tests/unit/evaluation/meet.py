@@ -35,7 +35,7 @@ def main(number: str, file: str, to: str) -> None:
         )
         waited = collect(((rows, x[rows]) for rows in mine.split(BATCH)), TOTAL)
         assert torch.equal(waited, x)
-        with pytest.raises(UserError, match="there are no samples to judge"):  # on both ranks: neither waits
+        with pytest.raises(UserError, match="a rank has no samples"):  # on both ranks: neither waits
             collect([(numbers, x)] if rank == 0 else [], TOTAL)
         if rank == 0:
             save_statistics(whole, found, {"of": "samples"})

@@ -89,7 +89,7 @@ def test_arrays_from_elsewhere_are_read_too(tmp_path: Path) -> None:
         ("sigma", np.zeros((WIDE, 2)), "not finite floats of shape (6, 6)"),
         ("mu_s", np.full(NARROW, np.nan), "mu_s is float64 of shape (4,), not finite"),
         ("mu_s", np.zeros(NARROW, int), "mu_s is int64"),
-        ("sigma_s", np.arange(NARROW**2.0).reshape(NARROW, NARROW), "sigma_s is no covariance"),
+        ("sigma_s", np.arange(NARROW**2.0).reshape(NARROW, NARROW), "sigma_s must be a symmetric covariance"),
         ("mu", np.array([object()] * WIDE), "mu is object of shape (6,), not finite"),
         ("arr_0", np.array([[object()]]), "arr_0 is object of shape (1, 1), not images"),
         ("arr_0", IMAGES.astype(float), "arr_0 is float64"),
@@ -159,7 +159,7 @@ def test_damage_is_found_where_it_is(tmp_path: Path) -> None:
     place = whole.index(IMAGES[7].tobytes())
     (tmp_path / "flipped.npz").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
     images = read_adm(tmp_path / "flipped.npz", count=COUNT).images(4)
-    with pytest.raises(UserError, match=r"flipped.npz is damaged at image \d .*: fetch it again"):
+    with pytest.raises(UserError, match=r"flipped.npz is damaged at image \d .*: download it again"):
         list(images)
 
 

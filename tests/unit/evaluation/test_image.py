@@ -273,7 +273,7 @@ def test_where_nothing_can_be_kept_the_numbers_stand(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file/folder"))
-    with pytest.warns(UserWarning, match="cannot be written .* counted again next time"):
+    with pytest.warns(UserWarning, match="cannot be written .* recomputed next time"):
         opened(FOLDER, images(N))
     monkeypatch.setenv(CACHE_VARIABLE, "$NOWHERE/cache")
     with pytest.raises(UserError, match="NOWHERE is not set"):

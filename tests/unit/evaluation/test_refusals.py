@@ -170,7 +170,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda _: frechet_distance(Moments.of(random_rows(8, 8)), Moments.of(random_rows(9, 8))),
         "8 samples",
     ),
-    "a covariance of few pixels": (lambda _: pixel_frechet(SQUARES, SQUARES), "20 samples"),
+    "a covariance of few pixels": (lambda _: pixel_frechet(SQUARES, SQUARES), "got 20"),
     "features of two widths": (lambda _: pixel_frechet(SQUARES, SQUARES[..., :4, :4]), "192"),
     "KID of few rows": (
         lambda _: kid(random_rows(9, 2), random_rows(5, 2), subsets=2, subset_size=6, generator=stream("kid")),
@@ -189,7 +189,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
             torch.zeros(9, dtype=torch.long),
             Reference(from_uint8(torch.zeros(9, 3, 32, 32, dtype=torch.uint8)), torch.zeros(9, dtype=torch.long)),
         ),
-        "1000 images",
+        "1000 real images",
     ),
     "fewer data than samples of a likelihood": (lambda _: likelihood(17, samples=5), "evaluate.protocol.samples"),
     "data of other levels": (lambda _: likelihood(), "evaluate.protocol.levels"),

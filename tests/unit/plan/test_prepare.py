@@ -70,7 +70,7 @@ def test_an_array_and_a_module_make_a_run_that_goes_on(tmp_path: Path, monkeypat
         dumo.load(tmp_path / "run")
     opened = dumo.load(tmp_path / "run", net=Net(3 * 16 * 16, 3))
     assert torch.equal(opened.sample(count=2), run.sample(count=2)), "of the run's weights, not of the module's"
-    with pytest.raises(dumo.UserError, match=r"give the same in Python, dumo.train\(RUN, data=...\)"):
+    with pytest.raises(dumo.UserError, match=r"pass it again in Python, dumo.train\(RUN, data=...\)"):
         opened.evaluate(nfe=1)
     longer = train(tmp_path, data=(COLOURS, CLASSES), net=Net(3 * 16 * 16, 3), overrides={"train.steps": 4})
     assert longer.step == 4

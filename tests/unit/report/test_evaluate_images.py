@@ -113,7 +113,7 @@ def test_images_are_read_as_the_fields_evaluators_do_and_grey_of_16_bits_is_roun
     found = to_pixels(encoded(Image.fromarray(levels[..., 0])))
     assert np.array_equal(found[0].numpy(), np.round(levels[..., 0] / 257).astype(np.uint8))
     assert torch.equal(found[0], found[2])
-    with pytest.raises(Unreadable, match=r"is 4 x 8 pixels, and first\.png is 8 x 8"):
+    with pytest.raises(Unreadable, match=r"is 4 x 8 pixels, but first\.png is 8 x 8"):
         to_pixels(encoded(grey.crop((0, 0, 4, 8))))
 
 
@@ -297,7 +297,7 @@ def test_a_report_says_which_classes_cannot_be_read() -> None:
     write("real", 20)
     report = judge("mixed", against="real")
     [line] = [line for line in score.terminal_lines(report, None) if line.startswith("labels: ")]
-    assert line.startswith("labels: none: mixed holds images both in folders (cats) and outside them")
+    assert line.startswith("labels: none: mixed has images both in folders (cats) and outside of them")
 
 
 @pytest.mark.nightly
