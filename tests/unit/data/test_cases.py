@@ -163,7 +163,7 @@ def test_a_message_says_from_where_file_name_counts(tmp_path: Path) -> None:
         (folder / f"{i}.png").write_bytes(picture(i))
     lines = [json.dumps({"file_name": f"train/{i}.png", "text": f"text {i}"}) for i in range(4)]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
-    assert "file_name counts from the table's folder: 'train/0.png'" in refused(folder, **FILES)
+    assert "file_name is relative to the table's folder): 'train/0.png'" in refused(folder, **FILES)
 
 
 def test_a_field_of_csv_may_be_long(tmp_path: Path) -> None:
