@@ -14,7 +14,7 @@ from typing import Any
 from dumo.encoders.pipeline_folder import IS_DISTILLED, TRANSFORMER, UNET, component_names
 from dumo.encoders.transformers_library import quietly
 from dumo.nets import Pretrained
-from dumo.nets.family import class_of, find_family
+from dumo.nets.family import class_of
 
 # t = 1 as schedulers and pipelines count times (their num_train_timesteps).
 TRAIN_TIMESTEPS = 1000
@@ -190,7 +190,7 @@ def find_stock_pipeline(model_class: str, spec: Pretrained) -> StockPipeline | N
     # Only distilled SANA models take a guidance number, and their pipeline has another path.
     if model_class == "SanaTransformer2DModel" and spec.guidance is not None:
         return None
-    model_family = find_family(spec.pipeline.config(TRANSFORMER), spec.pipeline.class_name)
+    model_family = spec.family
     if model_family.pipeline == DISTILLED_KLEIN.pipeline and spec.pipeline.index.get(IS_DISTILLED):
         return DISTILLED_KLEIN
     if model_family.pipeline in PIPELINE_BY_CLASS:

@@ -1,6 +1,6 @@
 """The models of diffusers that can be tuned: a `Family` for each class, with the paths of its parts and its arguments.
 
-`find_family` is the entrance: it finds the `Family` of a config.json, or refuses the model. `dumo.nets.dualized` calls
+`family_of` is the entrance: it finds the `Family` of a pipeline by its config.json, or refuses it. `dumo.nets.dualized` calls
 the model with what `Family.arguments` makes of its `Inputs`; `dumo.encoders.encode_prompt` encodes texts by it. To add
 one, add an entry to `FAMILIES`, or to `VARIANTS` where its class is there already, and a function of arguments if no
 other fits (docs/families.md). `PIPELINES` are the accepted classes of pipelines, which messages and that page list.
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from dumo.autodiff.dual import primal
+from dumo.encoders.pipeline_folder import TRANSFORMER, Pipeline
+from dumo.encoders.pipeline_folder import UNET as UNET_PART
 from dumo.types import Array, Sample, UserError
 
 Config = Mapping[str, Any]  # a model's config.json
@@ -542,17 +544,51 @@ PIPELINE_PURPOSES = {  # of variants of a base, by a word in the class of the pi
 }
 
 
+# Settings in a config.json that dumo knows, of all families. Numbers and lists are sizes, but for those named here.
+_LAYER_SETTINGS = frozenset(  # of layers inside a model, which dumo does not read
+    "act_fn activation_fn attention_bias bottleneck_size caption_channels cross_attention_norm cross_attn_norm "
+    "mid_block_type norm_elementwise_affine only_cross_attention qk_norm upcast_attention use_linear_projection "
+    "resnet_time_scale_shift resnet_skip_time_act mid_block_only_cross_attention".split()
+)
+_KNOWN_VALUES: dict[str, tuple[Any, ...]] = {
+    "guidance_embeds": (True,),  # net.guidance
+    "use_additional_conditions": (True,),  # PIXART_ALPHA
+    "addition_embed_type": ("text_time",),  # SDXL
+    "norm_type": ("ada_norm_single",),
+    "attention_type": ("default",),
+    "time_embedding_type": ("positional",),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "time_max_period": (10_000,),
+    # The sizes of inputs that no text-to-image pipeline passes.
+    "siglip_feat_dim": (),
+    "image_dim": (),
+    "added_kv_proj_dim": (),
+    "pos_embed_seq_len": (),
+    "encoder_hid_dim": (),
+    "num_class_embeds": (),
+    "time_cond_proj_dim": (),
+    "time_embedding_dim": (),
+}
+
+
 def find_family(config: Config, pipeline: str = "") -> Family:
     """Return the family of a model, by its config.json and the class of its pipeline; "": it has none.
 
-    Raises UserError, with the way out, for a model of no family, and for a variant of one: a pipeline that makes images
-    of more than a text.
+    Raises UserError, with the way out, for a model of no family, for one with a setting that dumo does not know, and
+    for a variant of a family: a pipeline that makes images of more than a text.
     """
     model_family = _closest_family(config, pipeline)
     if model_family is None:
         raise UserError(
             f"pipeline has a {class_of(config)}, which dumo was not tested with: take the folder of one of "
             f"{', '.join(PIPELINES)}"
+        )
+    unknown_key = _first_unknown_setting(config)
+    if unknown_key is not None:
+        raise UserError(
+            f"pipeline has a {class_of(config)} with {unknown_key} = {config[unknown_key]!r} in its config.json, which "
+            "dumo was not tested with: take a pipeline without it"
         )
     newer_name = pipeline.replace("Text2Img", "")  # Lumina2Text2ImgPipeline became Lumina2Pipeline
     if newer_name in ("", model_family.pipeline):
@@ -563,6 +599,32 @@ def find_family(config: Config, pipeline: str = "") -> Family:
         f"pipeline is a {pipeline}, which {purpose}: dumo trains what makes an image of a text alone. Take the folder "
         f"of a {model_family.pipeline}"
     )
+
+
+def family_of(pipeline: Pipeline) -> Family:
+    """Return the family of a pipeline's model.
+
+    Raises UserError as `find_family`, and for a pipeline that has no transformer and no UNet.
+    """
+    if pipeline.index and not {TRANSFORMER, UNET_PART} & pipeline.index.keys():
+        raise UserError(
+            f"pipeline is a {pipeline.class_name}, which has no transformer and no unet: take the folder of one of "
+            f"{', '.join(PIPELINES)}"
+        )
+    return find_family(pipeline.config(TRANSFORMER), pipeline.class_name)
+
+
+def _first_unknown_setting(config: Config) -> str | None:
+    """Return the first key of a config.json whose value says something that dumo does not know, or None."""
+    for key, value in config.items():
+        is_size = isinstance(value, int | float | list | tuple) and not isinstance(value, bool)
+        if key in _KNOWN_VALUES:
+            is_known = value in (None, *_KNOWN_VALUES[key]) or (value is False and key != "flip_sin_to_cos")
+        else:
+            is_known = key.startswith("_") or key in _LAYER_SETTINGS or is_size or value in (None, False)
+        if not is_known:
+            return key
+    return None
 
 
 def class_of(config: Config) -> str:
@@ -638,14 +700,4 @@ def _unet_family(config: Config) -> Family:
             f"pipeline has a UNet of {in_channels} channels, of which it gives {out_channels}: it {purpose}, and dumo "
             "trains what makes an image of a text alone. Take the folder of a text-to-image pipeline"
         )
-    keys = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim")
-    untested = [key for key in keys if config.get(key)]
-    embeds_sizes = config.get("addition_embed_type")
-    if embeds_sizes not in (None, "text_time"):
-        untested.append("addition_embed_type")
-    if untested:
-        raise UserError(
-            f"pipeline has a UNet with {untested[0]}, which dumo was not tested with: take Stable Diffusion 1.5, 2.1 "
-            "or XL"
-        )
-    return SDXL if embeds_sizes else FAMILIES[UNET]
+    return SDXL if config.get("addition_embed_type") else FAMILIES[UNET]

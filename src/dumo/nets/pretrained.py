@@ -2,7 +2,7 @@
 
 `Pretrained` is the spec. The order of events in `Pretrained.build`:
 
-1. `find_family` finds the model's `Family` by its config.json, or refuses the model.
+1. `family_of` finds the model's `Family` by its config.json, or refuses the model.
 2. `load_model` makes the model from its config.json, and loads the layers that `Dualized` copies or changes.
 3. `_require_fit` and others check that fields, objective and data fit the model.
 4. `text_rows` makes the module of texts, whose rows are loaded once the net is built (`dumo.run.net`).
@@ -40,7 +40,7 @@ from dumo.encoders.transformers_library import quietly
 from dumo.io.deferred import Loaders, load_parameters
 from dumo.nets.checkpointing import Checkpointing, mark_recomputed, run_as_marked
 from dumo.nets.dualized import Dualized, time_embedder_paths
-from dumo.nets.family import Family, find_family, is_unet
+from dumo.nets.family import Family, family_of, is_unet
 from dumo.nets.lora import Lora
 from dumo.nets.lowbit import CodedLinear, Coding, encode, weight_digest
 from dumo.nets.precondition import Precondition
@@ -94,14 +94,14 @@ class Pretrained(PipelineSpec):
 
     @property
     def family(self) -> Family:
-        """The family of the pipeline's model. Raises UserError as `find_family`."""
-        return find_family(self.pipeline.config(TRANSFORMER), self.pipeline.class_name)
+        """The family of the pipeline's model. Raises UserError as `family_of`."""
+        return family_of(self.pipeline)
 
     @property
     def diffusion(self) -> DiffusionToVelocity | None:
         """The map from the outputs of a model of a diffusion to velocities; None: the model learned a velocity.
 
-        Raises UserError as `find_family` and `read_scheduler`.
+        Raises UserError as `family_of` and `read_scheduler`.
         """
         if not self.family.is_diffusion:
             return None
@@ -111,12 +111,11 @@ class Pretrained(PipelineSpec):
     def side(self) -> int:
         """The pixels along a side of the pipeline's default image; 0: it is no square, or there is no autoencoder.
 
-        Raises UserError as `find_family`.
+        Raises UserError as `family_of`.
         """
-        config = self.pipeline.config(TRANSFORMER)
         if VAE not in self.pipeline.index:
             return 0
-        return self.family.default_side(config)
+        return self.family.default_side(self.pipeline.config(TRANSFORMER))
 
     def short(self, depth: int) -> "Shortened":
         """Return a spec of up to `depth` blocks of each kind with random weights, for checks that read no weights."""
@@ -150,9 +149,9 @@ class Pretrained(PipelineSpec):
             )
         if len(shape) != 3:
             raise UserError(f"net 'diffusers' takes images, not samples of shape {shape}: use net.kind mlp")
-        config = self.pipeline.config(TRANSFORMER)
-        model_family = find_family(config, self.pipeline.class_name)
-        model, stored = self.load_model(self._build_config(config), model_family)
+        model_family = self.family
+        config = self._build_config(self.pipeline.config(TRANSFORMER))
+        model, stored = self.load_model(config, model_family)
         self._require_fit(model_family, model.config, needs)
         patch = model_family.patch(model.config, shape[0])
         if shape[1] % patch or shape[2] % patch:

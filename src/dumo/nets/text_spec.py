@@ -25,7 +25,7 @@ from dumo.encoders.encode_prompt import PromptReaderSpec
 from dumo.encoders.pipeline_folder import TRANSFORMER, PipelineSpec
 from dumo.encoders.transformers_text import TextEncoder
 from dumo.io.read import user_path
-from dumo.nets.family import Family, find_family
+from dumo.nets.family import Family, family_of
 from dumo.nets.learned import LearnedTexts
 from dumo.nets.text_rows import CachedStore, RandomStore, Rows, Texts, TextSizes, TextsSpec
 from dumo.runtime.formatting import bytes_text
@@ -236,7 +236,7 @@ class PipelineTexts(PipelineSpec, EmbeddedTexts):
     @property
     def family(self) -> Family:
         """The family of the pipeline's model. Raises UserError if it is none that dumo knows."""
-        return find_family(self.pipeline.config(TRANSFORMER), self.pipeline.class_name)
+        return family_of(self.pipeline)
 
     @property
     def reader_spec(self) -> PromptReaderSpec:

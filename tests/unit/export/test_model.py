@@ -160,7 +160,7 @@ def test_guidance_is_said_in_each_pipelines_own_way() -> None:
 @pytest.mark.parametrize("is_distilled", [True, False])
 def test_a_distilled_klein_is_guided_by_no_argument(is_distilled: bool, tmp_path: Path) -> None:
     """Its pipeline ignores guidance_scale, and warns where that is left at its default."""
-    index = {"_class_name": "Flux2KleinPipeline", "is_distilled": is_distilled}
+    index = {"_class_name": "Flux2KleinPipeline", "is_distilled": is_distilled, "transformer": ["diffusers", FLUX2]}
     (tmp_path / INDEX).write_text(json.dumps(index), encoding="utf-8")
     (tmp_path / "transformer").mkdir()
     config = {"_class_name": FLUX2, "guidance_embeds": False}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from dumo.nets import family
 from dumo.export.stock import PIPELINE_BY_CLASS, PIPELINE_BY_MODEL
 from dumo.nets.family import FAMILIES, FLUX2, KLEIN, PIPELINES, VARIANTS, Family, Inputs, find_family, kontext_arguments
 from pipelines import PIPELINES as TINY_PIPELINES
@@ -28,6 +29,29 @@ def test_what_is_accepted_is_exported_and_tested() -> None:
     exported = {row.pipeline for row in (*PIPELINE_BY_MODEL.values(), *PIPELINE_BY_CLASS.values())}
     assert exported == {*PIPELINES} == {row.pipeline for row in TINY_PIPELINES.values()}
     assert all(name == row.pipeline for name, row in PIPELINE_BY_CLASS.items())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_setting_of_a_class_is_known(name: str) -> None:
+    """What the installed diffusers may read of a config.json, but for sizes: dumo takes its value, or refuses it."""
+    import diffusers
+
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+    known = {*family._LAYER_SETTINGS, *family._KNOWN_VALUES}
+    for key, parameter in parameters.items():
+        value = parameter.default
+        is_size = isinstance(value, int | float | list | tuple) and not isinstance(value, bool)
+        if key in ("self", *SIZES_OR_NULL) or is_size or value is inspect.Parameter.empty:
+            continue
+        assert key in known or value is False, f"{name}: dumo does not know {key}, which is {value} if it is not set"
+
+
+# Sizes of layers inside a model, which are null if its class computes them.
+SIZES_OR_NULL = (
+    "out_channels", "axes_dim", "ffn_dim_multiplier", "interpolation_scale", "sample_size", "num_attention_heads",
+    "addition_time_embed_dim", "projection_class_embeddings_input_dim", "reverse_transformer_layers_per_block",
+    "class_embed_type", "encoder_hid_dim_type", "time_embedding_act_fn", "timestep_post_act",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,12 @@ CONFIG: list[tuple[str, dict[str, Any], str]] = [
     ("sd1", {"class_embed_type": "timestep"}, "class_embed_type"),
     ("sd1", {"addition_embed_type": "image"}, "addition_embed_type"),
     ("sd1", {"time_cond_proj_dim": 8}, "time_cond_proj_dim"),
+    ("sd1", {"flip_sin_to_cos": False}, "flip_sin_to_cos"),
+    ("sd1", {"freq_shift": 1}, "freq_shift"),
+    ("qwen", {"zero_cond_t": True}, "zero_cond_t"),
+    ("z-image", {"siglip_feat_dim": 8}, "siglip_feat_dim"),
+    ("sd3", {"reads_more": True}, "reads_more"),
+    ("sd3", {"reads": "more"}, "reads"),
 ]
 FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("sd3", {"guidance": 3.5}, "net.guidance"),
@@ -196,8 +202,15 @@ def an_image_for_rows_that_edit_none(folder: Saved, here: Path) -> None:
     given_rows(torch.ones(3, 2, 4), read=read_words).append(["a"], torch.zeros(1, 2, 3, 3))
 
 
+def a_pipeline_without_a_transformer(folder: Saved, here: Path) -> None:
+    index = {"_class_name": "StableCascadeDecoderPipeline", "decoder": ["stable_cascade", "StableCascadeUNet"]}
+    (here / "model_index.json").write_text(json.dumps(index))
+    built(folder("sd3").within(Pipeline(source=str(here))))
+
+
 OTHERS: dict[Callable[[Saved, Path], object], str] = {
     two_transformers: "two transformers",
+    a_pipeline_without_a_transformer: "StableCascadeDecoderPipeline",
     another_transformer: "another transformer",
     the_base_of_full_fine_tuning: "net.lora",
     float32_passes_of_weights_in_bf16: "train.precision",
