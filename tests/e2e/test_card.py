@@ -21,7 +21,7 @@ from tiny import TinyRuns
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about its own parts, and of peft about merges
 ROOT = Path(__file__).parents[2]
-NO_LORA = ("PRX", "Wan", "PixArt", "PixArt-alpha")
+NO_LORA = ("PRX", "PixArt", "PixArt-alpha")
 FORMS = ("folder", "lora")
 CASES = [
     (name, stored, form)

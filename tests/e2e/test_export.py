@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def test_adapters_of_convolutions_are_a_stock_lora(name: str, tmp_path: Path) ->
     case = Case.of(name, tmp_path, "net.lora={rank: 4, convolutions: true}")
     assert max(case.errors_over_limits("merged", case.export("merged"))) < 1
     out = case.export("out", "--to", "lora")
-    assert any("conv1.lora_A" in key for key in load_file(out / lora.FILE))
+    assert any("conv1.lora_down" in key for key in load_file(out / lora.FILE))
     assert max(case.errors_over_limits("lora", out)) < 1
 
 
@@ -168,6 +169,59 @@ def test_the_card_of_a_run_on_buckets_asks_for_a_size_that_it_has(tmp_path: Path
     card = (case.export("bare", "--parts", "link") / "README.md").read_text("utf-8")
     assert "| images | pixels, width x height: 144 x 144, " in card
     assert "height=144, width=144, " in card
+
+
+LORAS = [name for name in PIPELINES if name not in ("PRX", "PixArt", "PixArt-alpha")]  # diffusers loads none for these
+
+
+@pytest.mark.parametrize("name", tiered(LORAS, now=["SD3"], ci=["SDXL"]))
+def test_a_lora_loads_fuses_unloads_and_loads_again(
+    name: str, tuned: Case, tiny_runs: TinyRuns, tmp_path: Path
+) -> None:
+    """From the folder and from the file for ComfyUI, where there is one."""
+    case = tuned if name == "SD3" else tiny_runs.case(tmp_path, name, *LORA)
+    folder = case.folder / "out" if case is tuned else case.export("out", "--to", "lora")
+    sources: list[Path] = [folder]
+    if case.stock.comfyui_names is not None:
+        sources.append(case.export("fused.safetensors", "--to", "comfyui"))
+    pipe = case.pipeline()
+    base = case.pipeline_latent(pipe, 1)
+    limit = 1e-5 * base.norm()
+    for source in sources:
+        pipe.load_lora_weights(source)
+        tuned_latent = case.pipeline_latent(pipe, 1)
+        assert (tuned_latent - base).norm() > 10 * limit
+        pipe.fuse_lora()
+        assert (case.pipeline_latent(pipe, 1) - tuned_latent).norm() < limit
+        pipe.unfuse_lora()
+        assert (case.pipeline_latent(pipe, 1) - tuned_latent).norm() < limit
+        pipe.unload_lora_weights()
+        assert (case.pipeline_latent(pipe, 1) - base).norm() < limit
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["SD1", "SDXL"])
+def test_a_unet_is_called_without_guidance_by_default(name: str, tiny_runs: TinyRuns, tmp_path: Path) -> None:
+    """And diffusers does not call its scheduler outdated."""
+    case = tiny_runs.case(tmp_path, name, *FULL)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pipe = case.pipeline(case.export("out"))
+    assert not [warning for warning in caught if "outdated" in str(warning.message)]
+    expected = case.pipeline_latent(pipe, 2)
+    for arguments in ({"guidance_scale": 7.5}, {"guidance_scale": 5.0, "negative_prompt": "a dog"}):
+        assert torch.equal(case.pipeline_latent(pipe, 2, **arguments), expected)
+
+
+@pytest.mark.nightly
+def test_a_pipeline_under_an_older_name_of_its_class_is_exported_under_the_present_one(tmp_path: Path) -> None:
+    """Lumina2Text2ImgPipeline is gone from diffusers 0.42; both cards open."""
+    case = Case.of("Lumina2", tmp_path, *LORA, verbs=())
+    index = case.source / INDEX
+    index.write_text(index.read_text("utf-8").replace("Lumina2Pipeline", "Lumina2Text2ImgPipeline"), encoding="utf-8")
+    case.train(*LORA)
+    assert max(case.errors_over_limits("merged", case.export("merged"))) < 1
+    assert max(case.errors_over_limits("lora", case.export("out", "--to", "lora"))) < 1
 
 
 @pytest.mark.nightly

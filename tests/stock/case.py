@@ -224,7 +224,7 @@ class Case:
     @property
     def can_guide(self) -> bool:
         """Whether its pipeline guides as dumo does; a run of edits has no empty condition to guide away from."""
-        return self.stock.guide_argument is not None and not self.stock.rescales_guidance and not self.stock.takes_image
+        return self.stock.guide_argument is not None and not self.stock.rescales_cfg and not self.stock.takes_image
 
     def guide(self, scale: float) -> None:
         """Let the run be sampled with this scale of guidance from now on."""

@@ -109,7 +109,7 @@ def train(
         from dumo.export.stock import export_forms
 
         for form in export_forms(run.net):
-            commands.append(f"export {folder_word} {shell_path(f'{run_folder}-{form}')} --to {form}")
+            commands.append(f"export {folder_word} --to {form}")
     lines = [shell_command(run, f"dumo {command}") for command in commands]
     err.print("next:  " + "    ".join(lines), soft_wrap=True)
     if missing:

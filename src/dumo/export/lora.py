@@ -15,7 +15,7 @@ Both programs read the same file:
   diffusers looks for them; ComfyUI takes B A as it is.
 - Layers of U-Nets have kohya's names, `lora_unet_X.lora_down.weight`, with their rank as alpha.
 - A few layers that ComfyUI does not find by their names in diffusers are there a second time, by its own names
-  (`COMFYUI`). diffusers ignores these.
+  (`StockPipeline.comfyui_names`). diffusers ignores these.
 
 Adapters on top of those of a few-step run (`net.lora.subject`) are added to them by concatenated ranks,
 
@@ -23,8 +23,7 @@ Adapters on top of those of a few-step run (`net.lora.subject`) are added to the
 
 for the untouched model; or they are written without those, for the few-step run's export (`subject_only`).
 
-`write` writes the folder for diffusers, with a scheduler and a card; `save_file` writes the file alone. To add a class
-of models that ComfyUI knows, add a row to `COMFYUI`.
+`write` writes the folder for diffusers, with a scheduler and a card; `write_for_comfyui` writes the file alone.
 """
 
 import json
@@ -48,24 +47,6 @@ from dumo.types import UserError
 # The file that diffusers looks for.
 FILE = "pytorch_lora_weights.safetensors"
 _METADATA = {"format": "pt"}
-# The classes of diffusers whose layers ComfyUI finds by their names there, with ComfyUI's own names of the few layers
-# that it does not find so. Read in `model_lora_keys_unet` of comfy/lora.py at its commit 17358c8, and the maps of
-# comfy/utils.py at 09708ea.
-_FLUX2_TIME = "time_guidance_embed.timestep_embedder"
-COMFYUI: dict[str, dict[str, str]] = {
-    "SD3Transformer2DModel": {},
-    "FluxTransformer2DModel": {},
-    "Flux2Transformer2DModel": {
-        f"{_FLUX2_TIME}.linear_1": "lora_unet_time_in_in_layer",
-        f"{_FLUX2_TIME}.linear_2": "lora_unet_time_in_out_layer",
-    },
-    "ChromaTransformer2DModel": {},
-    "QwenImageTransformer2DModel": {},
-    "ZImageTransformer2DModel": {},
-    "AuraFlowTransformer2DModel": {},
-    "PixArtTransformer2DModel": {},
-    "UNet2DConditionModel": {},
-}
 # Begins the names that kohya's scripts give to layers of U-Nets, which A1111 reads, too.
 _KOHYA_PREFIX = "lora_unet_"
 
@@ -110,10 +91,10 @@ def write_for_comfyui(exported: ExportedModel, file: Path, *, dtype: str, metada
 
     Raises UserError as `lora_products`, and if ComfyUI could not use the file.
     """
-    require_pipeline(exported)
+    stock = require_pipeline(exported)
     if exported.class_embeddings:
         raise UserError("net.texts is codes for classes, and ComfyUI reads texts: export to lora")
-    if exported.model_class not in COMFYUI:
+    if stock.comfyui_names is None:
         raise UserError(
             f"ComfyUI does not know the layers of a {exported.model_class} by their names in diffusers: export to lora "
             "or diffusers"
@@ -146,7 +127,8 @@ def named_tensors(exported: ExportedModel, products: list[LayerProduct]) -> dict
             weights[f"{name}.lora_up.weight"] = b
             weights[f"{name}.alpha"] = torch.tensor(float(len(a)))
         return weights
-    comfyui_name_by_path = COMFYUI.get(exported.model_class, {})
+    stock = exported.stock
+    comfyui_name_by_path = (stock.comfyui_names or {}) if stock else {}
     for path, a, b in products:
         weights[f"{exported.component_name}.{path}.lora_A.weight"] = a
         weights[f"{exported.component_name}.{path}.lora_B.weight"] = b

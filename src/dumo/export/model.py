@@ -283,7 +283,7 @@ def require_pipeline(exported: ExportedModel) -> StockPipeline:
     if stock is None:
         raise UserError(f"no stock pipeline calls a {exported.model_class} as this run does: export to safetensors")
     scale = exported.run.sample.guide.scale
-    if exported.head == "u" and scale != 1 and stock.rescales_guidance:
+    if exported.head == "u" and scale != 1 and stock.rescales_cfg:
         raise UserError(
             f"sample.guide.scale is {scale:g}, and {stock.pipeline} rescales what it guides, so its images would "
             "differ: set it to 1, or export to safetensors"

@@ -28,7 +28,7 @@ from dumo.config.word import method
 from dumo.data import Data, Images, Latents
 from dumo.data.caption import Templates
 from dumo.data.pixel import Size
-from dumo.encoders.pipeline_folder import LICENSE, has_component
+from dumo.encoders.pipeline_folder import LICENSE, UNET, has_component
 from dumo.export.model import ExportedModel
 from dumo.export.scheduler import EULER, JUMP_SCHEDULER, LCM
 from dumo.export.stock import StockPipeline
@@ -147,6 +147,8 @@ def tuned_card(
     parts = index or {}
     num_parts = sum(has_component(entry) for entry in parts.values())
     scheduler = parts.get("scheduler", ["diffusers", LCM if exported.net.diffusion else EULER])
+    if index is None and exported.head == "u" and not stock.time_arguments and not exported.subject_only:
+        scheduler = JUMP_SCHEDULER
 
     # Show the scores of the exported head alone: those of solvers of the velocity, or of the flow map.
     reads_velocity = exported.head == "v"
@@ -168,6 +170,7 @@ def tuned_card(
         codes=exported.class_embeddings,
         calls=_pipeline_calls(exported, stock),
         is_guided=_is_guided(stock, run),
+        ignores_guidance=ignores_guidance(exported) and index is not None,
         scheduler=scheduler[1],
         has_own_scheduler=scheduler == JUMP_SCHEDULER,
         absent_arguments="".join(f", {part}=None" for part in exported.spec.pipeline.absent_parts),
@@ -218,6 +221,12 @@ def license_metadata(facts: Mapping[str, str]) -> dict[str, str]:
     return metadata
 
 
+def ignores_guidance(exported: ExportedModel) -> bool:
+    """Whether the model is exported such that its pipeline runs no CFG: a UNet whose guidance is in the weights."""
+    is_unguided = exported.head == "u" and exported.run.sample.guide.scale == 1
+    return is_unguided and exported.component_name == UNET
+
+
 def _is_guided(stock: StockPipeline, run: Run) -> bool:
     """Whether samples are guided by an argument of the pipeline."""
     return run.sample.guide.scale != 1 and stock.guide_argument is not None
@@ -260,7 +269,7 @@ def _image_arguments(exported: ExportedModel, stock: StockPipeline) -> list[str]
         arguments.append("**embeds")
     else:
         arguments.append(f'prompt="{PROMPT}"')
-        if stock.guided_by_negative and _is_guided(stock, exported.run):
+        if stock.cfg_needs_negative_prompt and _is_guided(stock, exported.run):
             arguments.append('negative_prompt=""')
     arguments += [f"height={height}", f"width={width}", *stock.extra_arguments]
     # A model that came alone has no decoder.

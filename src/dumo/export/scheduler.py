@@ -43,6 +43,8 @@ JUMP_SCHEDULER: Entry = ["jumps", "JumpScheduler"]
 _SHIPPED_TIMES = "START, M = 1.0, 0.5"
 # c above: c_skip is .25 / 1e8 at index 1.
 _TIMESTEP_SCALING = 1e4
+# Neither scheduler reads it for its times. StableDiffusionPipeline calls a config without it outdated.
+_STEPS_OFFSET = 1
 
 
 def restart_for_scheduler(solver: Solver) -> Restart:
@@ -131,6 +133,7 @@ def _write_lcm(folder: Path, diffusion: DiffusionToVelocity) -> Entry:
         **scheduler_settings(diffusion),
         original_inference_steps=diffusion.schedule.steps,
         timestep_scaling=_TIMESTEP_SCALING,
+        steps_offset=_STEPS_OFFSET,
     )
     scheduler.save_pretrained(folder)
     return ["diffusers", LCM]
@@ -140,6 +143,8 @@ def _write_ddim(folder: Path, diffusion: DiffusionToVelocity) -> Entry:
     """Write a scheduler that follows the velocity of a diffusion."""
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-    scheduler = DDIMScheduler(**scheduler_settings(diffusion), clip_sample=False, timestep_spacing="trailing")
+    scheduler = DDIMScheduler(
+        **scheduler_settings(diffusion), clip_sample=False, timestep_spacing="trailing", steps_offset=_STEPS_OFFSET
+    )
     scheduler.save_pretrained(folder)
     return ["diffusers", "DDIMScheduler"]

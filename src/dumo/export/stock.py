@@ -7,7 +7,7 @@ that the command line proposes.
 To add a model, add a row to `PIPELINE_BY_MODEL`, or to `PIPELINE_BY_CLASS` for a variant of another pipeline's model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,10 +30,10 @@ class StockPipeline:
     guide_argument: str | None = "guidance_scale"
     # The value of `guide_argument` for no guidance.
     unguided_scale: float = 1.0
-    # Guidance runs only if negative_prompt is passed.
-    guided_by_negative: bool = False
-    # Rescales the guided prediction to the norm of the conditional one.
-    rescales_guidance: bool = False
+    # CFG runs only if negative_prompt is passed.
+    cfg_needs_negative_prompt: bool = False
+    # Rescales the CFG output to the norm of the conditional prediction.
+    rescales_cfg: bool = False
     # The arguments for the times of passes; () if there are none.
     time_arguments: tuple[str, ...] = ("sigmas",)
     # Times are indices of a diffusion's table.
@@ -51,8 +51,11 @@ class StockPipeline:
     pixels_per_latent: int = 8
     # The expression for the image in the result of a call.
     image_at: str = "images[0]"
-    # It has load_lora_weights.
+    # It has load_lora_weights and fuse_lora.
     loads_lora: bool = True
+    # ComfyUI's own names of the layers that it does not find by their names in diffusers; None: it finds none by these.
+    # Read in `model_lora_keys_unet` of comfy/lora.py at commit 17358c8, and the maps of comfy/utils.py at 09708ea.
+    comfyui_names: Mapping[str, str] | None = None
 
     def arguments(self, times: Sequence[float], *, embedded: float | None = None, scale: float = 1.0) -> dict[str, Any]:
         """The keyword arguments for passes that begin at `times`, guided as `guidance_arguments` says.
@@ -92,15 +95,24 @@ class StockPipeline:
 
 
 _KEEP_SIZE = ("use_resolution_binning=False",)
+_SAME_NAMES: dict[str, str] = {}
+_FLUX2_TIME = "time_guidance_embed.timestep_embedder"
+_FLUX2_NAMES = {
+    f"{_FLUX2_TIME}.linear_1": "lora_unet_time_in_in_layer",
+    f"{_FLUX2_TIME}.linear_2": "lora_unet_time_in_out_layer",
+}
 PIPELINE_BY_MODEL: dict[str, StockPipeline] = {
-    "SD3Transformer2DModel": StockPipeline("StableDiffusion3Pipeline"),
+    "SD3Transformer2DModel": StockPipeline("StableDiffusion3Pipeline", comfyui_names=_SAME_NAMES),
     "FluxTransformer2DModel": StockPipeline(
         "FluxPipeline",
         guide_argument="true_cfg_scale",
-        guided_by_negative=True,
+        cfg_needs_negative_prompt=True,
+        comfyui_names=_SAME_NAMES,
     ),
-    "Flux2Transformer2DModel": StockPipeline("Flux2Pipeline", guide_argument=None),
-    "ChromaTransformer2DModel": StockPipeline("ChromaPipeline", mask_argument="prompt_attention_mask"),
+    "Flux2Transformer2DModel": StockPipeline("Flux2Pipeline", guide_argument=None, comfyui_names=_FLUX2_NAMES),
+    "ChromaTransformer2DModel": StockPipeline(
+        "ChromaPipeline", mask_argument="prompt_attention_mask", comfyui_names=_SAME_NAMES
+    ),
     "SanaTransformer2DModel": StockPipeline(
         "SanaPipeline",
         seeds_scheduler=True,
@@ -111,17 +123,22 @@ PIPELINE_BY_MODEL: dict[str, StockPipeline] = {
     "QwenImageTransformer2DModel": StockPipeline(
         "QwenImagePipeline",
         guide_argument="true_cfg_scale",
-        guided_by_negative=True,
-        rescales_guidance=True,
+        cfg_needs_negative_prompt=True,
+        rescales_cfg=True,
         mask_argument="prompt_embeds_mask",
+        comfyui_names=_SAME_NAMES,
     ),
-    "ZImageTransformer2DModel": StockPipeline("ZImagePipeline", unguided_scale=0.0, lists_embeddings=True),
+    "ZImageTransformer2DModel": StockPipeline(
+        "ZImagePipeline", unguided_scale=0.0, lists_embeddings=True, comfyui_names=_SAME_NAMES
+    ),
     "Lumina2Transformer2DModel": StockPipeline(
         "Lumina2Pipeline",
         mask_argument="prompt_attention_mask",
         extra_arguments=("cfg_normalization=False",),
     ),
-    "AuraFlowTransformer2DModel": StockPipeline("AuraFlowPipeline", mask_argument="prompt_attention_mask"),
+    "AuraFlowTransformer2DModel": StockPipeline(
+        "AuraFlowPipeline", mask_argument="prompt_attention_mask", comfyui_names=_SAME_NAMES
+    ),
     # Given sigmas alone, it calls the net at other times.
     "CogView4Transformer2DModel": StockPipeline("CogView4Pipeline", time_arguments=("sigmas", "timesteps")),
     "PRXTransformer2DModel": StockPipeline(
@@ -136,13 +153,13 @@ PIPELINE_BY_MODEL: dict[str, StockPipeline] = {
         time_arguments=(),
         extra_arguments=("num_frames=1",),
         image_at="frames[0][0]",
-        loads_lora=False,
     ),
     "UNet2DConditionModel": StockPipeline(
         "StableDiffusionPipeline",
         time_arguments=("timesteps",),
         indexed_times=True,
         seeds_scheduler=True,
+        comfyui_names=_SAME_NAMES,
     ),
     "PixArtTransformer2DModel": StockPipeline(
         "PixArtSigmaPipeline",
@@ -152,6 +169,7 @@ PIPELINE_BY_MODEL: dict[str, StockPipeline] = {
         mask_argument="prompt_attention_mask",
         extra_arguments=_KEEP_SIZE,
         loads_lora=False,
+        comfyui_names=_SAME_NAMES,
     ),
 }
 # Pipelines of models whose class another pipeline has, too.
@@ -162,11 +180,12 @@ PIPELINE_BY_CLASS: dict[str, StockPipeline] = {
     "FluxKontextPipeline": StockPipeline(
         "FluxKontextPipeline",
         guide_argument="true_cfg_scale",
-        guided_by_negative=True,
+        cfg_needs_negative_prompt=True,
         takes_image=True,
         extra_arguments=("_auto_resize=False",),
+        comfyui_names=_SAME_NAMES,
     ),
-    "Flux2KleinPipeline": StockPipeline("Flux2KleinPipeline"),
+    "Flux2KleinPipeline": StockPipeline("Flux2KleinPipeline", comfyui_names=_FLUX2_NAMES),
     "PixArtAlphaPipeline": replace(PIPELINE_BY_MODEL["PixArtTransformer2DModel"], pipeline="PixArtAlphaPipeline"),
 }
 # FLUX.2 [klein] whose model_index.json says is_distilled: its pipeline ignores guidance, and warns of its own default.
@@ -180,9 +199,12 @@ def export_forms(spec: Pretrained) -> list[str]:
     stock = find_stock_pipeline(class_of(spec.pipeline.config(TRANSFORMER)), spec)
     if stock is None:
         return ["safetensors"]
+    forms = ["diffusers"]
     if spec.lora is not None and stock.loads_lora:
-        return ["diffusers", "lora"]
-    return ["diffusers"]
+        forms.append("lora")
+    if spec.lora is not None and stock.comfyui_names is not None:
+        forms.append("comfyui")
+    return forms
 
 
 def find_stock_pipeline(model_class: str, spec: Pretrained) -> StockPipeline | None:

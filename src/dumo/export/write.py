@@ -38,6 +38,7 @@ from dumo.io.read import read_json, write_json
 from dumo.io.tensor_files import PICKLES, unshared
 from dumo.nets import Pretrained
 from dumo.nets.dualized import Dualized
+from dumo.nets.heads import with_submodules
 from dumo.run.trained import TrainedRun
 from dumo.run.weights import build, load_run
 from dumo.runtime import signals
@@ -55,6 +56,8 @@ ORIGIN = "dumo.json"
 # Keys of a source's model_index.json that do not hold for a tuned model begin so: its name, and the few-step settings
 # that some servers read.
 _SOURCE_ONLY_KEYS = ("_name_or_path", "_use_default_values", "dmd2_")
+# The size of the embedding of a guidance scale that a UNet ignores. diffusers divides by half of it less one.
+_GUIDANCE_WIDTH = 4
 
 
 def export(
@@ -205,11 +208,16 @@ def _write_pipeline(
     """
     stock = require_pipeline(exported)
     source = exported.source_folder
-    index: dict[str, Any] = read_index(source) if source else {"_class_name": stock.pipeline}
+    index: dict[str, Any] = read_index(source) if source else {}
+    # The source may have an older name of the class, which the installed diffusers does not know.
+    index = {"_class_name": stock.pipeline} | {key: entry for key, entry in index.items() if key != "_class_name"}
     if source and parts != "none":
         exported.spec.pipeline.verify()
         require_own_autoencoder(exported.run.data)
-    exported.build_model().save_pretrained(out / exported.component_name)
+    model = exported.build_model()
+    if model_card.ignores_guidance(exported):
+        model = _without_guidance(model)
+    model.save_pretrained(out / exported.component_name)
     index[exported.component_name] = ["diffusers", exported.model_class]
     if exported.head == "u":
         index[SCHEDULER] = write_flow_map_scheduler(
@@ -237,6 +245,20 @@ def _write_pipeline(
         safetensors.torch.save_file(codes, out / model_card.CODES, {"format": "pt"})
     readme = model_card.tuned_card(exported, provenance, stock, out_name, index)
     (out / "README.md").write_text(readme, encoding="utf-8")
+
+
+def _without_guidance(unet: nn.Module) -> Any:  # noqa: ANN401, a model of diffusers
+    """Return a UNet with which its pipeline runs no CFG, whatever guidance_scale is: its default would be wrong.
+
+    As for LCM's models, the pipeline passes an embedding of the scale to the model instead. Here its weights are zero.
+    """
+    first_layer = unet.get_submodule("time_embedding.linear_1")
+    assert isinstance(first_layer, nn.Linear)
+    projection = nn.Linear(_GUIDANCE_WIDTH, first_layer.in_features, bias=False, dtype=first_layer.weight.dtype)
+    nn.init.zeros_(projection.weight)
+    new: Any = with_submodules(unet, {"time_embedding.cond_proj": projection})
+    new.register_to_config(time_cond_proj_dim=_GUIDANCE_WIDTH)
+    return new
 
 
 def read_index(source: Path) -> dict[str, Any]:

@@ -119,7 +119,7 @@ class Stock:
             *self.calls(
                 text,
                 **{self.stock.guide_argument: 4.0},
-                **{"negative_prompt": ""} if self.stock.guided_by_negative else {},
+                **{"negative_prompt": ""} if self.stock.cfg_needs_negative_prompt else {},
             )
         ]
 

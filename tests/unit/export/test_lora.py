@@ -12,7 +12,7 @@ import torch
 import transformers_tiny as tiny
 from comfyui import loaded, native
 from dumo.encoders.pipeline_folder import Pipeline
-from dumo.export.lora import COMFYUI, adapter_config, lora_products, named_tensors, write_for_comfyui
+from dumo.export.lora import adapter_config, lora_products, named_tensors, write_for_comfyui
 from dumo.export.model import ExportedModel
 from dumo.export.stock import PIPELINE_BY_MODEL
 from dumo.io.hub import published_config
@@ -117,7 +117,8 @@ def test_what_comfyui_finds_by_no_name_is_refused(name: str, tmp_path: Path) -> 
     assert PIPELINE_BY_MODEL[tiny.TINY[name].kind].loads_lora
     with pytest.raises(UserError, match="ComfyUI does not know the layers of a"):
         write_for_comfyui(tuned(name)[1], tmp_path / "lora.safetensors", dtype="float32", metadata={})
-    assert {tiny.TINY[name].kind for name in (*NAMES, "sdxl")} == set(COMFYUI)
+    known = {name for name, stock in PIPELINE_BY_MODEL.items() if stock.comfyui_names is not None}
+    assert {tiny.TINY[name].kind for name in (*NAMES, "sdxl")} == known
 
 
 def of_unet(model: Any, row: Family, *, convolutions: bool) -> tuple[dict[str, torch.Tensor], ExportedModel]:  # noqa: ANN401
