@@ -45,10 +45,7 @@ _MAX_WITHOUT_CAPTION = 0.5
 TIMES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
 # A low-pass that changes v by more than this, relative to its norm, has cut what the model uses.
 _MAX_CHANGE = 0.02
-_TEACH_AGAIN = (
-    "teach it v again, first by objective.kind=flow_matching, then from that run by start; net.lowpass=30 keeps more "
-    "waves, but v of such a network changed too quickly for DuMo on digits"
-)
+_TEACH_AGAIN = "teach it v again, first by objective.kind=flow_matching, then from that run by start"
 # The low-pass of the recipes' networks, in rad.
 _LOWPASS = 10.0
 # Of |t dv/dt| / |v|: in networks of digits that could be tuned it was at most 0.6, in one that could not 4.4.

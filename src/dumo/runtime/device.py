@@ -20,8 +20,8 @@ import torch
 from dumo.runtime import dist, version
 from dumo.types import UserError
 
-# dense bf16 TFLOP/s by a part of the GPU's name (NVIDIA's data sheets, SXM)
-_TFLOPS_BY_GPU = {"H100": 989.0, "H200": 989.0}
+# dense bf16 TFLOP/s, added in fp32, by a part of the GPU's name (NVIDIA's data sheets, SXM)
+_TFLOPS_BY_GPU = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "RTX 3090": 71.0, "RTX 4090": 165.0, "RTX 5090": 209.0}
 CONTAINER_LIMITS = (  # the files in which a container, as of Docker, reads how much memory it may take
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),  # of older systems
