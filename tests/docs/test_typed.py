@@ -6,6 +6,9 @@ e2e/test_readme.py. Here continuous integration types those that are due (turn.p
 
 import os
 import shlex
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,8 +42,11 @@ COUNTED = {  # what `dumo show --cost` is given: published models take it minute
 }
 
 
-def typed(page: str, small: list[str], **instead: str) -> None:
-    """Type the lines of a page's blocks `sh`, each of which must end well. `small` goes to what trains or encodes."""
+def typed(page: str, small: list[str], python: Callable[[list[str]], None] | None = None, **instead: str) -> None:
+    """Type the lines of a page's blocks `sh`, each of which must end well. `small` goes to what trains or encodes.
+
+    `python` runs what is typed behind `python`.
+    """
     for line in unrolled(lines(ROOT / f"docs/{page}.md", "sh")):
         program, *words = shlex.split(os.path.expandvars(line), comments=True)
         if program == "export":
@@ -52,6 +58,9 @@ def typed(page: str, small: list[str], **instead: str) -> None:
                 more += ["--out", f"runs/{len(list(Path('runs').iterdir()))}"]  # an alternative to one before
             done = call(*(instead.get(word, word) for word in words), *more)
             assert done.code == 0, (line, done)
+        elif program == "python":
+            assert python, line
+            python([instead.get(word, word) for word in words])
         else:
             assert program == "pip", line  # of the network
 
@@ -95,8 +104,20 @@ def test_personal(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @tier("sdxl")
 def test_sdxl(here: Path) -> None:
-    typed("sdxl", [*TUNED, f"pipeline={save('SDXL', here / 'sdxl')}"])
-    assert (here / "fox.safetensors").is_file()
+    """With captions that are there; the images of the base are drawn by the page's own script."""
+    save("SDXL", here / "sdxl", dtype="float16", variant="fp16")
+    (here / "mine").mkdir()
+    (here / "photos").rename(here / "mine/photos")
+    (here / "prompts.txt").write_text("a dog on a beach\na cat\n", encoding="utf-8")
+    (script,) = (block for block in blocks(ROOT / "docs/sdxl.md", "py") if "num_inference_steps" in block)
+    (here / "base_images.py").write_text(script, encoding="utf-8")
+
+    def python(words: list[str]) -> None:
+        if words[0] == "base_images.py":
+            subprocess.run([sys.executable, *words, "sdxl", str(SIDE)], check=True)
+
+    typed("sdxl", [*TUNED, "pipeline=sdxl"], python, **{"500": "4", "200": "4"})
+    assert (here / "sks.safetensors").is_file()
 
 
 @tier("families")

@@ -295,7 +295,7 @@ def _load_few_step_run(run: Run, net: nn.Module, loaders: Loaders) -> Loaders:
     source = few_step_run(run)
     source_weights = frozen.trained_state_dict(source.net)
     heads = {name for name in net.state_dict() if name.startswith(_HEAD_PREFIXES)}
-    source_heads = {name for name in source_weights if name.startswith(_HEAD_PREFIXES)}
+    source_heads = {name for name in source.net.state_dict() if name.startswith(_HEAD_PREFIXES)}
     differing_heads = sorted(heads ^ source_heads)
     if differing_heads:
         raise UserError(

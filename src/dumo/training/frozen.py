@@ -68,10 +68,11 @@ def digest(net: nn.Module, loaders: Loaders | None = None, without: Collection[s
     `loaders` reads the parameters that are on the meta device; those named in `without` are left out. For a layer of
     codes (`dumo.nets.lowbit`) the digest of the original weight counts (`origin`), not the codes: another version of
     bitsandbytes may choose other ones. 20 B parameters take a second. Another model has another digest; a change of a
-    single value may go unseen. Returns None if nothing is frozen, or the net is on the meta device.
+    single value may go unseen. The fixed biases of heads are copies of the model's own, and a run may begin with one of
+    other heads, so these do not count. Returns None if nothing is frozen, or the net is on the meta device.
     """
     all_frozen = frozen_weights(net)
-    frozen = {name: p for name, p in all_frozen.items() if name not in without}
+    frozen = {name: p for name, p in all_frozen.items() if name not in without and not _is_bias_of_head(name)}
     if not frozen or any(map(is_fake, frozen.values())):
         return None
     if any(p.is_meta for name, p in frozen.items() if name not in (loaders or {})):
@@ -83,6 +84,11 @@ def digest(net: nn.Module, loaders: Loaders | None = None, without: Collection[s
             prefix = f"{path}." if path else ""
             code_names |= {f"{prefix}weight", f"{prefix}scales"}
     return digests.of_samples({name: p for name, p in frozen.items() if name not in code_names}, loaders)
+
+
+def _is_bias_of_head(name: str) -> bool:
+    """Whether a frozen parameter is the bias of a head (`dumo.nets.dualized`)."""
+    return name.startswith("heads.") and name.endswith(".bias")
 
 
 def require(now: str | None, before: str | None, whose: object) -> None:
