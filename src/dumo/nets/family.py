@@ -1,9 +1,10 @@
 """The models of diffusers that can be tuned: a `Family` for each class, with the paths of its parts and its arguments.
 
-`family_of` is the entrance: it finds the `Family` of a pipeline by its config.json, or refuses it. `dumo.nets.dualized` calls
-the model with what `Family.arguments` makes of its `Inputs`; `dumo.encoders.encode_prompt` encodes texts by it. To add
-one, add an entry to `FAMILIES`, or to `VARIANTS` where its class is there already, and a function of arguments if no
-other fits (docs/families.md). `PIPELINES` are the accepted classes of pipelines, which messages and that page list.
+`family_of` is the entrance: it finds the `Family` of a pipeline by its config.json, or refuses it.
+`dumo.nets.dualized` calls the model with what `Family.arguments` makes of its `Inputs`; `dumo.encoders.encode_prompt`
+encodes texts by it. To add one, add an entry to `FAMILIES`, or to `VARIANTS` where its class is there already, and a
+function of arguments if no other fits (docs/families.md). `PIPELINES` are the accepted classes of pipelines, which
+messages and that page list.
 
 A family holds what no config says. Models of a diffusion (`Family.is_diffusion`) are read by `dumo.nets.vp`. Every
 other model here learned the velocity noise - data on the linear path, with data at t = 0, noise at t = 1; Z-Image and
@@ -546,9 +547,24 @@ PIPELINE_PURPOSES = {  # of variants of a base, by a word in the class of the pi
 
 # Settings in a config.json that dumo knows, of all families. Numbers and lists are sizes, but for those named here.
 _LAYER_SETTINGS = frozenset(  # of layers inside a model, which dumo does not read
-    "act_fn activation_fn attention_bias bottleneck_size caption_channels cross_attention_norm cross_attn_norm "
-    "mid_block_type norm_elementwise_affine only_cross_attention qk_norm upcast_attention use_linear_projection "
-    "resnet_time_scale_shift resnet_skip_time_act mid_block_only_cross_attention".split()
+    {
+        "act_fn",
+        "activation_fn",
+        "attention_bias",
+        "bottleneck_size",
+        "caption_channels",
+        "cross_attention_norm",
+        "cross_attn_norm",
+        "mid_block_only_cross_attention",
+        "mid_block_type",
+        "norm_elementwise_affine",
+        "only_cross_attention",
+        "qk_norm",
+        "resnet_skip_time_act",
+        "resnet_time_scale_shift",
+        "upcast_attention",
+        "use_linear_projection",
+    }
 )
 _KNOWN_VALUES: dict[str, tuple[Any, ...]] = {
     "guidance_embeds": (True,),  # net.guidance

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from dumo.nets import family
 from dumo.export.stock import PIPELINE_BY_CLASS, PIPELINE_BY_MODEL
+from dumo.nets import family
 from dumo.nets.family import FAMILIES, FLUX2, KLEIN, PIPELINES, VARIANTS, Family, Inputs, find_family, kontext_arguments
 from pipelines import PIPELINES as TINY_PIPELINES
 
