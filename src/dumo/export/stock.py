@@ -202,7 +202,8 @@ def export_forms(spec: Pretrained) -> list[str]:
     forms = ["diffusers"]
     if spec.lora is not None and stock.loads_lora:
         forms.append("lora")
-    if spec.lora is not None and stock.comfyui_names is not None:
+    # ComfyUI reads texts, no codes of classes.
+    if spec.lora is not None and stock.comfyui_names is not None and spec.texts.kind == "pipeline":
         forms.append("comfyui")
     return forms
 
