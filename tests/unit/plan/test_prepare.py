@@ -1,6 +1,7 @@
 """`dumo.train` takes data, a net and an objective as they lie in a notebook, and says what does not fit."""
 
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,19 @@ def test_a_callback_stops_the_training_politely(tmp_path: Path) -> None:
     last = train(tmp_path / "last", source="moons", overrides=small | {"train.steps": 2}, callbacks=[stop])
     assert last.step == 2
     assert signals.received_signal is None
+
+
+@pytest.mark.slow
+def test_a_signal_before_a_stop_is_the_reason(tmp_path: Path) -> None:
+    def stop(state: State, metrics: StepMetrics) -> None:
+        if state.step == 2:
+            signal.raise_signal(signal.SIGINT)
+            raise dumo.Stop
+
+    small = {"net.width": 16, "net.depth": 1, "train.batch": 8, "train.steps": 6}
+    with signals.listening(), pytest.raises(signals.Stopped) as stopped:
+        train(tmp_path, source="moons", overrides=small, callbacks=[stop])
+    assert stopped.value.number == signal.SIGINT
 
 
 @pytest.mark.slow

@@ -149,6 +149,20 @@ def test_a_new_run_that_is_refused_leaves_nothing(changes: list[str], words: str
     assert not new.exists()
 
 
+def test_a_new_run_does_not_begin_from_weights_that_are_not_finite(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    train(tiny(), old)
+    prepared = prepare(old, [], new, step=2)
+    opened = open_trainer(new, prepared.run, changes=prepared.changes, origin=prepared.origin, device="cpu")
+    with (
+        patch("dumo.training.checkpoint.find_nonfinite", return_value="net: a"),
+        pytest.raises(UserError, match="step-00000002: net: a is not finite: begin from another step"),
+        opened,
+    ):
+        pass
+    assert not new.exists()
+
+
 def test_weights_after_the_step_of_a_resumed_run_go(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     files = [
