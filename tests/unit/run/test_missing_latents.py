@@ -108,7 +108,7 @@ def test_a_finished_cache_stays_as_it_is(run: Run, photos: Path, i: int) -> None
     draw(photos, i, seed=99)
     fill(run)
     assert files() == before
-    with pytest.raises(UserError, match=r"put them back .*begin a new run"):
+    with pytest.raises(UserError, match=r"restore them, .*start a new run"):
         fill_caches.encode(latents(run), device="cpu")
     assert files() == before
 
