@@ -87,7 +87,7 @@ class Outside(ObjectiveSpec):
 
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """Mean squares to u*."""
-        (u_hat,), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, toward=b.v_t, moving=b.moving)
+        (u_hat,), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, direction=b.v_t, moving=b.moving)
         with torch.no_grad():
             u_star = b.v_t - lift(b.t - b.r, b.x_t) * along(b.v_t)[0]
         e = mean_square(u_hat - u_star)

@@ -96,7 +96,7 @@ def test_samples_of_captions_and_prompts_are_those_of_a_table(tabled: Case, tmp_
 def test_what_will_be_is_stated(tabled: Case) -> None:
     done = must(call("encode", *words(tabled)))
     assert "3 captions may take" in done.err
-    assert "more than net.texts.budget = 0 GB: they are encoded in training" in done.err
+    assert "more than net.texts.budget = 0 GB: they are encoded during training" in done.err
     assert not (tabled.folder / "none").exists()
     live, there = (call("show", *words(tabled, *more), "--cost", "--json") for more in ((), ("net.texts.budget=1",)))
     (alone, *_) = must(live).json["cost"]["memory"]

@@ -114,7 +114,7 @@ def test_the_card_of_two_times_makes_dumos_images(name: str, tmp_path: Path) -> 
     said = json.loads((out / "dumo.json").read_text())
     assert [r for _, r in said["passes"]] == [0, 0, 0, 0]
     assert said["embedding"]["error"] < 1e-6 < said["embedding"]["half"] < 0.02
-    assert f"condition number {said['embedding']['condition']:.3g}, off by" in (out / "README.md").read_text()
+    assert f"condition number {said['embedding']['condition']:.3g}, error" in (out / "README.md").read_text()
     must(call("train", case.run, "sample.solver={kind: hop}"))
     if case.stock.indexed_times:
         done = call("export", case.run, "--out", tmp_path / "hops")

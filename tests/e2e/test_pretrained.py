@@ -46,7 +46,7 @@ def test_from_a_folder_to_samples(here: Path, folder: Path) -> None:
     with patch.object(lowpass, "refit", wraps=lowpass.refit) as fitted:
         first = call("train", "digits", *net(folder), *SHORT, "--out", "tuned")
         assert (first.code, fitted.call_count) == (0, 1), "the time embedder is refitted before the first step"
-        assert "low-pass at 10 rad: 128 of 256 waves of time stay; the curve of time is off by" in first.err
+        assert "low-pass at 10 rad: 128 of 256 waves of time are kept; the time embedding changes by" in first.err
         assert call("train", "tuned", "train.steps=6").code == 0
         assert call("sample", "tuned", "--nfe", "1").code == 0
         assert fitted.call_count == 1, "trained weights take its place"

@@ -69,9 +69,9 @@ OURS: dict[str, dict[str, Any]] = {  # the spec of ours that each case is held a
 }
 CONSTANTS: dict[str, dict[str, float]] = {  # other than those of ours
     "imf_power": {"imf.ImprovedMeanFlow.power": 0.5, "imf.ImprovedMeanFlow.floor": 1e-3},
-    "match": {"match.WEIGHT": 1.0, "match.FIT": 1.0},
-    "match_dmd2": {"match.WEIGHT": 1.0, "match.FIT": 1.0},
-    "critic": {"critic.WEIGHT": 0.5, "critic.FIT": 1.0, "critic.FLOOR": 0.0},
+    "match": {"match.WEIGHT": 1.0, "match.HEAD_WEIGHT": 1.0},
+    "match_dmd2": {"match.WEIGHT": 1.0, "match.HEAD_WEIGHT": 1.0},
+    "critic": {"critic.WEIGHT": 0.5, "critic.DISCRIMINATOR_WEIGHT": 1.0, "critic.FLOOR": 0.0},
     "drift": {"drift.WEIGHT": 1.0},
     "drift_guided": {"drift.WEIGHT": 1.0},
 }

@@ -101,7 +101,7 @@ def test_a_second_stage_goes_on_from_the_first() -> None:
     run = load("digits-tcm")
     assert min(run.objective.times(64, torch.Generator())[0]) >= torch.tensor(run.objective.low)
     for change in ("start=null", "train.ref=self", "sample.nfe=[3]", "evaluate.nfe=[1,3]", "sample.solver.m=0.6"):
-        with pytest.raises(UserError, match=r"low learns from|goes below t = 0\.6667"):
+        with pytest.raises(UserError, match=r"low learns from|endpoint below t = 0\.6667"):
             load("digits-tcm", [change])
 
 

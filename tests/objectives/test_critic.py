@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from dumo.flow.slope import JvpSlope
-from dumo.objectives.critic import CENTRE, FIT, FLOOR, SLOPES, WEIGHT, Critic, reverse_gradient
+from dumo.objectives.critic import (
+    CENTERING_PENALTY,
+    DISCRIMINATOR_WEIGHT,
+    FLOOR,
+    GRADIENT_PENALTY,
+    WEIGHT,
+    Critic,
+    reverse_gradient,
+)
 from dumo.testing.exact import D, ExactNet, Gaussian, column, exact_batch, gaussian, gradient
 from dumo.testing.properties import loss_of
 from theory.exact import PRODUCT, Product, drawn
@@ -24,8 +32,8 @@ def test_by_hand(progress: float) -> None:
     pairs = (1 + (fake - real).exp()).log()
     a, e = net.a[2], b.drawn["d.e"].to(D)
     slopes = [((a[1] + 2 * a[3] * x) * e).mean(1) ** 2 for x in (b.x, made)]
-    of_some = SLOPES * (slopes[0] + slopes[1]) + CENTRE * (real + fake) ** 2
-    loss = FIT * (pairs + of_some[::4].repeat_interleave(4))
+    of_some = GRADIENT_PENALTY * (slopes[0] + slopes[1]) + CENTERING_PENALTY * (real + fake) ** 2
+    loss = DISCRIMINATOR_WEIGHT * (pairs + of_some[::4].repeat_interleave(4))
     g = column((fake - real).sigmoid()) * (a[1] + 2 * a[3] * made)
     up = (g / (g.square().mean(1, keepdim=True).sqrt() + FLOOR)).detach()
     pull = WEIGHT * ((u - u.detach() + up) ** 2).sum(1) / 2 if progress >= 0.5 else none
@@ -34,7 +42,7 @@ def test_by_hand(progress: float) -> None:
     told = (slopes[0] + slopes[1])[::4].repeat_interleave(4)
     assert torch.allclose(terms.notes["slopes_d"], told, rtol=1e-10, atol=0)
     assert torch.allclose(terms.notes["margin_d"], real - fake, rtol=1e-12, atol=0)
-    assert torch.equal(terms.notes["right_d"], (real > fake).to(D))
+    assert torch.equal(terms.notes["accuracy_d"], (real > fake).to(D))
     adds(CRITIC, net, b, loss, moved_as=loss + pull)
 
 

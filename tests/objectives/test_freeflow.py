@@ -52,14 +52,14 @@ def test_agrees_with_the_paper() -> None:
     balance = (lengths[0] / (lengths[1] + 1e-3)).repeat_interleave(8)
 
     pull = 2 * (0.75 * (f_delta * weighted).mean(1) + 0.25 * balance * (f_one * gap_n).mean(1))
-    value = 0.75 * square / (square + 1e-3) + 0.25 * balance * gap_n.square().mean(1) + freeflow.FIT * fit
+    value = 0.75 * square / (square + 1e-3) + 0.25 * balance * gap_n.square().mean(1) + freeflow.HEAD_WEIGHT * fit
     agree(
         OBJECTIVE,
         net,
         b,
         value,
         {"u": square, "w": fit},
-        moved_as=pull + freeflow.FIT * fit,
+        moved_as=pull + freeflow.HEAD_WEIGHT * fit,
         pull_w=gap_n.square().mean(1),
     )
 
@@ -103,7 +103,7 @@ class Wide(nn.Module):
 @pytest.mark.parametrize(("width", "sign"), [(0.9, 1), (0.6, 0), (0.4, -1)])
 def test_samples_of_another_width_are_corrected(width: float, sign: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the correction alone; the teacher's data have the deviation 0.6."""
-    monkeypatch.setattr(freeflow, "CORRECTED", 1.0)
+    monkeypatch.setattr(freeflow, "CORRECTION_WEIGHT", 1.0)
     net, b = Wide(width), drawn(OBJECTIVE, 256, teacher=True)
     b = replace(b, c=torch.ones_like(b.c))
     (grad,) = gradients(loss_of(OBJECTIVE, net, b).loss, net)
@@ -133,7 +133,7 @@ def test_the_jump_is_to_the_data() -> None:
 
 def test_it_is_for_one_pass() -> None:
     assert load("digits-freeflow").sample.nfe == (1,)
-    with pytest.raises(UserError, match=r"below t = 1, where the endpoint was never taught"):
+    with pytest.raises(UserError, match=r"below t = 1, where it was not trained"):
         load("digits-freeflow", ["sample.nfe=[2]"])
 
 

@@ -19,7 +19,7 @@ def rows(objective: IMM, n: int = 24) -> NoisyBatch:
     return replace(exact_batch(objective, APART, n), teacher=None)
 
 
-@pytest.mark.parametrize(("size", "constants"), [(4, {}), (3, {"gap": 160 / 2**15, "a": 1.0, "b": 5.0})])
+@pytest.mark.parametrize(("size", "constants"), [(4, {}), (3, {"gap": 160 / 2**15, "weight_power": 1.0, "weight_bias": 5.0})])
 def test_formula(size: int, constants: dict[str, float]) -> None:
     o = changed(IMM, **constants)(times=changed(Groups, size=size)())
     net, b = Polynomial(1), rows(o)
@@ -40,7 +40,7 @@ def test_formula(size: int, constants: dict[str, float]) -> None:
         far += [torch.stack(every).mean()] * size
     for t, distance in zip(b.t, far, strict=True):
         snr = torch.log((1 - t) / t) * 2
-        weight = torch.sigmoid(o.b - snr) / (t * (1 - t)) * (1 - t) ** o.a / ((1 - t) ** 2 + t**2)
+        weight = torch.sigmoid(o.weight_bias - snr) / (t * (1 - t)) * (1 - t) ** o.weight_power / ((1 - t) ** 2 + t**2)
         loss.append(weight * distance)
     agree(o, net, b, torch.stack(loss), {"u": torch.stack(far)}, close=1e-7, near=1e-9)
 

@@ -12,7 +12,7 @@ from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets.dit import DiT
 from dumo.objectives import DuMo
-from dumo.objectives.match import FIT, WEIGHT, Match, sid_loss
+from dumo.objectives.match import HEAD_WEIGHT, WEIGHT, Match, sid_loss
 from dumo.run.flops import forward_units
 from dumo.testing.exact import D, ExactNet, Gaussian, column, exact_batch, gaussian, gradient, growth
 from dumo.testing.properties import loss_of
@@ -33,7 +33,7 @@ def test_by_hand(progress: float) -> None:
     v, _, w = net(column(t) * z + column(1 - t) * made, b.c, t=t)
     gap, fit = (w - v).detach(), ((w - z + made) ** 2).sum(1) / 2
     pull = ((u - u.detach() + gap) ** 2).sum(1) / 2
-    loss = FIT * fit + (WEIGHT * pull if progress >= 0.5 else 0)
+    loss = HEAD_WEIGHT * fit + (WEIGHT * pull if progress >= 0.5 else 0)
     terms = loss_of(MATCH, net, b)
     assert torch.allclose(terms.parts["w"], fit, rtol=1e-12, atol=0)
     assert torch.allclose(terms.notes["pull_w"], (gap**2).sum(1) / 2, rtol=1e-12, atol=0)
@@ -51,10 +51,10 @@ def test_by_identity_by_hand() -> None:
     fit = ((net(x_t.detach(), b.c, t=t)[2] - z + made.detach()) ** 2).sum(1) / 2
     product = ((w - v) * (z - made - v) - 1.2 * (w - v) ** 2).sum(1) / 2
     distance = (column(t) * (z - made - v)).abs().sum(1).detach() / 2
-    loss = FIT * fit + WEIGHT * t**2 * product / distance
+    loss = HEAD_WEIGHT * fit + WEIGHT * t**2 * product / distance
     terms = loss_of(SID, net, b)
     assert torch.allclose(terms.notes["pull_w"], ((w - v) ** 2).sum(1) / 2, rtol=1e-12, atol=0)
-    adds(SID, net, b, FIT * fit, moved_as=loss, near=1e-12)
+    adds(SID, net, b, HEAD_WEIGHT * fit, moved_as=loss, near=1e-12)
 
 
 @pytest.mark.parametrize(("alpha", "exact"), [(0.5, True), (1.2, False)])

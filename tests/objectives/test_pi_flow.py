@@ -135,7 +135,7 @@ def test_a_jump_begins_at_the_top_of_a_segment() -> None:
     ("change", "says"),
     [
         ("teacher=null", "learns from a teacher's velocity"),
-        ("sample.nfe=[3]", "never teaches"),
+        ("sample.nfe=[3]", "does not train"),
         ("objective.guesses=3", "start.heads.d3"),
     ],
 )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dumo.config.load import load
 from dumo.objectives import TBSM
-from dumo.objectives.tbsm import bearing
+from dumo.objectives.tbsm import direction_to
 from dumo.testing.exact import D, ExactFlow, ExactNet, column, gaussian
 from dumo.testing.properties import loss_of
 from dumo.types import Heads, NoisyBatch, UserError
@@ -23,9 +23,9 @@ def port_loss(projectile: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     frozen = projectile.detach()
     radius_scale = frozen[0].numel() ** 0.5
     inter_offset, intra_offset = positive - frozen, negative - frozen
-    inter_bearing = inter_offset / (inter_offset.norm(dim=1, keepdim=True) + 1e-6)
-    intra_bearing = intra_offset / (intra_offset.norm(dim=1, keepdim=True) + 1e-6)
-    target = frozen + (inter_bearing - intra_bearing) * radius_scale
+    inter_direction_to = inter_offset / (inter_offset.norm(dim=1, keepdim=True) + 1e-6)
+    intra_direction_to = intra_offset / (intra_offset.norm(dim=1, keepdim=True) + 1e-6)
+    target = frozen + (inter_direction_to - intra_direction_to) * radius_scale
     return ((projectile - target) ** 2).mean(1)
 
 
@@ -44,10 +44,10 @@ def test_agrees_with_the_ports(online: bool) -> None:
     assert all(p.grad is None for p in ref.parameters())
 
 
-def test_a_bearing_has_one_length_whatever_the_distance() -> None:
+def test_a_direction_has_one_length_whatever_the_distance() -> None:
     x = torch.zeros(3, 2, 2, dtype=D)
     y = torch.stack([x[0], x[0] + 1e-3, x[0] - 5])
-    found = bearing(x, y)
+    found = direction_to(x, y)
     assert torch.allclose(found, torch.stack([x[0], x[0] + 1, x[0] - 1]), rtol=1e-3, atol=0)
     assert torch.equal(found[0], x[0])
 
@@ -111,5 +111,5 @@ def test_passes() -> None:
 
 def test_it_is_for_one_pass() -> None:
     assert load("digits-tbsm").sample.nfe == (1,)
-    with pytest.raises(UserError, match=r"below t = 1, where the endpoint was never taught"):
+    with pytest.raises(UserError, match=r"below t = 1, where it was not trained"):
         load("digits-tbsm", ["sample.nfe=[2]"])

@@ -22,7 +22,7 @@ from dumo.types import Array, Frozen, Heads, Needs, UserError
 D = torch.float64
 NEEDS = Needs(inputs=("t", "r"), heads=("v", "u"))
 SHAPE, CLASSES, BATCH = (2, 8, 8), 3, 6
-WAYS = ("tape", "ride", "pass")
+WAYS = ("deferred", "fused", "separate")
 MOVING: dict[str, tuple[bool, ...] | None] = {
     "all": None,
     "every row": (True,) * BATCH,
@@ -151,12 +151,12 @@ def run(
 ) -> tuple[Heads, Heads]:
     """Heads and slopes; the way is checked to be the one asked for."""
     x, c, t, r, w = record(dtype)
-    ref = Frozen(deepcopy(net) if way == "pass" else net)
+    ref = Frozen(deepcopy(net) if way == "separate" else net)
     exact = slope.DualSlope()
-    made = "pass" if way == "tape" and moving is not None else way  # a tape is of all rows
-    assert exact.way(net, ref, known=way == "ride", moving=moving).name == made
+    made = "separate" if way == "deferred" and moving is not None else way  # deferring needs all rows
+    assert exact.strategy(net, ref, known=way == "fused", moving=moving).name == made
     torch.manual_seed(0)
-    heads, along = exact(net, ref, x, c, t=t, r=r, toward=w if way == "ride" else None, moving=moving)
+    heads, along = exact(net, ref, x, c, t=t, r=r, direction=w if way == "fused" else None, moving=moving)
     torch.manual_seed(0)
     return heads, along(w)
 
@@ -198,7 +198,7 @@ def test_the_slope_is_that_of_torch_and_the_net_is_itself(name: str, way: str) -
         assert rows.any() == any(bool(d.any()) for d in slopes_of_torch)
         assert not any(d.requires_grad for d in slopes)
         assert error(slopes, slopes_of_torch) < 1e-12, moving
-        if way != "ride" or moving is not MOVING["some"]:  # a ride of some rows is two passes
+        if way != "fused" or moving is not MOVING["some"]:  # a fused pass of some rows is two passes
             assert all(torch.equal(a, b) for a, b in zip(heads, truth, strict=True))
             assert moving or same(gradients(net, heads), known_gradients)
 
@@ -313,7 +313,7 @@ def transformers() -> tuple[nn.Module, nn.Module]:
     return randomise(one).to(D), randomise(other).to(D)
 
 
-@pytest.mark.parametrize("way", ["ride", "pass"])
+@pytest.mark.parametrize("way", ["fused", "separate"])
 def test_a_checkpointed_net_keeps_its_bits(way: str) -> None:
     full, lean = transformers()
     heads, slopes = run(lean, way)
@@ -325,13 +325,13 @@ def test_a_checkpointed_net_keeps_its_bits(way: str) -> None:
 
 def test_a_checkpointed_net_has_no_tape() -> None:
     _, lean = transformers()
-    way = slope.DualSlope().way(lean, Frozen(lean), known=False)
-    assert way.name == "pass"
-    assert "checkpointing" in way.why
+    way = slope.DualSlope().strategy(lean, Frozen(lean), known=False)
+    assert way.name == "separate"
+    assert "checkpointing" in way.reason
 
 
 def cost(net: nn.Module, way: str | None) -> int:
-    """Floating-point operations of a pass and its backward pass, with a ride or without."""
+    """Floating-point operations of a pass and its backward pass, fused or without."""
     with FlopCounterMode(display=False) as counter:
         gradients(net, plain(net) if way is None else run(net, way)[0])
     return counter.get_total_flops()
@@ -340,6 +340,6 @@ def cost(net: nn.Module, way: str | None) -> int:
 @pytest.mark.slow
 def test_a_ride_costs_what_a_tape_does_and_a_checkpoint_computes_no_tangent_again() -> None:
     full, lean = transformers()
-    assert cost(full, "ride") == cost(full, "tape")
-    tangent = cost(full, "ride") - cost(full, None)
-    assert cost(lean, "ride") - cost(lean, None) == tangent > 0
+    assert cost(full, "fused") == cost(full, "deferred")
+    tangent = cost(full, "fused") - cost(full, None)
+    assert cost(lean, "fused") - cost(lean, None) == tangent > 0

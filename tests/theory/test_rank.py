@@ -1,4 +1,4 @@
-"""A tangent that rides on a compiled, replicated or sharded net is that of one eager process: gradients to 1e-6."""
+"""A tangent fused with a compiled, replicated or sharded pass is that of one eager process: gradients to 1e-6."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_every_wrapper_is_met(pair: Rows) -> None:
     for wrap in WRAPPERS:
-        assert {row["way"] for row in pair if row["net"] == wrap.__name__} == {"tape", "ride"}
+        assert {row["way"] for row in pair if row["net"] == wrap.__name__} == {"deferred", "fused"}
 
 
 def test_two_ranks_are_one(pair: Rows) -> None:
@@ -58,9 +58,9 @@ def test_two_ranks_are_one_for_every_objective(tmp_path: Path) -> None:
 
 
 def test_a_tape_whose_weights_are_given_back_becomes_a_pass_and_says_so(pair: Rows) -> None:
-    """A ride is over before the weights go, and there is nothing to say."""
+    """A fused pass is over before the weights go, and there is nothing to say."""
     for row in pair:
-        fell = row["way"] == "tape" and row["net"] == "resharded"
+        fell = row["way"] == "deferred" and row["net"] == "resharded"
         assert bool(row["said"]) == fell, row
         assert all("reshard_after_forward=False" in said for said in row["said"])
 
@@ -69,7 +69,7 @@ def test_a_tape_whose_weights_are_given_back_becomes_a_pass_and_says_so(pair: Ro
 def test_regional_compilation_keeps_the_gradient() -> None:
     """Each block one graph, without a break; all blocks share one with tangents and one without, of each shape."""
     alone = rows_of(("alone",))
-    met = {(case, "compiled") for case in OBJECTIVES} | {("tape", "inductor")}
+    met = {(case, "compiled") for case in OBJECTIVES} | {("deferred", "inductor")}
     assert {(row["case"], row["net"]) for row in alone} == met
     for row in alone:
         assert row["error"] < LIMIT, row

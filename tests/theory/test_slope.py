@@ -57,11 +57,11 @@ def test_rows_that_do_not_move_get_zeros(slope: Slope, known: bool, own: bool) -
     """Whatever the way, the others get the derivative that they get when all move; no row's value changes."""
     net, (x, c, t, r, w) = Wave(), inputs()
     ref = Frozen(Wave() if own else net)
-    toward = {"toward": w} if known else {}
+    direction = {"direction": w} if known else {}
     wanted = slope(net, ref, x, c, t=t, r=r)[1](w)
     for share in (0, 1, 3, 4):  # of four rows
         moving = tuple(i % 4 < share for i in range(len(x)))
-        heads, along = slope(net, ref, x, c, t=t, r=r, moving=moving, **toward)
+        heads, along = slope(net, ref, x, c, t=t, r=r, moving=moving, **direction)
         moved = torch.tensor(moving)[:, None]
         for found, known_slope, head, value in zip(along(w), wanted, heads, net(x, c, t=t, r=r), strict=True):
             assert torch.equal(head, value)
@@ -71,8 +71,8 @@ def test_rows_that_do_not_move_get_zeros(slope: Slope, known: bool, own: bool) -
 
 def test_a_ride_goes_where_it_was_told_and_a_tape_plays_once() -> None:
     net, (x, c, t, r, w) = Wave(), inputs()
-    _, along = DualSlope()(net, Frozen(net), x, c, t=t, r=r, toward=w)
-    with pytest.raises(ValueError, match="toward"):
+    _, along = DualSlope()(net, Frozen(net), x, c, t=t, r=r, direction=w)
+    with pytest.raises(ValueError, match="direction"):
         along(2 * w)
     _, along = DualSlope()(net, Frozen(net), x, c, t=t, r=r)
     along(w)
@@ -81,16 +81,16 @@ def test_a_ride_goes_where_it_was_told_and_a_tape_plays_once() -> None:
 
 
 def test_way_of_a_dual() -> None:
-    net, way = Wave(), DualSlope().way
-    assert way(net, Frozen(net), known=False).name == "tape"
-    assert way(net, Frozen(net), known=True).name == "ride"
-    assert way(net, Frozen(net), known=True, moving=(True, False)).name == "ride"
-    assert way(net, Frozen(net), known=False, moving=(True, False)).name == "pass"  # a tape is of all rows
-    assert way(net, Frozen(Wave()), known=True).name == "pass"
-    assert way(torch.nn.DataParallel(net), Frozen(net), known=False).name == "tape"  # seen through a wrapper
+    net, way = Wave(), DualSlope().strategy
+    assert way(net, Frozen(net), known=False).name == "deferred"
+    assert way(net, Frozen(net), known=True).name == "fused"
+    assert way(net, Frozen(net), known=True, moving=(True, False)).name == "fused"
+    assert way(net, Frozen(net), known=False, moving=(True, False)).name == "separate"  # a tape is of all rows
+    assert way(net, Frozen(Wave()), known=True).name == "separate"
+    assert way(torch.nn.DataParallel(net), Frozen(net), known=False).name == "deferred"  # seen through a wrapper
     net.gradient_checkpointing = True  # type: ignore[assignment]
-    assert way(net, Frozen(net), known=False).name == "pass"
-    assert way(net, Frozen(net), known=True).name == "ride"
+    assert way(net, Frozen(net), known=False).name == "separate"
+    assert way(net, Frozen(net), known=True).name == "fused"
 
 
 def test_central_is_of_second_order() -> None:

@@ -1,9 +1,9 @@
-"""Dual numbers: a tangent is carried along with each tensor through a net, which gives its derivative exactly.
+"""Forward-mode differentiation with dual numbers: each tensor in a network carries its tangent.
 
-- `dual` has the number, `rule` what each operation does to its tangent, `general` the operations without a rule.
-- `tape` computes tangents after the pass, where the direction is known only then.
-- `attention` and `kernel` have the tangent of softmax attention.
-- `jvp` is the public `dumo.jvp`; `float64` is the exact derivative that others are compared with.
+- `dual` defines the dual number, `rule` the JVP of each operation, and `fallback` the operations without a rule.
+- `tape` computes tangents after the pass, for directions that are not known before it.
+- `attention` and `kernel` compute the tangent of softmax attention.
+- `jvp` is the public `dumo.jvp`; `float64` computes the reference derivative for checks.
 
-Touches tensors. Knows no net, no objective and no run.
+This package works on tensors and does not depend on networks, objectives or runs.
 """

@@ -1,22 +1,22 @@
-"""Softmax attention and its tangent: how the output O moves when q, k and v move by dq, dk and dv.
+"""Softmax attention and its tangent.
 
-With the scores S = s q k^T, the weights P = softmax S over the keys, and O = P v,
+With the scores S = s q k^T, the weights P = softmax S over the keys, and O = P v, the tangents dq, dk, dv give
 
     dS = s (dq k^T + q dk^T)
     dP = P * (dS - rowsum(P * dS)),                  the derivative of a softmax
     dO = dP v + P dv = H v + P dv - m O,             H = P * dS,  m = rowsum H,
 
-for rowsum(P * dS) is one number per query, and P v is O, which the primal has computed: by any fused kernel.
+since rowsum(P * dS) is one number per query, and P v is O, which any fused kernel has computed for the primal.
 
-The rule of attention (`dumo.autodiff.rule.layer`) calls `attend` for O, and then one of two for dO:
+The rule of attention (`dumo.autodiff.rule.layer`) calls `attend` for O, and one of two functions for dO:
 
-- `tangent`, without gradients. It takes one Triton kernel (`dumo.autodiff.kernel`) on a GPU where nothing is masked.
-  Else it goes by chunks of queries, so memory grows linearly with the tokens.
-- `recorded_tangent`, with gradients and all scores in memory, where a loss holds the derivative itself.
+- `tangent` records no gradients. It uses a Triton kernel (`dumo.autodiff.kernel`) on a GPU if there is no mask.
+  Otherwise it processes chunks of queries, so memory grows linearly with the number of tokens.
+- `recorded_tangent` records gradients, for losses that contain the derivative, and keeps all scores in memory.
 
-A mask is a part of S that rests; a query that sees no key has P = 0, as torch has it. Scores are fp32 even for halves,
-for their error grows with the logits (in bf16 2.9 % of dO at a standard deviation of 10, measured). All of this is
-ours.
+A mask is a constant part of S; a query that attends to no key has P = 0, as in torch. Scores are fp32 also for 16-bit
+inputs, because their error grows with the logits (in bf16 2.9 % of dO at a standard deviation of 10, measured). The
+derivation is our own.
 """
 
 from collections.abc import Sequence
@@ -32,19 +32,24 @@ from torch import Tensor
 from dumo.autodiff.cast import has_autocast
 
 aten = torch.ops.aten
-FLASH = 1  # SDPBackend.FLASH_ATTENTION, as the operator that chooses gives it
+# SDPBackend.FLASH_ATTENTION, as `_fused_sdp_choice` returns it.
+FLASH = 1
 _HALF_DTYPES = (torch.float16, torch.bfloat16)
-_QUERIES_PER_CHUNK = 256  # ours; 64 to 512 take the same time within a fifth, measured on a CPU
+# 64 to 512 take the same time within a fifth, measured on a CPU.
+_QUERIES_PER_CHUNK = 256
 _HAS_TRITON = find_spec("triton") is not None and torch.version.cuda is not None
-_MAX_HEAD_SIZE = 256  # of the Triton kernel: rows fit into shared memory
-_MIN_CAPABILITY = 8  # major compute capability of GPUs whose tensor cores take bf16
+# The largest head whose rows fit into shared memory in the Triton kernel.
+_MAX_HEAD_SIZE = 256
+# The major compute capability from which tensor cores support bf16.
+_MIN_CAPABILITY = 8
 
-Queries = Float[Tensor, "*q n d"]  # of the batch *b, or one for all of it; keys and values, too
-Keys = Float[Tensor, "*g m d"]  # as many heads as the queries, or fewer: one for several
+# Queries, keys and values broadcast over the batch. Keys and values may have fewer heads than queries.
+Queries = Float[Tensor, "*q n d"]
+Keys = Float[Tensor, "*g m d"]
 Values = Float[Tensor, "*g m e"]
-Mixed = Float[Tensor, "*b n e"]
+Output = Float[Tensor, "*b n e"]
 LogSum = Float[Tensor, "*b n"]
-# Expands to (*b, n, m): True where a query sees a key, or what is added to its score.
+# Broadcasts to (*b, n, m): True if a query attends to a key, or a term added to the score.
 Mask = Bool[Tensor, "..."] | Float[Tensor, "..."]
 
 
@@ -56,18 +61,19 @@ def attend(
     mask: Mask | None = None,
     causal: bool = False,
     grouped: bool = False,
-) -> tuple[Mixed, LogSum | None]:
-    """O, equal to `F.scaled_dot_product_attention` to the bit, and the log-sum-exp of the scores or None.
+) -> tuple[Output, LogSum | None]:
+    """Return O, bit-identical to `F.scaled_dot_product_attention`, and the log-sum-exp of the scores or None.
 
-    Only flash attention on CUDA gives the log-sum-exp, where all queries see all keys. A compiler chooses the kernel
-    later, and cuDNN's keeps it to itself. `grouped`: several heads of queries share a head of keys.
+    Only CUDA flash attention without a mask returns the log-sum-exp; torch.compile chooses the kernel later, and cuDNN
+    does not return it. `grouped`: several query heads share a key head.
     """
     sees_all_keys = mask is None and not causal
     if q.is_cuda and sees_all_keys and not grouped and not torch.compiler.is_compiling():
-        # flash attention below is called without autocast's help
+        # Autocast does not apply to the aten operators below.
         if torch.is_autocast_enabled("cuda") and q.dtype != torch.float64:
             q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
-        has_padding = q.shape[-1] % 8 != 0  # torch pads such heads for flash attention
+        # torch would pad such heads for flash attention.
+        has_padding = q.shape[-1] % 8 != 0
         same_batch = q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
         if same_batch and not has_padding and aten._fused_sdp_choice(q, k, v, scale=scale) == FLASH:
             o, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
@@ -84,15 +90,15 @@ def tangent(
     dq: Queries | None,
     dk: Keys | None,
     dv: Values | None,
-    o: Mixed,
+    o: Output,
     lse: LogSum | None,
     scale: float | None = None,
     mask: Mask | None = None,
     causal: bool = False,
-) -> Mixed:
-    """dO, in o's dtype and layout, without gradients, for `o, lse = attend(q, k, v, scale, mask, causal)`.
+) -> Output:
+    """Compute dO without gradients, in the dtype and layout of o, for `o, lse = attend(q, k, v, scale, mask, causal)`.
 
-    A tangent dq, dk or dv that is None is zero.
+    If dq, dk or dv is None, that tangent is zero.
     """
     if dq is None and dk is None and dv is None:
         return torch.zeros_like(o)
@@ -118,14 +124,14 @@ def recorded_tangent(
     dq: Queries | None,
     dk: Keys | None,
     dv: Values | None,
-    o: Mixed,
+    o: Output,
     scale: float | None = None,
     mask: Mask | None = None,
     causal: bool = False,
-) -> Mixed:
-    """dO, in o's dtype, with gradients: by the formula as it is, for no kernel has them. All scores are in memory.
+) -> Output:
+    """Compute dO with gradients, in the dtype of o, for `o, _ = attend(q, k, v, scale, mask, causal)`.
 
-    A tangent dq, dk or dv that is None is zero. `o` is the output of `attend(q, k, v, scale, mask, causal)`.
+    If dq, dk or dv is None, that tangent is zero. All scores are kept in memory.
     """
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     exact = torch.promote_types(o.dtype, torch.float32)
@@ -136,7 +142,8 @@ def recorded_tangent(
         exact_o = o.to(exact)
         p = _weights(factor * q @ k.mT, _visible_keys(mask, causal, slice(None), o, k))
         out = torch.zeros_like(exact_o) if dv is None else p @ _for_each_output(dv, o, exact)
-        score_tangents: list[Tensor] = []  # without their factor, the scale
+        # The terms of dS / scale.
+        score_tangents: list[Tensor] = []
         if dq is not None:
             score_tangents.append(_for_each_output(dq, o, exact) @ k.mT)
         if dk is not None:
@@ -148,11 +155,12 @@ def recorded_tangent(
 
 
 def _tangent_by_chunks(
-    q: Queries, k: Keys, v: Values, dq: Queries | None, dk: Keys | None, dv: Values | None, o: Mixed, scale: float,
+    q: Queries, k: Keys, v: Values, dq: Queries | None, dk: Keys | None, dv: Values | None, o: Output, scale: float,
     mask: Mask | None, causal: bool,
-) -> Mixed:  # fmt: skip
-    """dO, _QUERIES_PER_CHUNK rows at a time."""
-    work_dtype = o.dtype if o.is_cuda else torch.promote_types(o.dtype, torch.float32)  # only CUDA sums halves in fp32
+) -> Output:  # fmt: skip
+    """Compute dO, _QUERIES_PER_CHUNK rows at a time."""
+    # Only CUDA accumulates products of 16-bit matrices in fp32.
+    work_dtype = o.dtype if o.is_cuda else torch.promote_types(o.dtype, torch.float32)
 
     def flat(x: Tensor) -> Tensor:
         return x.reshape(-1, *x.shape[-2:]).to(work_dtype)
@@ -169,7 +177,7 @@ def _tangent_by_chunks(
         o_rows = o[..., rows, :]
         dq_rows = None if dq is None else dq[:, rows]
         visible = _visible_keys(mask, causal, rows, o, k)
-        # in one statement: a name for the result would keep it in memory while the next is computed
+        # In one statement, because a variable would keep the result in memory while the next chunk is computed.
         out[..., rows, :] = _tangent_of_chunk(q[:, rows], k, v, dq_rows, dk, dv, flat(o_rows), scale, visible).view(
             o_rows.shape
         )
@@ -177,10 +185,10 @@ def _tangent_by_chunks(
 
 
 def _tangent_of_chunk(
-    q: Queries, k: Keys, v: Values, dq: Queries | None, dk: Keys | None, dv: Values | None, o: Mixed, scale: float,
+    q: Queries, k: Keys, v: Values, dq: Queries | None, dk: Keys | None, dv: Values | None, o: Output, scale: float,
     visible: Mask | None,
-) -> Mixed:  # fmt: skip
-    """dO = H v + P dv - m O of some queries."""
+) -> Output:  # fmt: skip
+    """Compute dO = H v + P dv - m O for some queries."""
     p = _weights(_sum_of_products([(q, k.mT)], scale), visible)
     output_terms: list[tuple[Tensor, Tensor]] = []
     if dv is not None:
@@ -197,9 +205,9 @@ def _tangent_of_chunk(
 
 
 def _for_each_output(x: Tensor, o: Tensor, dtype: torch.dtype) -> Tensor:
-    """Queries, keys or values in this dtype, with the batch and the heads of the output o.
+    """Convert queries, keys or values to a dtype, and expand them to the batch and the heads of the output o.
 
-    A head that several heads of queries share is repeated; what is given once for a batch is expanded.
+    Key and value heads that several query heads share are repeated.
     """
     x = x.to(dtype)
     batch = o.shape[:-2]
@@ -211,23 +219,24 @@ def _for_each_output(x: Tensor, o: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _visible_keys(mask: Mask | None, causal: bool, rows: slice, o: Tensor, k: Tensor) -> Mask | None:
-    """The mask of some queries, (*b, rows, m); None: they see all keys. A causal one shows query i the keys up to i."""
+    """Return the mask of some queries, (*b, rows, m), or None. If causal, query i attends to the keys up to i."""
     n = o.shape[-2]
     m = k.shape[-2]
     if causal:
         first = rows.start or 0
-        last = n if rows.stop is None else min(rows.stop, n)  # torch 2.11 cannot trace `slice.indices`
+        # torch 2.11 cannot trace `slice.indices`.
+        last = n if rows.stop is None else min(rows.stop, n)
         mask = torch.ones(last - first, m, dtype=torch.bool, device=o.device).tril(first)
         return mask.expand(*o.shape[:-2], -1, -1)
     if mask is None:
         return None
     if mask.dtype != torch.bool:
-        mask = mask.to(o.dtype)  # as autocast does
+        mask = mask.to(o.dtype)
     return mask.expand(*o.shape[:-1], m)[..., rows, :]
 
 
 def _weights(scores: Tensor, visible: Mask | None) -> Tensor:
-    """The softmax of the scores; zero for a query that sees no key."""
+    """Return the softmax of the scores; zeros for a query that attends to no key."""
     if visible is None:
         return scores.softmax(-1)
     masked = scores.view(visible.shape)
@@ -236,21 +245,23 @@ def _weights(scores: Tensor, visible: Mask | None) -> Tensor:
 
 
 def _sum_of_products(pairs: Sequence[tuple[Tensor, Tensor]], scale: float = 1.0) -> Tensor:
-    """The sum of scale a b over pairs (a, b) of batched matrices, in fp32 where they are halves."""
+    """Sum scale a b over pairs (a, b) of batched matrices, in fp32 for 16-bit matrices."""
     total = pairs[0][0].new_zeros(())
     for i, (a, b) in enumerate(pairs):
         if a.dtype in _HALF_DTYPES:
             product = torch.bmm(a, b, out_dtype=torch.float32).mul_(scale)
             total = total.add_(product) if i else product
         elif i == 0:
-            total = torch.baddbmm(total, a, b, beta=0, alpha=scale)  # beta = 0: the total is not read
+            # With beta = 0, the total is not read.
+            total = torch.baddbmm(total, a, b, beta=0, alpha=scale)
         else:
-            torch.baddbmm(total, a, b, alpha=scale, out=total)  # counters of operations do not know baddbmm_
+            # FLOP counters do not support `baddbmm_`.
+            torch.baddbmm(total, a, b, alpha=scale, out=total)
     return total
 
 
 def _has_kernel(q: Tensor, v: Tensor) -> bool:
-    """Whether the Triton kernel takes queries (b, h, n, d) and values (b, h, m, e): halves, on a GPU that is able."""
+    """Whether the Triton kernel supports queries (b, h, n, d) and values (b, h, m, e)."""
     if not _HAS_TRITON or not q.is_cuda or q.ndim != 4 or q.dtype not in _HALF_DTYPES:
         return False
     if max(q.shape[-1], v.shape[-1]) > _MAX_HEAD_SIZE:
@@ -259,7 +270,7 @@ def _has_kernel(q: Tensor, v: Tensor) -> bool:
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """A context in which operations keep the dtypes of their operands."""
+    """Return a context that disables autocast."""
     if has_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()

@@ -1,15 +1,14 @@
-"""The derivative of a net's outputs in float64, without a copy of the weights of dumo's own nets.
+"""Compute the derivative of a network's outputs in float64, as a reference for the slopes.
 
-`exact_derivative` takes it, as the truth that other ways are compared with. `copied_bytes` counts the memory of weights
-that it needs besides the net, and `copy_sharing_weights` makes a copy of a net whose mode may be changed.
+`exact_derivative` computes it, `copied_bytes` predicts the extra memory for weights, and `copy_sharing_weights` copies
+a network so that its training mode can be changed.
 
-A float64 copy of a large net would not fit next to it. So the modules of one of dumo's nets are copied, and their
-parameters are shared: `deepcopy` is given them in its memo, as if they were copied already. Then the parameters outside
-of blocks are replaced in float64, and those of a block while it runs (`_BlockCast`). What must hold: a replacement
-binds another tensor to a module of the copy by `setattr`, and never writes to a shared tensor. So the net itself
-keeps its weights, whatever happens to the copy.
+A float64 copy of a large network may not fit in memory. For dumo's own networks, the modules are copied and the
+parameters are shared (`deepcopy` finds them in its memo). The parameters outside of blocks are then replaced by float64
+copies, and those of a block only while the block runs (`_BlockCast`). Parameters are replaced by `setattr` on the
+copied module and never modified in place, so the original network keeps its weights.
 
-A user's own net is copied whole, because its passes may write to its weights, and not call its blocks.
+Other networks are copied completely, because they may modify their weights or bypass their blocks.
 """
 
 import copy
@@ -24,10 +23,10 @@ from dumo.types import Cond, Heads, Sample, Time
 
 
 def exact_derivative(net: nn.Module, x_t: Sample, direction: Sample, c: Cond, /, **inputs: Time) -> Heads:
-    """d/dt of every output of a net in float64, by forward-mode differentiation.
+    """Compute d/dt of every output of a network in float64, by forward-mode differentiation.
 
-    x_t (b, *d) moves along `direction`, dx_t/dt, and t, which is among `inputs`, with 1. It is computed on the device
-    of x_t, on the CPU where that has no float64. The weights and the mode of the net stay as they are.
+    The tangents are `direction` = dx_t/dt for x_t (b, *d) and 1 for t, which is one of `inputs`. It runs on the device
+    of x_t, or on the CPU if that device has no float64. The network keeps its weights and its mode.
     """
     device = torch.device("cpu") if x_t.device.type == "mps" else x_t.device
     float64_net = float64_copy(net, device)
@@ -40,7 +39,7 @@ def exact_derivative(net: nn.Module, x_t: Sample, direction: Sample, c: Cond, /,
     def outputs(x_t: Sample, t: Time) -> Heads:
         return float64_net(x_t, c, t=t, **other_inputs)
 
-    # no fused kernel has a forward derivative
+    # Fused attention kernels have no forward derivative.
     with torch.no_grad(), torch.autocast(device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
         result = torch.func.jvp(outputs, (x_t, t), (direction, torch.ones_like(t)))
     derivatives = result[1]
@@ -48,7 +47,7 @@ def exact_derivative(net: nn.Module, x_t: Sample, direction: Sample, c: Cond, /,
 
 
 def copy_sharing_weights(net: nn.Module) -> nn.Module:
-    """Copy a net. The copy shares the parameters of one of dumo's own nets; a user's own net is copied whole."""
+    """Copy a network. The copy of one of dumo's own networks shares its parameters."""
     if not is_from_dumo(net):
         return copy.deepcopy(net)
     shared = {id(p): p for p in net.parameters()}
@@ -56,10 +55,10 @@ def copy_sharing_weights(net: nn.Module) -> nn.Module:
 
 
 def copied_bytes(net: nn.Module) -> int:
-    """The most bytes of weights that `exact_derivative` of a copy holds besides the net. `net` may be a meta model.
+    """Return the peak number of bytes of weights that `exact_derivative` allocates. `net` may be on the meta device.
 
-    Of dumo's nets these are the largest block and all outside of blocks, in float64. Of a user's own they are all
-    weights, twice: as they are and in float64.
+    For dumo's networks, these are the largest block and all weights outside of blocks, in float64. For others, these
+    are all weights twice: in their own dtype and in float64.
     """
     block_bytes = [_bytes_in_float64(block) for block in _cast_blocks(net)]
     bytes_outside_blocks = _bytes_in_float64(net) - sum(block_bytes)
@@ -70,18 +69,18 @@ def copied_bytes(net: nn.Module) -> int:
 
 
 def is_from_dumo(net: nn.Module) -> bool:
-    """Whether a net's class is one of dumo's."""
+    """Whether a network's class is defined in dumo."""
     package, _, _ = type(net).__module__.partition(".")
     return package == "dumo"
 
 
 def _cast_blocks(net: nn.Module) -> Iterable[nn.Module]:
-    """The blocks whose weights are in float64 only while they run: none of a user's net, which may not call them."""
+    """Return the blocks to cast to float64 only while they run; none for networks from outside dumo."""
     return getattr(net, "blocks", ()) if is_from_dumo(net) else ()
 
 
 def _bytes_in_float64(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers once floating-point ones are in float64."""
+    """Return the bytes of a module's parameters and buffers with floating-point tensors in float64."""
     total = 0
     for x in (*module.parameters(), *module.buffers()):
         itemsize = torch.float64.itemsize if x.is_floating_point() else x.itemsize
@@ -90,7 +89,7 @@ def _bytes_in_float64(module: nn.Module) -> int:
 
 
 def float64_copy(net: nn.Module, device: torch.device) -> nn.Module:
-    """Copy a net to a device, to compute in float64. The weights of blocks are cast when the block is called."""
+    """Copy a network to a device in float64. The weights of a block are cast when the block is called."""
     float64_net = copy_sharing_weights(net)
     modules_in_blocks: set[nn.Module] = set()
     for block in _cast_blocks(float64_net):
@@ -106,35 +105,35 @@ def float64_copy(net: nn.Module, device: torch.device) -> nn.Module:
 
 
 class _BlockCast:
-    """Casts a block's weights to float64 before it runs, and puts back the shared ones afterwards."""
+    """Cast a block's weights to float64 before it runs, and restore the shared weights afterwards."""
 
     def __init__(self, modules: list[nn.Module], device: torch.device) -> None:
-        """Remember the weights of all modules of a block, the block among them."""
+        """Store the weights of the block and of all its submodules."""
         self.modules = modules
         self.device = device
         self.weights = [_own_weights(module) for module in modules]
 
     def cast(self, *_: object) -> None:
-        """Cast the weights; a hook before a pass."""
+        """Cast the weights; a forward pre-hook."""
         for module in self.modules:
             _cast(module, self.device)
 
     def restore(self, *_: object) -> None:
-        """Put back the weights, which frees those in float64; a hook after a pass."""
+        """Restore the weights and free the float64 copies; a forward hook."""
         for module, weights in zip(self.modules, self.weights, strict=True):
             for name, x in weights.items():
                 setattr(module, name, x)
 
 
 def _own_weights(module: nn.Module) -> dict[str, Tensor]:
-    """A module's own parameters and buffers by name, without those of modules in it."""
+    """Return a module's own parameters and buffers by name, without those of its submodules."""
     named_parameters = module.named_parameters(recurse=False, remove_duplicate=False)
     named_buffers = module.named_buffers(recurse=False, remove_duplicate=False)
     return {**dict(named_parameters), **dict(named_buffers)}
 
 
 def _cast(module: nn.Module, device: torch.device) -> None:
-    """Bind copies on a device, floating-point ones in float64, in place of a module's own parameters and buffers."""
+    """Replace a module's own parameters and buffers by copies on a device, with floating-point tensors in float64."""
     for name, x in _own_weights(module).items():
         dtype = torch.float64 if x.is_floating_point() else x.dtype
         values = x.detach().to(device, dtype)

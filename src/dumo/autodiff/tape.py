@@ -1,14 +1,15 @@
-"""A tape: tangents that are computed later, kept as data, and the functions that play it.
+"""Deferred forward-mode differentiation.
 
-Where the direction is known only after the pass, it goes like this:
+Record each operation's JVP during the forward pass, and evaluate it once the input tangent is known:
 
-1. `flow.linearize` gives the net's inputs a `Later` without a function. Every operation (`dumo.autodiff.dual.carry`)
-   makes a `Later` of its function, its operands' tangents and `detach_saved` of the other tensors that it needs.
-2. After the pass the direction is known, and is set as the inputs' `value`.
-3. `is_complete` says whether the saved tensors are still there, and raises WrittenTo where one has changed.
-4. `play`, or `compiled_play`, computes the tangents of the outputs. A tape plays once.
+1. `flow.linearize` gives each network input a `DeferredTangent` without a JVP. Each operation
+   (`dumo.autodiff.dual.carry`) creates a `DeferredTangent` of its JVP, its operands' tangents and `detach_saved` of
+   the tensors that the JVP needs.
+2. After the pass, the caller sets the `value` of the input tangents.
+3. `is_complete` checks that the saved tensors are still in memory, and raises ModifiedInPlace if one has changed.
+4. `evaluate`, or `compiled_evaluate`, computes the tangents of the outputs, once.
 
-A `Later` refers to all that it needs, so nobody holds a list: the tape is what its ends refer to.
+The tape is the graph of `DeferredTangent`s that is reachable from the outputs; no list of operations is kept.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,68 +22,75 @@ from torch import Tensor
 from dumo.types import UserError
 
 
-class WrittenTo(UserError, RuntimeError):  # noqa: N818, as `general.NoRule`
-    """A tensor that a tape needs has been written to before the tape played; the argument names the rule."""
+class ModifiedInPlace(UserError, RuntimeError):  # noqa: N818, as `fallback.NoRule`
+    """A saved tensor was modified in place before the tape was evaluated; the argument names the operation."""
 
     def __str__(self) -> str:
-        """What happened and the way out."""
+        """Return the message."""
         return (
-            f"slope 'dual' cannot play its tape: this net has written in place to a tensor that '{self.args[0]}' "
-            "needs as it was. Write to a clone of it, or use slope 'jvp'"
+            f"slope 'dual' cannot differentiate '{self.args[0]}': a tensor that its derivative needs was modified in "
+            "place later in the forward pass. Modify a clone of the tensor, or use slope 'jvp'"
         )
 
 
-class Later:
-    """A tangent to be computed later as `push(*tangents of operands, *saved)`. Data, never a closure.
+class DeferredTangent:
+    """A tangent to be computed later as `jvp(*tangents of operands, *saved)`.
 
-    `value` is the tangent once it is computed; of an input of the pass, it is set from outside.
+    `value` is the tangent once it is computed. The caller sets it for an input of the pass.
     """
 
     def __init__(
         self,
         shape: Iterable[int],
         dtype: torch.dtype,
-        push: Callable[..., Tensor] | None = None,
+        jvp: Callable[..., Tensor] | None = None,
         operands: tuple["OperandTangent", ...] = (),
         saved: Sequence[object] = (),
-        writes: int | None = None,
+        version_sum: int | None = None,
     ) -> None:
-        """The tangent of an operation's result, or, without `push`, of an input of the pass.
+        """Defer the tangent of an operation's result, or, without `jvp`, of an input of the pass.
 
-        shape, dtype: those of the primal.
-        push: the function of the tangent (`dumo.autodiff.rule`).
-        operands: their tangents; None: that operand rests.
-        saved, writes: what `detach_saved` returned for the push's other arguments.
+        shape, dtype: of the primal.
+        jvp: a module-level function (`dumo.autodiff.rule`).
+        operands: the tangents of the operands; None if an operand has no tangent.
+        saved, version_sum: what `detach_saved` returned for the other arguments of `jvp`.
         """
         self.shape = tuple(shape)
         self.dtype = dtype
-        self.push = push
+        self.jvp = jvp
         self.operands = operands
         self.saved = saved
-        self.writes = writes
-        self.value: Tensor | None = None  # None: not computed yet
+        self.version_sum = version_sum
+        self.value: Tensor | None = None
 
 
-OperandTangent = Union[Tensor, Later, None]  # noqa: UP007, evaluated when the file is read; None: the operand rests
+# None if the operand has no tangent.
+OperandTangent = Union[Tensor, DeferredTangent, None]  # noqa: UP007, evaluated at import
 
 
 def detach_saved(saved: Iterable[object]) -> tuple[Sequence[object], int | None]:
-    """Detach what a tangent needs, and count the writes to its tensors so far; None: a compiler does not count."""
-    detached: list[object] = []  # every operation of a tape comes by: one loop, and nothing expensive
-    writes = None if torch.compiler.is_dynamo_compiling() else 0
+    """Detach the saved arguments of a JVP. Return them and the sum of their tensors' version counters.
+
+    The sum is None under torch.compile, which has no version counters.
+    """
+    # This runs for every recorded operation, so it is a single loop of cheap operations.
+    detached: list[object] = []
+    version_sum = None if torch.compiler.is_dynamo_compiling() else 0
     for x in saved:
         if isinstance(x, Tensor):
-            x = x.detach()  # which shares the count
-            if writes is not None:
-                writes += _num_writes(x)
-        elif writes is not None and isinstance(x, tuple | list | dict):
-            writes += sum(map(_num_writes, _tensors_in(x)))  # indices and masks, which have no gradient
+            # A detached tensor shares its version counter.
+            x = x.detach()
+            if version_sum is not None:
+                version_sum += version(x)
+        elif version_sum is not None and isinstance(x, tuple | list | dict):
+            # Indices and masks, which need no detaching.
+            version_sum += sum(map(version, _tensors_in(x)))
         detached.append(x)
-    return detached, writes
+    return detached, version_sum
 
 
 def _tensors_in(x: object) -> Iterator[Tensor]:
-    """The tensors among an argument, and in tuples, lists and dicts of arguments."""
+    """Yield the tensors in an argument, including those in nested tuples, lists and dicts."""
     if isinstance(x, Tensor):
         yield x
     elif isinstance(x, tuple | list | dict):
@@ -90,65 +98,66 @@ def _tensors_in(x: object) -> Iterator[Tensor]:
             yield from _tensors_in(item)
 
 
-def play(ends: Iterable[Later]) -> None:
-    """Compute the tangents `ends`, and before them all that they need, each once; let go of what is no longer needed.
+def is_complete(outputs: Iterable[DeferredTangent]) -> bool:
+    """Whether all saved tensors that the `outputs` need are still in memory. FSDP2 may have freed sharded weights.
 
-    The inputs of the pass must have their value. Depth first, with a stack of its own: a net is deeper than Python's.
+    Raises ModifiedInPlace if a saved tensor was modified in place.
     """
-    stack = list(ends)
+    stack = list(outputs)
+    visited = set[int]()
+    while stack:
+        tangent = stack.pop()
+        if id(tangent) in visited:
+            continue
+        visited.add(id(tangent))
+        version_sum = 0
+        for x in _tensors_in(tangent.saved):
+            if x.numel() and not x.untyped_storage().size():
+                return False
+            version_sum += version(x)
+        if tangent.version_sum is not None and version_sum != tangent.version_sum:
+            name = getattr(tangent.jvp, "__name__", "")
+            raise ModifiedInPlace(name.lstrip("_").removeprefix("jvp_"))
+        stack.extend(operand for operand in tangent.operands if isinstance(operand, DeferredTangent))
+    return True
+
+
+def evaluate(outputs: Iterable[DeferredTangent]) -> None:
+    """Compute the tangents `outputs` and all tangents that they depend on, each once, and free the saved tensors.
+
+    The inputs of the pass must have their `value`. The traversal is iterative, because the graph may be deeper than
+    Python's recursion limit.
+    """
+    stack = list(outputs)
     with torch.no_grad():
         while stack:
-            later = stack[-1]
-            pending = [operand for operand in later.operands if isinstance(operand, Later) and operand.value is None]
+            tangent = stack[-1]
+            pending = [x for x in tangent.operands if isinstance(x, DeferredTangent) and x.value is None]
             if pending:
                 stack.extend(pending)
                 continue
             stack.pop()
-            if later.value is None:
-                assert later.push is not None, "an input of the pass was given no tangent"
-                tangents = [_computed(operand) for operand in later.operands]
-                later.value = fit_to_primal(later.push(*tangents, *later.saved), later.shape, later.dtype)
-                later.operands = later.saved = ()  # let go of what is no longer needed
-                later.writes = None
+            if tangent.value is None:
+                assert tangent.jvp is not None, "an input of the pass was given no tangent"
+                operands = [_computed(operand) for operand in tangent.operands]
+                tangent.value = fit_to_primal(tangent.jvp(*operands, *tangent.saved), tangent.shape, tangent.dtype)
+                tangent.operands = tangent.saved = ()
+                tangent.version_sum = None
 
 
 @cache
-def compiled_play() -> Callable[[Iterable[Later]], None]:
-    """`play` as one graph, for nets whose blocks are compiled: where they return Duals, only data is left to play."""
-    return torch.compile(play, fullgraph=True)
+def compiled_evaluate() -> Callable[[Iterable[DeferredTangent]], None]:
+    """Return `evaluate` compiled to one graph, for networks with compiled blocks."""
+    return torch.compile(evaluate, fullgraph=True)
 
 
-def is_complete(ends: Iterable[Later]) -> bool:
-    """Whether all saved tensors that `ends` need are still in memory; sharded weights may have been given back.
-
-    Raises WrittenTo where a tensor is there, but was written to since.
-    """
-    stack = list(ends)
-    visited = set[int]()
-    while stack:
-        later = stack.pop()
-        if id(later) in visited:
-            continue
-        visited.add(id(later))
-        writes = 0
-        for x in _tensors_in(later.saved):
-            if x.numel() and not x.untyped_storage().size():
-                return False
-            writes += _num_writes(x)
-        if later.writes is not None and writes != later.writes:
-            name = getattr(later.push, "__name__", "")
-            raise WrittenTo(name.lstrip("_").removeprefix("push_"))
-        stack.extend(operand for operand in later.operands if isinstance(operand, Later))
-    return True
-
-
-def _num_writes(x: Tensor) -> int:
-    """How often a tensor was written to. One of torch.inference_mode does not count, and gives 0."""
+def version(x: Tensor) -> int:
+    """Return the version counter of a tensor, which in-place operations increment; 0 for an inference tensor."""
     return 0 if x.is_inference() else x._version
 
 
 def fit_to_primal(t: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Expand a tangent to its primal's shape, and convert it to its dtype."""
+    """Expand a tangent to its primal's shape and convert it to its dtype."""
     if t.shape != shape:
         t = t.expand(shape)
     if t.dtype != dtype:
@@ -157,7 +166,7 @@ def fit_to_primal(t: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor
 
 
 def _computed(operand: OperandTangent) -> Tensor | None:
-    """The tangent of an operand that is known by now; an input's may have been set in another dtype."""
-    if not isinstance(operand, Later) or operand.value is None:
+    """Return the computed tangent of an operand, in the operand's dtype; None if it has no tangent."""
+    if not isinstance(operand, DeferredTangent) or operand.value is None:
         return cast(Tensor | None, operand)
     return fit_to_primal(operand.value, operand.shape, operand.dtype)

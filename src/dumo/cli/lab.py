@@ -110,7 +110,7 @@ def _step_cells(row: dict[str, Any]) -> dict[str, str]:
         "slope": row["slope"],
         "precision": row["precision"],
         "compiled": row["compile"],
-        "way": "refused" if row["refused"] else row["way"] or "",
+        "strategy": "refused" if row["refused"] else row["strategy"] or "",
         "F counted": cell("units_counted", ".2f"),
         "F by time": cell("units_timed", ".2f"),
         "quartiles": quartiles.strip("-"),

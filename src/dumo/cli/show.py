@@ -121,7 +121,7 @@ def _fact_lines(run: "Run", facts: "RunFacts") -> list[tuple[str, str]]:
         ("one step", f"{facts.forward_units_per_step:.2f} F (forward units, counted; a backward pass is 2 F)"),
     ]
     if facts.slope:
-        lines.append(("slope", f"dual, {facts.slope['text']}: {facts.slope['why']}"))
+        lines.append(("slope", f"dual, {facts.slope['text']}: {facts.slope['reason']}"))
     if not run.conditions.are_known:
         what_is_counted = "captions" if run.conditions.captions else "a class per folder"
         lines.append(("classes", f"not known yet: {what_is_counted}, counted when the data are there"))

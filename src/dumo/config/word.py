@@ -69,7 +69,7 @@ def method(objective: Objective) -> Method:
 
 
 def watched(name: str) -> Word:
-    """The words for a note of a training step. `right_d` is the note `right` of the part d: "<title of right>, d"."""
+    """The words for a note of a training step. `accuracy_d` is the note `accuracy` of the part d: "<its title>, d"."""
     note, _, part = name.rpartition("_")
     if name in WATCHED or note not in WATCHED:
         return word(WATCHED, name)

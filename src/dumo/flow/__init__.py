@@ -1,10 +1,10 @@
-"""The mathematics of flows: what a loss reads, how du/dt is taken, and how a trained net is sampled.
+"""The mathematics of flows: paths, times, du/dt, guidance and solvers.
 
-- A training step: `noise` draws times (`times`) and noise, and puts data on a `path`; a loss takes du/dt by a `slope`,
-  guides its target by `guide`, and measures a `residual`.
-- Samples: `reading` says what a trained network tells a `solver`, and `sampling` runs it in batches.
-- `module` has `Flow`, which joins all of it with a network; `adapter` calls networks of users, `trainable` and
-  `derivative` check them, and `compatibility` refuses what does not go together.
+- Training: `noise` draws times (`times`) and noise, and makes noisy batches on a `path`; a loss computes du/dt with a
+  `slope`, guides its target with a `guide`, and measures a `residual`.
+- Sampling: `reading` defines what an objective's network provides to a `solver`, and `sampling` runs it in batches.
+- `module` defines `Flow`, which combines these with a network; `adapter` calls a user's network, `trainable` and
+  `derivative` check it, and `compatibility` refuses invalid combinations.
 
-Touches tensors, and no file. Knows no net and no data; of objectives it knows names, in messages alone.
+This package works on tensors and opens no files. It does not depend on networks, data or objectives.
 """

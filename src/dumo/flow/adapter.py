@@ -1,13 +1,11 @@
-"""`NetAdapter` calls a user's network as objectives call one: net(x, c, t=t, r=r) returns a tuple of heads.
+"""`NetAdapter` adapts a user's network to the signature that objectives call: net(x, c, t=t, r=r) -> tuple of heads.
 
-The network itself is called as `net(x, t=t)`, or as `net(x, t=t, c=c)` if there are conditions; `r=r` follows t, and
-the knobs of an objective follow r, by their own names. Keywords let a network have its arguments in any order, and one
-with other names raises a TypeError. `call(net, x, t, c)`, a function of the user's with arguments of these names, calls
-any other network. dumo's own networks take x and c by position.
+The network is called as `net(x, t=t)`, or as `net(x, t=t, c=c)` if there are conditions, with `r=r` and the objective's
+knobs as further keywords. A network with other argument names needs a function `call(net, x, t, c)`. dumo's own
+networks take x and c by position.
 
-Conditions are of two kinds. Labels (b,) go to the objective and to the network as they are. Of anything else, such as
-the tokens of a text, the objective gets row numbers, which it drops, duplicates and picks without knowing what they
-stand for; the network gets the rows behind these numbers (`ConditionRows`).
+Labels (b,) are passed to the objective and to the network unchanged. For other conditions, such as text tokens, the
+objective gets row numbers, which it may drop, repeat and select; the network gets the rows (`ConditionRows`).
 """
 
 import inspect
@@ -23,9 +21,12 @@ from dumo.autodiff.dual import Dual, primal
 from dumo.runtime.random import seeded_generators
 from dumo.types import Array, Cond, Heads, Needs, Net, Sample, Time, UserError, unwrap
 
-Condition = Tensor | Mapping[str, Tensor] | None  # labels (b,), numbers (b, ...), or tensors by name
-Null = Tensor | Mapping[str, Tensor] | None  # the row that replaces a dropped condition, or one by name
-CustomCall = Callable[..., Any]  # a user's function of (net, x, t, c), and of r if the objective has it
+# Labels (b,), numbers (b, ...), or tensors by name.
+Condition = Tensor | Mapping[str, Tensor] | None
+# The row that replaces a dropped condition, or a row for each name.
+Null = Tensor | Mapping[str, Tensor] | None
+# A user's function of (net, x, t, c), and of r if the objective has it.
+CustomCall = Callable[..., Any]
 
 
 def is_labels(c: Condition) -> bool:
@@ -34,7 +35,7 @@ def is_labels(c: Condition) -> bool:
 
 
 def map_tensors(c: Condition, change: Callable[[Tensor], Tensor]) -> Condition:
-    """The conditions with each tensor changed: a tensor, a dict or None, as c is."""
+    """Apply a function to each tensor of the conditions."""
     if c is None:
         return None
     if isinstance(c, Tensor):
@@ -44,18 +45,22 @@ def map_tensors(c: Condition, change: Callable[[Tensor], Tensor]) -> Condition:
 
 @dataclass(frozen=True)
 class ConditionRows:
-    """Conditions other than labels, a row for each sample, and the row that replaces a dropped one.
+    """Conditions other than labels, one row per sample, and the row that replaces a dropped condition.
 
-    An objective gets row numbers as c (b,). Row i of n rows with its condition dropped has the number i - n, below 0.
+    An objective gets row numbers as c (b,). Row i of n rows has the number i - n, below 0, if its condition is dropped.
+
+    rows: (n, ...), by name.
+    null: (...) or (1, ...), by name.
+    is_tensor: whether the user passed one tensor without a name.
     """
 
-    rows: Mapping[str, Tensor]  # (n, ...), by name
-    null: Mapping[str, Tensor]  # (...) or (1, ...), by name
-    is_tensor: bool  # the user gave one tensor, without a name
+    rows: Mapping[str, Tensor]
+    null: Mapping[str, Tensor]
+    is_tensor: bool
 
     @classmethod
     def of(cls, c: Condition, null: Null) -> "ConditionRows":
-        """The rows of conditions that are not labels. A single null replaces each of them."""
+        """Create the rows from conditions that are not labels. A single null is used for every name."""
         rows = c if isinstance(c, Mapping) else {"c": cast(Tensor, c)}
         if isinstance(null, Tensor):
             null = dict.fromkeys(rows, null)
@@ -65,18 +70,16 @@ class ConditionRows:
         return len(next(iter(self.rows.values())))
 
     def drop(self, c: Cond) -> Cond:
-        """The numbers of rows c (b,) with their conditions dropped: i - n instead of i, from -n to -1."""
+        """Return the row numbers c (b,) with dropped conditions: i - n instead of i, from -n to -1."""
         return torch.where(c < 0, c, c - len(self))
 
     def take(self, c: Cond) -> Tensor | dict[str, Tensor]:
-        """The conditions (b, ...) of the rows numbered c (b,), as the user gave them. A dropped row has the null.
-
-        A condition without a null keeps the row's own value.
-        """
+        """Return the conditions (b, ...) of the rows numbered c (b,). A dropped row gets the null, if there is one."""
         conditions: dict[str, Tensor] = {}
         is_dropped = c < 0
         for name, rows in self.rows.items():
-            values = rows[c]  # also of a dropped row, because tensors count negative numbers from the end
+            # The negative number i - n of a dropped row selects row i.
+            values = rows[c]
             null = self.null.get(name)
             if null is not None:
                 values = torch.where(is_dropped.view(-1, *(1,) * (rows.ndim - 1)), null.to(rows), values)
@@ -84,7 +87,7 @@ class ConditionRows:
         return conditions["c"] if self.is_tensor else conditions
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "ConditionRows":
-        """A copy on a device, whose floats have this dtype."""
+        """Return a copy on a device, with floating-point tensors in this dtype."""
 
         def moved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in tensors.items()}
@@ -93,19 +96,19 @@ class ConditionRows:
 
 
 class NetAdapter(nn.Module):
-    """A network as objectives call it.
+    """A network with the signature that objectives call.
 
     A pass with gradients goes through the network's wrappers, such as DistributedDataParallel; one without gradients
-    calls the network inside them.
+    calls the unwrapped network.
 
-    net: the network, in its wrappers.
-    needs: the objective's, which name times and heads.
-    call: a user's function that calls the network; None: by the names t, r and c, or as dumo's own.
+    net: the network, possibly wrapped.
+    needs: the objective's needs, which name the times and heads.
+    call: a user's function that calls the network; None means by the keywords t, r and c, or as dumo's own networks.
     labelled: whether the network gets labels.
-    time_scale: multiplies t and r before they reach the network.
-    rows: the conditions whose row numbers c are; None: c are labels.
-    key: seeds torch's generators in every pass, so all passes of a step draw the same; None: the generators continue.
-        Under torch.compile, which cannot trace seeding, they continue, too.
+    time_scale: a factor for t and r.
+    rows: the conditions to which the row numbers c refer; None means that c are labels.
+    key: a seed for torch's generators in every pass, so that all passes of a step draw the same numbers. None means not
+        to seed them. It is ignored under torch.compile, which cannot trace seeding.
     """
 
     def __init__(
@@ -130,7 +133,7 @@ class NetAdapter(nn.Module):
         self.is_dumos = takes_positional_condition(unwrap(net))
 
     def with_net(self, net: nn.Module) -> "NetAdapter":
-        """The adapter of another network, which is called as this one."""
+        """Return an adapter with the same settings for another network."""
         return NetAdapter(
             net,
             self.needs,
@@ -142,9 +145,9 @@ class NetAdapter(nn.Module):
         )
 
     def forward(self, x: Array, c: Cond, /, **inputs: Time) -> Heads:
-        """The heads of a pass, each of the shape of x, then the gauges, each (b,).
+        """Return the heads of a pass, each of the shape of x, then the gauges, each (b,).
 
-        Raises UserError if the network returned other shapes, which a loss would broadcast.
+        Raises UserError for other shapes, which a loss would broadcast.
         """
         net = self.net if torch.is_grad_enabled() else unwrap(self.net)
         inputs = {name: value * self.time_scale if name in ("t", "r") else value for name, value in inputs.items()}
@@ -156,7 +159,7 @@ class NetAdapter(nn.Module):
         return heads_of(outputs, x, self.needs, type(unwrap(self.net)).__name__)
 
     def _call(self, net: nn.Module, x: Array, c: Cond, inputs: dict[str, Time]) -> Any:  # noqa: ANN401
-        """What the network returns for x (b, ...), c (b,) and times and knobs (b,) by name."""
+        """Call the network on x (b, ...), c (b,), and the times and knobs (b,) by name."""
         condition: object = None
         if self.rows is not None:
             condition = self.rows.take(c)
@@ -172,15 +175,17 @@ class NetAdapter(nn.Module):
 
 
 def takes_positional_condition(net: nn.Module) -> bool:
-    """Whether a network is one of dumo's own, forward(x, c, /, *, t, ...): others have no second positional-only."""
+    """Whether a network has the signature of dumo's own, forward(x, c, /, *, t, ...)."""
     parameters = list(inspect.signature(net.forward).parameters.values())
     return len(parameters) > 1 and parameters[1].kind is inspect.Parameter.POSITIONAL_ONLY
 
 
 def heads_of(outputs: object, x: Array, needs: Needs, net: str) -> Heads:
-    """What a network returned for x (b, ...), a tensor or a tuple, as a tuple: heads (b, ...), then gauges (b,).
+    """Convert a network's outputs for x (b, ...) to a tuple of heads (b, ...), then gauges (b,).
 
-    `net`: its class, for the message. Raises UserError for other shapes, which a loss would broadcast.
+    net: the network's class, for the message.
+
+    Raises UserError for other shapes, which a loss would broadcast.
     """
     heads = (outputs,) if isinstance(outputs, Tensor | Dual) else tuple(cast("tuple[Tensor, ...]", outputs))
     shapes = [tuple(head.shape) for head in heads]
@@ -195,7 +200,7 @@ def heads_of(outputs: object, x: Array, needs: Needs, net: str) -> Heads:
 
 
 def in_weights_dtype(adapter: NetAdapter) -> Net:
-    """The adapter on x in the floating-point type of the network's weights; what it returns is in that of x."""
+    """Wrap an adapter so that x is cast to the dtype of the network's weights, and the heads to the dtype of x."""
     weights = (p for p in unwrap(adapter.net).parameters() if p.is_floating_point())
     weight = next(weights, None)
     if weight is None or weight.dtype == torch.float32:

@@ -1,18 +1,16 @@
-"""Whether a slope is the derivative: du/dt compared with a central difference in float64.
+"""Check du/dt of a slope against a central difference in float64.
 
-Few-step objectives regress on du/dt. If it is wrong, nothing fails: the loss falls towards another target. It is wrong
-easily: a difference divides the rounding of two passes by 2 h, a network may cut off the tangent of its time, and a
-rule or a kernel may have a bug, perhaps on one device alone.
+Few-step objectives use du/dt in their target, so a wrong derivative trains another target without an error. Possible
+causes are rounding in a difference, a network that detaches its time, and a bug in a rule or a kernel, perhaps on one
+device only.
 
-`slope_errors` compares a slope with the derivative, and `max_slope_error` says how far it may be off. For a user's
-network the derivative is a `central_difference`, which holds whatever its code does. `dumo.Flow` calls `choose_slope`,
-which takes the first exact slope that runs and is right. A new network has layers of zeros, behind which du/dt is 0
-whatever the slope, so a copy is examined in which these are noise (`copy_without_zero_layers`).
-`dumo.run.examination` compares the network of a run in the same way; if it is dumo's own, with the forward mode of
-`dumo.autodiff.float64`.
+`slope_errors` measures the error of a slope, and `max_slope_error` returns the tolerance. The reference for a user's
+network is a `central_difference`, which does not depend on its code. `dumo.Flow` calls `choose_slope`, which returns
+the first slope that runs and is accurate. In a new network, layers of zeros may hide du/dt, so the check uses a copy
+with noise in these layers (`copy_without_zero_layers`). `dumo.run.examination` checks the network of a run in the same
+way, with `dumo.autodiff.float64` as the reference for dumo's own networks.
 
-`exact`, `derivatives` and `errors` have an entry for each output of the network, in their order: heads (b, ...), then
-gauges (b,).
+`exact`, `derivatives` and `errors` have an entry for each output of the network: heads (b, ...), then gauges (b,).
 """
 
 import copy
@@ -35,29 +33,30 @@ from dumo.flow.trainable import inputs_of
 from dumo.runtime import dist
 from dumo.types import Cond, Frozen, Heads, Needs, Net, NoisyBatch, Sample, Time, UserError, unwrap
 
-# Half-steps h of the central difference, in units of t. The short ones are exact in float64; the long ones serve
+# Half-steps h of the central difference, in units of t. The short ones are exact in float64; the long ones are for
 # networks that compute a part, such as the embedding of t, in float32.
 _HALF_STEPS = (1e-6, 1e-5, 1e-4, 4e-4, 2e-3, 1e-2)
-# Two neighbouring half-steps whose differences agree to this are taken at once
+# Stop at two neighbouring half-steps with this relative difference.
 _AGREEMENT = 1e-4
 # The largest relative error of an exact slope in fp32. Measured errors are 1e-6, and 2e-4 with an embedding of 1000
-# radians. Of `central`, and in other precisions, it is MAX_SLOPE_ERROR.
+# radians. For `central` and other precisions it is MAX_SLOPE_ERROR.
 _MAX_EXACT_ERROR = 0.01
-# An l2 norm of du/dt below this counts as this, so that rounding is no error if du/dt is zero
+# The smallest norm of du/dt in a relative error, so that rounding is not an error if du/dt is zero.
 _MIN_NORM = 2e-5
-_MAX_COPIED_PARAMETERS = 400_000_000  # a larger network is examined as it is
+# A larger network is not copied for the check.
+_MAX_COPIED_PARAMETERS = 400_000_000
 
 
 @torch.no_grad()
 def central_difference(
     net: nn.Module, x_t: Sample, direction: Sample, c: Cond, inputs: Mapping[str, Time], *, in_float64: bool = True
 ) -> tuple[Heads, float]:
-    """d/dt of every output of a network by a central difference, and how uncertain it is, as a relative error.
+    """Compute d/dt of every output of a network by a central difference, and its relative uncertainty.
 
-    x_t (b, ...) moves along `direction`, dx_t/dt, and the t among `inputs` with 1. In float64 a copy of the
-    network makes the passes, on the device of x_t, or on the CPU if that has no float64; otherwise the network itself,
-    in the precision that holds now. The weights of the network stay as they are. The uncertainty is the difference of
-    the two neighbouring half-steps that agree best, of the worst output.
+    x_t (b, ...) changes with `direction` = dx_t/dt, and t in `inputs` with 1. In float64, a copy of the network makes
+    the passes, on the device of x_t, or on the CPU if that device has no float64; otherwise the network itself does, in
+    the current precision. The uncertainty is the difference of the two neighbouring half-steps that agree best, for the
+    worst output.
     """
     attention: AbstractContextManager[object] = nullcontext()
     if in_float64:
@@ -66,7 +65,7 @@ def central_difference(
         x_t, direction = x_t.to(device).double(), direction.to(device).double()
         inputs = {name: value.to(device).double() for name, value in inputs.items()}
         c = c.to(device)
-        attention = sdpa_kernel(SDPBackend.MATH)  # which rounds least
+        attention = sdpa_kernel(SDPBackend.MATH)  # has the smallest rounding error
 
     best: Heads = ()
     least_gap = inf
@@ -81,7 +80,7 @@ def central_difference(
                 gap = max(float(_relative_error(longer, shorter)) for longer, shorter in pairs)
                 if gap < least_gap:
                     best, least_gap = previous, gap
-            # Without a copy all half-steps are taken: ranks that share the weights must make equally many passes.
+            # Without a copy, use all half-steps, because ranks that share sharded weights must make the same passes.
             if in_float64 and least_gap < _AGREEMENT:
                 break
             previous = differences
@@ -98,15 +97,14 @@ def slope_errors(
     inputs: Mapping[str, Time],
     exact: Heads,
 ) -> list[Tensor]:
-    """The relative l2 error of a slope, by output, in the precision that holds now.
+    """Return the relative l2 error of a slope for each output, in the current precision.
 
-    A loss may know the direction before the pass of the network, or only after it, and a slope may compute the two
-    cases differently: the larger error counts.
+    A slope may compute the derivative differently if the direction is known before the pass: the larger of the two
+    errors is returned.
     """
     errors_by_use: list[list[Tensor]] = []
     for known_direction in (direction, None):
-        # `moving=None`: the derivative is wanted on all rows.
-        _, along = slope(net, ref, x_t, c, toward=known_direction, moving=None, **cast(dict[str, Any], inputs))
+        _, along = slope(net, ref, x_t, c, direction=known_direction, moving=None, **cast(dict[str, Any], inputs))
         with torch.no_grad():
             derivatives = along(direction)
         errors_by_use.append([_relative_error(found, true) for found, true in zip(derivatives, exact, strict=True)])
@@ -114,7 +112,7 @@ def slope_errors(
 
 
 def max_slope_error(slope: Slope, precision: str) -> float:
-    """The largest relative error that a slope may have in a precision, as `precision_of` names it."""
+    """Return the largest acceptable relative error of a slope in a precision that `precision_of` returns."""
     if isinstance(slope, DualSlope | JvpSlope) and precision == "fp32":
         return _MAX_EXACT_ERROR
     return MAX_SLOPE_ERROR
@@ -123,17 +121,18 @@ def max_slope_error(slope: Slope, precision: str) -> float:
 def choose_slope(
     slopes: Sequence[Slope], net: NetAdapter, b: NoisyBatch, needs: Needs, *, is_copy: bool
 ) -> tuple[Slope, str]:
-    """How du/dt of a network is taken: the first of some slopes that is right, and a report of its error for the user.
+    """Return the first slope that is accurate, and a report of its error for the user.
 
-    slopes: in the order in which they are tried.
-    net: the network, or its copy, on whose batch b of a few rows the slope is tried.
-    is_copy: whether `net` is of a copy, which is compared in float64.
+    slopes: the candidates in order.
+    net: the network, or a copy of it.
+    b: a batch of a few rows.
+    is_copy: whether `net` is a copy, which is checked in float64.
 
-    Every rank must call it, and all choose alike. Raises UserError if no slope is the derivative.
+    Every rank must call it, and all choose the same slope. Raises UserError if no slope is accurate.
     """
     inputs = inputs_of(b, needs)
     exact, uncertainty = _exact_derivative(net, b, inputs, is_copy=is_copy)
-    # Passes may round so much that no two differences agree. An exact slope is then taken if it runs.
+    # If rounding is so large that no two differences agree, accept an exact slope that runs.
     uncertainty = dist.largest(uncertainty)
     is_compared = uncertainty <= MAX_SLOPE_ERROR
     failures: list[str] = []
@@ -150,25 +149,25 @@ def choose_slope(
         if error == inf and not is_failed_here:
             failure = "it fails on another rank"
         if not is_compared and not isinstance(slope, CentralSlope) and error < inf:
-            text = f"{slope.kind}, not compared, for passes round so that differences do not agree"
+            text = f"{slope.kind}, not checked, because rounding is too large for a central difference"
             return slope, "; ".join([text, *failures])
         if error <= max_slope_error(slope, precision_of(b.x_t)) + uncertainty:
             text = f"{slope.kind}, {100 * error:.2g} % off a central difference"
             return slope, "; ".join([text, *failures])
         failures.append(f"not {slope.kind}: {failure}")
     raise UserError(
-        f"no du/dt of {type(unwrap(net.net)).__name__}: {'; '.join(failures)}: change the network, or give the "
-        'objective another slope, such as slope={"kind": "central"}, a difference of two passes'
+        f"du/dt of {type(unwrap(net.net)).__name__} cannot be computed: {'; '.join(failures)}: change the network, or "
+        'set another slope of the objective, such as slope={"kind": "central"}, a difference of two passes'
     )
 
 
 def copy_without_zero_layers(net: nn.Module) -> nn.Module | None:
-    """A copy of a network whose layers of zeros are noise; None if it is too large, sharded, lazy or not copied.
+    """Copy a network and add noise to its layers of zeros. Return None if it is too large, sharded, lazy or fails.
 
-    A head that starts at zero has du/dt = 0, to which any slope is right.
+    A head that starts at zero has du/dt = 0, so any slope would pass the check.
     """
     parameters = list(net.parameters())
-    # Weights of torch.distributed.tensor, which is slow to import, have a `full_tensor`.
+    # DTensors have a `full_tensor`. Importing torch.distributed.tensor is slow.
     is_sharded = bool(dist.sharded_parts(net)) or any(hasattr(p, "full_tensor") for p in parameters)
     if is_sharded or any(is_lazy(p) for p in parameters):
         return None
@@ -176,12 +175,13 @@ def copy_without_zero_layers(net: nn.Module) -> nn.Module | None:
         return None
     try:
         copied = copy.deepcopy(net)
-    except (RuntimeError, TypeError):  # tensors that are results, as of old weight norms; locks and other handles
+    except (RuntimeError, TypeError):
+        # Non-leaf tensors, as in old weight norms, and locks cannot be copied.
         return None
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in copied.parameters():
-            # Drawn for every parameter, so that its noise does not depend on which others are zero.
+            # Draw noise for every parameter, so that it does not depend on which parameters are zero.
             noise = torch.randn(p.shape, generator=generator, device="cpu").to(p)
             if not p.any():
                 std = 0.1 if p.ndim < 2 else p[0].numel() ** -0.5
@@ -192,23 +192,23 @@ def copy_without_zero_layers(net: nn.Module) -> nn.Module | None:
 def _exact_derivative(
     net: NetAdapter, b: NoisyBatch, inputs: Mapping[str, Time], *, is_copy: bool
 ) -> tuple[Heads, float]:
-    """`central_difference` on a batch: of a copy in float64 if the network can, else in the precision that holds now.
+    """Compute `central_difference` on a batch, in float64 if the network is a copy and supports it.
 
-    Under autocast and of 16 bits the uncertainty is infinite: x ± h v is then x itself, and differences agree on what
-    is wrong.
+    With autocast or 16-bit weights the uncertainty is infinite, because x ± h v rounds to x.
     """
     direction = b.v_t.to(b.x_t)
     if is_copy:
         try:
             return central_difference(net, b.x_t, direction, b.c, inputs)
-        except (RuntimeError, TypeError):  # a network that names float32 itself
+        except (RuntimeError, TypeError):
+            # The network casts to float32 explicitly.
             pass
     exact, uncertainty = central_difference(net, b.x_t, direction, b.c, inputs, in_float64=False)
     return exact, uncertainty if precision_of(b.x_t) == "fp32" else inf
 
 
 def _net_in_float64(net: nn.Module, device: torch.device) -> nn.Module:
-    """A copy of a network, or of that in an adapter with its conditions, that computes in float64 on a device."""
+    """Copy a network, or an adapter with its conditions, to float64 on a device."""
     if not isinstance(net, NetAdapter):
         return float64_copy(net, device)
     adapter = net.with_net(float64_copy(unwrap(net.net), device))
@@ -218,5 +218,5 @@ def _net_in_float64(net: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _relative_error(derivative: Tensor, exact: Tensor) -> Tensor:
-    """The l2 error over the l2 norm, which counts as _MIN_NORM at least."""
+    """Return the l2 error divided by the l2 norm, or by _MIN_NORM if that is larger."""
     return (derivative.to(exact) - exact).norm() / exact.norm().clamp(min=_MIN_NORM)

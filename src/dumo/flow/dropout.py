@@ -1,25 +1,22 @@
-"""Dropout whose masks are a function of the row, the step and the layer: a pass draws nothing.
+"""Dropout with masks that are a function of the row, the step and the layer.
 
     with using(keys(seed, step, batch)[rows]):  # the training step, for its rows of the batch
-        loss(...)  # in it: `rows(...)` around a pass of some rows, `off()` around a pass that drops nothing
+        loss(...)  # uses `rows(...)` around a pass of some rows, `off()` around a pass without dropout
 
-The order of events:
+1. `keys` draws a key for each row of a step's batch, and the training step enters `using` with the keys of its rows.
+2. The loss makes passes of all rows, of some rows inside `rows`, or without dropout inside `off`.
+3. In each pass, a network gets the keys from `current` and passes `layer_keys` to each layer.
+4. The layer calls `drop`, `keep_mask` for the mask only, or `hashes` for other random choices. A mask is a hash of the
+   row's key, the layer and the position in the row.
 
-1. `keys` draws a key for each row of a step's batch, and the step enters `using` with those of its rows.
-2. The loss makes passes: of all rows, of some inside `rows`, without dropout inside `off`.
-3. A net asks for the keys once per pass, by `current`, and gives each layer its `layer_keys` as an argument.
-4. The layer calls `drop`, or `keep_mask` for the mask alone, or `hashes` for other choices. A mask is a hash of the
-   row's key, the layer and the place in the row.
+All training passes of a step therefore use the same masks, whichever rows they contain, and so does the recomputation
+of a checkpointed block, which gets its keys as an argument. Masks do not depend on the number of ranks, the split of
+the batch or the device. An average of the weights as theta^- is in evaluation mode and does not drop. `off` disables
+dropout only: token routing (`dumo.nets.route`) uses the same keys and remains enabled.
 
-So every pass of a step in training meets the same masks, whichever rows it is made of. So does a block that
-checkpointing computes again, after the step has left these contexts, because it got its keys as an argument. Two ranks
-equal one, any split of the batch equals the whole, and a mask is the same on every device. An average of the weights as
-theta^- drops nothing, because it is in evaluation mode. `off` turns off dropout alone: token routing
-(`dumo.nets.route`) uses the same keys, and goes on inside.
-
-Keys are a state of the thread, not an argument: between the step and the layers are losses, slopes and nets of users
-and of other libraries, whose calls have no place for them. They cannot be forgotten in silence: a net that drops raises
-where nobody entered `using` or `off`, and where the keys are those of another number of rows than the pass has.
+Keys are thread state and not an argument, because losses, slopes and users' networks between the step and the layers
+do not pass them on. A network that drops raises an error outside of `using` and `off`, and if the number of keys
+differs from the number of rows of the pass.
 """
 
 import threading
@@ -34,52 +31,60 @@ from torch import Tensor
 from dumo.runtime.random import stream
 from dumo.types import Array
 
-Keys = Int[Tensor, "b 2"]  # two numbers of 32 bits per row, as int32
+# Two 32-bit numbers per row, as int32.
+Keys = Int[Tensor, "b 2"]
 
-_LEVELS = 1 << 16  # ours: a probability is rounded to a multiple of 1 / _LEVELS
-_GOLDEN = -1640531527  # 2^32 / golden ratio as a signed number: layers differ by its multiples (Knuth's hash)
+# Probabilities are rounded to a multiple of 1 / _LEVELS (our choice).
+_LEVELS = 1 << 16
+# 2^32 / golden ratio as a signed number. The keys of layers differ by its multiples (Knuth's hash).
+_GOLDEN = -1640531527
 
 
 class _State(threading.local):
-    """The keys that hold in a thread. All fields exist from its start: one added later would make torch recompile."""
+    """The keys of a thread. All fields exist from the start, because a new field would make torch recompile.
+
+    keys: None disables dropout and routing.
+    is_set: whether `using` or `off` is active.
+    drops: whether dropout is enabled in addition to routing.
+    """
 
     def __init__(self) -> None:
-        self.keys: Keys | None = None  # None: nets drop and route nothing
-        self.is_set = False  # whether `using` or `off` is entered
-        self.drops = True  # False: keys are for routing alone
+        self.keys: Keys | None = None
+        self.is_set = False
+        self.drops = True
 
 
 _state = _State()
 
 
 def keys(seed: int, step: int, batch: int) -> Keys:
-    """The keys of all rows of a step's global batch, (batch, 2)."""
+    """Draw the keys of all rows of a step's global batch, (batch, 2)."""
     return torch.randint(-(2**31), 2**31, (batch, 2), generator=stream(seed, step, "dropout"), dtype=torch.int32)
 
 
 def using(keys: Keys | None, *, drops: bool = True) -> AbstractContextManager[None]:
-    """Inside, nets in training drop and route by these keys, (b, 2), one for each row of a pass.
+    """Use these keys (b, 2), one per row of a pass, for dropout and routing of networks in training mode.
 
-    keys: None: nets neither drop nor route.
-    drops: whether they drop; else they route alone.
+    keys: None disables dropout and routing.
+    drops: whether dropout is enabled in addition to routing.
     """
     return _state_set(keys, is_set=True, drops=drops)
 
 
 def rows(places: Sequence[int] | Int[Tensor, " k"]) -> AbstractContextManager[None]:
-    """Inside, passes are of the rows at these places among those of the surrounding `using`."""
+    """Select the keys of some rows of the surrounding `using`, for a pass of these rows."""
     some_keys = None if _state.keys is None else _state.keys[places]
     return _state_set(some_keys, is_set=_state.is_set, drops=_state.drops)
 
 
 def off() -> AbstractContextManager[None]:
-    """Inside, nothing is dropped. Tokens are routed as before."""
+    """Disable dropout. Token routing remains enabled."""
     return _state_set(_state.keys, is_set=True, drops=False)
 
 
 @contextmanager
 def _state_set(keys: Keys | None, *, is_set: bool, drops: bool) -> Generator[None, None, None]:
-    """Inside, the thread has this state; afterwards that of before."""
+    """Set the thread's state, and restore it afterwards."""
     before = _state.keys, _state.is_set, _state.drops
     _state.keys, _state.is_set, _state.drops = keys, is_set, drops
     try:
@@ -89,49 +94,53 @@ def _state_set(keys: Keys | None, *, is_set: bool, drops: bool) -> Generator[Non
 
 
 def current(n: int, *, route: bool = False) -> Keys | None:
-    """The keys for a pass of n rows, (n, 2); None where nothing is to be dropped.
+    """Return the keys for a pass of n rows, (n, 2), or None if dropout is disabled.
 
-    `route`: ask for the keys of routing, which hold inside `off`, too. Raises RuntimeError outside of `using` and
-    `off`, and where the keys are those of another number of rows.
+    route: return the keys for routing, which `off` does not disable.
+
+    Raises RuntimeError outside of `using` and `off`, and if the number of keys is not n.
     """
     pass_keys = _state.keys if _state.drops or route else None
     if not _state.is_set:
         raise RuntimeError(
-            "a net in training drops or routes, and has no keys: make the pass inside `dropout.using(...)` or off()"
+            "a network with dropout or routing is in training mode without keys: call it inside `dropout.using(...)` "
+            "or `dropout.off()`"
         )
     if pass_keys is not None and len(pass_keys) != n:
         raise RuntimeError(
-            f"a pass of {n} rows has dropout keys for {len(pass_keys)}: make it inside `dropout.rows(...)`"
+            f"a pass of {n} rows has dropout keys for {len(pass_keys)}: call the network inside `dropout.rows(...)`"
         )
     return pass_keys
 
 
 def layer_keys(keys: Keys, layer: int) -> Keys:
-    """The keys of a layer, by its number in the net: each layer must have another."""
+    """Return the keys of a layer. Each layer of a network must have a different number."""
     return keys + layer * _GOLDEN % 2**31
 
 
 def drop(h: Array, keys: Keys, p: float) -> Array:
-    """h (b, ...), each value zero with probability p, else divided by 1 - p, so that its mean stays."""
+    """Zero each value of h (b, ...) with probability p, and divide the rest by 1 - p."""
     scale = _LEVELS / (_LEVELS - round(p * _LEVELS))
     return h * keep_mask(keys, h.shape[1:], p) * scale
 
 
 @torch.no_grad()
 def keep_mask(keys: Keys, shape: Sequence[int], p: float) -> Bool[Tensor, "b ..."]:
-    """Which values of shape (b, *shape) are not dropped, each with probability 1 - p."""
+    """Return the mask (b, *shape) of the values to keep, each with probability 1 - p."""
     n = prod(shape)
-    lowest_kept = round(p * _LEVELS) - _LEVELS // 2  # int16 counts from -_LEVELS / 2
-    bits = hashes(keys, (n + 1) // 2).view(torch.int16)  # two numbers of 16 bits from one of 32
+    # int16 starts at -_LEVELS / 2.
+    lowest_kept = round(p * _LEVELS) - _LEVELS // 2
+    # Each 32-bit hash gives two 16-bit numbers.
+    bits = hashes(keys, (n + 1) // 2).view(torch.int16)
     return (bits[:, :n] >= lowest_kept).view(-1, *shape)
 
 
 @torch.no_grad()
 def hashes(keys: Keys, n: int) -> Int[Tensor, "b n"]:
-    """A number of 32 bits for each of n places of a row, (b, n) in int32.
+    """Return a 32-bit hash for each of n positions of a row, (b, n) in int32.
 
-    No two of a row are equal, since each step is a bijection of the numbers of 32 bits: `_mix`, the product with an odd
-    number, the sum.
+    The hashes of a row are distinct, because each operation is a bijection of 32-bit numbers: `_mix`, the product with
+    an odd number, and the sum.
     """
     step, start = _mix(keys).unsqueeze(-1).unbind(1)
     places = torch.arange(n, dtype=torch.int32, device=keys.device)
@@ -139,9 +148,9 @@ def hashes(keys: Keys, n: int) -> Int[Tensor, "b n"]:
 
 
 def _mix(x: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
-    """A bijection of numbers of 32 bits that looks random: `lowbias32` (C. Wellons 2018). Products wrap around.
+    """Hash 32-bit numbers by the bijection `lowbias32` (C. Wellons 2018).
 
-    A shift of int32 copies the sign into the upper bits, which the masks clear.
+    The masks clear the copies of the sign bit that a shift of int32 inserts.
     """
     x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
     x = (x ^ (x >> 15 & 0x1FFFF)) * -0x7B935975  # 0x846CA68B as a signed number

@@ -1,23 +1,22 @@
-"""Passes of a net that give its heads and their derivatives, for the slopes of `dumo.flow.slope`.
+"""Passes of a network that return its heads and their derivatives, for the slopes of `dumo.flow.slope`.
 
 A linearization is `(heads, along)`: the heads of one training pass, and a function `along(w)` that returns the
-derivative of each head as x moves with velocity w and t with velocity 1. There are three ways to make it:
+derivative of each head along dx/dt = w:
 
-    linearize_by_tape    the pass keeps what the derivatives need; `along` computes them from that, once
-    linearize_by_ride    w is known before the pass, which computes the derivatives on its way; `along` returns them
-    linearize_by_passes  a plain pass; `along` makes passes of its own
+    linearize_deferred  `along` computes the derivatives from tensors that the pass has saved, once
+    linearize_fused     w is known before the pass, which computes the derivatives; `along` returns them
+    linearize_separate  `along` makes extra passes
 
-In the first two the net's inputs are Duals (`dumo.autodiff.dual`), and a derivative is the tangent of a head.
+The first two pass Duals (`dumo.autodiff.dual`) to the network, and the tangents of the heads are the derivatives.
 
-What autograd records: the heads, always. The derivatives of a linearization, never, since losses regress on them: the
-tangents of a Dual are unrecorded by default, `ref` runs without gradients, and w is detached. This holds for a ride,
-too, although its pass is that of the net in training.
+Autograd records the heads and never the derivatives, because losses use these as regression targets: tangents are not
+recorded by default, `ref` runs without gradients, and w is detached.
 
-`heads_and_end_derivatives` differentiates in r, the end of a jump. It is for losses that hold a derivative themselves,
-so autograd records that, unless `recorded` is False. `tangent_or_zeros` reads a derivative off a head of any dual pass.
+`heads_and_end_derivatives` differentiates with respect to r, the end of a jump, for losses that contain the derivative.
+Autograd records it unless `recorded` is False. `tangent_or_zeros` returns the tangent of a head of any dual pass.
 
-Where the derivative is wanted of some rows only (`Moving`), dual inputs and passes are of these rows, and the others
-get zeros. `split_rows` and `merge_rows` take a batch apart and put it together.
+If only some rows need a derivative (`Moving`), dual passes are made of these rows only, and the derivatives of the
+remaining rows are zero. `split_rows` and `merge_rows` split a batch accordingly.
 """
 
 import warnings
@@ -30,23 +29,25 @@ from torch import Tensor
 
 from dumo.autodiff import dual, tape
 from dumo.autodiff import rule as rule  # its import registers the rules of torch's operations for Duals
-from dumo.autodiff.dual import pair, primal, teach_others
-from dumo.autodiff.general import whatever_the_slope
-from dumo.autodiff.tape import Later
+from dumo.autodiff.dual import accept_duals, pair, primal
+from dumo.autodiff.fallback import without_slope_advice
+from dumo.autodiff.tape import DeferredTangent
 from dumo.flow import dropout
 from dumo.types import Array, Cond, Frozen, Heads, Net, Sample, Time
 from dumo.types.batch_rows import index, split_by_moving
 
-Along = Callable[[Sample], Heads]  # w (b, ...) -> the derivative of each head along w
-Moving = Sequence[bool]  # (b,), the rows whose derivative is wanted: no tensor, so that shapes are static
+# w (b, ...) -> the derivative of each head along w
+Along = Callable[[Sample], Heads]
+# The rows that need a derivative, (b,). It is not a tensor, so that shapes are static.
+Moving = Sequence[bool]
 
-_RowIndex = Int[Tensor, " k"] | slice  # of some rows of a batch
+_RowIndex = Int[Tensor, " k"] | slice
 _ALL_ROWS = slice(None)
 
 
 @runtime_checkable
 class Derivatives(Protocol):
-    """The derivatives of ref's heads along w by passes of their own, as `BaseSlope.derivatives` gives them."""
+    """Compute the derivatives of ref's heads along w in separate passes, as `BaseSlope.derivatives`."""
 
     def __call__(self, ref: Frozen, x: Sample, c: Cond, w: Sample, /, *, t: Time, **inputs: Time) -> Heads: ...
 
@@ -54,49 +55,49 @@ class Derivatives(Protocol):
 # ---------------------------------------------------------------------------------------------------- linearizations
 
 
-def linearize_by_tape(
+def linearize_deferred(
     derivatives: Derivatives, net: Net, ref: Frozen, x: Sample, c: Cond, *, t: Time, **inputs: Time
 ) -> tuple[Heads, Along]:
-    """One pass of net whose inputs move in a direction that is set later; `along` sets it, and plays the tape.
+    """Make one pass of net with deferred tangents; `along` sets the input tangents and evaluates them.
 
-    Needs that ref has the weights of net. `along` raises RuntimeError when it is called again. Where sharded weights
-    are gone by then, it warns and calls `derivatives`.
+    ref must have the weights of net. `along` raises RuntimeError if it is called again. If sharded weights have been
+    freed by then, it warns and calls `derivatives`.
     """
-    dx = Later(x.shape, x.dtype)
-    dt = Later(t.shape, t.dtype)
+    dx = DeferredTangent(x.shape, x.dtype)
+    dt = DeferredTangent(t.shape, t.dtype)
     dual_heads = net(pair(x, dx), c, t=pair(t, dt), **inputs)
     tangents = [dual.tangent(head) for head in dual_heads]
-    ends = [tangent for tangent in tangents if isinstance(tangent, Later)]
+    outputs = [tangent for tangent in tangents if isinstance(tangent, DeferredTangent)]
 
     def along(w: Sample) -> Heads:
         if dx.value is not None:
-            raise RuntimeError("along was called twice: a tape plays once, for all heads")
+            raise RuntimeError("along(w) was called twice: call it once, for all heads")
         dx.value = w.detach()
         dt.value = torch.ones_like(t)
-        if not (torch.compiler.is_compiling() or tape.is_complete(ends)):
+        if not (torch.compiler.is_compiling() or tape.is_complete(outputs)):
             warnings.warn(
-                "du/dt takes a pass of its own, so a step is a fifth longer: sharded weights are given back after it. "
-                "Keep them: fully_shard(..., reshard_after_forward=False), in dumo train train.reshard=false",
+                "du/dt needs a separate pass, a fifth of a step, because sharded weights are freed after the forward "
+                "pass: set fully_shard(..., reshard_after_forward=False), or train.reshard=false in dumo train",
                 stacklevel=3,
             )
             return derivatives(ref, x, c, w, t=t, **inputs)
-        play = tape.compiled_play() if getattr(ref.module, "compile_tangents", False) else tape.play
-        play(ends)
+        evaluate = tape.compiled_evaluate() if getattr(ref.module, "compile_tangents", False) else tape.evaluate
+        evaluate(outputs)
         return tuple(tangent_or_zeros(head) for head in dual_heads)
 
     return tuple(primal(head) for head in dual_heads), along
 
 
-def linearize_by_ride(
-    net: Net, x: Sample, c: Cond, *, toward: Sample, moving: Moving | None, t: Time, **inputs: Time
+def linearize_fused(
+    net: Net, x: Sample, c: Cond, *, direction: Sample, moving: Moving | None, t: Time, **inputs: Time
 ) -> tuple[Heads, Along]:
-    """One pass of net whose inputs move along `toward`; where only some rows move, a second pass for the others.
+    """Make one pass of net with tangents along `direction`; if only some rows are `moving`, a second for the rest.
 
-    `along` raises ValueError for any direction but `toward`.
+    `along` raises ValueError for any w but `direction`.
     """
 
     def moving_pass(rows: _RowIndex) -> Heads:
-        return dual_pass(net, x[rows], c[rows], toward[rows], t=t[rows], **_rows_of_each(inputs, rows))
+        return dual_pass(net, x[rows], c[rows], direction[rows], t=t[rows], **_rows_of_each(inputs, rows))
 
     def resting_pass(rows: _RowIndex) -> Heads:
         return net(x[rows], c[rows], t=t[rows], **_rows_of_each(inputs, rows))
@@ -104,14 +105,14 @@ def linearize_by_ride(
     heads, derivatives = _heads_and_derivatives(moving_pass, resting_pass, moving, x)
 
     def along(w: Sample) -> Heads:
-        if w is not toward:
-            raise ValueError("along(w): w must be the direction that the pass was given as `toward`")
+        if w is not direction:
+            raise ValueError("along(w): w must be the tensor that was passed as `direction`")
         return derivatives
 
     return heads, along
 
 
-def linearize_by_passes(
+def linearize_separate(
     derivatives: Derivatives,
     net: Net,
     ref: Frozen,
@@ -122,14 +123,15 @@ def linearize_by_passes(
     t: Time,
     **inputs: Time,
 ) -> tuple[Heads, Along]:
-    """One plain pass of net; `along` calls `derivatives` on the rows that move, and makes no pass where none does.
+    """Make one plain pass of net; `along` calls `derivatives` on the `moving` rows, if there are any.
 
     `along` may be called for several directions.
     """
     heads = net(x, c, t=t, **inputs)
     moving_rows, resting_rows = split_rows(moving, len(x))
 
-    @torch.no_grad()  # w may have gradients, and a central difference computes with it
+    # w may require gradients, and a central difference computes with it.
+    @torch.no_grad()
     def along(w: Sample) -> Heads:
         if not resting_rows:
             return derivatives(ref, x, c, w, t=t, **inputs)
@@ -151,23 +153,23 @@ def linearize_by_passes(
 
 
 def dual_pass(net: Net, x: Sample, c: Cond, w: Sample, /, *, t: Time, **inputs: Time) -> Heads:
-    """The heads, as Duals, of a pass in which x moves along w and t by 1. Autograd does not record their tangents."""
+    """Return the heads, as Duals, of a pass with tangents w for x and 1 for t, which autograd does not record."""
     return net(pair(x, w.detach()), c, t=pair(t, torch.ones_like(t)), **inputs)
 
 
 def heads_and_end_derivatives(
     net: Net, x: Sample, c: Cond, *, r: Time, moving: Moving | None = None, recorded: bool = True, **inputs: Time
 ) -> tuple[Heads, Heads]:
-    """The net's heads and their derivatives in r, the end of a jump, both with gradients. x, t and all else rest.
+    """Return the network's heads and their derivatives with respect to r, the end of a jump, both with gradients.
 
-    moving: the rows whose derivative is wanted, which get a pass of their own; None: all. The others get zeros.
+    moving: the rows that need a derivative, which get a pass of their own; None means all. The rest get zeros.
     recorded: whether the derivatives have gradients; the heads always have.
 
-    It is a dual pass, with reverse-mode around it: of what r reaches in the net, it costs two passes, and so does its
-    backward pass where derivatives are recorded. Not by `torch.func.jvp`: reverse-mode around that is silently wrong
-    through `F.layer_norm` (torch 2.13, pytorch #196700), and kernels of fused attention differentiate once.
+    It is a dual pass inside reverse mode. The layers that depend on r cost twice as much, and so does the backward pass
+    if derivatives are recorded. `torch.func.jvp` inside reverse mode is silently wrong through `F.layer_norm` (torch
+    2.13, pytorch #196700), and fused attention kernels differentiate only once.
     """
-    teach_others()
+    accept_duals()
 
     def moving_pass(rows: _RowIndex) -> Heads:
         r_moving = r[rows]
@@ -177,7 +179,7 @@ def heads_and_end_derivatives(
     def resting_pass(rows: _RowIndex) -> Heads:
         return net(x[rows], c[rows], r=r[rows], **_rows_of_each(inputs, rows))
 
-    with whatever_the_slope():
+    with without_slope_advice():
         return _heads_and_derivatives(moving_pass, resting_pass, moving, x)
 
 
@@ -187,9 +189,9 @@ def _heads_and_derivatives(
     moving: Moving | None,
     x: Sample,
 ) -> tuple[Heads, Heads]:
-    """The heads of all rows of x, and their derivatives, which are zero on the rows that rest.
+    """Return the heads of all rows of x, and their derivatives, which are zero on the rows that are not `moving`.
 
-    moving_pass: makes a dual pass of some rows, and returns Duals.
+    moving_pass: makes a dual pass of some rows and returns Duals.
     resting_pass: makes a plain pass of some rows.
     """
     moving_rows, resting_rows = split_rows(moving, len(x))
@@ -214,9 +216,9 @@ def _heads_and_derivatives(
 
 
 def tangent_or_zeros(head: Array) -> Tensor:
-    """The tangent of a head that a dual pass returned: zeros for one that the moving inputs do not reach."""
+    """Return the tangent of a head of a dual pass; zeros if the head does not depend on the inputs with tangents."""
     tangent = dual.tangent(head)
-    if isinstance(tangent, Later):
+    if isinstance(tangent, DeferredTangent):
         tangent = tangent.value
     if tangent is None:
         return torch.zeros_like(primal(head))
@@ -227,21 +229,21 @@ def tangent_or_zeros(head: Array) -> Tensor:
 
 
 def split_rows(moving: Moving | None, n: int) -> tuple[list[int], list[int]]:
-    """The places of the rows that move, and of those that rest, each in order; None: all n move."""
+    """Return the indices of the rows that are `moving`, and of the rest, in order. None means all n rows."""
     return split_by_moving([True] * n if moving is None else moving)
 
 
 def merge_rows(
     moving_values: Tensor, resting_values: Tensor, moving_rows: list[int], resting_rows: list[int]
 ) -> Tensor:
-    """The values of all rows in their order, in the dtype of `moving_values`, where `split_rows` has parted them."""
-    source = [0] * (len(moving_rows) + len(resting_rows))  # of each row of the result: its place in `parted`
+    """Merge the values of rows that `split_rows` has split, in their order and in the dtype of `moving_values`."""
+    source = [0] * (len(moving_rows) + len(resting_rows))
     for place, row in enumerate([*moving_rows, *resting_rows]):
         source[row] = place
-    parted = torch.cat([moving_values, resting_values.to(moving_values.dtype)])
-    return parted[index(source, moving_values.device)]
+    joined = torch.cat([moving_values, resting_values.to(moving_values.dtype)])
+    return joined[index(source, moving_values.device)]
 
 
 def _rows_of_each(inputs: Mapping[str, Tensor], rows: _RowIndex) -> dict[str, Tensor]:
-    """These rows of each input."""
+    """Return some rows of each input."""
     return {name: values[rows] for name, values in inputs.items()}

@@ -1,16 +1,16 @@
 """`Flow`: a network, the objective that trains it, and how it is sampled. In public: `dumo.Flow`.
 
     flow = dumo.Flow(net, "dumo", classes=10)
-    loss = flow(x, c)                    # draws noise, times and dropped labels; takes du/dt
+    loss = flow(x, c)                    # draws noise, times and dropped labels; computes du/dt
     images = flow.sample(16, nfe=1)
 
-A loss is made in three steps: `make_draws` draws the random numbers, `add_noise` makes the noisy batch, and
-`compute_loss` calls the objective, which calls the network. `forward` makes all three in a user's training loop, and
-checks the network first. `dumo.run.trainer` makes them one by one, because a run prefetches random numbers and splits
-a batch into micro-batches.
+A loss is computed in three steps: `make_draws` draws the random numbers, `add_noise` makes the noisy batch, and
+`compute_loss` calls the objective, which calls the network. `forward` runs all three in a user's training loop, and
+checks the network first. `dumo.run.trainer` calls them separately, because it prefetches random numbers and splits a
+batch into micro-batches.
 
-The network is sampled by what its objective says that its heads mean: `readings`. `sample`, `velocity`, `jump` and
-`as_teacher` call these in evaluation mode; a run passes them to `dumo.flow.sampling`.
+`readings` interprets the network's heads as the objective defines them. `sample`, `velocity`, `jump` and `as_teacher`
+call the readings in evaluation mode; a run passes them to `dumo.flow.sampling`.
 
 All random numbers are functions of (seed, step, row of the global batch), so ranks draw different ones. Numbers that a
 network draws itself, such as nn.Dropout's masks, are functions of (seed, step, rank), and equal in all passes of a
@@ -72,19 +72,24 @@ from dumo.types import (
 from dumo.types.batch_rows import to_device
 from dumo.types.outside import make_objective
 
-Moment = Tensor | float | int  # a time for all rows, or one for each
-Loss = Callable[[Net, Frozen, NoisyBatch], Terms]  # of (net, theta^-, batch)
+# A time for all rows, or one for each.
+Moment = Tensor | float | int
+# (net, theta^-, batch) -> the loss of each row
+Loss = Callable[[Net, Frozen, NoisyBatch], Terms]
 
 UNGUIDED = CFG()
 _STRAIGHT = Linear()
-# The step at which a network that was not copied is compared with its derivative again: its layers of zeros are trained
+# At this step a network that could not be copied is checked again, because its layers of zeros are trained by then.
 _SECOND_CHECK_STEP = 100
-# Data beyond these were not scaled: they should lie near [-1, 1], or have deviation 1
+# Data that exceed these were not scaled to [-1, 1] or to standard deviation 1.
 _MAX_VALUE = 100.0
 _MAX_RMS = 4.0
-_ROUNDING = 1e-6  # of times that a caller added up
-_OVERSHOOT = 0.25  # of adaptive solvers of an ODE past the ends, from where they interpolate
-_NUM_STATE_BYTES = 512  # the same for every state, because a checkpoint is read into a tensor of its shape
+# The tolerance for rounding of times.
+_ROUNDING = 1e-6
+# How far adaptive ODE solvers may step past the interval of times, to interpolate.
+_OVERSHOOT = 0.25
+# The size of the extra state, which is constant because a checkpoint is loaded into a tensor of its shape.
+_NUM_STATE_BYTES = 512
 
 
 class Flow(nn.Module):
@@ -94,26 +99,26 @@ class Flow(nn.Module):
       conditions. It returns a tensor, or a tuple of the objective's heads. It may be wrapped (DistributedDataParallel,
       FSDP2, torch.compile, accelerate) before or after.
     - `objective`: its kind, a dict of its fields with the kind, or an instance.
-    - `classes`: labels are 0 to classes - 1, and `classes` itself means no label.
-    - `null`: the row that replaces a dropped condition, or a dict of rows. Without classes and null nothing is dropped
-      or guided.
-    - `call`: calls the network, `call(net, x, t, c)`, or `call(net, x, t, r, c)`. None: by the names above.
-    - `direct`: call the network as dumo calls its own, `net(x, c, t=t)`, with no adapter and no checks of its outputs.
-    - `time_scale`: multiplies the times t and r before they reach the network.
+    - `classes`: the number of classes; labels are 0 to classes - 1, and `classes` is the null label.
+    - `null`: the row that replaces a dropped condition, or a dict of rows. Without classes and null, no conditions are
+      dropped, and nothing is guided.
+    - `call`: a function that calls the network, `call(net, x, t, c)` or `call(net, x, t, r, c)`.
+    - `direct`: call the network as one of dumo's own, `net(x, c, t=t)`, without an adapter and checks of its outputs.
+    - `time_scale`: a factor for the times t and r that the network gets.
     - `path`: weights of data and noise, and the unit `sd` of the data.
-    - `coupling`: pairs noise with data by optimal transport in groups of rows; None: no pairing.
-    - `teacher`: a flow, or a function of (x_t, t, c, v_t), whose velocity replaces that of the data, on a share `prior`
-      of the rows, between 0 and 1 (None: on all).
-    - `ref`: theta^-, an average of the weights that you keep; each loss puts it into evaluation mode. None: the weights
-      in training.
-    - `guide`: guidance while sampling. `knobs`: values by name while sampling; None: the objective's own.
-    - `precision`: of passes; None: the caller's autocast.
+    - `coupling`: pairs noise with data by optimal transport in groups of rows.
+    - `teacher`: a flow, or a function of (x_t, t, c, v_t), whose velocity replaces that of the data on a share `prior`
+      of the rows, strictly between 0 and 1 (None means all).
+    - `ref`: theta^-, an average of the weights that the caller updates; each loss sets it to evaluation mode. None
+      means the weights in training.
+    - `guide`: guidance while sampling. `knobs`: values by name while sampling; None means the objective's defaults.
+    - `precision`: of passes; None means the caller's autocast.
     - `seed`: of all random numbers: times, noise, dropped conditions.
-    - `shard`: (rank, ranks) of the data; None: those of torch.distributed.
+    - `shard`: (rank, ranks) of the data; None means those of torch.distributed.
 
-    If `slope` of the objective was not set explicitly, its default is replaced: du/dt is taken by dual numbers, or by
-    torch.func.jvp if the network does not support dual numbers. `step` counts the losses, `last` has the detached terms
-    of the last one, `shape` is that of a row, and `slope_report` says how du/dt is taken.
+    If `slope` of the objective was not set explicitly, du/dt uses dual numbers, or torch.func.jvp if the network does
+    not support them. `step` counts the losses, `last` contains the detached terms of the last one, `shape` is that of a
+    row, and `slope_report` describes how du/dt is computed.
     """
 
     def __init__(
@@ -141,20 +146,19 @@ class Flow(nn.Module):
         objective = make_objective(objective)
 
         # Refuse settings that would be ignored without an error.
-        if isinstance(net, torch.jit.ScriptModule):  # torch's derivative of one is zero
-            raise UserError("a module of torch.jit.script has no du/dt: give it as it was before it was scripted")
+        # torch's derivative of a scripted module is zero.
+        if isinstance(net, torch.jit.ScriptModule):
+            raise UserError("a torch.jit.script module has no du/dt: pass the module before scripting")
         if precision is not None and precision not in get_args(Precision):
-            raise UserError(
-                f"precision = {precision!r}: give 'fp32', 'tf32', 'bf16', or None for the caller's autocast"
-            )
+            raise UserError(f"precision = {precision!r}: use 'fp32', 'tf32', 'bf16', or None for the caller's autocast")
         if shard is not None and not 0 <= shard[0] < shard[1]:
-            raise UserError(f"shard = {shard}: give (rank, ranks) of the data, with 0 <= rank < ranks")
+            raise UserError(f"shard = {shard}: use (rank, ranks) of the data, with 0 <= rank < ranks")
         if classes and null is not None:
-            raise UserError(f"null= replaces conditions that are not labels, and classes = {classes}: leave one out")
+            raise UserError(f"null= is for conditions that are not labels, but classes = {classes}: remove one of them")
         compatibility.require_names("knobs", knobs or {}, objective.needs.knobs, objective.kind)
 
-        # Without a null condition nothing is dropped. A network that is called directly always gets a condition, and
-        # learns the label `classes` as the null, even if it is the only one.
+        # Without a null condition nothing is dropped. A network that is called directly always gets a condition, with
+        # the null label `classes`, even if classes = 0.
         if not (classes or direct) and null is None:
             objective = compatibility.without_drop(objective)
 
@@ -168,7 +172,7 @@ class Flow(nn.Module):
         self.path: FlowPath = path
         self.coupling = coupling
         self.prior = prior
-        # In a Frozen, which is no module: as a submodule its weights would enter parameters(), DDP and checkpoints.
+        # A Frozen is not a module, so these weights are not in parameters(), DDP and checkpoints.
         self.ref = Frozen(ref) if ref is not None else None
         self.guide = guide
         self.knobs = knobs
@@ -176,8 +180,8 @@ class Flow(nn.Module):
         self.seed = seed
         self.shard = shard
 
-        # A teacher is kept as a function, for the same reason. If it is a flow, it teaches by its velocity, and
-        # `teach_conditions` makes the function for conditions that are not labels.
+        # Store the teacher as a function, for the same reason. If it is a flow, this is its velocity, and
+        # `teach_conditions` returns the function for conditions that are not labels.
         self.training_guidance = GuidanceScale.of(objective.needs)
         self.teach_conditions: Callable[[Condition], TeacherVelocity] | None = None
         teacher_flow = unwrap(teacher) if isinstance(teacher, nn.Module) else None
@@ -192,16 +196,21 @@ class Flow(nn.Module):
         self._require_guidable(guide)
 
         self.step = 0
-        self.rows = 0  # the largest batch of a rank in training so far
-        self.first_rows = 0  # the largest rank's batch in the first call, until one in training is counted
+        # The largest batch of a rank in training so far; before that, `first_rows` is that of the first call.
+        self.rows = 0
+        self.first_rows = 0
         self.shape: tuple[int, ...] | None = None
         self.last: Terms | None = None
+        # `chosen_slope` is used if the slope was not set explicitly.
         self.has_explicit_slope = "slope" in getattr(objective, "model_fields_set", ("slope",))
-        self.chosen_slope: Slope | None = None  # if the objective was given none
+        self.chosen_slope: Slope | None = None
         self.slope_report = ""
-        self.checked_modes: set[bool] = set()  # True: in training, which counts for evaluation, too
-        self.is_check_of_copy = False  # the check worked on a copy of the network
-        self.net_draws = False  # the network draws random numbers
+        # The values of `training` in which the network was checked. A check in training mode is also valid for
+        # evaluation mode.
+        self.checked_modes: set[bool] = set()
+        self.is_check_of_copy = False
+        # Whether the network draws random numbers.
+        self.net_draws = False
 
     # --------------------------------------------------------------------------------------------------------- the loss
 
@@ -214,40 +223,43 @@ class Flow(nn.Module):
         progress: float | None = None,
         z: Tensor | None = None,
     ) -> Tensor:
-        """The mean loss of data x (b, ...), floats near [-1, 1], of conditions c.
+        """Return the mean loss of data x (b, ...), floats near [-1, 1], with conditions c.
 
         c: None, class labels (b,), numbers (b, ...), or a dict of tensors.
-        step: which random numbers are drawn, in evaluation mode the same whatever was trained; None: the number of
-            losses so far, which are counted in training mode.
-        progress: the share of the training that is done, for objectives that change with it; None: 0.
-        z: noise that goes with x, of its shape; None: drawn.
+        step: selects the random numbers; in evaluation mode they do not depend on the training so far. None means the
+            number of losses so far, which are counted in training mode.
+        progress: the share of the training that is done, for objectives that change with it; None means 0.
+        z: noise for x, of its shape; None means to draw it.
 
-        Every rank must make the first call, and the first in training mode: these make `check`, and the ranks agree on
-        how many rows each has. Raises UserError for what would train wrongly without an error.
+        Every rank must make the first call, and the first in training mode: these call `check`, and the ranks agree on
+        their numbers of rows. Raises UserError for inputs that would train incorrectly without an error.
         """
-        # Check the network once in training mode, before that once in evaluation, and at step 100 if it was not copied.
+        # Check the network once in each mode, unless it was checked in training mode, and at step 100 if not copied.
         is_counted = step is None and self.training
         is_second_check = is_counted and self.step == _SECOND_CHECK_STEP and not self.is_check_of_copy
         if not self.checked_modes & {True, self.training} or is_second_check:
             self.check(x, c)
         compatibility.require_conditions(c, self.classes, self.null)
         if x.requires_grad and torch.is_grad_enabled():
-            raise UserError("x requires a gradient, so the loss would train what made it: give x.detach()")
+            raise UserError(
+                "x requires a gradient, so the loss would train the module that computed x: pass x.detach()"
+            )
         if progress is not None and not 0 <= progress <= 1:
-            raise UserError(f"progress = {progress:g}: give the share of the training that is done, from 0 to 1")
+            raise UserError(f"progress = {progress:g}: pass the share of the training that is done, from 0 to 1")
         if z is not None and z.shape != x.shape:
-            raise UserError(f"z has shape {tuple(z.shape)}, x {tuple(x.shape)}: give noise of the shape of x")
+            raise UserError(f"z has shape {tuple(z.shape)}, x {tuple(x.shape)}: pass noise of the shape of x")
 
-        # Draw the random numbers of the step, and add noise to the batch.
+        # Draw the random numbers of the step, and make the noisy batch. The largest batch of a rank decides its rows in
+        # the global batch, so that a smaller last batch keeps them.
         self.shape = self.shape or tuple(x.shape[1:])
         if is_counted:
             rows = len(x) if self.rows else int(dist.largest(len(x)))
-            self.rows = max(self.rows, rows)  # a smaller last batch keeps its rank's rows
+            self.rows = max(self.rows, rows)
         at_step = self.step if step is None else step
         is_validation = step is not None and not self.training
         batch, dropout_keys = self._noisy_batch(x, c, at_step, z=z, progress=progress, is_validation=is_validation)
 
-        # Compute the loss. A user's objective may draw random numbers: the caller's generators stay as they are.
+        # Compute the loss. A user's objective may draw random numbers, so the caller's generators are restored.
         key = self._generator_key(at_step) if self.training else None
         with seeded_generators(key, x.device), self._in_precision(x):
             terms = self.compute_loss(batch, dropout_keys if self.training else None, conditions=c, generator_key=key)
@@ -259,10 +271,12 @@ class Flow(nn.Module):
     def make_draws(
         self, step: int, shape: Sequence[int], *, batch: int, rows: slice = slice(None), z: bool = True
     ) -> Draws:
-        """Draw the random numbers of these rows of a step's global batch, on the CPU, for samples of this shape.
+        """Draw the random numbers of some rows of a step's global batch, on the CPU, for samples of this shape.
 
-        batch: the number of rows of the global batch. z: whether to draw noise. It reads nothing that changes during a
-        training, so it may be called early, in any thread.
+        batch: the number of rows of the global batch.
+        z: whether to draw noise.
+
+        It does not depend on state that changes during training, so it may be called early, in any thread.
         """
         return make_draws(
             self.objective, shape, seed=self.seed, step=step, batch=batch, rows=rows, z=z, prior=self.prior
@@ -278,15 +292,15 @@ class Flow(nn.Module):
         between: Trail | None = None,
         progress: float = 0.0,
     ) -> NoisyBatch:
-        """Put noise to data x (b, ...) of conditions c, by the draws of as many rows; on the device of x.
+        """Make the noisy batch of data x (b, ...) and conditions c, with the draws of b rows, on the device of x.
 
-        z: noise that goes with x; None: that of the draws.
+        z: noise for x; None means that of the draws.
         between: points of a teacher's trajectory from x to z, (b, points - 1, ...).
         progress: the share of the training that is done, from 0 to 1.
 
-        It waits for no device, unless there is a coupling.
+        It does not synchronize with the device, unless there is a coupling.
         """
-        # Conditions that are not labels go through the objective as row numbers.
+        # Pass conditions that are not labels to the objective as row numbers.
         index = self._condition_index(len(x), c, x.device)
         null: Cond | int = self.classes
         teacher = self.teacher
@@ -318,15 +332,14 @@ class Flow(nn.Module):
         loss: Loss | None = None,
         cache_casts: bool = True,
     ) -> Terms:
-        """Call the objective's loss on a noisy batch: the loss of each row, its parts and notes, each (b,).
+        """Compute the objective's loss of each row of a noisy batch, its parts and metrics, each (b,).
 
-        dropout_keys: of the rows' masks (`dumo.flow.dropout`); None: the surrounding context has them, or there are
-            none.
-        conditions: those of the batch, if they are not labels.
-        generator_key: seeds torch's generators in every pass, for networks that draw by them; None: they continue.
-        loss: a compiled one; None: the objective's.
-        cache_casts: whether autocast keeps casts of weights to the end of the loss. Casts of weights that are gathered
-            for one pass would keep them in memory.
+        dropout_keys: the keys of the rows (`dumo.flow.dropout`); None means those of the surrounding context, if any.
+        conditions: the conditions of the batch, if they are not labels.
+        generator_key: a seed for torch's generators in every pass; None means not to seed them.
+        loss: a compiled loss; None means the objective's.
+        cache_casts: whether autocast caches its casts of weights until the end of the loss. False saves memory if
+            weights are gathered for one pass at a time.
         """
         net = self._net_for_objective(conditions, generator_key)
         ref = self._theta_minus(net)
@@ -340,24 +353,24 @@ class Flow(nn.Module):
 
     # -------------------------------------------------------------------------------------------------------- the check
 
-    @torch.inference_mode(False)  # the slope is chosen for training, also if validation comes first
+    @torch.inference_mode(False)  # the slope is chosen for training, even if validation runs first
     def check(self, x: Tensor, c: Condition = None) -> str:
-        """Try the network on a few rows, choose the slope, and return how du/dt is taken and how far off it is.
+        """Check the network on a few rows, and return how du/dt is computed, and its error.
 
-        Weights, buffers and generators stay as they are, and gradients are recorded, whatever the caller's mode. Under
-        torch.distributed every rank must call it. Raises UserError if the objective cannot be combined with a setting,
-        if data were not scaled, if the network is not pure, mixes rows or is not finite, and for a wrong derivative.
+        Weights, buffers and generators are not changed, and gradients are enabled, whatever the caller's mode. Under
+        torch.distributed every rank must call it. Raises UserError for incompatible settings, for data that were not
+        scaled, for a network that has side effects, mixes rows or is not finite, and for a wrong derivative.
         """
-        # Refuse combinations and data that would train wrongly.
+        # Refuse combinations and data that would train incorrectly.
         self._require_compatible(len(x), c)
         if not bool(x.abs().max() <= _MAX_VALUE) or not bool(x.float().square().mean().sqrt() <= _MAX_RMS):
             raise UserError(
-                f"x lies between {float(x.min()):.3g} and {float(x.max()):.3g}: data lie near [-1, 1], or have "
-                "deviation 1: scale them"
+                f"x lies between {float(x.min()):.3g} and {float(x.max()):.3g}: scale the data to [-1, 1], or to "
+                "standard deviation 1"
             )
         compatibility.require_conditions(c, self.classes, self.null, waits=True)
 
-        # Add noise to a few rows, as a step does. Tensors of torch.inference_mode become plain ones.
+        # Make the noisy batch of a few rows, as a step does. Cloning converts inference tensors to normal ones.
         self.first_rows = int(dist.largest(len(x)))
         num_tried = rows_to_try(self.objective)
         x = x[:num_tried].detach().clone()
@@ -365,7 +378,7 @@ class Flow(nn.Module):
         batch, dropout_keys = self._noisy_batch(x, c, self.step)
         needs = self.objective.needs
 
-        # Try a copy of the network whose layers of zeros are noise, or the network itself.
+        # Check a copy of the network with noise in its layers of zeros, or the network itself.
         copied = copy_without_zero_layers(unwrap(self.net))
         self.is_check_of_copy = copied is not None
         net = self._adapter(c, self._generator_key(self.step))
@@ -377,7 +390,7 @@ class Flow(nn.Module):
         masks = dropout.using(dropout_keys if self.training else None)
         with generators_stay, masks, self._in_precision(x):
             require_trainable(net, batch, needs)
-            # A pass without a key moves torch's generators, if the network draws from them.
+            # A pass without a key advances torch's generators, if the network draws random numbers.
             states_before = generator_states(x.device)
             with torch.no_grad():
                 unkeyed_net(batch.x_t, batch.c, **inputs_of(batch, needs))
@@ -390,10 +403,10 @@ class Flow(nn.Module):
                     self.chosen_slope = slope
                     self.objective = self.objective.model_copy(update={"slope": slope})
         self.checked_modes.add(self.training)
-        return self.slope_report or "this objective takes no du/dt"
+        return self.slope_report or "this objective does not use du/dt"
 
     def _slopes_to_try(self) -> list[Slope]:
-        """The slope that the objective names; else first the one of a resumed run, then dual, then jvp."""
+        """Return the slope that the objective names, or the candidates: that of a resumed run, dual, and jvp."""
         named_slope = slope_of(self.objective)
         if self.has_explicit_slope and named_slope is not None:
             return [named_slope]
@@ -403,12 +416,13 @@ class Flow(nn.Module):
         return slopes
 
     def _require_compatible(self, batch: int, c: Condition) -> None:
-        """Refuse what the objective cannot be combined with (`dumo.flow.compatibility`), for a batch of this size."""
+        """Refuse settings that are incompatible with the objective (`dumo.flow.compatibility`), for this batch size."""
         objective = self.objective
         compatibility.require_path(objective, self.path.kind)
         compatibility.require_times(objective)
         compatibility.require_teacher(objective, gives_velocity=self.teacher is not None)
-        if self.prior is not None and self.training:  # a batch of validation may have a row
+        # A validation batch may have a single row.
+        if self.prior is not None and self.training:
             compatibility.require_teacher_share(self.prior, batch, objective, gives_velocity=self.teacher is not None)
         compatibility.require_first_stage(objective, has_first_stage=self.ref is not None)
         compatibility.require_precise_weights(objective, self.net)
@@ -416,17 +430,17 @@ class Flow(nn.Module):
             compatibility.require_labels(objective, has_coupling=self.coupling is not None)
 
     def _require_teacher_flow(self, teacher: "Flow") -> None:
-        """Refuse a teacher of other labels or another path, and one that guides what the objective guides."""
-        facts: dict[str, object] = {"path": self.path.kind, "path.sd": self.path.sd}
-        teacher_facts: dict[str, object] = {"path": teacher.path.kind, "path.sd": teacher.path.sd}
+        """Refuse a teacher with other labels or another path, and a guided teacher of a guided objective."""
+        fields: dict[str, object] = {"path": self.path.kind, "path.sd": self.path.sd}
+        teacher_fields: dict[str, object] = {"path": teacher.path.kind, "path.sd": teacher.path.sd}
         if teacher.classes:
-            facts["classes"] = self.classes
-            teacher_facts["classes"] = teacher.classes
-        compatibility.require_same_data("teacher=", teacher_facts, facts)
+            fields["classes"] = self.classes
+            teacher_fields["classes"] = teacher.classes
+        compatibility.require_same_data("teacher=", teacher_fields, fields)
         compatibility.require_unguided_teacher(self.objective, teacher.guide.scale, "guide= of the teacher")
 
     def _require_guidable(self, guide: CFG) -> None:
-        """Refuse guidance while sampling of a network that has no null condition or is guided already."""
+        """Refuse guidance while sampling for a network that has no null condition or is guided already."""
         has_null = bool(self.classes) or self.null is not None
         compatibility.require_guidable(guide, self.objective, self.training_guidance, has_null=has_null)
 
@@ -435,44 +449,45 @@ class Flow(nn.Module):
     def readings(
         self, *, guide: CFG | None = None, knobs: Mapping[str, float] | None = None, conditions: Condition = None
     ) -> Readings:
-        """What the network tells a solver: its velocity, endpoint and flow map, None if the objective teaches none.
+        """Return the functions that a solver calls: velocity, endpoint and flow map, None if the objective has none.
 
-        guide, knobs: None: the flow's own; CFG() guides nowhere.
-        conditions: those that are not labels; c are then their row numbers. None: c are labels.
+        guide, knobs: None means the flow's own; CFG() disables guidance.
+        conditions: conditions that are not labels, to which c then refers by row number. None means that c are labels.
 
-        Gradients are recorded, and the network stays in its mode and in the caller's precision.
+        Gradients are recorded, and the network's mode and the caller's precision are not changed.
         """
         return self._readings(self._net_for_objective(conditions, None), guide or self.guide, knobs)
 
     @torch.no_grad()
     def velocity(self, x: Tensor, t: Moment, c: Condition = None) -> Sample:
-        """dx_t/dt at x_t = x and t, one pass, x_t in units of `path.sd`.
+        """Return dx_t/dt at x_t = x and t, by one pass, with x_t in units of `path.sd`.
 
-        Raises UserError if the objective never taught it.
+        Raises UserError if the objective does not train it.
         """
         return self._read("velocity", x, c, t)
 
     @torch.no_grad()
     def jump(self, x: Tensor, t: Moment, s: Moment = 0.0, c: Condition = None) -> Sample:
-        """x_s of the trajectory through x_t = x at t, one pass; s = 0 is data, in the data's own unit.
+        """Return x_s of the trajectory through x_t = x at t, by one pass. s = 0 is data, in the data's own unit.
 
-        At times above 0, x_t and x_s are in units of `path.sd`. Raises UserError if the jump was never taught.
+        At times above 0, x_t and x_s are in units of `path.sd`. Raises UserError if the objective does not train the
+        jump.
         """
         available = available_readings(self.objective)
         ends_at_data = bool((torch.as_tensor(s).abs() < _ROUNDING).all())
         if available.flow_map is None and ends_at_data:
             if bool((torch.as_tensor(t) < available.lowest).any()):
                 raise UserError(
-                    f"objective '{self.objective.kind}' teaches jumps to the data from t = {available.lowest:g} up "
-                    "alone: give such a t, or train with 'dumo'"
+                    f"objective '{self.objective.kind}' trains jumps to the data only from t >= {available.lowest:g}: "
+                    "use such a t, or train with 'dumo'"
                 )
             return self.path.sd * self._read("endpoint", x, c, t)
-        # Of tensors it is not known which jumps are taught.
+        # `hops` does not accept tensors.
         is_known = not isinstance(t, Tensor) and not isinstance(s, Tensor)
         if is_known and available.hops and not available.hops(cast(float, t), cast(float, s)):
             raise UserError(
-                f"objective '{self.objective.kind}' teaches no jump from t = {t:g} to s = {s:g}: call flow.sample, "
-                "which makes those that it teaches, or train with 'dumo_any' or 'meanflow'"
+                f"objective '{self.objective.kind}' does not train the jump from t = {t:g} to s = {s:g}: call "
+                "flow.sample, which uses trained jumps only, or train with 'dumo_any' or 'meanflow'"
             )
         x_s = self._read("flow_map", x, c, t, s)
         is_data = lift(_row_times(s, x, _ROUNDING).abs() < _ROUNDING, x_s)
@@ -489,25 +504,25 @@ class Flow(nn.Module):
         guidance: float | None = None,
         shape: Sequence[int] | None = None,
     ) -> Tensor:
-        """Samples in float32 on the CPU. Sample i is a function of (seed, i, its condition), whatever its batch.
+        """Return samples in float32 on the CPU. Sample i is a function of (seed, i, its condition).
 
-        c: how many, of the classes in turn; or a condition for each.
-        nfe: passes of each sample through the network.
-        solver: or its name, such as "heun"; None takes the best for few passes.
-        guidance: the scale w of classifier-free guidance, for plain targets; None: the flow's own.
-        shape: of a sample; None: that of the data, known after the first loss.
+        c: the number of samples, with the classes in turn; or a condition for each sample.
+        nfe: passes through the network per sample.
+        solver: a solver or its name, such as "heun"; None means the best for few passes.
+        guidance: the scale w of classifier-free guidance, for plain targets; None means the flow's own.
+        shape: of a sample; None means that of the data, known after the first loss.
 
         Every rank makes all samples, and under FSDP2 every rank must call it. Raises UserError for guidance, jumps and
-        numbers of passes that were never taught.
+        numbers of passes that the objective does not train.
         """
         shape = shape or self.shape
         if shape is None:
-            raise UserError("the shape of the data is not known before the first loss: give flow.sample(shape=...)")
+            raise UserError("the shape of the data is not known before the first loss: set flow.sample(shape=...)")
         guide = self.guide
         if guidance is not None:
             guide = CFG(scale=guidance)
             self._require_guidable(guide)
-        if isinstance(c, Integral):  # of numpy, too
+        if isinstance(c, Integral):
             c = int(c)
         conditions, index = self._sample_conditions(c)
         net = self._net_for_objective(conditions, None)
@@ -527,11 +542,12 @@ class Flow(nn.Module):
         return join_batches(batches).x
 
     def as_teacher(self, conditions: Condition = None) -> TeacherVelocity:
-        """The velocity that a student learns from this flow, of (x_t, t, c, v_t).
+        """Return the velocity that a student learns from this flow, a function of (x_t, t, c, v_t).
 
-        conditions: the student's that are not labels; c are then their row numbers. None: c are labels.
+        conditions: the student's conditions that are not labels, to which c then refers by row number. None means that
+            c are labels.
 
-        Raises UserError if the velocity was never taught.
+        Raises UserError if the objective does not train the velocity.
         """
         read = self._require_reading("velocity", self._net_for_objective(conditions, None))
 
@@ -542,10 +558,11 @@ class Flow(nn.Module):
         return teacher_velocity(Readings(velocity=velocity))
 
     def with_net(self, net: nn.Module) -> "Flow":
-        """A copy of this flow over another network, such as an average of its weights or of the whole flow's."""
+        """Return a copy of this flow with another network, such as an averaged model of the network or of the flow."""
         averaged = unwrap(net)
         other = copy.copy(self)
-        other.__dict__["_modules"] = {}  # the copy would share them, and give its network to this flow
+        # Do not share the dict of modules, or setting the network would change this flow.
+        other.__dict__["_modules"] = {}
         other.net = averaged.net if isinstance(averaged, Flow) else net
         return other
 
@@ -567,11 +584,11 @@ class Flow(nn.Module):
         progress: float | None = None,
         is_validation: bool = False,
     ) -> tuple[NoisyBatch, dropout.Keys]:
-        """The noisy batch of this rank's rows x at a step, and the keys of their dropout.
+        """Make the noisy batch of this rank's rows x at a step, and the keys of their dropout.
 
-        is_validation: draw as if these rows, and as many on each other rank, were the batch, whatever was trained.
+        is_validation: draw as if the global batch had len(x) rows per rank, independently of the training batch size.
         """
-        # Find this rank's rows in the global batch.
+        # Compute this rank's rows in the global batch.
         rank, ranks = self.shard or (dist.rank(), dist.world())
         rows_per_rank = len(x)
         if not is_validation:
@@ -581,15 +598,15 @@ class Flow(nn.Module):
         draws = self.make_draws(at_step, x.shape[1:], batch=ranks * rows_per_rank, rows=rows, z=z is None)
         batch = self.add_noise(x, c, draws, z=z, progress=progress or 0.0)
 
-        # A pass of some rows would draw for them what it did not draw for all, so du/dt is taken on all rows.
+        # A network that draws random numbers would draw others in a pass of some rows, so compute du/dt on all rows.
         if self.net_draws or self._ranks_differ(len(x), rows_per_rank, ranks):
             batch = replace(batch, moving=None)
         return batch, to_device(draws.keys, x.device)
 
     def _ranks_differ(self, rows: int, rows_per_rank: int, ranks: int) -> bool:
-        """Whether some rank's `rows` all have r = t, or all r != t, and another's do not: these make other passes.
+        """Whether ranks would make different passes: on one, all rows have r = t, or all r != t; on another, not.
 
-        rows_per_rank: the places of the batch that each rank has; a smaller batch takes the first of them.
+        rows_per_rank: the rows of the global batch per rank, of which a smaller batch uses the first.
         """
         moving = self.objective.times.moving(ranks * rows_per_rank)
         if moving is None:
@@ -598,7 +615,7 @@ class Flow(nn.Module):
         return len(kinds) > 1
 
     def _condition_index(self, n: int, c: Condition, device: torch.device) -> Cond:
-        """What an objective gets as c (n,): labels, or row numbers of other conditions; zeros without conditions."""
+        """Return c (n,) for the objective: labels, row numbers of other conditions, or zeros without conditions."""
         if c is None:
             return torch.zeros(n, dtype=torch.long, device=device)
         if self._has_rows(c):
@@ -607,11 +624,11 @@ class Flow(nn.Module):
         return labels if self.direct else labels.long()
 
     def _has_rows(self, c: Condition) -> bool:
-        """Whether conditions go through the objective as row numbers: those that are not labels."""
+        """Whether the objective gets row numbers of the conditions, because they are not labels."""
         return c is not None and not self.direct and not is_labels(c)
 
     def _sample_conditions(self, c: int | Sequence[int] | Condition) -> tuple[Condition, Cond]:
-        """The conditions of samples that are not labels, or None, and what an objective gets as c (n,)."""
+        """Return the conditions of samples that are not labels, or None, and c (n,) for the objective."""
         if isinstance(c, Mapping) or (isinstance(c, Tensor) and c.ndim > 0 and not is_labels(c)):
             compatibility.require_conditions(c, self.classes, self.null)
             conditions = map_tensors(c, lambda rows: rows.to(self.device))
@@ -625,16 +642,16 @@ class Flow(nn.Module):
     # ------------------------------------------------------------------------------------------------------ the network
 
     def _net_for_objective(self, c: Condition, key: int | None) -> nn.Module:
-        """The network as an objective calls it, net(x, c, t=t): itself if it is called directly, else in an adapter.
+        """Return the network with the signature net(x, c, t=t): itself if it is called directly, else an adapter.
 
-        An adapter would hide attributes that dumo reads off its own networks, such as `compile_tangents`.
+        An adapter would hide attributes of dumo's own networks, such as `compile_tangents`.
         """
         return self.net if self.direct else self._adapter(c, key)
 
     def _adapter(self, c: Condition, key: int | None) -> NetAdapter:
-        """An adapter of the network, with conditions of which row numbers are known, if c are not labels.
+        """Return an adapter of the network, with the rows of c if these are not labels.
 
-        It is made for each loss and is no attribute, which would give every weight two names.
+        It is not stored as an attribute, because every weight would then have two names.
         """
         has_rows = self._has_rows(c)
         return NetAdapter(
@@ -648,29 +665,30 @@ class Flow(nn.Module):
         )
 
     def _theta_minus(self, net: nn.Module) -> Frozen:
-        """theta^-: the average given as `ref`, in evaluation mode, else the weights in training.
+        """Return theta^-: the average `ref` in evaluation mode, or the weights in training.
 
-        Without `ref` it is the same object as the network of the loss: a slope then takes du/dt in the same pass.
+        Without `ref`, it is the same object as the network of the loss, so a slope can compute du/dt in the same pass.
         """
         if self.ref is None:
             return frozen(cast(Net, net))
         average = self.ref.module
-        is_net_itself = unwrap(cast(Net, average)) is unwrap(self.net)  # in training, so it stays in its mode
+        # If `ref` is the network in training, it stays in training mode.
+        is_net_itself = unwrap(cast(Net, average)) is unwrap(self.net)
         if average.training and not is_net_itself:
             average.eval()
         return Frozen(net.with_net(average)) if isinstance(net, NetAdapter) else self.ref
 
     def _generator_key(self, at_step: int) -> int:
-        """The key of the random numbers that the network draws itself, at a step on this rank."""
+        """Return the seed of the random numbers that the network draws itself, at a step on this rank."""
         rank = self.shard[0] if self.shard else dist.rank()
         return stream(self.seed, at_step, "net", rank).initial_seed()
 
     def _in_precision(self, x: Sample) -> AbstractContextManager[None]:
-        """Passes on x in the precision of this flow, if it has one."""
+        """Return a context for passes on x in the precision of this flow, if it has one."""
         return using(self.precision, x.device) if self.precision else nullcontext()
 
     def _readings(self, net: nn.Module, guide: CFG, knobs: Mapping[str, float] | None = None) -> Readings:
-        """What a network, as objectives call it, tells a solver with this guidance and these knobs."""
+        """Return the readings of a network, as `_net_for_objective` returns it, with this guidance and these knobs."""
         null: int | Callable[[Cond], Cond] = self.classes
         called = cast(Net, net)
         if isinstance(net, NetAdapter):
@@ -680,17 +698,17 @@ class Flow(nn.Module):
         return guide(readings_of(self.objective, called, knobs or self.knobs), null)
 
     def _require_reading(self, name: str, net: nn.Module) -> Callable[..., Any]:
-        """A reading by its name. Raises UserError if it was never taught."""
+        """Return a reading by its name. Raises UserError if the objective does not train it."""
         read = getattr(self._readings(net, self.guide), name)
         if read is None:
             raise UserError(
-                f"objective '{self.objective.kind}' never teaches the {name.replace('_', ' ')}: train with 'dumo_any' "
-                "or 'meanflow', which teach velocity and jumps"
+                f"objective '{self.objective.kind}' does not train the {name.replace('_', ' ')}: train with 'dumo_any' "
+                "or 'meanflow', which train velocity and jumps"
             )
         return read
 
     def _read(self, name: str, x: Tensor, c: Condition, *times: Moment) -> Sample:
-        """The reading `name` of x at these times, (b, ...), in evaluation mode."""
+        """Call the reading `name` on x at these times, in evaluation mode. Returns (b, ...)."""
         compatibility.require_conditions(c, self.classes, self.null, may_be_null=True)
         index = self._condition_index(len(x), c, x.device)
         read = self._require_reading(name, self._net_for_objective(c, None))
@@ -700,7 +718,7 @@ class Flow(nn.Module):
             t, s = row_times
             if bool((s > t + _ROUNDING).any()):
                 raise UserError(
-                    f"objective '{self.objective.kind}' teaches no jumps up to the noise: give s up to t, or train "
+                    f"objective '{self.objective.kind}' does not train jumps towards the noise: use s <= t, or train "
                     "with 'f2d2'"
                 )
         with eval_mode(self.net), self._in_precision(x):
@@ -709,7 +727,7 @@ class Flow(nn.Module):
     # -------------------------------------------------------------------------------------------------------- the state
 
     def get_extra_state(self) -> Tensor:
-        """Step, seed, rows of a rank, shape of a row and the chosen slope, as JSON in a uint8 tensor (512,)."""
+        """Return step, seed, rows per rank, shape of a row and the chosen slope, as JSON in a uint8 tensor (512,)."""
         fields = {
             "step": self.step,
             "seed": self.seed,
@@ -720,7 +738,7 @@ class Flow(nn.Module):
         return torch.tensor(list(json.dumps(fields).encode().ljust(_NUM_STATE_BYTES)), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Resume from what `get_extra_state` returned."""
+        """Restore the state that `get_extra_state` returned."""
         fields = json.loads(bytes(state.tolist()))
         self.step = fields["step"]
         self.seed = fields["seed"]
@@ -729,16 +747,16 @@ class Flow(nn.Module):
         self.chosen_slope = fields["slope"] and TypeAdapter[Slope](Slope).validate_python(fields["slope"])
 
     def extra_repr(self) -> str:
-        """Objective, classes and how du/dt is taken, for print(flow)."""
+        """Return the objective, the classes and the slope, for print(flow)."""
         return (
             f"objective={self.objective.kind}, classes={self.classes}, du/dt: {self.slope_report or 'not chosen yet'}"
         )
 
 
 def _row_times(time: Moment, x: Sample, margin: float) -> Time:
-    """A time for each row of x. Raises UserError for times outside of [0, 1] by more than `margin`."""
+    """Return a time for each row of x. Raises UserError for times outside of [0, 1] by more than `margin`."""
     time = torch.as_tensor(time, dtype=None if isinstance(time, Tensor) else torch.float32)
     is_inside = (time > -margin) & (time < 1 + margin)
     if not is_inside.all():
-        raise UserError(f"a time of {time[~is_inside][0]:g}: times run from 0, data, to 1, noise")
+        raise UserError(f"time {time[~is_inside][0]:g} is out of range: times are between 0 (data) and 1 (noise)")
     return time.to(x.device).expand(len(x))

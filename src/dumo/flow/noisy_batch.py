@@ -1,19 +1,19 @@
-"""The random numbers of a training step, and the noisy batch (`NoisyBatch`) that a loss gets.
+"""The random numbers of a training step, and the noisy batch (`NoisyBatch`) of a loss.
 
-1. `make_draws` draws the times, noise, dropped labels and further numbers of a step's rows on the CPU, at any time
-   before the step and in any thread.
-2. `add_noise` makes the noisy batch on the data's device: it divides the data by the path's sd, couples noise to data
-   (`Coupling`), puts both on the path, drops conditions and asks the teacher. It waits for the device only if there is
-   a coupling.
+1. `make_draws` draws the times, noise, dropped labels and the objective's further random numbers on the CPU, at any
+   time before the step and in any thread.
+2. `add_noise` makes the noisy batch on the data's device: it divides the data by the path's sd, couples noise with data
+   (`Coupling`), computes the points of the path, drops conditions and calls the teacher. It synchronizes with the
+   device only if there is a coupling.
 
-`draw` does both at once, for steps that are only counted, timed or tried; `path_velocity` stands in for their teacher.
-`Noise` and `Signs` are laws of further numbers that an objective may ask for.
+`draw` does both, for steps that are only counted, timed or checked; `path_velocity` replaces their teacher. `Noise` and
+`Signs` are distributions of an objective's further random numbers.
 
-Each quantity has a random stream of its own, keyed by a hash of (seed, step, its name). A number per row is drawn for
-the global batch, and each rank takes its rows. Samples shaped like the data are drawn for a rank's rows only, each
-keyed by its number in the batch, because drawing the noise of many ranks takes longer than a step. Either way a row is
-the same on every rank. So two ranks equal one, a resumed run needs no generator state, and two objectives get the same
-t, z and dropped labels, whatever else they draw.
+Each quantity has its own random stream, keyed by a hash of (seed, step, its name). Scalars are drawn for the global
+batch, and each rank uses its rows. Samples shaped like the data are drawn for the rows of a rank only, each keyed by
+its index in the batch, because drawing the noise of many ranks would take longer than a step. Random numbers therefore
+do not depend on the number of ranks, a resumed run needs no generator state, and all objectives get the same t, z and
+dropped labels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,12 +33,12 @@ from dumo.runtime.random import keyed_normal, random_row_mask, stream
 from dumo.types import Cond, Law, NoisyBatch, Objective, Rows, Sample, Spec, TeacherVelocity, Time, Trail
 from dumo.types.batch_rows import pin, to_device
 
-# The name in the key of the stream that picks the rows that the teacher answers.
+# The key of the random stream that selects the rows with a teacher's target.
 PRIOR = "prior"
 
 
 class Noise(Law):
-    """N(0, I), shaped like the data."""
+    """Standard normal noise, shaped like the data."""
 
     kind: Literal["noise"] = "noise"
 
@@ -48,7 +48,7 @@ class Noise(Law):
 
 
 class Signs(Law):
-    """Shaped like the data, 1 or -1 with equal probability: Hutchinson's directions (`dumo.flow.likelihood`)."""
+    """Random signs, shaped like the data: Hutchinson's directions (`dumo.flow.likelihood`)."""
 
     kind: Literal["signs"] = "signs"
 
@@ -58,21 +58,23 @@ class Signs(Law):
 
 
 class Coupling(Spec):
-    """A pairing of noise with data that makes paths cross less, so that one velocity can follow them.
+    """Minibatch optimal transport between noise and data (Pooladian et al. 2023; Tong et al. 2024).
 
-    It is optimal transport within a minibatch (Pooladian et al. 2023; Tong et al. 2024): among rows of one class, in
-    groups of `group` neighbouring rows, noises change places so that the sum of squared distances between data and
-    noise is the least. x, z and the class keep their laws, and z stays independent of the class. The joint law of x and
-    z is another, and so is the flow, which still carries N(0, I) to the data.
+    Within groups of `group` consecutive rows, and among rows of one class, noises are permuted to minimize the sum of
+    squared distances between data and noise, so that paths cross less. The marginal distributions do not change, and z
+    remains independent of the class. The flow differs, but still maps N(0, I) to the data.
     """
 
-    group: int = Field(ge=2, le=ROWS)  # rows; the larger, the straighter the paths; costs its cube, per class
+    # Larger groups give straighter paths. The cost is cubic in the number of rows of a class in a group.
+    group: int = Field(ge=2, le=ROWS)
 
     def __call__(self, x: Sample, z: Sample, c: Cond) -> Sample:
-        """The noises z (b, ...) in the order in which they go with data x (b, ...).
+        """Permute the noises z (b, ...) to match the data x (b, ...), whose rows form whole groups.
 
-        c: the conditions, before any is dropped. The rows are of whole groups. It is computed on the CPU, so a GPU is
-        waited for. In a class of a group with a number that is not finite, noises stay in place.
+        c: the conditions before any are dropped.
+
+        It runs on the CPU, and so synchronizes with a GPU. Noises of a group and class with a non-finite value are not
+        permuted.
         """
         class_of_row = torch.unique(c.cpu(), dim=0, return_inverse=True)[1]
         data = x.detach().cpu().double().flatten(1)
@@ -86,9 +88,9 @@ class Coupling(Spec):
 
 
 def _cheapest_assignment(x: Tensor, z: Tensor) -> Int64[Tensor, " n"]:
-    """For each row of x (n, d) the number of the row of z (n, d) that goes with it, (n,), by scipy.
+    """Return the index (n,) of the row of z (n, d) that is assigned to each row of x (n, d), by scipy.
 
-    The sum of their squared distances is the least. Where a number is not finite, row i goes with row i.
+    The assignment minimizes the sum of squared distances. It is the identity if a value is not finite.
     """
     from scipy.optimize import linear_sum_assignment  # slow to import
 
@@ -100,24 +102,32 @@ def _cheapest_assignment(x: Tensor, z: Tensor) -> Int64[Tensor, " n"]:
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of some rows of a step's batch, on the CPU."""
+    """The random numbers of some rows of a step's batch, on the CPU.
+
+    z: noise in float32; None if the data have noise of their own.
+    kept: the rows whose condition is not dropped.
+    keys: of the dropout masks.
+    laws: draws of the objective's further distributions, by name.
+    moving: the rows that may have r != t, determined by their position; None means all.
+    teacher_rows: the rows with a teacher's target; None means all, if there is a teacher.
+    """
 
     t: Time
     r: Time
-    z: Sample | None  # float32; None: the data bring their noise with them
-    kept: Rows  # the rows whose condition is not dropped
-    keys: dropout.Keys  # of the masks of dropout
-    laws: Mapping[str, Tensor]  # the objective's further laws, by name
-    moving: tuple[bool, ...] | None  # the rows that may have r != t, fixed by place; None: all
-    teacher_rows: Rows | None = None  # the rows that a teacher answers; None: all, if there is one
+    z: Sample | None
+    kept: Rows
+    keys: dropout.Keys
+    laws: Mapping[str, Tensor]
+    moving: tuple[bool, ...] | None
+    teacher_rows: Rows | None = None
 
     def __getitem__(self, rows: slice) -> "Draws":
-        """The draws of some of the rows."""
+        """Return the draws of some of the rows."""
         moving = None if self.moving is None else self.moving[rows]
         return replace(self._map_tensors(lambda v: v[rows]), moving=moving)
 
     def pin(self) -> "Draws":
-        """A copy in pinned memory, from which a GPU reads while the CPU goes on."""
+        """Return a copy in pinned memory, for asynchronous transfer to a GPU."""
         return self._map_tensors(pin)
 
     def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Draws":
@@ -147,13 +157,14 @@ def make_draws(
     """Draw the random numbers of some rows of a step's batch of samples, on the CPU.
 
     shape: of a sample.
-    batch: the number of rows of the whole batch, on all ranks.
-    rows: those of the batch that are wanted.
-    z: whether to draw their noise, too.
-    prior: the share of the batch that a teacher answers; None: it answers all.
+    batch: the number of rows of the global batch.
+    rows: the rows of the batch to draw for.
+    z: whether to draw noise.
+    prior: the share of the batch with a teacher's target; None means all.
     """
     row_numbers = range(batch)[rows]
-    with torch.device("cpu"):  # whatever torch.set_default_device says
+    # Override torch.set_default_device.
+    with torch.device("cpu"):
         t, r = objective.times(batch, stream(seed, step, "times"))
         is_condition_kept = torch.rand(batch, generator=stream(seed, step, "kept")) >= objective.drop
         moving = objective.times.moving(batch)
@@ -189,17 +200,17 @@ def add_noise(
     between: Trail | None = None,
     asks_teacher: bool = True,
 ) -> NoisyBatch:
-    """Make the noisy batch of data x (b, ...) and conditions c (b, ...) by draws of as many rows, on the device of x.
+    """Make the noisy batch of data x (b, ...) and conditions c (b, ...) with the draws of b rows, on the device of x.
 
-    null: what a dropped condition becomes, a row each, or one class number for all.
+    null: the replacement of a dropped condition: one row each, or the null label.
     progress: the share of the training that is done, from 0 to 1.
-    z: noise that belongs to x; None: that of the draws.
-    teacher: what it makes of (x_t, t, c, v_t) takes the place of v_t, on the rows `draws.teacher_rows`.
-    coupling: which noise goes with which data; None: as drawn.
-    between: the places from x to z that a trajectory goes through, at equal steps, of which t is to be an end.
-    asks_teacher: whether the teacher is asked for v_t; else it is asked by the loss alone (`FromTeacher.reads_v_t`).
+    z: noise for x; None means that of the draws.
+    teacher: a velocity (x_t, t, c, v_t) that replaces v_t on the rows `draws.teacher_rows`.
+    coupling: assigns noise to data; None means in the order of the draws.
+    between: the points of a trajectory from x to z, at equal time steps; t must be the end of a step.
+    asks_teacher: whether to call the teacher for v_t; otherwise only the loss calls it (`FromTeacher.reads_v_t`).
     """
-    # Send the draws to the device. Times stay in float32 if the data are in 16 bits.
+    # Copy the draws to the device. Times stay in float32 if the data are in 16 bits.
     device = x.device
     exact = torch.promote_types(x.dtype, torch.float32)
     t = to_device(draws.t, device).to(exact)
@@ -211,13 +222,13 @@ def add_noise(
         assert draws.z is not None, "noise was neither drawn nor given"
         z = to_device(draws.z, device).to(x)
 
-    # Put data and noise on the path.
+    # Compute the points of the path.
     x = x / path.sd
     if coupling:
         z = coupling(x, z, c)
     x_t, v_t = path.at(x, z, t)
 
-    # Drop conditions. Rows that the teacher answers are not guided, because it is guided itself.
+    # Drop conditions. Rows with a teacher's target are not guided, because the teacher may be guided itself.
     if isinstance(null, int):
         null = torch.full_like(c, null)
     c = torch.where(kept.view(-1, *(1,) * (c.ndim - 1)), c, null)
@@ -256,7 +267,7 @@ def add_noise(
 
 
 def path_velocity(x_t: Sample, t: Time, c: Cond, v_t: Sample) -> Sample:
-    """Return v_t, the path's own velocity: it stands in for a teacher if a step is only counted, timed or tried."""
+    """Return v_t, in place of a teacher's velocity, for steps that are only counted, timed or checked."""
     return v_t
 
 
@@ -275,16 +286,18 @@ def draw(
     z: Sample | None = None,
     teacher: TeacherVelocity | None = None,
 ) -> NoisyBatch:
-    """Make the noisy batch of x (b, ...), rows `first : first + b` of a step's batch of `batch` rows (None: all of it).
+    """Make the noisy batch of x (b, ...), rows `first : first + b` of a step's batch of `batch` rows.
 
-    null, z, teacher: as in `add_noise`; the teacher is asked only if the objective reads v_t (`FromTeacher.reads_v_t`).
-    Raises ValueError if the batch ends before these rows do.
+    batch: None means b.
+    null, z, teacher: as in `add_noise`; the teacher is called only if the objective uses v_t (`FromTeacher.reads_v_t`).
+
+    Raises ValueError if these rows exceed the batch.
     """
     if batch is None:
         batch = len(x)
     rows = slice(first, first + len(x))
     if rows.stop > batch:
-        raise ValueError(f"rows {first} to {rows.stop} are not of a batch of {batch}")
+        raise ValueError(f"rows {first} to {rows.stop} exceed a batch of {batch} rows")
     draws = make_draws(objective, x.shape[1:], seed=seed, step=step, batch=batch, rows=rows, z=z is None)
     asks_teacher = objective.needs.teacher.reads_v_t
     return add_noise(draws, path, x, c, null, progress=progress, z=z, teacher=teacher, asks_teacher=asks_teacher)

@@ -1,21 +1,21 @@
 """Paths from data (t = 0) to noise (t = 1): x_t = alpha(t) z + gamma(t) x, with data x and noise z.
 
-alpha weighs the noise, as in DuMo's paper (Eq. 1); in diffusers alpha weighs the data.
+alpha is the weight of the noise, as in DuMo's paper (Eq. 1); in diffusers alpha is the weight of the data.
 
 - `Linear` and `Trig` end at pure noise.
 - `Diffusion` stops at the schedule's last time T < 1, before pure noise (ADR 0008).
 
 `FlowPath` is their union, the type of a run's field `path`. Each path has
 
-- `at(x, z, t)`, which a loss calls: x_t, and the velocity v_t = dx_t/dt;
-- `alpha(t)` and `gamma(t)`, the weights of noise and data;
+- `at(x, z, t)`: x_t, and the velocity v_t = dx_t/dt;
+- `alpha(t)` and `gamma(t)`: the weights of noise and data;
 - `initial_std`: a sampler starts from `initial_std` times noise;
-- `nearest_net_times(times)`: the times at which a sampler may call its net;
-- `sd`, the standard deviation of the data.
+- `nearest_net_times(times)`: the times at which a sampler may call the network;
+- `sd`: the standard deviation of the data.
 
-x is the data in units of `sd`: `dumo.flow.noisy_batch` divides data by it before they meet the noise, and
-`dumo.flow.sampling` multiplies samples by it. So constants that are meant for data of standard deviation 1 (noise
-levels, a Huber loss's c, EDM's preconditioning) are right for data of any standard deviation.
+x is the data in units of `sd`: `dumo.flow.noisy_batch` divides data by it, and `dumo.flow.sampling` multiplies samples
+by it. Constants for data of standard deviation 1 (noise levels, a Huber loss's c, EDM's preconditioning) therefore
+apply to data of any standard deviation.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from torch import Tensor
 from dumo.flow.noise_schedule import Schedule
 from dumo.types import PINNED, Sample, Spec, Time, UserError, lift
 
-# The standard deviation of the data. It is not written into run.yaml if it is 1, the default.
+# The standard deviation of the data. run.yaml omits the default, 1.
 Deviation = Annotated[float, Field(gt=0, exclude_if=lambda sd: sd == 1)]
 
 
@@ -38,20 +38,20 @@ def _weight(value: Tensor, x: Sample) -> Tensor:
 
 
 class _EndsAtNoise(Spec):
-    """A path whose last point is the noise, and whose net may be called at any time."""
+    """A path that ends at pure noise, with a network that may be called at any time."""
 
     @property
     def initial_std(self) -> float:
-        """The standard deviation of a sampler's first x_t: 1, that of the noise."""
+        """The standard deviation of a sampler's first x_t."""
         return 1.0
 
     def nearest_net_times(self, times: Sequence[float]) -> list[float]:
-        """The times nearest to `times` at which a net may be called: `times` themselves, since any time may be."""
+        """Return the nearest times at which the network may be called: `times` themselves."""
         return [*times]
 
 
 class Linear(_EndsAtNoise):
-    """alpha(t) = t and gamma(t) = 1 - t, so that v_t = z - x at every time."""
+    """The linear path: alpha(t) = t and gamma(t) = 1 - t, so that v_t = z - x at every time."""
 
     kind: Literal["linear"] = "linear"
     sd: Deviation = 1.0
@@ -71,10 +71,10 @@ class Linear(_EndsAtNoise):
 
 
 class Trig(_EndsAtNoise):
-    """alpha(t) = sin(pi t / 2) and gamma(t) = cos(pi t / 2): a quarter of a circle (TrigFlow, Lu and Song 2025).
+    """The trigonometric path: alpha(t) = sin(pi t / 2) and gamma(t) = cos(pi t / 2) (TrigFlow, Lu and Song 2025).
 
-    Its angle is theta = pi t / 2, so that v_t = (pi / 2) (cos(theta) z - sin(theta) x). If the data have standard
-    deviation 1, so has x_t at every time.
+    With theta = pi t / 2, v_t = (pi / 2) (cos(theta) z - sin(theta) x). If the data have standard deviation 1, so has
+    x_t at every time.
     """
 
     kind: Literal["trig"] = "trig"
@@ -98,24 +98,25 @@ class Trig(_EndsAtNoise):
 
 
 class Diffusion(Spec):
-    """The linear path as far as a diffusion's schedule goes: alpha(t) = T t, gamma(t) = 1 - T t, v_t = T (z - x).
+    """The linear path up to the last time T of a schedule: alpha(t) = T t, gamma(t) = 1 - T t, v_t = T (z - x).
 
-    T is the schedule's last time, 0.936 in Stable Diffusion's. Beyond T the net was never trained. At pure noise a net
-    that predicts the noise would say nothing of the data. Velocities and mean velocities u = (x_t - x) / t are per unit
-    of this t. So what holds of any path with its data at t = 0 holds here.
+    T is 0.936 for Stable Diffusion. The network was not trained beyond T, and at pure noise an epsilon-prediction
+    contains no information about the data. Velocities and mean velocities u = (x_t - x) / t are per unit of this t.
+
+    schedule: the pipeline's.
     """
 
     kind: Literal["diffusion"] = "diffusion"
-    schedule: Schedule | None = Field(default=None, json_schema_extra=PINNED)  # the pipeline's
+    schedule: Schedule | None = Field(default=None, json_schema_extra=PINNED)
 
     @property
     def sd(self) -> float:
-        """The data are in the model's own units."""
+        """1, because the data are in the model's units."""
         return 1.0
 
     @property
     def known_schedule(self) -> "Schedule":
-        """The pipeline's schedule. Raises UserError where none was found."""
+        """The pipeline's schedule. Raises UserError if there is none."""
         if self.schedule is None:
             raise UserError("path.schedule is null, because the pipeline was not found: set pipeline=DIR")
         return self.schedule
@@ -124,26 +125,25 @@ class Diffusion(Spec):
     def initial_std(self) -> float:
         """The standard deviation of a sampler's first x_t, in units of the noise.
 
-        diffusers starts from variance-preserving noise x_vp = z. A point of the linear path is its variance-preserving
-        one, x_t / sqrt(T^2 + (1 - T)^2), times that root. So this start is z sqrt(T^2 + (1 - T)^2).
+        diffusers starts from variance-preserving noise x_vp = z. The corresponding point of the linear path is
+        x_vp sqrt(T^2 + (1 - T)^2).
         """
         last = self.known_schedule.last_time
         return (last * last + (1 - last) ** 2) ** 0.5
 
     def nearest_net_times(self, times: Sequence[float]) -> list[float]:
-        """The times of the schedule nearest to `times`: the net was trained at the schedule's whole indices alone.
+        """Return the nearest times at integer indices of the schedule, at which the network was trained.
 
-        `times` must fall. Raises UserError where there are more times than the schedule has.
+        `times` must be decreasing. Raises UserError if the schedule has fewer times.
         """
         schedule = self.known_schedule
         return [float(schedule.times[k]) / schedule.last_time for k in self.nearest_indices(times)]
 
     def nearest_indices(self, times: Sequence[float]) -> list[int]:
-        """The indices of the schedule's times that are nearest to `times`, falling, with no two equal.
+        """Return the strictly decreasing indices of the schedule's times nearest to `times`, which must be decreasing.
 
-        `times` must fall. Where two times are nearest to one entry, the higher of them takes a higher entry; where too
-        few entries are left above, the lower one takes a lower entry. Raises UserError where there are more times than
-        the schedule has.
+        If two times are nearest to one entry, the higher time gets a higher entry; if too few entries are left above,
+        the lower time gets a lower entry. Raises UserError if the schedule has fewer times.
         """
         schedule = self.known_schedule
         if len(times) > schedule.steps:
@@ -152,9 +152,10 @@ class Diffusion(Spec):
                 f"{schedule.steps} or less"
             )
         rising_indices: list[int] = []
-        lowest = 0  # the lowest index that is left
+        # The lowest and highest index that are available. The times above need entries as well.
+        lowest = 0
         for k, t in enumerate(reversed(times)):
-            highest = schedule.steps - len(times) + k  # the times above need entries, too
+            highest = schedule.steps - len(times) + k
             index = min(max(schedule.nearest_index(t * schedule.last_time), lowest), highest)
             rising_indices.append(index)
             lowest = index + 1
@@ -174,4 +175,4 @@ class Diffusion(Spec):
         return x_t, self.known_schedule.last_time * (z - x)
 
 
-FlowPath = Annotated[Linear | Trig | Diffusion, Field(discriminator="kind")]  # the union of all paths
+FlowPath = Annotated[Linear | Trig | Diffusion, Field(discriminator="kind")]

@@ -1,15 +1,14 @@
-"""The precision in which passes compute, by name.
+"""The precision of passes, by name.
 
-    fp32   products of matrices and convolutions in float32; also those of cuDNN, which take TF32 by default
-    tf32   on a GPU their factors are rounded to TF32, which keeps 10 of 23 bits; elsewhere as fp32
-    bf16   autocast: layers compute in bf16, of 7 bits, what is sensitive in float32; weights and gradients stay float32
+    fp32   matrix products and convolutions in float32, also in cuDNN, which uses TF32 by default
+    tf32   on a GPU, their inputs are rounded to TF32 (10 of 23 mantissa bits); on other devices as fp32
+    bf16   autocast: layers compute in bf16 (7 mantissa bits); weights and gradients stay in float32
 
-- To set it in evaluation: put `using` around a pass.
-- To set it in training, use its two halves separately. `product_precision` goes around the whole loop, because it is a
-  setting of the process, and backward passes need it, too. `autocast` goes around each forward pass, because it keeps
-  the weights that it has cast, so no optimizer may step inside.
-- To ask what holds now: `uses_tf32` and `precision_of`.
-- For single tensors that are stored in 16 bits: `to_float32` and `round_stochastically`.
+- In evaluation, wrap a pass in `using`.
+- In training, wrap the whole loop in `product_precision`, a setting of the process that backward passes need as well,
+  and each forward pass in `autocast`, which caches its casts of the weights until the optimizer changes them.
+- `uses_tf32` and `precision_of` return the current precision.
+- `to_float32` and `round_stochastically` convert tensors that are stored in 16 bits.
 """
 
 from collections.abc import Generator
@@ -23,20 +22,21 @@ from dumo.autodiff.cast import autocast_dtype
 from dumo.types import Sample
 
 Precision = Literal["fp32", "tf32", "bf16"]
-HALVES = (torch.bfloat16, torch.float16)  # the floating-point types of 16 bits
+# The 16-bit floating-point dtypes.
+HALVES = (torch.bfloat16, torch.float16)
 
 
 @contextmanager
 def using(precision: Precision, device: torch.device | str) -> Generator[None, None, None]:
-    """Inside, passes forward on this device compute in this precision."""
+    """Set the precision of forward passes on this device."""
     with product_precision(precision, device), autocast(precision, device):
         yield
 
 
 def autocast(precision: Precision, device: torch.device | str, *, keep: bool = True) -> torch.autocast:
-    """Inside, layers compute in bf16 if that is the precision, else in the type of their inputs.
+    """Return a context with autocast to bf16 if that is the precision, and without autocast otherwise.
 
-    `keep`: whether a weight is cast once, and its copy in bf16 kept to the end; else it is cast for each use.
+    keep: whether to cache the casts of weights until the context ends.
     """
     device_type = torch.device(device).type
     return torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=keep)
@@ -44,9 +44,9 @@ def autocast(precision: Precision, device: torch.device | str, *, keep: bool = T
 
 @contextmanager
 def product_precision(precision: Precision, device: torch.device | str) -> Generator[None, None, None]:
-    """Inside, a GPU's products and convolutions in float32 round their factors to TF32 for "tf32", else they do not.
+    """Set whether float32 products and convolutions on GPUs use TF32, for the whole process, and restore it afterwards.
 
-    It is a setting of the whole process, and afterwards as before. A CPU has none.
+    It has no effect on other devices.
     """
     if torch.device(device).type != "cuda":
         yield
@@ -64,25 +64,21 @@ def product_precision(precision: Precision, device: torch.device | str) -> Gener
 
 
 def _set_rounding(matmul: str, convolutions: bool) -> None:
-    """Set how float32 is rounded on GPUs.
-
-    matmul: torch's name for products of matrices: "highest" for no rounding, "high" for TF32.
-    convolutions: whether cuDNN's convolutions use TF32.
-    """
+    """Set whether matrix products ("high" for TF32, else "highest") and cuDNN convolutions use TF32."""
     torch.set_float32_matmul_precision(matmul)
     torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def uses_tf32(device_type: str) -> bool:
-    """Whether products on this type of device are rounded to TF32 now."""
+    """Whether products on this device type currently use TF32."""
     return device_type == "cuda" and torch.get_float32_matmul_precision() != "highest"
 
 
 def precision_of(x: Sample) -> str:
-    """The name of the precision in which a pass on x would compute now.
+    """Return the name of the current precision of a pass on x.
 
-    Under autocast the name is its dtype and "autocast"; for x in float32 or float64 "fp32", or "tf32" where float32 is
-    rounded to it; else the dtype of x.
+    Under autocast, it is the dtype and "autocast"; for float32 and float64, "fp32", or "tf32" if float32 uses TF32;
+    otherwise the dtype of x.
     """
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
@@ -95,16 +91,18 @@ def precision_of(x: Sample) -> str:
 
 
 def to_float32(x: Tensor) -> Tensor:
-    """A tensor of 16 bits in float32; any other as it is."""
+    """Convert a 16-bit tensor to float32; return other tensors unchanged."""
     return x.float() if x.dtype in HALVES else x
 
 
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
-    """A float32 tensor in bf16: each value goes to one of its two neighbours, with probabilities that keep the mean.
+    """Round a float32 tensor to bf16 stochastically and without bias.
 
-    bf16 has the upper 16 bits of a float32. A random number of 16 bits is added to the lower ones, which are then cut.
-    `bits`: random whole numbers of x's shape, of which the last 16 bits count. What is not finite stays.
+    bf16 consists of the upper 16 bits of a float32. A random 16-bit number is added to the lower bits, which are then
+    truncated. Non-finite values are not changed.
+
+    bits: random integers of the shape of x, of which the lower 16 bits are used.
     """
     raised = x.contiguous().view(torch.int32) + (bits & 0xFFFF).to(torch.int32)
-    cut = (raised & -0x10000).view(torch.float32)  # the mask clears the lower 16 bits
-    return torch.where(x.isfinite(), cut, x).bfloat16()
+    truncated = (raised & -0x10000).view(torch.float32)
+    return torch.where(x.isfinite(), truncated, x).bfloat16()

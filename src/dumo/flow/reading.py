@@ -1,13 +1,11 @@
-"""Readings: what a trained net can tell a solver, as its objective reads it (`dumo.types.Readings`).
+"""Readings: the functions of a network that a solver calls, as its objective defines them (`dumo.types.Readings`).
 
-The order of events:
+`available_readings` returns the readings that an objective trains, without a network. `readings_of` binds the knobs
+(`bind_knobs`) and returns the readings of a network. A solver calls them, or `teacher_velocity` converts them to a
+teacher.
 
-1. Before there is a net, `available_readings` says which readings an objective will teach.
-2. Of a trained net, `readings_of` fixes the knobs (`bind_knobs`) and lets the objective read it.
-3. A solver calls the readings, or `teacher_velocity` makes a teacher of them.
-
-Objectives build their readings of `jump_to_data`, `velocity_and_jump` and `mean_velocity`. `head_of` names the heads
-behind a reading.
+Objectives build their readings from `jump_to_data`, `velocity_and_jump` and `mean_velocity`. `head_of` returns the name
+of the head that a reading uses.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,25 +21,25 @@ from dumo.types import Cond, Heads, Net, Objective, Readings, Sample, TeacherVel
 
 
 def available_readings(objective: Objective) -> Readings:
-    """The readings that an objective will teach. They are of no net: which of them are None is what counts."""
+    """Return the readings that an objective trains, without a network, to check which of them are None."""
     return _with_hops(objective, objective.readings(nn.Identity()))
 
 
 def readings_of(objective: Objective, net: Net, knobs: Mapping[str, float] | None = None) -> Readings:
-    """The readings of a net that an objective has trained. `knobs`: values by name instead of the objective's own."""
+    """Return the readings of a network that an objective has trained. `knobs` override the objective's defaults."""
     knobs = {**objective.needs.knobs, **(knobs or {})}
     return _with_hops(objective, objective.readings(bind_knobs(net, **knobs) if knobs else net))
 
 
 def _with_hops(objective: Objective, readings: Readings) -> Readings:
-    """The readings with a rule for jumps (`hops`), where the objective has none and its times end at the data alone."""
+    """Restrict jumps (`hops`) to the data, if the objective sets no rule and its times contain no other jumps."""
     if readings.flow_map and readings.hops is None and not objective.times.between:
         return replace(readings, hops=lambda t, s: s == 0)
     return readings
 
 
 def bind_knobs(net: Net, **knobs: float) -> Net:
-    """The net with these knobs fixed: each pass gets every knob's value, once per row (b,)."""
+    """Return the network with fixed knobs: each pass gets the value of every knob, (b,)."""
 
     def bound_net(x: Sample, c: Cond, /, **inputs: Time) -> Heads:
         x_value = primal(x)
@@ -52,25 +50,26 @@ def bind_knobs(net: Net, **knobs: float) -> Net:
 
 
 def teacher_velocity(readings: Readings) -> TeacherVelocity:
-    """The velocity that a pupil learns at (x_t, t, c), where the data's own is v. Raises UserError without one."""
+    """Return a teacher's velocity, a function of (x_t, t, c, v_t). Raises UserError if the readings have none."""
     read = readings.velocity
     if read is None:
-        raise UserError("this teacher has no velocity to learn from: its objective learns jumps alone")
+        raise UserError("this teacher has no velocity, because its objective trains jumps only: use another teacher")
 
     def velocity(x: Sample, t: Time, c: Cond, v: Sample) -> Sample:
         with torch.no_grad():
-            return v + (read(x, t, c).to(v) - v)  # this rounding is that of earlier versions, so their runs resume
+            # The recorded losses depend on the rounding of this form.
+            return v + (read(x, t, c).to(v) - v)
 
     return velocity
 
 
 def jump_to_data(net: Net, head: int = 0) -> Callable[[Sample, Time, Cond], Sample]:
-    """Read the mean velocity down to the data u(x_t, t) = (x_t - x_0) / t: x_0 = x_t - t u (paper, Eq. 6)."""
+    """Read the endpoint x_0 = x_t - t u from the mean velocity u(x_t, t) = (x_t - x_0) / t (paper, Eq. 6)."""
     return lambda x, t, c: x - lift(t, x) * net(x, c, t=t)[head]
 
 
 def velocity_and_jump(net: Net) -> Readings:
-    """Read the first two heads, v and the mean velocity u down to the data: each by a pass, or both by one."""
+    """Read the first two heads, the velocity v and the mean velocity u to the data, separately or in one pass."""
 
     def both(x: Sample, t: Time, c: Cond) -> tuple[Sample, Sample]:
         v, u = net(x, c, t=t)[:2]
@@ -82,8 +81,8 @@ def velocity_and_jump(net: Net) -> Readings:
 def mean_velocity(net: Net, head: int = 0, times: TimeLaw | None = None, velocity_head: int | None = None) -> Readings:
     """Read the mean velocity u(x_t, t, r): x_r = x_t - (t - r) u, and v = u at r = t (MeanFlow, Eq. 12).
 
-    times: those that u was trained at, which may never teach the velocity; None: it is taught.
-    velocity_head: the head that is the velocity; None: u at r = t is.
+    times: the times at which u was trained, which may exclude the velocity; None means that it is trained.
+    velocity_head: the head of the velocity; None means u at r = t.
     """
 
     def flow_map(x: Sample, t: Time, s: Time, c: Cond) -> Sample:
@@ -100,10 +99,9 @@ def mean_velocity(net: Net, head: int = 0, times: TimeLaw | None = None, velocit
 
 
 def head_of(objective: Objective, name: Literal["velocity", "endpoint", "flow_map", "both"]) -> str:
-    """The name of the head that a reading reads, or names joined by " and "; the reading must be taught.
+    """Return the name of the head that a reading uses, or several joined by " and ". The reading must be trained.
 
-    An objective does not say which. So nets are read of which one head returns NaN: if the reading is NaN, it reads
-    that head.
+    It calls the reading on networks in which one head returns NaN: if the result is NaN, the reading uses that head.
     """
     heads = objective.needs.heads
     x = torch.zeros(1, 1)

@@ -1,11 +1,11 @@
-"""Samples in batches: from noise to images, by a solver. Image i of a seed is the same in any batch.
+"""Sample in batches. Image i of a seed does not depend on its batch.
 
-`sample_batches` makes them for `dumo.Flow`, for runs and for their sheets and validation; `join_batches` joins the
-batches. For each batch it puts the network into evaluation mode (`eval_mode`) and a precision (`in_precision`), and
-`integrate` runs the solver. A hook counts the passes of the network (`counting_passes`).
+`sample_batches` yields the batches for `dumo.Flow` and for runs, and `join_batches` joins them. For each batch, it sets
+the network to evaluation mode (`eval_mode`) and to a precision (`in_precision`), counts its passes (`counting_passes`),
+and runs the solver (`integrate`).
 
-For a teacher's pairs, `sample_with_noise` returns the noise, too, and `sample_trajectory` the points between.
-`labels_in_turn` gives each image a class.
+For a teacher's pairs, `sample_with_noise` returns the noise as well, and `sample_trajectory` the points between.
+`labels_in_turn` assigns a class to each image.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -24,13 +24,13 @@ from dumo.runtime.limits import SAMPLES
 from dumo.runtime.random import noise
 from dumo.types import Array, Cond, Heads, Readings, Sample, Trail, UserError
 
-# The largest batch if the caller does not say.
+# The default batch size.
 BATCH = 256
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Images or points x (n, *shape) in float32 on the CPU, and the passes that each made through the network."""
+    """Images or points x (n, *shape) in float32 on the CPU, and the number of passes per image."""
 
     x: Sample
     nfe: int
@@ -38,7 +38,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of samples: their numbers (n,), x (n, *shape) in float32 on the CPU, and the passes that each made."""
+    """A batch of samples: indices (n,), x (n, *shape) in float32 on the CPU, and the number of passes per image."""
 
     index: Int64[Tensor, " n"]
     x: Sample
@@ -61,28 +61,28 @@ def sample_batches(
     precision: Precision | None = "fp32",
     z: Sample | None = None,
 ) -> Iterator[Batch]:
-    """Yield images, one per row of c, a batch at a time.
+    """Yield batches of images, one image per row of c.
 
-    net: the network, whose passes are counted. It is in evaluation mode while a batch is made, then as before.
-    readings: what `net` tells the solver (`Flow.readings`).
-    path: the solver starts from `path.initial_std` times noise, and works in units of `path.sd`.
+    net: the network. It is in evaluation mode while a batch is computed, and its mode is restored afterwards.
+    readings: the readings of `net` (`Flow.readings`).
+    path: the solver starts from `path.initial_std` times noise, in units of `path.sd`.
     c: the conditions, (n, ...).
-    nfe: passes of each image through the net.
-    seed: of the noise, with the number of the image.
+    nfe: passes through the network per image.
+    seed: of the noise, together with the index of the image.
     shape: of an image.
-    indices: the numbers of the images, one per row of c; None: 0, 1, ...
-    batch: images made at a time, at most.
-    device: of the net.
-    precision: of the passes; None: the caller's autocast. The solver computes in float32.
-    z: noise to start from, (n, *shape); None: keyed by the numbers of the images, as is noise that a solver adds.
+    indices: the indices of the images, one per row of c; None means 0, 1, ...
+    batch: the largest batch size.
+    device: of the network.
+    precision: of the passes; None means the caller's autocast. The solver computes in float32.
+    z: initial noise, (n, *shape); None means to draw it from seed and index, as the noise that a solver adds.
 
-    Raises UserError if the solver cannot serve the reading or nfe, ValueError if there are more or fewer indices than
-    rows of c, and Stopped after a signal, between two passes.
+    Raises UserError if the solver does not support the readings or nfe, ValueError if the number of indices is not n,
+    and Stopped after a signal, between two passes.
     """
     if indices is None:
         indices = range(len(c))
     if len(indices) != len(c):
-        raise ValueError(f"{len(indices)} images for {len(c)} rows of c: give one index a row")
+        raise ValueError(f"{len(indices)} indices for {len(c)} rows of c: pass one index per row")
 
     try:
         for start in range(0, len(c), batch):
@@ -96,14 +96,14 @@ def sample_batches(
             assert not remainder, "a reading called the network for some rows more often than for others"
             yield Batch(torch.tensor(batch_indices), x.cpu(), num_passes)
     finally:
-        # The root of a network that FSDP2 shards stays whole after a pass without a backward pass. The next optimizer
-        # step would not update it.
+        # FSDP2 does not reshard the root module after a pass without a backward pass, and the next optimizer step would
+        # not update it.
         for part in dist.sharded_parts(net):
             part.reshard()
 
 
 def join_batches(batches: Iterable[Batch]) -> Samples:
-    """All batches as one, in their order."""
+    """Concatenate the batches in order."""
     all_batches = list(batches)
     (nfe,) = {batch.nfe for batch in all_batches}
     return Samples(torch.cat([batch.x for batch in all_batches]), nfe)
@@ -120,9 +120,10 @@ def sample_with_noise(
     shape: Sequence[int],
     indices: Sequence[int],
 ) -> tuple[Sample, Sample]:
-    """The noise of the images numbered `indices`, and the images: both (n, *shape), in float32, on the device of c.
+    """Return the noise of the images `indices`, and the images, both (n, *shape) in float32 on the device of c.
 
-    The net stays in the mode and precision that it has. Raises UserError if the solver cannot serve the reading or nfe.
+    The mode and precision of the network are not changed. Raises UserError if the solver does not support the readings
+    or nfe.
     """
     return integrate(readings, path, solver, c, nfe, _fresh_noise(seed, indices, shape, c.device))
 
@@ -134,7 +135,7 @@ def _fresh_noise(
     device: torch.device | str,
     first_draw: Sample | None = None,
 ) -> Fresh:
-    """The noise of the images numbered `indices`, by draw. `first_draw` replaces draw 0."""
+    """Return a function that draws the noise of the images `indices` by draw number. `first_draw` replaces draw 0."""
 
     def fresh(draw: int) -> Sample:
         if draw == 0 and first_draw is not None:
@@ -148,33 +149,34 @@ def _fresh_noise(
 def sample_trajectory(
     readings: Readings, path: FlowPath, solver: Stepper, z: Sample, c: Cond, *, nfe: int, points: int
 ) -> tuple[Sample, Trail]:
-    """The images that the solver makes of noise z, and the points between, after each of `points` equal parts.
+    """Return the images of noise z, and the intermediate points of the trajectory at `points` equal time steps.
 
-    Images (n, *shape) are in float32; the points between, (n, points - 1, *shape), run from the data to the noise, and
-    are on the path, so in units of its sd.
+    Images (n, *shape) are in float32. The intermediate points (n, points - 1, *shape) are ordered from data to noise,
+    in units of the path's sd.
 
-    Raises ValueError unless `points` is at least 2 and divides the number of steps, and UserError if the solver cannot
-    serve the reading or nfe.
+    Raises ValueError unless `points` is at least 2 and divides the number of steps, and UserError if the solver does
+    not support the readings or nfe.
     """
     num_steps = nfe // solver.passes
     if points < 2 or num_steps % points:
-        raise ValueError(f"points={points}: give at least 2, and a divisor of the {num_steps} steps of nfe={nfe}")
+        raise ValueError(f"points={points} must be at least 2 and divide the {num_steps} steps of nfe={nfe}")
     every = num_steps // points
     trail = solver.trail(readings, path.initial_std * z, c, nfe)
     xs = [x.float() for step, x in enumerate(trail, start=1) if step % every == 0]
-    return path.sd * xs[-1], torch.stack(xs[-2::-1], 1)  # xs run from the noise to the data
+    # Reverse xs, which is ordered from noise to data.
+    return path.sd * xs[-1], torch.stack(xs[-2::-1], 1)
 
 
 @torch.no_grad()
 def integrate(
     readings: Readings, path: FlowPath, solver: Solver, c: Cond, nfe: int, fresh: Fresh
 ) -> tuple[Sample, Sample]:
-    """Noise, which is draw 0 of `fresh`, and the images that the solver makes of it: (n, *shape), in float32.
+    """Run the solver, and return the initial noise and the images, both (n, *shape) in float32.
 
-    `fresh(k)` is draw k of noise from N(0, I); some solvers use more than the first. The solver starts from
-    `path.initial_std` times noise, and works in units of `path.sd`.
+    fresh: `fresh(k)` is draw k of noise from N(0, I); draw 0 is the initial noise, and some solvers use more.
 
-    Raises UserError if the solver cannot serve the reading or nfe.
+    The solver starts from `path.initial_std` times noise, in units of `path.sd`. Raises UserError if it does not
+    support the readings or nfe.
     """
     z = fresh(0)
     x = solver(readings, path, path.initial_std * z, c, nfe, fresh)
@@ -182,36 +184,38 @@ def integrate(
 
 
 def labels_in_turn(n: int, classes: int, only: Sequence[int] | None = None) -> Int[Tensor, " n"]:
-    """A class for each of n images: 0, 1, ... in turn, or `only` in turn; zeros where there are no classes.
+    """Return a class for each of n images: 0, 1, ... in turn, or `only` in turn; zeros without classes.
 
-    Raises UserError for a label outside [0, classes), or no image at all.
+    Raises UserError for a label outside [0, classes), and unless n is between 1 and SAMPLES.
     """
     if not 1 <= n <= SAMPLES:
-        raise UserError(f"{n:,} images cannot be made at once: ask for 1 to {SAMPLES:,}, for more with another seed")
+        raise UserError(
+            f"the number of images must be between 1 and {SAMPLES:,}, got {n:,}: use several seeds for more images"
+        )
     for label in only or ():
         if not classes:
-            raise UserError(f"label {label} is out of range: this model has no classes, so give no labels")
+            raise UserError(f"label {label} is out of range: this model has no classes, remove the labels")
         if not 0 <= label < classes:
-            raise UserError(f"label {label} is out of range: labels run from 0 to {classes - 1}")
+            raise UserError(f"label {label} is out of range: labels are 0 to {classes - 1}")
     turn = torch.tensor(only or range(max(classes, 1)))
     return turn[torch.arange(n) % len(turn)]
 
 
 @contextmanager
 def eval_mode(net: nn.Module, *, training: bool = False) -> Generator[None, None, None]:
-    """Hold the network in evaluation mode, or in training mode, then give every part of it its own mode back."""
-    modes = [(part, part.training) for part in net.modules()]
+    """Set the network to evaluation mode, or to training mode, and restore the mode of every module afterwards."""
+    modes = [(module, module.training) for module in net.modules()]
     net.train(training)
     try:
         yield
     finally:
-        for part, was_training in modes:
-            part.training = was_training
+        for module, was_training in modes:
+            module.training = was_training
 
 
 @contextmanager
 def counting_passes(net: nn.Module) -> Generator[list[int], None, None]:
-    """Yield a list to which every pass through the net adds its number of rows."""
+    """Yield a list to which every pass through the network appends its number of rows."""
     rows_per_pass: list[int] = []
 
     def count_rows(_: nn.Module, inputs: tuple[Array, ...], __: object) -> None:
@@ -228,9 +232,9 @@ def counting_passes(net: nn.Module) -> Generator[list[int], None, None]:
 def in_precision(
     net: nn.Module, precision: Precision | None, device: torch.device | str
 ) -> Generator[None, None, None]:
-    """Inside, the net's passes are in a precision, and return float32, in which solvers and guidance compute.
+    """Set the precision of the network's passes, and convert their outputs to float32 for solvers and guidance.
 
-    precision: None: that of the caller.
+    precision: None means the caller's.
     """
 
     def widen(_: nn.Module, __: object, heads: Heads) -> Heads:

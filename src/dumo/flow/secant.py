@@ -1,12 +1,12 @@
-"""A secant in place of du/dt: one pass at an earlier time (`earlier_mean_velocity`), instead of a derivative.
+"""A secant approximation of du/dt, by one pass at an earlier time (`earlier_mean_velocity`).
 
-Along the flow x_t moves with velocity w. Go back from t by d, to l = t - d and x_l = x_t - d w. Then
+With dx_t/dt = w, step back from t by d, to l = t - d and x_l = x_t - d w. Then
 
-    du/dt  is about  (u(x_t, t) - u(x_l, l)) / d,    off by O(d).
+    du/dt = (u(x_t, t) - u(x_l, l)) / d + O(d).
 
-In a target u* = w - (l - r) du/dt it says: go back by d along w, then jump the rest as the net would. The target's
-rounding grows as (l - r) / d, the gain. With a short d it needs fp32, as a central difference does: losses ask for
-that by `dumo.flow.compatibility.require_precise_passes`.
+With it, a target u* = w - (l - r) du/dt means a step of length d along w, followed by the network's jump. The rounding
+error of the target grows with the gain (l - r) / d. A short d needs fp32, as a central difference does; losses check
+this with `dumo.flow.compatibility.require_precise_passes`.
 """
 
 import torch
@@ -19,11 +19,13 @@ from dumo.types.batch_rows import index
 
 @torch.no_grad()
 def earlier_mean_velocity(ref: Frozen, b: NoisyBatch, w: Sample, d: Time) -> Sample:
-    """u(x_l, l, r) (b, ...) of a net of one head, without gradients; zeros on the rows that may not move (`b.moving`).
+    """Return u(x_l, l, r) (b, ...) of a network with one head, without gradients; zeros on rows not in `b.moving`.
 
-    w (b, ...): the velocity to go back along. d (b,): how far, in units of t; l stays at or above 0.
+    w: the velocity (b, ...) of the step back.
+    d: its length (b,) in units of t; l is clamped to 0.
 
-    Where l is below r it is u(x_l, l, l): the caller gives such rows no weight. One pass, none if no row may move.
+    If l < r, it is u(x_l, l, l), and the caller must give such rows no weight. Makes one pass, or none without moving
+    rows.
     """
     moving_rows, resting_rows = split_rows(b.moving, len(b.t))
     if not moving_rows:

@@ -73,8 +73,8 @@ class StepRow:
     slope: str
     precision: Precision
     compile: str
-    # How dual numbers compute the tangent: tape, ride or pass.
-    way: str | None = None
+    # How dual numbers compute the tangent: deferred, fused or separate.
+    strategy: str | None = None
     # The error message with which training would refuse this slope.
     refused: str | None = None
     # Operations in F, then the median and quartiles of the time in F.
@@ -196,7 +196,7 @@ class StepBench:
             )
         return replace(
             row,
-            way=step_cost.way.name if step_cost.way else None,
+            strategy=step_cost.strategy.name if step_cost.strategy else None,
             units_counted=step_cost.units,
             bytes_before=step_memory.preexisting,
             bytes=step_memory.peak,

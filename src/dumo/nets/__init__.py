@@ -1,6 +1,6 @@
-"""All nets. A net takes (x, c, t=t, r=r ...) and returns the heads and gauges that an objective needs.
+"""All networks. A network takes (x, c, t=t, r=r ...) and returns the heads and gauges that an objective needs.
 
-Touches weights, read only. Knows no data and no objective by name.
+Networks do not depend on data or on particular objectives.
 """
 
 from typing import Annotated

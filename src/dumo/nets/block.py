@@ -1,19 +1,19 @@
-"""A DiT's block: attention over the tokens and a perceptron for each, modulated by a condition (Peebles & Xie 2023).
+"""The DiT block: self-attention and an MLP, modulated by a condition (Peebles & Xie 2023).
 
-Modern blocks are those of LightningDiT (Yao et al. 2025): RMS norms (Zhang & Sennrich 2019), query and key norms
-(Dehghani et al. 2023), SwiGLU with as many parameters (Shazeer 2020), and rotary positions.
+Modern blocks are LightningDiT's (Yao et al. 2025): RMS norms (Zhang & Sennrich 2019), query and key norms (Dehghani et
+al. 2023), SwiGLU with the same number of parameters (Shazeer 2020), and rotary positions.
 
-`Block` is called once per layer, with `BlockSizes` when it is made. `Stream` has its layers and steps:
+`Stream` contains the layers and the steps of a `Block`:
 
-1. `modulations` makes a shift, a scale and a gate of the condition, for attention and for the perceptron.
+1. `modulations` computes a shift, a scale and a gate from the condition, for attention and for the MLP.
 2. `add_attention`: h + gate * attention(modulated norm of h).
-3. `add_perceptron`: h + gate * perceptron(modulated norm of h).
+3. `add_perceptron`: h + gate * mlp(modulated norm of h).
 
-Two other blocks extend it: `dumo.nets.magnitude` keeps magnitudes, and `dumo.nets.textblock` reads a text between 2 and
-3. The functions below `Block` are shared with them and with `dumo.nets.dit`.
+`dumo.nets.magnitude` extends it to a block that preserves magnitudes, and `dumo.nets.textblock` to one with
+cross-attention to a text between 2 and 3. They and `dumo.nets.dit` share the functions below `Block`.
 
-In all shapes b is the batch, tokens the number of tokens, attention the number of attention heads, and size the width
-of one. The names of layers are those in checkpoints, so a rename breaks runs.
+In shapes, b is the batch size, tokens the number of tokens, attention the number of attention heads, and size the width
+of a head. Layer names are the keys in checkpoints, so renaming them breaks runs.
 """
 
 from typing import NamedTuple
@@ -24,26 +24,27 @@ from torch.nn import functional as F
 from dumo.nets.embed import apply_rotary
 from dumo.types import Array
 
-EPS = 1e-6  # of all norms (DiT)
+# eps of all norms (DiT).
+EPS = 1e-6
 
 
 class BlockSizes(NamedTuple):
-    """The sizes and options of a block, by the names of the fields of a `DiT`."""
+    """The sizes and options of a block, as in `DiT`. Modern blocks have query and key norms without `qk_norm`."""
 
     width: int
-    attention: int  # the number of attention heads
+    attention: int
     modern: bool = False
-    qk_norm: bool = False  # modern blocks have these norms anyway
+    qk_norm: bool = False
 
     def qk_norm_layer(self) -> nn.RMSNorm | None:
-        """Make a norm of queries or keys, with a weight for each number of an attention head; None: there is none."""
+        """Make a norm of queries or keys, with a weight per channel of a head, or None without such norms."""
         if not (self.modern or self.qk_norm):
             return None
         return nn.RMSNorm(self.width // self.attention, eps=EPS)
 
 
 class Modulation(NamedTuple):
-    """The shift, scale and gate that a condition gives a layer, each (b, 1, width)."""
+    """The shift, scale and gate of a layer, each (b, 1, width)."""
 
     shift: Array
     scale: Array
@@ -75,10 +76,7 @@ class Stream(nn.Module):
 
     @property
     def fused(self) -> dict[str, int]:
-        """The number of matrices in the weight of a layer, one above the other, by the layer's name.
-
-        Muon orthogonalizes each of them by itself.
-        """
+        """The number of matrices that are stacked in the weight of a layer. Muon orthogonalizes each separately."""
         return {"modulation": 6, "qkv": 3, "up": 2 if self.modern else 1}
 
     def modulations(self, condition: Array) -> tuple[Modulation, Modulation]:
@@ -108,7 +106,7 @@ class Stream(nn.Module):
     def project(self, a: Array, *rotary: Array) -> tuple[Array, Array, Array]:
         """Return queries, keys and values, each (b, attention, tokens, size), of a (b, tokens, width).
 
-        `rotary` are the tables of `rotary_tables`, or nothing.
+        rotary: the tables of `rotary_tables`, if any.
         """
         q, k, v = split_heads(self.qkv(a), 3, self.attention)
         q = normalize_qk(q, self.q_norm, v)
@@ -127,12 +125,13 @@ class Stream(nn.Module):
 
 
 class Block(Stream):
-    """A block whose tokens attend to each other alone."""
+    """A block with self-attention only."""
 
     def forward(self, h: Array, condition: Array, *rotary: Array) -> Array:
         """Return h (b, tokens, width) after attention and the perceptron.
 
-        The condition (b, width) has had its SiLU. `rotary` are the tables of `rotary_tables`, or nothing.
+        condition: (b, width), after its SiLU.
+        rotary: the tables of `rotary_tables`, if any.
         """
         attention_modulation, perceptron_modulation = self.modulations(condition)
         h = self.add_attention(h, attention_modulation, *rotary)
@@ -158,7 +157,7 @@ def split_heads(a: Array, parts: int, attention: int) -> tuple[Array, ...]:
 
 
 def normalize_qk(a: Array, norm: nn.Module | None, like: Array) -> Array:
-    """Apply a norm, if there is one, to queries or keys; returns them in the type of `like`, the values."""
+    """Apply a norm, if there is one, to queries or keys, and return them in the dtype of the values `like`."""
     if norm is None:
         return a
     return norm(a).to(like.dtype)
@@ -167,16 +166,16 @@ def normalize_qk(a: Array, norm: nn.Module | None, like: Array) -> Array:
 def multi_head_attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     """Attend with queries, keys and values (b, attention, tokens, size); returns (b, tokens, attention * size).
 
-    `mask` (b, keys) is True for the keys that are read; None: all are.
+    mask: (b, keys), True for the keys to attend to; None means all.
     """
-    # The view of the mask is made here, because jvp carries no view into a compiled block.
+    # Create this view inside the block, because forward mode does not support views as inputs of a compiled block.
     key_mask = None if mask is None else mask[:, None, None]
     return F.scaled_dot_product_attention(q, k, v, key_mask).transpose(1, 2).flatten(2)
 
 
 def swiglu_width(width: int) -> int:
-    """Return the hidden width of a gated perceptron: 8/3 width, rounded to a multiple of 8 for the GPU's matrix units.
+    """Return the hidden width of a SwiGLU MLP: 8/3 width, rounded to a multiple of 8 for tensor cores.
 
-    Its three matrices then have as many numbers as the two of a plain perceptron that is 4 width wide.
+    Its three matrices have as many parameters as the two of an MLP with hidden width 4 width.
     """
     return 8 * round(width / 3)

@@ -1,7 +1,7 @@
-"""Activation checkpointing of blocks (Chen et al. 2016), in a DiT and in models of diffusers.
+"""Activation checkpointing of blocks (Chen et al. 2016), for DiT and diffusers models.
 
-A checkpointed block keeps its inputs alone, and computes the rest again in the backward pass. `mark_recomputed` marks
-the blocks of a net once; in each pass `run_as_marked` calls one.
+A checkpointed block stores only its inputs, and recomputes its activations in the backward pass. `mark_recomputed`
+marks the blocks of a network, and `run_as_marked` runs a block accordingly.
 """
 
 from collections.abc import Iterable
@@ -16,22 +16,23 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from dumo.autodiff.dual import Dual, primal_only
 from dumo.types import Array
 
-# Which blocks are checkpointed. True: all of them; False: none; n: every n-th, from the first on.
+# Which blocks are checkpointed: all (True), none (False), or every n-th from the first (n).
 Checkpointing = bool | Annotated[int, Field(ge=2)]
 
 
 def mark_recomputed(blocks: Iterable[nn.Module], every: Checkpointing) -> None:
-    """Set `is_recomputed` in each block: whether it is checkpointed. Copies and parts of a net keep the mark."""
+    """Set `is_recomputed` in each block, which copies of the block keep."""
     for i, block in enumerate(blocks):
         block.is_recomputed = bool(every) and i % int(every) == 0  # pyright: ignore[reportArgumentType]
 
 
 def run_as_marked(block: nn.Module, *inputs: Array | None) -> Array:
-    """Return the block's output, with checkpointing if gradients are on and the block is marked, or has no mark.
+    """Return the block's output, with checkpointing if gradients are enabled and the block is marked or has no mark.
 
-    diffusers' `enable_gradient_checkpointing` takes this function.
+    It has the signature that diffusers' `enable_gradient_checkpointing` expects.
     """
-    module = getattr(block, "__self__", block)  # PRX gives the method __call__ of a block
+    # PRX passes the bound method __call__ of a block.
+    module = getattr(block, "__self__", block)
     is_recomputed = bool(getattr(module, "is_recomputed", True))
     if not is_recomputed or not torch.is_grad_enabled():
         return block(*inputs)
@@ -41,8 +42,5 @@ def run_as_marked(block: nn.Module, *inputs: Array | None) -> Array:
 
 
 def _without_tangents() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return the contexts of a block's first pass and of its second, which computes no tangents.
-
-    They are needed a second time only if they were recorded for gradients.
-    """
+    """Return the contexts of a block's first pass, and of the recomputation, which needs no tangents."""
     return nullcontext(), primal_only()

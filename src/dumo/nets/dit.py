@@ -1,22 +1,22 @@
 """Diffusion Transformer (Peebles & Xie 2023): patches, adaLN-zero blocks, one output layer per head (paper, Sec. 3.3).
 
-The trunk is DiT's; each further head costs one more output layer with its own modulation: 2.7 M of XL/2's 675 M.
+The trunk is DiT's; each additional head is an output layer with its own modulation: 2.7 M of XL/2's 675 M parameters.
 
-`DiT` is the spec, and `DiT.size` gives the published sizes by name. `DiT.build` makes the module, a `Transformer`. The
-order of events in a pass (`Transformer.forward`):
+`DiT` is the spec, `DiT.size` returns the published sizes, and `DiT.build` creates the module, a `Transformer`. Its
+forward pass:
 
-1. The image is scaled (`dumo.nets.precondition`), cut into patches and embedded: h, one token per patch.
-2. Positions are added to h, or are rotary tables for the attention of every block.
-3. Times, knobs and the class or text are summed to an embedding. What layers read is its SiLU, the condition.
-4. The blocks (`dumo.nets.block`) change h. Some tokens may skip some of them in training (`dumo.nets.route`).
-5. Each head makes an image of h.
+1. Scale the image (`dumo.nets.precondition`), split it into patches and embed them: h, one token per patch.
+2. Add positions to h, or compute rotary tables for the attention of every block.
+3. Sum the embeddings of times, knobs and class or text. Its SiLU is the condition of all layers.
+4. Run the blocks (`dumo.nets.block`). In training, some tokens may skip some blocks (`dumo.nets.route`).
+5. Compute an image from h for each head.
 
-With `late`, as in Decoupled MeanFlow (Lee et al. 2025, arXiv 2510.24474), the first blocks read x_t at time t. The late
-blocks and the heads read r in its place, and turn that into the step to r. One embedding serves both times, so at r = t
-the net computes a velocity alone, and can start from a trained one.
+With `late`, as in Decoupled MeanFlow (Lee et al. 2025, arXiv 2510.24474), the first blocks get the time t, and the late
+blocks and the heads get r instead. Both times use one embedding, so at r = t the network is a velocity model, and can
+be initialized from one.
 
-The names of a `Transformer`'s modules and buffers are those in checkpoints, so a rename breaks runs. Published weights
-are converted in `dumo.nets.dit_convert`.
+The names of a `Transformer`'s modules and buffers are the keys in checkpoints, so renaming them breaks runs.
+`dumo.nets.dit_convert` converts published weights.
 """
 
 from typing import Any, ClassVar, Literal
@@ -37,42 +37,44 @@ from dumo.nets.textblock import TextBlock, TextEmbedder
 from dumo.runtime.limits import BLOCKS, CHANNELS, FACTOR, PIXELS
 from dumo.types import QUIET, Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 
-# width, depth and attention heads (DiT, Tab. 1)
+# Width, depth and attention heads (DiT, Tab. 1).
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
 
 class DiT(Spec):
-    """The sizes and options of a DiT. The defaults are those of XL/2; `DiT.size` gives others by name."""
+    """The sizes and options of a DiT, by default those of XL/2. `DiT.size` returns other published sizes."""
 
     kind: Literal["dit"] = "dit"
-    # Callers ask every net's spec for these two. A DiT reads no numbers of an augmentation, and takes no adapters.
+    # Attributes of every network spec: DiT has no augmentation inputs and no adapters.
     augment: ClassVar[int] = 0
     lora: ClassVar[None] = None
 
-    # sizes
-    patch: int = Field(default=2, ge=1, le=PIXELS)  # side of a patch
-    width: int = Field(default=1152, ge=4, le=CHANNELS, multiple_of=4)  # numbers of a token
-    depth: int = Field(default=28, ge=1, le=BLOCKS)  # number of blocks
-    attention: int = Field(default=16, ge=1, le=CHANNELS)  # number of attention heads
+    # The side of a patch, the channels of a token, and the numbers of blocks and attention heads.
+    patch: int = Field(default=2, ge=1, le=PIXELS)
+    width: int = Field(default=1152, ge=4, le=CHANNELS, multiple_of=4)
+    depth: int = Field(default=28, ge=1, le=BLOCKS)
+    attention: int = Field(default=16, ge=1, le=CHANNELS)
 
-    # inputs and outputs
-    time_scale: float = Field(default=1.0, gt=0, le=FACTOR)  # times enter raw (UCGM)
-    precondition: Precondition = "none"  # scales what layers read and give; linear path only
+    # By default, times are not scaled (UCGM).
+    time_scale: float = Field(default=1.0, gt=0, le=FACTOR)
+    # Scaling of the inputs and outputs of the layers; linear path only.
+    precondition: Precondition = "none"
 
-    # layers of a block (`dumo.nets.block`)
-    modern: bool = False  # RMS norms, query and key norms, SwiGLU, rotary positions: LightningDiT
-    qk_norm: bool = False  # query and key norms alone, as SD3: for long texts
-    # preserved: inputs and outputs of a block's layers have mean square 1
+    # RMS norms, query and key norms, SwiGLU and rotary positions, as LightningDiT.
+    modern: bool = False
+    # Query and key norms without the rest of `modern`, as SD3, for long texts.
+    qk_norm: bool = False
+    # With "preserved", inputs and outputs of a block's layers have mean square 1.
     magnitude: Magnitude = Field(default="free", exclude_if=lambda magnitude: magnitude == "free")
 
-    # The blocks after this many are late: they and the heads read r in place of t. None: all blocks read both, summed.
+    # Blocks after this many, and the heads, get r instead of t. None gives all blocks the sum of both embeddings.
     late: int | None = Field(default=None, ge=1, le=BLOCKS, exclude_if=lambda late: late is None)
-    # Some tokens skip the middle blocks in training. None: all tokens go through all blocks.
+    # Token routing in training: some tokens skip the middle blocks. None disables it.
     route: Route | None = Field(default=None, exclude_if=lambda route: route is None)
-    # The embeddings of the data's captions. None: a class has a learned label.
+    # The embeddings of the data's captions. None uses a learned embedding of the class.
     texts: Text | None = Field(default=None, exclude_if=lambda texts: texts is None)
 
-    # Activation checkpointing: a block keeps its input alone, and computes the rest again in the backward pass.
+    # Activation checkpointing of blocks.
     checkpoint: Checkpointing = Field(default=False, json_schema_extra=QUIET)
 
     @classmethod
@@ -82,43 +84,41 @@ class DiT(Spec):
         Raises UserError for another name.
         """
         if name not in SIZES:
-            raise UserError(f"there is no DiT of size '{name}': it is one of {', '.join(SIZES)}")
+            raise UserError(f"there is no DiT of size '{name}': use one of {', '.join(SIZES)}")
         width, depth, attention = SIZES[name]
         return cls(width=width, depth=depth, attention=attention, **fields)
 
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> "Transformer":
-        """Make a net with the inputs, heads and gauges of `needs` for square images of `shape`, (channels, side, side).
+        """Create the network with the inputs, heads and gauges of `needs` for images (channels, side, side).
 
-        With 0 classes it reads no label. Raises UserError where the sizes do not fit one another or the images.
+        With 0 classes it has no label. Raises UserError if sizes are not compatible.
         """
         side = side_of(shape, self.kind)
         if side % self.patch:
-            raise UserError(f"net.patch {self.patch} does not divide the image side {side}")
+            raise UserError(f"net.patch = {self.patch} must divide the image side {side}: change it")
         if self.width % self.attention:
-            raise UserError(f"net.attention {self.attention} does not divide net.width {self.width}")
+            raise UserError(f"net.attention = {self.attention} must divide net.width = {self.width}: change one")
         head_width = self.width // self.attention
         if self.modern and head_width % 4:
             raise UserError(
-                "net.modern needs attention heads of a multiple of 4 numbers, not net.width / net.attention = "
-                f"{head_width}: change one of them, or use net.modern=false"
+                f"net.modern needs a net.width / net.attention that is a multiple of 4, got {head_width}: change "
+                "one, or set net.modern=false"
             )
         if self.late is not None and ("r" not in needs.inputs or self.late >= self.depth):
             raise UserError(
-                f"net.late {self.late} is after how many blocks the others get r: set it below net.depth = "
-                f"{self.depth}, with an objective whose heads all read r, such as meanflow, or set net.late=null"
+                f"net.late = {self.late} must be less than net.depth = {self.depth}, and all heads of the objective "
+                "must have the input r: change net.late, use objective meanflow, or set net.late=null"
             )
         if self.magnitude == "preserved" and self.texts:
-            raise UserError(
-                "net.magnitude preserved has no blocks that read texts: use net.magnitude=free, or net.texts=null"
-            )
+            raise UserError("net.magnitude=preserved does not support texts: set net.magnitude=free, or net.texts=null")
         return Transformer(self, needs, shape, classes)
 
 
 class DiTHead(nn.Module):
-    """The output layer of one head: a modulated norm, then a linear layer. It gives zeros at the start."""
+    """The output layer of one head: a modulated norm and a linear layer, initialized to output zeros."""
 
     def __init__(self, width: int, out: int, *, rms: bool) -> None:
-        """Map `width` numbers per token to `out`. The norm is an RMS norm with `rms`, else a layer norm."""
+        """Map `width` channels per token to `out`, with an RMS norm if `rms`, and otherwise a layer norm."""
         super().__init__()
         self.rms = rms
         self.modulation = nn.Linear(width, 2 * width)
@@ -126,7 +126,7 @@ class DiTHead(nn.Module):
 
     @property
     def zero_layers(self) -> tuple[nn.Linear, ...]:
-        """Layers that start at zero."""
+        """The layers that are initialized to zero."""
         return self.modulation, self.out
 
     def forward(self, h: Array, condition: Array) -> Array:
@@ -136,11 +136,14 @@ class DiTHead(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The net of a `DiT` spec."""
+    """The network of a `DiT` spec.
 
-    # buffers, for the grid that the net was built for: `positions`, or both of the others
-    positions: Tensor  # (tokens, width), added to the tokens
-    cos: Tensor  # (tokens, size of an attention head / 2), rotary
+    Its buffers are the positions of the grid that it was built for: either `positions` (tokens, width), which are added
+    to the tokens, or the rotary tables `cos` and `sin` (tokens, size / 2).
+    """
+
+    positions: Tensor
+    cos: Tensor
     sin: Tensor
 
     def __init__(self, spec: DiT, needs: Needs, shape: tuple[int, ...], classes: int) -> None:
@@ -148,7 +151,7 @@ class Transformer(nn.Module):
         super().__init__()
         width = spec.width
         channels, side, _ = shape
-        patch_dim = channels * spec.patch**2  # numbers of a patch
+        patch_dim = channels * spec.patch**2
         self.patch = spec.patch
         self.grid = side // spec.patch
         self.precondition: Precondition = spec.precondition
@@ -156,7 +159,7 @@ class Transformer(nn.Module):
         self.has_late_blocks = spec.late is not None
         self.first_late_block = spec.depth if spec.late is None else spec.late
 
-        # patches and their positions
+        # Build the embedding of patches, and their positions.
         self.embed = nn.Linear(patch_dim, width)
         self.rotary = spec.modern
         self.position_width = width // spec.attention if self.rotary else width
@@ -164,9 +167,9 @@ class Transformer(nn.Module):
         for name, table in zip(self._position_buffers, position_tables, strict=True):
             self.register_buffer(name, table, persistent=not self.rotary)
 
-        # times, knobs and conditions
+        # Build the embeddings of times, knobs and conditions. With late blocks, r uses the embedding of t.
         embedded_names = needs.shared
-        if self.has_late_blocks:  # r goes through the embedding of t
+        if self.has_late_blocks:
             embedded_names = tuple(name for name in needs.shared if name != "r")
         self.scalars = Scalars(embedded_names, width, spec.time_scale)
         self.own = HeadEmbeddings(needs, width, spec.time_scale)
@@ -177,7 +180,7 @@ class Transformer(nn.Module):
             block_class = TextBlock
         self.label = label_table(classes, width) if classes and not self.text else None
 
-        # blocks and heads
+        # Build blocks and heads.
         block_sizes = BlockSizes(width, spec.attention, modern=spec.modern, qk_norm=spec.qk_norm)
         self.blocks = nn.ModuleList(block_class(block_sizes) for _ in range(spec.depth))
         self.heads = nn.ModuleDict({name: DiTHead(width, patch_dim, rms=spec.modern) for name in needs.heads})
@@ -192,25 +195,25 @@ class Transformer(nn.Module):
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
         """Return the heads, shaped like x (b, channels, height, width), then the gauges, (b,), in the needs' order.
 
-        c is (b,), and so is each of the inputs that the needs name. Raises TypeError for other inputs.
+        c and each of the inputs that the needs name are (b,). Raises TypeError for other inputs.
         """
         shared_inputs, head_embeddings = self.own(**inputs)
 
-        # tokens and their positions
+        # Embed the patches and their positions. Rotary tables are inputs of every block.
         x, to_output = apply_precondition(self.precondition, x, shared_inputs["t"])
         grid = (x.shape[2] // self.patch, x.shape[3] // self.patch)
         h: Array = self.embed(self._cut_patches(x, grid))
         position_tables = self._position_tables(grid, x.device)
         block_tables: tuple[Tensor, ...] = ()
         if self.rotary:
-            block_tables = position_tables  # they turn the queries and keys of every block
+            block_tables = position_tables
         else:
             h = h + position_tables[0]
         if self.preserved:
             h = normalize(h, rms=True)
 
-        # the condition: of times, knobs, and a class or text
-        text_inputs: tuple[Array | None, ...] = ()  # of every block
+        # Compute the condition from times, knobs, and a class or text.
+        text_inputs: tuple[Array | None, ...] = ()
         class_or_text_embedding: Array | None = None
         if self.text is not None:
             class_or_text_embedding, text_tokens, text_mask = self.text(c)
@@ -221,7 +224,7 @@ class Transformer(nn.Module):
         condition = F.silu(embedding)
         late_condition = F.silu(late_embedding) if self.has_late_blocks else condition
 
-        # blocks
+        # Run the blocks.
         def run_block(i: int, block: nn.Module, h: Array, *tables: Array) -> Array:
             block_condition = condition if i < self.first_late_block else late_condition
             return run_as_marked(block, h, block_condition, *text_inputs, *tables)
@@ -235,7 +238,7 @@ class Transformer(nn.Module):
             for i, block in enumerate(self.blocks):
                 h = run_block(i, block, h, *block_tables)
 
-        # heads
+        # Compute the heads.
         outputs: list[Array] = []
         for name, head in self.heads.items():
             head_condition = late_condition
@@ -249,10 +252,10 @@ class Transformer(nn.Module):
     def _embed_condition(
         self, shared_inputs: dict[str, Time], class_or_text_embedding: Array | None
     ) -> tuple[Array, Array]:
-        """Sum the embeddings of times, knobs and class or text: for the first blocks, and for late blocks and heads.
+        """Sum the embeddings of times, knobs and class or text, for the first blocks and for late blocks and heads.
 
-        Both sums are (b, width). Without late blocks they are one tensor. Else the first is of t and not of r, and the
-        second is of r in place of t.
+        Both sums are (b, width). With late blocks, the first contains t and not r, and the second r instead of t;
+        otherwise they are equal.
         """
         if not self.has_late_blocks:
             embedding = self.scalars(**shared_inputs)
@@ -269,26 +272,23 @@ class Transformer(nn.Module):
         return embedding, late_embedding
 
     def normalize_weights(self) -> None:
-        """Scale rows back to length 1, where magnitudes are preserved. Training calls this after each update."""
+        """Normalize rows to length 1 if magnitudes are preserved. Training calls this after each update."""
         if self.preserved:
             normalize_rows(self)
 
     @property
     def _position_buffers(self) -> tuple[str, ...]:
-        """The names of the buffers with the positions of the grid that the net was built for."""
+        """The names of the position buffers."""
         return ("cos", "sin") if self.rotary else ("positions",)
 
     def _position_tables(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, ...]:
-        """Return the position tables of a grid, (tokens, numbers) each: the buffers, or new ones for another grid.
-
-        Images in buckets have grids of several shapes.
-        """
+        """Return the position tables of a grid, (tokens, channels) each: the buffers, or new ones for another grid."""
         if grid == (self.grid, self.grid):
             return tuple(self.get_buffer(name) for name in self._position_buffers)
         return self._make_position_tables(*grid, device)
 
     def _make_position_tables(self, rows: int, columns: int, device: torch.device | None = None) -> tuple[Tensor, ...]:
-        """Make the cosines and sines of rotary positions, or one table of waves, of (tokens, numbers) each."""
+        """Compute the cosines and sines of rotary positions, or one table of waves, (tokens, channels) each."""
         if self.rotary:
             return rotary_tables(rows, columns, self.position_width, device)
         return (grid_waves(rows, columns, self.position_width, device),)
@@ -307,7 +307,7 @@ class Transformer(nn.Module):
         return y.view(y.shape[0], rows, columns, -1, p, p).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
     def _initialize(self) -> None:
-        """Initialize as DiT does: Xavier for every linear layer of the trunk, zero for modulations and heads."""
+        """Initialize as DiT: Xavier for linear layers of the trunk, zero for modulations and heads."""
         trunk_layers = [self.embed]
         trunk_layers += [layer for layer in self.blocks.modules() if isinstance(layer, nn.Linear)]
         for layer in trunk_layers:

@@ -1,14 +1,12 @@
-"""Published weights of a DiT or SiT, as weights of the net in `dumo.nets.dit`. `dumo.run.published` calls all of it.
+"""Convert published DiT or SiT weights to the network in `dumo.nets.dit`, for `dumo.run.published`.
 
-`PUBLISHED_FIELDS` says which nets can take them.
+`PUBLISHED_FIELDS` are the settings of networks that can load them.
 
-The order of events:
+1. `from_diffusers` renames the weights of a DiT that diffusers saved to the names of DiT's authors.
+2. `our_name` returns the network's name for a layer of the authors. Names with `UNUSED_PREFIX` are not needed.
+3. `convert` renames all weights, and transforms those in which the two networks differ.
 
-1. `from_diffusers`, for a DiT that diffusers saved, gives its weights the names that the authors of DiT use.
-2. `our_name` says what the net calls a layer of theirs. Names that begin with `UNUSED_PREFIX` were dropped before.
-3. `convert` renames all weights, and changes those in which the two nets differ.
-
-These are dictionaries of tensors alone: this file reads no disk, and `dumo.run.published` checks names and shapes.
+The functions work on dictionaries of tensors; `dumo.run.published` reads files and checks names and shapes.
 """
 
 import re
@@ -19,7 +17,8 @@ from torch import Tensor, cat, equal
 from dumo.nets.dit import Transformer
 from dumo.types import UserError
 
-_OUR_NAMES = {  # by those of facebookresearch/DiT and willisma/SiT, models.py
+# From the names of facebookresearch/DiT and willisma/SiT, models.py.
+_OUR_NAMES = {
     r"x_embedder\.proj\.": "embed.",
     r"pos_embed$": "positions",
     r"t_embedder\.mlp\.": "scalars.embedders.t.",
@@ -32,7 +31,8 @@ _OUR_NAMES = {  # by those of facebookresearch/DiT and willisma/SiT, models.py
     r"final_layer\.adaLN_modulation\.1\.": "heads.v.modulation.",
     r"final_layer\.linear\.": "heads.v.out.",
 }
-_AUTHORS_NAMES = {  # by those of diffusers' DiTTransformer2DModel, after its queries, keys and values are one layer
+# From the names of diffusers' DiTTransformer2DModel, after fusing queries, keys and values.
+_AUTHORS_NAMES = {
     r"pos_embed\.proj\.": "x_embedder.proj.",
     r"transformer_blocks\.0\.norm1\.emb\.timestep_embedder\.linear_1\.": "t_embedder.mlp.0.",
     r"transformer_blocks\.0\.norm1\.emb\.timestep_embedder\.linear_2\.": "t_embedder.mlp.2.",
@@ -45,22 +45,23 @@ _AUTHORS_NAMES = {  # by those of diffusers' DiTTransformer2DModel, after its qu
     r"proj_out_1\.": "final_layer.adaLN_modulation.1.",
     r"proj_out_2\.": "final_layer.linear.",
 }
-# what the fields of a `DiT` spec must be, for the net to be the function of the DiT paper, whose weights are published
+# The fields of a `DiT` spec for which the network is the function of the DiT paper.
 PUBLISHED_FIELDS = {"precondition": "none", "modern": False, "qk_norm": False, "magnitude": "free", "late": None}
-UNUSED_PREFIX = "projectors."  # layers of REPA (Yu et al. 2025) that only its training loss needs
+# Layers of REPA (Yu et al. 2025) that only its training loss uses.
+UNUSED_PREFIX = "projectors."
 
 
 def from_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of a DiT as diffusers saves it to the names of DiT's authors.
+    """Rename the weights of a diffusers DiT to the names of DiT's authors.
 
-    diffusers saves the embeddings of time and class once per block, all equal; the first block's are taken. Raises
-    UserError where another block's differ.
+    diffusers saves equal embeddings of time and class in every block; those of the first block are used. Raises
+    UserError if they differ.
     """
     for name, tensor in weights.items():
         name_in_first_block = re.sub(r"^transformer_blocks\.\d+\.norm1\.emb\.", "transformer_blocks.0.norm1.emb.", name)
         if not equal(tensor, weights[name_in_first_block]):
             raise UserError(
-                f"start.source: {name} is not {name_in_first_block}, and a DiT embeds once: take another one"
+                f"start.source: {name} is not {name_in_first_block}, but a DiT has one embedding: use another model"
             )
     fused = dict(weights)
     for query_name in weights:
@@ -71,41 +72,41 @@ def from_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def our_name(authors_name: str) -> str | None:
-    """Return the net's name for a weight of the authors', or None where the net has no such layer."""
+    """Return the network's name for a weight of the authors, or None if the network has no such layer."""
     return _translate(authors_name, _OUR_NAMES)
 
 
 def convert(weights: Mapping[str, Tensor], net: Transformer) -> dict[str, Tensor]:
     """Convert the weights of a published SiT (Ma et al. 2024) or DiT, by the authors' names, to those of `net`.
 
-    `net` has time scale 1, and gives the sizes and the waves of time. Weights of other names than `our_name` knows are
-    left out. The trunks are the same function: patches, sinusoids, order of queries, keys and values, modulations.
-    Three differences are moved into the weights:
+    `net` has time scale 1, and defines the sizes and the frequencies of the time embedding. Names that `our_name` does
+    not know are dropped. The trunks are the same function: patches, sinusoids, order of queries, keys and values,
+    modulations. Three differences are absorbed into the weights:
 
-    - SiT counts time from noise to data, s = 1 - t, and gives dx/ds, so v(x_t, t) = -F(x_t, 1 - t). The sign goes into
-      the last layer, and the time into the first layer of its embedding, by
+    - SiT has time s = 1 - t, from noise to data, and returns dx/ds, so v(x_t, t) = -F(x_t, 1 - t). The last layer
+      absorbs the sign, and the first layer of the time embedding absorbs the time, by
       cos w(1 - t) = cos w cos wt + sin w sin wt,  sin w(1 - t) = sin w cos wt - cos w sin wt.
-      REPA (Yu et al. 2025), whose files have the same names, has t = 0 at the data as dumo does, so only the trunk of
-      its files is right here. Of a DiT, too, the caller keeps the trunk alone.
+      REPA (Yu et al. 2025), with the same names, has t = 0 at the data as dumo, so only the trunk of its files is
+      converted correctly. For a DiT as well, the caller uses only the trunk.
     - The outputs of a patch have the order row, column, channel there, and channel, row, column here.
-    - A learned sigma is the second half of the output channels. It is dropped, as SiT's own forward pass drops it.
+    - A learned sigma, the second half of the output channels, is dropped, as in SiT's forward pass.
     """
     state = _rename(weights, _OUR_NAMES)
 
-    # patches and positions
+    # Convert patches and positions. SiT's positions are fixed sinusoids.
     state["embed.weight"] = state["embed.weight"].flatten(1)
     if "positions" in state:
         state["positions"] = state["positions"].squeeze(0)
     else:
-        state["positions"] = net.positions  # fixed sinusoids
+        state["positions"] = net.positions
 
-    # the last layer: order, sigma and sign
+    # Convert the last layer: order, sigma and sign.
     channels = net.embed.in_features // net.patch**2
     for name in ("heads.v.out.weight", "heads.v.out.bias"):
         rows = state[name].unflatten(0, (net.patch, net.patch, -1))[:, :, :channels].movedim(2, 0).flatten(0, 2)
         state[name] = -rows
 
-    # the first layer of the embedding of time
+    # Convert the first layer of the time embedding.
     first_layer = "scalars.embedders.t.0.weight"
     cos_weights, sin_weights = state[first_layer].double().chunk(2, 1)
     frequencies = net.scalars.frequencies.double().to(cos_weights.device)
@@ -117,7 +118,7 @@ def convert(weights: Mapping[str, Tensor], net: Transformer) -> dict[str, Tensor
 
 
 def _rename(weights: Mapping[str, Tensor], new_names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Rename weights by a table of patterns; those that no pattern matches are left out."""
+    """Rename weights by a table of patterns, and drop those that no pattern matches."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         new_name = _translate(name, new_names)

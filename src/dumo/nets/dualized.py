@@ -300,7 +300,11 @@ class Dualized(nn.Module):
         """
         assert self.gap is not None
         embedder = self._time_embedder
-        time = self.diffusion.clock(self.diffusion.schedule.last_time * t) if self.diffusion else self._model_time(t)
+        time = (
+            self.diffusion.time_to_index(self.diffusion.schedule.last_time * t)
+            if self.diffusion
+            else self._model_time(t)
+        )
         time_embedding = copy.deepcopy(embedder).double()(self._waves(time).double())
         gap_embedding = self.gap(t - r).double()
         return fit_fixed_times(embedder, self._waves(model_times), time_embedding + gap_embedding, dtype)

@@ -1,15 +1,13 @@
-"""Embeddings that the nets of dumo share: of times and knobs, of classes, and of positions on a grid.
+"""Embeddings of times and knobs, of classes, and of positions on a grid, for dumo's own networks.
 
-A net makes these when it is built, and calls them in each pass, in this order:
-
-1. `HeadEmbeddings` splits the inputs into those that all heads share and those of single heads, which it embeds.
-2. `Scalars` embeds the shared inputs, and `Gauges` makes learned numbers of them, which the net returns behind its
-   heads. `label_table` has a row per class.
-3. `grid_waves` are positions that are added to the tokens. `rotary_tables` are positions that `apply_rotary` puts into
+1. `HeadEmbeddings` splits the inputs into those of all heads and those of single heads, which it embeds.
+2. `Scalars` embeds the shared inputs, and `Gauges` computes learned numbers from them, which the network returns after
+   its heads. `label_table` has a row per class.
+3. `grid_waves` are positions that are added to the tokens. `apply_rotary` applies the positions of `rotary_tables` to
    queries and keys.
 
-`side_of` and `require_inputs` check what a net is built for and called with. A knob is a further input of an objective,
-one number a row, as a time is. The names of modules and parameters are those in checkpoints, so a rename breaks runs.
+`side_of` and `require_inputs` check the shapes and inputs of a network. A knob is an additional input of an objective,
+one number per row, like a time. Module and parameter names are the keys in checkpoints, so renaming them breaks runs.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -24,26 +22,24 @@ from torch.func import functional_call, jvp
 from dumo.types import Array, Needs, Time, UserError
 
 FREQUENCIES = 128  # DiT: 256 features, half cosines, half sines
-PERIOD = 10_000.0  # DiT: the quickest wave is nearly this many times as quick as the slowest
-SLOPE_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # the times t at which `Scalars.slope` is taken (ours)
-_ROTARY_PERIOD = 100.0  # as PERIOD, of rotary positions (Heo et al. 2024)
+PERIOD = 10_000.0  # DiT: about the ratio of the highest to the lowest frequency
+SLOPE_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # the times t at which `Scalars.slope` is measured (our choice)
+_ROTARY_PERIOD = 100.0  # as PERIOD, for rotary positions (Heo et al. 2024)
 
 
 class Scalars(nn.Module):
-    """Embeds times and knobs, and sums the embeddings. All are multiplied by `time_scale`; r enters as the gap t - r.
+    """The sum of the embeddings of times and knobs, multiplied by `time_scale`. r is embedded as the gap t - r.
 
-    The quickest angle is time_scale * t radians. DiT feeds 1000 t, few-step models 1 t to 10 t: d/dt of a net is a
-    derivative worth regressing only where its inputs are smooth in t (UCGM and MeanFlow feed raw t).
+    The largest angle is time_scale * t radians: 1000 t in DiT, 1 t to 10 t in few-step models, because du/dt is a
+    suitable target only if the embedding is smooth in t (UCGM and MeanFlow use t).
     """
 
-    embeds_times = True  # `dumo.training.optim` may give the weights of such modules a learning rate of their own
+    # `dumo.training.optim` may use a separate learning rate for modules with this attribute.
+    embeds_times = True
     frequencies: Tensor
 
     def __init__(self, names: tuple[str, ...], width: int, time_scale: float, *, count: int = FREQUENCIES) -> None:
-        """Make a two-layer perceptron of `width` for each name (DiT's timestep embedder).
-
-        It reads cosines and sines of the input at `count` frequencies.
-        """
+        """Create a two-layer MLP of `width` for each name (DiT's timestep embedder), with `count` frequencies."""
         super().__init__()
         self.names = names
         decay = torch.exp(-log(PERIOD) * torch.arange(count) / count)
@@ -53,8 +49,9 @@ class Scalars(nn.Module):
     def forward(self, wave_offset: Array | None = None, /, **inputs: Time) -> Array:
         """Embed the inputs, (b,) each, and return (b, width).
 
-        `wave_offset` (b, 2 count), if given, is added to the waves of every input; EDM's U-Net gives its embedding of
-        the class. Raises TypeError for other inputs than the net was built for.
+        wave_offset: (b, 2 count), added to the waves of every input, such as the class embedding of EDM's U-Net.
+
+        Raises TypeError if the names of the inputs differ from those of the network.
         """
         require_inputs(self.names, inputs)
         numbers = dict(inputs)
@@ -70,13 +67,15 @@ class Scalars(nn.Module):
 
     @torch.no_grad()
     def slope(self, weights: Mapping[str, Tensor]) -> float:
-        """Return how quickly the embedding e of time changes, at SLOPE_TIMES: the RMS of de/dt over the RMS of e.
+        """Return the RMS of de/dt over the RMS of the time embedding e, at SLOPE_TIMES, for a run's log.
 
-        A run's log has it, because du/dt has de/dt as a factor. e is the embedding of t plus, where there is one, that
-        of the gap t - r at r = 0. `weights` are this module's, by name: the caller gathers them, because a sharded net
-        has none in one piece. Raises KeyError if there is no t.
+        e is the embedding of t plus that of the gap t - r at r = 0, if there is one.
+
+        weights: the weights of this module by name, which the caller gathers from a sharded network.
+
+        Raises KeyError if there is no t.
         """
-        precise_weights: dict[str, Tensor] = {}  # at least in float32
+        precise_weights: dict[str, Tensor] = {}
         for name, weight in weights.items():
             precise_weights[name] = weight.to(torch.promote_types(weight.dtype, torch.float32))
         first_weight = precise_weights["embedders.t.0.weight"]
@@ -84,7 +83,8 @@ class Scalars(nn.Module):
 
         def embedding(t: Tensor) -> Tensor:
             parts: list[Tensor] = []
-            for name in ("t", "r"):  # at r = 0 the gap t - r is t
+            # At r = 0 the gap t - r is t.
+            for name in ("t", "r"):
                 embedder_weights = _weights_under(f"embedders.{name}.", precise_weights)
                 if embedder_weights:
                     parts.append(functional_call(self.embedders[name], embedder_weights, (self._waves(t),)))
@@ -100,10 +100,10 @@ class Scalars(nn.Module):
 
 
 class HeadEmbeddings(nn.Module):
-    """Embeds the inputs that only one head reads, together with t, for each head that has such inputs (ours)."""
+    """The embeddings of inputs of a single head, together with t, for each head with such inputs (ours)."""
 
     def __init__(self, needs: Needs, width: int, time_scale: float) -> None:
-        """Make a `Scalars` of `width` for each such head. Where all heads have the same inputs, there are none."""
+        """Create a `Scalars` of `width` for each such head."""
         super().__init__()
         self.shared = needs.shared
         self.names = needs.names
@@ -114,7 +114,7 @@ class HeadEmbeddings(nn.Module):
     def forward(self, **inputs: Time) -> tuple[dict[str, Time], dict[str, Array]]:
         """Return the inputs that all heads share, (b,) each, and the embeddings (b, width) by head.
 
-        Raises TypeError for other inputs than the net was built for.
+        Raises TypeError if the names of the inputs differ from those of the network.
         """
         require_inputs(self.names, inputs)
         shared = {name: inputs[name] for name in self.shared}
@@ -127,13 +127,13 @@ class HeadEmbeddings(nn.Module):
 
 
 class Gauges(nn.Module):
-    """Makes an objective's gauges: numbers that are learned with the net, one per row (sCT: a log-variance).
+    """An objective's gauges: learned numbers, one per row, such as sCT's log variance.
 
-    They depend on times and knobs alone, and are zero at the start (ours).
+    They depend only on times and knobs, and are initialized to zero (our choice).
     """
 
     def __init__(self, needs: Needs, width: int, time_scale: float) -> None:
-        """Make a linear layer over an embedding of its own, so the trunk does not depend on the gauges."""
+        """Create a linear layer on a separate embedding, so the trunk does not depend on the gauges."""
         super().__init__()
         self.embed = Scalars(needs.shared, width, time_scale)
         self.out = nn.Linear(width, len(needs.gauges))
@@ -146,7 +146,7 @@ class Gauges(nn.Module):
 
 
 def label_table(classes: int, width: int) -> nn.Embedding:
-    """Make a table with one row per class and one for the null class, index `classes`, from N(0, 0.02^2) (DiT)."""
+    """Create a table with one row per class and one for the null class `classes`, from N(0, 0.02^2) (DiT)."""
     table = nn.Embedding(classes + 1, width)
     nn.init.normal_(table.weight, std=0.02)
     return table
@@ -155,7 +155,7 @@ def label_table(classes: int, width: int) -> nn.Embedding:
 def grid_waves(rows: int, columns: int, width: int, device: torch.device | None = None) -> Tensor:
     """Return fixed positions of a grid: sines and cosines (rows columns, width), width a multiple of 4 (DiT).
 
-    The waves do not depend on the shape of the grid: row i and column j have the same waves in grids of all shapes.
+    Row i and column j have the same waves in grids of all shapes.
     """
     indices = _arange(max(rows, columns), device)
     count = width // 4
@@ -167,10 +167,8 @@ def grid_waves(rows: int, columns: int, width: int, device: torch.device | None 
 def rotary_tables(rows: int, columns: int, head_dim: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Return rotary positions of a grid (Su et al. 2021): cosines and sines, each (rows columns, head_dim / 2).
 
-    `head_dim`, a multiple of 4, is the width of an attention head. Half of its numbers turn with the column and half
-    with the row (Heo et al. 2024, "axial"). The product of a pair turned by a p at position p and one turned by a q at
-    position q depends on p - q alone: attention sees how far apart two tokens are and in which direction, but not where
-    they are.
+    `head_dim`, a multiple of 4, is the width of an attention head. Half of its channels rotate with the column and half
+    with the row (Heo et al. 2024, "axial"). Attention scores therefore depend only on the relative positions of tokens.
     """
     indices = _arange(max(rows, columns), device)
     count = head_dim // 4
@@ -180,32 +178,32 @@ def rotary_tables(rows: int, columns: int, head_dim: int, device: torch.device |
 
 
 def apply_rotary(a: Array, cos: Array, sin: Array) -> Array:
-    """Turn queries or keys a (b, heads, tokens, head_dim) by `rotary_tables`; returns their shape and type.
+    """Rotate queries or keys a (b, heads, tokens, head_dim) by `rotary_tables`, with the same shape and dtype.
 
-    The numbers i and i + head_dim / 2 are a pair.
+    Channels i and i + head_dim / 2 are a pair.
     """
     first, second = a.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(a.dtype)
 
 
 def side_of(shape: Sequence[int], kind: str) -> int:
-    """Return the side of images of `shape`, (channels, side, side). Raises UserError for samples of other shapes.
+    """Return the side of images of `shape` (channels, side, side). Raises UserError for other shapes.
 
-    `kind` is the net's, which the message names.
+    kind: the network's kind, for the message.
     """
     if len(shape) != 3 or shape[1] != shape[2]:
-        raise UserError(f"net '{kind}' takes square images, not samples of shape {tuple(shape)}: use net.kind mlp")
+        raise UserError(f"net '{kind}' needs square images, not samples of shape {tuple(shape)}: set net.kind=mlp")
     return shape[1]
 
 
 def require_inputs(names: Collection[str], inputs: Collection[str]) -> None:
-    """Raise TypeError unless the names of a net's inputs are `names`."""
+    """Raise TypeError unless the inputs have the names `names`."""
     if set(inputs) != set(names):
-        raise TypeError(f"this net takes {', '.join(names)}; it got {', '.join(inputs) or 'nothing'}")
+        raise TypeError(f"this network has the inputs {', '.join(names)}, got {', '.join(inputs) or 'none'}")
 
 
 def _weights_under(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights whose names begin with `prefix`, by the rest of their names."""
+    """Return the weights with a name prefix, without the prefix."""
     selected: dict[str, Tensor] = {}
     for name, weight in weights.items():
         if name.startswith(prefix):
@@ -214,7 +212,7 @@ def _weights_under(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def _embedder(features: int, width: int) -> nn.Sequential:
-    """Make a perceptron of two layers, with weights from N(0, 0.02^2) (DiT)."""
+    """Create a two-layer MLP with weights from N(0, 0.02^2) (DiT)."""
     layers = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
     for layer in layers:
         if isinstance(layer, nn.Linear):
@@ -224,15 +222,15 @@ def _embedder(features: int, width: int) -> nn.Sequential:
 
 
 def _arange(n: int, device: torch.device | None) -> Tensor:
-    """Return 0 ... n - 1, (n,), in float64 where the device has it."""
+    """Return 0 ... n - 1, (n,), in float64 if the device supports it."""
     has_float64 = device is None or device.type != "mps"
     return torch.arange(n, dtype=torch.float64 if has_float64 else torch.float32, device=device)
 
 
 def _on_grid(table: Tensor, rows: int, columns: int) -> Tensor:
-    """Return for each position of a grid the table's row for its column, then that for its row.
+    """Concatenate, for each position of a grid, the table's entries for its column and its row.
 
-    The table is (max(rows, columns), n); the result is (rows columns, 2 n).
+    The table is (max(rows, columns), n), and the result (rows columns, 2 n).
     """
     by_column = table[:columns].repeat(rows, 1)
     by_row = table[:rows].repeat_interleave(columns, 0)

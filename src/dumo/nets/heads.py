@@ -1,16 +1,14 @@
-"""Several heads for a model of diffusers that has one: its last layer is replaced by one layer per head, joined.
+"""Add output heads to a diffusers model, by replacing its last layer with one layer per head.
 
-The order of events, all of it in `dumo.nets.dualized`:
+`dumo.nets.dualized` uses these functions:
 
-1. `drop_from_state` takes the model's fixed buffers out of its state dict.
-2. `HeadLayer` copies the last layer, once per head. `JoinedHeads` calls all copies and takes the last layer's place,
-   and `set_channels` tells the model how many channels it now has. The model's own code, which makes an image of
-   patches, then makes one with the channels of all heads. Each copy gives the model's own output at first, to the bit.
-3. After a pass, `split_into_heads` cuts the output into heads.
-4. For an export, `with_submodules` makes a model with a single head and `with_buffers_in_state` undoes step 1. Both
-   share all weights with the model that they are given, and leave it as it is.
-
-`with_submodules` serves `dumo.run.flops`, too. `bias_or_none` is for all who read a layer's bias.
+1. `drop_from_state` removes the model's constant buffers from its state dict.
+2. `HeadLayer` copies the last layer, once per head. `JoinedHeads` replaces the last layer and calls all copies, and
+   `set_channels` sets the model's number of output channels. The model's code then joins patches to an image with the
+   channels of all heads. Each head is initially bit-identical to the model's output.
+3. After a pass, `split_into_heads` splits the output into heads.
+4. For an export, `with_submodules` creates a model with a single head, and `with_buffers_in_state` undoes step 1. Both
+   return copies that share all weights with the given model.
 """
 
 import copy
@@ -37,20 +35,21 @@ class HeadLayer(nn.Module):
 
     @property
     def channels(self) -> int:
-        """The size of its output: the channels of a convolution, or the numbers that a linear layer has per token."""
+        """The number of output channels of a convolution, or output features of a linear layer."""
         return self.out.out_channels if isinstance(self.out, nn.Conv2d) else self.out.out_features
 
 
 class JoinedHeads(nn.Module):
-    """The last layers of all heads, called as one layer. It has no parameters: the net registers the heads."""
+    """The last layers of all heads, called as one layer. It has no parameters, because the network owns the heads."""
 
-    layers: tuple[nn.Module, ...]  # a tuple, which nn.Module does not register
+    # nn.Module does not register a tuple of modules.
+    layers: tuple[nn.Module, ...]
 
     def __init__(self, layers: Sequence[nn.Module], channels: int | None) -> None:
-        """Take one layer per head.
+        """Join one layer per head.
 
-        `channels` is the number of channels of one head, if a token's output has the channels last, (place, channel).
-        It is None if the channels come first.
+        channels: the number of channels of one head, if a token's output has the order (pixel, channel); None if the
+            channels come first.
         """
         super().__init__()
         self.layers = tuple(layers)
@@ -59,32 +58,32 @@ class JoinedHeads(nn.Module):
     def forward(self, h: Array) -> Array:
         """Join the heads' outputs along the channels.
 
-        A linear layer takes h (..., width) and gives (..., n) per head; this returns (..., heads * n). A convolution
-        takes h (b, width, rows, columns) and gives (b, n, rows, columns); this returns (b, heads * n, rows, columns).
+        Linear layers map h (..., width) to (..., n) per head, and this returns (..., heads * n). Convolutions map h
+        (b, width, rows, columns) to (b, n, rows, columns), and this returns (b, heads * n, rows, columns).
         """
         outputs = [layer(h) for layer in self.layers]
         if isinstance(self.layers[0], nn.Conv2d):
             return torch.cat(outputs, 1)
         if self.channels is None:
             return torch.cat(outputs, -1)
-        # (..., places * channels) to (..., places, channels) for each head, joined at each place of the patch
-        outputs_by_place = [out.unflatten(-1, (-1, self.channels)) for out in outputs]
-        joined = torch.cat(outputs_by_place, -1)
+        # Unflatten (..., pixels * channels) of each head to (..., pixels, channels), and join at each pixel.
+        outputs_by_pixel = [out.unflatten(-1, (-1, self.channels)) for out in outputs]
+        joined = torch.cat(outputs_by_pixel, -1)
         return joined.flatten(-2)
 
 
 def bias_or_none(layer: nn.Linear | nn.Conv2d) -> nn.Parameter | None:
-    """Return a layer's bias, or None if it has none. torch's types say that there always is one."""
+    """Return a layer's bias, or None. torch's types omit None."""
     return cast("nn.Parameter | None", layer.bias)
 
 
 def with_submodules(model: M, parts: Mapping[str, nn.Module]) -> M:
     """Return a copy of a model in which the submodules at the paths of `parts` are replaced.
 
-    The copy shares everything else with `model`, hooks too, so register none on it. `model` stays as it is.
+    The copy shares everything else with `model`, including hooks, so do not register hooks on it.
     """
     new = copy.copy(model)
-    # A shallow copy shares its table of submodules. With one of its own, setattr registers a part in the copy alone.
+    # A shallow copy shares its dict of submodules. Copy the dict, so that setattr does not change `model`.
     new._modules = dict(model._modules)
     parts_of_child: dict[str, dict[str, nn.Module]] = {}
     for path, part in parts.items():
@@ -99,7 +98,7 @@ def with_submodules(model: M, parts: Mapping[str, nn.Module]) -> M:
 
 
 def drop_from_state(layer: nn.Module) -> list[str]:
-    """Take a layer's own buffers out of its state dict, and return their names. In these models they never change."""
+    """Remove a layer's own buffers, which are constant in these models, from its state dict, and return their names."""
     buffers = dict(layer.named_buffers(recurse=False, remove_duplicate=False))
     in_state = layer.state_dict() if buffers else {}
     names = [name for name in buffers if name in in_state]
@@ -109,16 +108,15 @@ def drop_from_state(layer: nn.Module) -> list[str]:
 
 
 def with_buffers_in_state(layer: M, names: Collection[str]) -> M:
-    """Return a copy of a layer whose state dict has the buffers `names`. It shares everything else with `layer`."""
+    """Return a copy of a layer with the buffers `names` in its state dict. It shares everything else with `layer`."""
     new = copy.copy(layer)
-    # torch lists here the buffers that a state dict leaves out. register_buffer would edit the list of `layer`, which
-    # a shallow copy shares; a new set changes the copy alone.
+    # register_buffer would change this set of `layer`, which a shallow copy shares.
     new._non_persistent_buffers_set = layer._non_persistent_buffers_set - set(names)
     return new
 
 
 def set_channels(model: Any, where: str, channels: int) -> None:  # noqa: ANN401, a model of diffusers
-    """Set the number of output channels where a model reads it: in an "attribute", its "config", or nowhere ("")."""
+    """Set a model's number of output channels in an "attribute", in its "config", or nowhere ("")."""
     if where == "attribute":
         model.out_channels = channels
     elif where == "config":
@@ -126,10 +124,10 @@ def set_channels(model: Any, where: str, channels: int) -> None:  # noqa: ANN401
 
 
 def split_into_heads(out: Array | list[Array], num_heads: int) -> tuple[Array, ...]:
-    """Cut a model's output into its heads, each (b, channels, rows, columns).
+    """Split a model's output into heads, each (b, channels, rows, columns).
 
-    out: (b, num_heads * channels, rows, columns), or a list of its rows without b. A model of videos has an axis of one
-    frame after the channels, which is dropped.
+    out: (b, num_heads * channels, rows, columns), or a list of its rows without b. The frame axis of a video model,
+        after the channels, is removed.
     """
     images = torch.stack(out) if isinstance(out, list) else out
     if images.ndim == 5:

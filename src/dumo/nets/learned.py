@@ -1,11 +1,11 @@
-"""Texts that a net reads as token ids, through a T5 encoder that is trained with it.
+"""Text conditions with a byte-level T5 encoder that is trained with the network.
 
-1. `LearnedTexts` is the spec. Its `build` draws the weights of a T5 (Raffel et al. 2020) over bytes, and `load`
-   tokenizes the captions, which takes no file.
-2. `TokenTexts`, the module, reads a batch's captions at every pass, in training without some of their words. The
-   encoder is part of the net: optimizer, averages and checkpoints hold its weights.
+1. `LearnedTexts` is the spec. Its `build` initializes a T5 encoder (Raffel et al. 2020), and `load` tokenizes the
+   captions, without any files.
+2. `TokenTexts` is the module. It encodes the captions of a batch in every pass, with word dropout in training. The
+   encoder is part of the network, its optimizer, averages and checkpoints.
 
-A caption does not depend on t, so derivatives along the flow do not pass through it.
+Captions do not depend on t, so they have no tangent.
 """
 
 import warnings
@@ -25,34 +25,35 @@ from dumo.nets.text_rows import SourceLatents, TextRows, Texts, TextsSpec
 from dumo.runtime.limits import BLOCKS, CHANNELS
 from dumo.types import Cond, UserError
 
-_NUM_HEADS = 4  # ours
-_MLP_RATIO = 4  # the perceptron's width over the encoder's (Raffel et al. 2020)
+_NUM_HEADS = 4  # our choice
+_MLP_RATIO = 4  # the width of the MLP divided by that of the encoder (Raffel et al. 2020)
 
 
 class LearnedTexts(TextsSpec):
-    """A T5 encoder of these sizes, which is trained with the net, over the bytes of texts."""
+    """The sizes of a byte-level T5 encoder that is trained with the network."""
 
     kind: Literal["learned"] = "learned"
     tokenizer: ByteTokenizer = ByteTokenizer()
     width: int = Field(default=128, ge=_NUM_HEADS, le=CHANNELS, multiple_of=_NUM_HEADS)
     depth: int = Field(default=2, ge=1, le=BLOCKS)
-    # The share of a caption's words that are hidden in training (Iyyer et al. 2015): few captions are overfitted.
+    # The share of a caption's words that are dropped in training (Iyyer et al. 2015), against overfitting.
     drop: float = Field(default=0.0, ge=0, lt=1)
 
     def build(self, captions: int) -> "TokenTexts":
-        """Build the encoder for this number of captions and the empty one, whose ids are not known yet (`load`).
+        """Build the encoder for this number of captions and the empty text. `load` sets their token ids.
 
         Raises UserError if transformers is missing.
         """
         return TokenTexts(self, captions)
 
     def load(self, texts: Texts, captions: Sequence[str]) -> None:
-        """Tokenize the captions for the module that `build` made; () if they are not on this machine.
+        """Tokenize the captions for the module that `build` returned; () if they are not on this machine.
 
-        Warns if captions are cut.
+        Warns if captions are truncated.
         """
         assert isinstance(texts, TokenTexts)
-        if self._has_random_rows:  # zeros take as long as other ids
+        # Zeros, the initial ids, serve as random rows.
+        if self._has_random_rows:
             return
         tokenizer = self.tokenizer.open()
         ids, mask = tokenizer([*captions, ""])
@@ -61,25 +62,30 @@ class LearnedTexts(TextsSpec):
         num_cut = len(tokenizer.cut_texts([*captions, ""]))
         if num_cut:
             warnings.warn(
-                f"{num_cut:,} captions are cut at {tokenizer.length} tokens: raise net.texts.tokenizer.length",
+                f"{num_cut:,} captions are truncated to {tokenizer.length} tokens: increase net.texts.tokenizer.length",
                 stacklevel=2,
             )
 
 
 class TokenTexts(Texts):
-    """Token ids of n texts, and the encoder that reads them. No checkpoint holds the ids."""
+    """Token ids of n texts, and their encoder. Checkpoints do not contain the ids.
 
-    ids: Tensor  # (n, l), int32
-    mask: Tensor  # (n, l), bool: False where a shorter text has no token
+    ids: (n, l), int32.
+    mask: (n, l), bool, False for padding.
+    """
+
+    ids: Tensor
+    mask: Tensor
 
     def __init__(self, spec: LearnedTexts, count: int) -> None:
-        """Make the encoder of `spec` for `count` captions. Raises UserError if transformers is missing."""
+        """Create the encoder of `spec` for `count` captions. Raises UserError if transformers is missing."""
         super().__init__()
         self.tokenizer = spec.tokenizer
         self.width = spec.width
         self.pooled_width = 0
         self.count = count
-        self.num_unknown = 0  # the first captions, if they are not on this machine
+        # The number of first rows without token ids, because the captions are not on this machine.
+        self.num_unknown = 0
         shape = (count + 1, spec.tokenizer.length)
         self.register_buffer("ids", torch.zeros(shape, dtype=torch.int32), persistent=False)
         self.register_buffer("mask", torch.ones(shape, dtype=torch.bool), persistent=False)
@@ -87,41 +93,40 @@ class TokenTexts(Texts):
         self.drop = spec.drop
 
     def hold(self, ids: Int[Tensor, "n l"], mask: Bool[Tensor, "n l"], num_unknown: int) -> None:
-        """Take the token ids of all captions and of the empty text, the first `num_unknown` of which are not known."""
+        """Set the token ids of all captions and the empty text. The first `num_unknown` rows are not known."""
         self.ids = ids.to(self.ids)
         self.mask = mask.to(self.mask)
         self.num_unknown = num_unknown
 
     def forward(self, c: Cond) -> TextRows:
-        """Return tokens (b, l, width) of texts c (b,), and their mask (b, l). In training, `drop` hides words.
+        """Return tokens (b, l, width) of texts c (b,), and their mask (b, l). In training, words are dropped.
 
         Raises UserError for a caption that is not on this machine.
         """
         if self.num_unknown and bool((c < self.num_unknown).any()):
             raise UserError(
-                "net.texts: the data's captions are not on this machine: set data.root, or sample by prompts"
+                "net.texts: the data's captions are not on this machine: set data.root, or sample with prompts"
             )
         ids = self.ids[c]
         mask = self.mask[c]
         if self.training and self.drop:
-            mask = self._hide_words(ids, mask)
-        attended = mask[:, None, None]  # of two axes, transformers would read the values and wait for the device
+            mask = self._drop_words(ids, mask)
+        # With a mask of two axes, transformers would read its values and synchronize with the device.
+        attended = mask[:, None, None]
         return self.encoder(ids, attention_mask=attended).last_hidden_state, mask, None
 
-    def _hide_words(self, ids: Int[Tensor, "b l"], mask: Bool[Tensor, "b l"]) -> Bool[Tensor, "b l"]:
-        """Return the mask without the words that this step's draws hide; unchanged outside of a step."""
-        rows = dropout.current(len(ids))
-        if rows is None:
+    def _drop_words(self, ids: Int[Tensor, "b l"], mask: Bool[Tensor, "b l"]) -> Bool[Tensor, "b l"]:
+        """Return the mask without dropped words; unchanged outside of a training step."""
+        keys = dropout.current(len(ids))
+        if keys is None:
             return mask
-        is_last = mask & ~F.pad(mask[:, 1:], (0, 1))  # the end of the text is never hidden: some token always stays
-        kept_words = dropout.keep_mask(rows, mask.shape[1:], self.drop)
+        # The end token is never dropped, so that at least one token is left.
+        is_last = mask & ~F.pad(mask[:, 1:], (0, 1))
+        kept_words = dropout.keep_mask(keys, mask.shape[1:], self.drop)
         return mask & kept_words.gather(1, _word_of_token(ids)) | is_last
 
     def append(self, texts: Sequence[str], source: SourceLatents | None = None) -> int:
-        """Add the ids of texts, and return the row of the first. Warns where texts are cut.
-
-        Raises UserError as `ByteTokenizer.open`.
-        """
+        """Append the ids of texts, and return the row of the first. Warns if texts are truncated."""
         first_row = len(self.ids)
         tokenizer = self.tokenizer.open()
         ids, mask = tokenizer(texts)
@@ -131,18 +136,18 @@ class TokenTexts(Texts):
         return first_row
 
     def keep(self, first: int, rows: Sequence[int]) -> None:
-        """Keep all rows before number `first`, and behind them only the rows of the numbers `rows`, in this order."""
+        """Keep all rows before `first`, followed by the rows numbered `rows`, in this order."""
         self.ids = torch.cat([self.ids[:first], self.ids[[*rows]]])
         self.mask = torch.cat([self.mask[:first], self.mask[[*rows]]])
 
 
 def _word_of_token(ids: Int[Tensor, "b l"]) -> Int64[Tensor, "b l"]:
-    """The number, within its text, of the word that each token belongs to: a space begins the next."""
+    """Return the index of the word of each token in its text. Words are separated by spaces."""
     return (ids == SPACE_ID).cumsum(1)
 
 
 def _draw_encoder(spec: LearnedTexts) -> Any:  # noqa: ANN401, a model of transformers
-    """A T5 encoder with weights drawn from torch's generator, without dropout, which would draw from it as well."""
+    """Create a T5 encoder with random weights, without dropout, which would use torch's generator."""
     library = import_transformers("net.texts.kind learned")
     config = library.T5Config(
         vocab_size=NUM_BYTE_IDS,

@@ -1,19 +1,17 @@
-"""Frozen linear layers in fewer bits than 32, under adapters that are trained.
+"""Frozen linear layers in reduced precision, for training adapters.
 
-    bfloat16   16 bits       where passes compute in bf16 they cast weights to it anyway, so no bit of an output changes
-    int8       8 bits        a scale for each output: W = scale * code / 127
-    nf4        4.5 bits      a scale for every 64 weights: W = scale * quantile[code] (QLoRA, arXiv 2305.14314)
+    bfloat16   16 bits       with bf16 autocast the outputs do not change by a bit
+    int8       8 bits        one scale per output: W = scale * code / 127
+    nf4        4.5 bits      one scale per 64 weights: W = scale * quantile[code] (QLoRA, arXiv 2305.14314)
 
-The order of events:
+1. `dumo.nets.lora` calls `store_in_bf16` or `quantise` when a network is built. They replace linear layers, in place,
+   by `HalfLinear` or `CodedLinear`.
+2. A pass of a `CodedLinear` decodes W, multiplies by it in the precision of the pass, and frees it. The backward pass
+   decodes it again. Primal, tangent and gradient are therefore those of the linear layer with this W.
+3. `num_unstored_weights` returns the number of weights that are not parameters, for estimates.
 
-1. `dumo.nets.lora` calls `store_in_bf16` or `quantise` when a net is made. They replace linear layers, in place, by
-   `HalfLinear` or `CodedLinear`.
-2. A pass of a `CodedLinear` decodes W, multiplies by it in the precision of the pass, and lets it go. The backward pass
-   decodes it again. So primal, tangent and gradient are those of the linear layer with this W.
-3. `num_unstored_weights` says how many more weights a net has than its parameters have numbers, for estimates.
-
-Activations are not coded. Codes and scales are made and read by operators of bitsandbytes. They are frozen parameters,
-which ranks shard as any other, and their names (`weight`, `scales`, `origin`) are those in checkpoints.
+Activations are not quantised. bitsandbytes encodes and decodes the weights. Codes and scales are frozen parameters,
+which FSDP2 shards like any other, and their names (`weight`, `scales`, `origin`) are the keys in checkpoints.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,22 +31,24 @@ from dumo.runtime import import_bitsandbytes, require
 from dumo.types import Array
 
 Coding = Literal["int8", "nf4"]
-BLOCK = 64  # weights that share a scale in nf4 (QLoRA)
+# The number of weights that share a scale in nf4 (QLoRA).
+BLOCK = 64
 
 
 class HalfLinear(nn.Linear):
-    """A frozen layer with bf16 weights. Without autocast it computes in the precision of its input."""
+    """A frozen layer with bf16 weights. Without autocast it computes in the dtype of its input."""
 
-    compute_dtype = torch.float32  # peft reads it: the type of the adapters that it makes for this layer
+    # The dtype of the adapters that peft creates for this layer.
+    compute_dtype = torch.float32
 
     def __init__(self, layer: nn.Linear) -> None:
-        """Copy the layer's parameters in bf16, which shares memory where they are bf16 already."""
+        """Convert the layer's parameters to bf16; parameters that are bf16 already are shared."""
         super().__init__(layer.in_features, layer.out_features, bias_or_none(layer) is not None, device="meta")
         for name, p in layer.named_parameters():
             self.register_parameter(name, nn.Parameter(p.detach().bfloat16(), False))
 
     def forward(self, input: Array) -> Array:
-        """Take input (..., in_features), and return (..., out_features)."""
+        """Map input (..., in_features) to (..., out_features)."""
         if autocast_dtype(input.device.type) is not None:
             return super().forward(input)
         bias = bias_or_none(self)
@@ -58,17 +58,19 @@ class HalfLinear(nn.Linear):
 
 
 class CodedLinear(nn.Linear):
-    """A frozen layer whose `weight` holds codes. Its bias is in float32.
+    """A frozen layer with quantised weights, and a bias in float32.
 
-    `origin` is a digest of the weight that was coded, and of the coding.
+    weight: the codes.
+    origin: a digest of the original weight and of the coding.
     """
 
-    compute_dtype = torch.float32  # peft reads it: the type of the adapters that it makes for this layer
+    # The dtype of the adapters that peft creates for this layer.
+    compute_dtype = torch.float32
     scales: nn.Parameter
     origin: nn.Parameter
 
     def __init__(self, layer: nn.Linear, coding: Coding) -> None:
-        """Code the layer's weight, on the device where it lies."""
+        """Quantise the layer's weight, on its device."""
         weight = layer.weight.detach()
         bias = bias_or_none(layer)
         super().__init__(layer.in_features, layer.out_features, bias is not None, device="meta")
@@ -82,23 +84,24 @@ class CodedLinear(nn.Linear):
 
     @property
     def num_unstored_weights(self) -> int:
-        """The number of weights that the layer stands for, minus the numbers that it stores: codes, scales, digest."""
+        """The number of weights of the layer minus the number of stored values: codes, scales and digest."""
         num_stored = sum(p.numel() for p in (self.weight, self.scales, self.origin))
         return self.in_features * self.out_features - num_stored
 
     def forward(self, input: Array) -> Array:
-        """Take input (..., in_features), and return (..., out_features)."""
+        """Map input (..., in_features) to (..., out_features)."""
         x = primal(input)
         bias = bias_or_none(self)
         size = (self.out_features, self.in_features)
         out = _multiply(x, self.weight, self.scales, size, bias)
-        return carry(out, _multiply, (input,), self.weight, self.scales, size)  # a tangent has no bias
+        # The JVP is the product without the bias.
+        return carry(out, _multiply, (input,), self.weight, self.scales, size)
 
 
 def _multiply(x: Tensor, codes: Tensor, scales: Tensor, size: tuple[int, int], bias: Tensor | None = None) -> Array:
-    """Return x W^T + bias, (..., out), of x (..., in), in the precision of autocast, else of x.
+    """Return x W^T + bias, (..., out), for x (..., in), in the dtype of autocast, or of x without autocast.
 
-    `size` is that of W, (out, in).
+    size: of W, (out, in).
     """
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
@@ -110,7 +113,7 @@ def _multiply(x: Tensor, codes: Tensor, scales: Tensor, size: tuple[int, int], b
 
 
 class _Product(torch.autograd.Function):
-    """The product x W^T + bias. It keeps codes and scales for the backward pass, where autograd would keep W."""
+    """The product x W^T + bias. It saves codes and scales for the backward pass instead of W."""
 
     @staticmethod
     def forward(x: Tensor, codes: Tensor, scales: Tensor, size: tuple[int, int], bias: Tensor | None) -> Tensor:
@@ -131,7 +134,7 @@ class _Product(torch.autograd.Function):
 
 
 class _ProductWithJvp(_Product):
-    """The product with a rule for torch.func.jvp. torch.compile refuses a function that has one."""
+    """The product with a rule for torch.func.jvp, which torch.compile does not support."""
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:  # noqa: ANN401
@@ -149,32 +152,33 @@ def encode(weight: Tensor, coding: Coding) -> tuple[Tensor, Tensor]:
 
 
 def decode(codes: Tensor, scales: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Return the weight, of `size` (out, in) and `dtype`, that codes and scales stand for.
+    """Return the weight, of `size` (out, in) and `dtype`, from codes and scales.
 
-    The scales are in float64 where the net is, and bitsandbytes takes float32.
+    The scales are float64 in a float64 network, but bitsandbytes needs float32.
     """
     ops: Any = torch.ops.bitsandbytes
     if codes.dtype == torch.int8:
         return ops.int8_vectorwise_dequant(codes, scales.float()).to(dtype)
     decoding_dtype = torch.float32 if dtype == torch.float64 else dtype
-    blocks = (scales.numel(), BLOCK)  # on some CPUs bitsandbytes 0.50 errs where rows are no multiples of a block
+    # Decode as rows of BLOCK weights, because bitsandbytes 0.50 is wrong on some CPUs for other row lengths.
+    blocks = (scales.numel(), BLOCK)
     weight = ops.dequantize_4bit(codes, scales.float(), BLOCK, "nf4", blocks, decoding_dtype)
     return weight.view(size).to(dtype)
 
 
 def store_in_bf16(model: nn.Module, excluded: Sequence[str]) -> None:
-    """Put the linear layers of a model in bf16, in place, and all other parameters and buffers in float32.
+    """Convert the linear layers of a model to bf16, in place, and all other parameters and buffers to float32.
 
-    Layers at or below the paths `excluded` are put in float32, too.
+    Layers at or below the paths `excluded` are converted to float32.
     """
     _replace_linear_layers(model, excluded, HalfLinear)
 
 
 def quantise(model: nn.Module, blocks: Sequence[nn.Module], excluded: Sequence[str], coding: Coding) -> None:
-    """Code the linear layers of a model's blocks, in place, one after another, and put all else in float32.
+    """Quantise the linear layers of a model's blocks, in place, and convert everything else to float32.
 
-    Layers at or below the paths `excluded` are not coded; nor are, for nf4, layers whose number of weights is no
-    multiple of `BLOCK`. Raises UserError without bitsandbytes.
+    Layers at or below the paths `excluded` are not quantised, and for nf4 neither are layers with a number of weights
+    that is not a multiple of `BLOCK`. Raises UserError without bitsandbytes.
     """
     import_bitsandbytes()
     require("bitsandbytes", "quantised", f"net.lora.frozen = {coding}")
@@ -191,14 +195,14 @@ def quantise(model: nn.Module, blocks: Sequence[nn.Module], excluded: Sequence[s
 
 
 def num_unstored_weights(net: nn.Module) -> int:
-    """Return how many more weights a net has than numbers in its parameters, some of which are codes and scales."""
+    """Return the number of weights of a network minus the number of stored values in its quantised layers."""
     return sum(layer.num_unstored_weights for layer in net.modules() if isinstance(layer, CodedLinear))
 
 
 def _replace_linear_layers(
     model: nn.Module, excluded: Sequence[str], make_layer: Callable[[nn.Linear], nn.Linear | None]
 ) -> None:
-    """Replace linear layers by what `make_layer` returns, unless it is None, and put all but bf16 layers in float32.
+    """Replace linear layers by the result of `make_layer`, unless it is None, and convert the rest to float32.
 
     Layers at or below the paths `excluded` are not replaced.
     """
@@ -217,9 +221,9 @@ def _replace_linear_layers(
 
 
 def weight_digest(weight: Tensor, coding: Coding) -> Tensor:
-    """Return a SHA-256 of a weight and of its coding, (32,), which is part of a run's digest of its frozen weights.
+    """Return a SHA-256 of a weight and its coding, (32,), for a run's digest of its frozen weights.
 
-    It is without values where the weight is.
+    For a weight on the meta device or a fake tensor, it has no values.
     """
     if weight.is_meta or is_fake(weight):
         return torch.empty(32, dtype=torch.uint8, device=weight.device)

@@ -1,16 +1,15 @@
-"""A low-pass of a time embedder, so that a net which reads 1000 t can be tuned on its derivative (ours).
+"""Low-pass a pretrained time embedder, so that the model can be fine-tuned with du/dt in its target (ours).
 
-Image models begin with waves cos(w_i t), sin(w_i t) of frequencies w_i from 1000 down to 0.1 rad, and two linear layers
-over them. So du/dt is large and rough: a flow map that is regressed on it diverges (docs/reproduce.md). But the curve
-t -> temb that the embedder has learned hardly needs its quick waves. So
+The time embedders of image models have waves cos(w_i t), sin(w_i t) with frequencies w_i from 1000 to 0.1 rad, and two
+linear layers. du/dt is therefore large and rough, and training a flow map diverges (docs/reproduce.md). But the learned
+embedding t -> temb hardly depends on the high frequencies. Therefore
 
-    cut      quick waves no longer enter: the first layer masks its columns for them (`MaskedLinear`);
-    refit    both layers are trained until their curve over [0, 1] is the old one, as closely as slow waves allow.
-             Biases that are fixed for a LoRA stay fixed, which loses nothing.
+    cut      masks the columns of the first layer for high frequencies (`MaskedLinear`);
+    refit    trains both layers to reproduce the old embedding on [0, 1]. Biases that are frozen for a LoRA stay
+             frozen, without loss of accuracy.
 
-`dumo.nets.dualized` calls `cut` when a net is made and `refit` when the weights are loaded. The refit regresses the new
-curve on the old one: it needs no image, and takes seconds. The model keeps its class and shapes; its saved weights have
-zeros for the cut columns. `frequencies`, `waves` and `linear_layers` serve `dumo.nets.gap`, too.
+`dumo.nets.dualized` calls `cut` when a network is built and `refit` when its weights are loaded. The refit needs no
+images and takes seconds. The model keeps its class and shapes; its saved weights have zeros in the masked columns.
 """
 
 import copy
@@ -23,49 +22,56 @@ from torch import Tensor, nn
 from dumo.nets.heads import bias_or_none
 from dumo.types import Array
 
-PERIOD = 10_000.0  # the frequency of the quickest wave over that of the slowest, in every model of `dumo.nets.family`
-# The refit, all ours:
-_POINTS = 256  # times at which the curves are compared in training
-STEPS = 1000  # of Adam
-_LEARNING_RATE = 2e-3  # Adam's at the start; it falls to 0 by half a cosine
+# The ratio of the highest to the lowest frequency in every model of `dumo.nets.family`.
+PERIOD = 10_000.0
+# The refit (our choice): the number of training times, the steps of Adam, and its initial learning rate, with a cosine
+# decay to 0.
+_POINTS = 256
+STEPS = 1000
+_LEARNING_RATE = 2e-3
 
 
 @dataclass(frozen=True)
 class LowpassFit:
-    """What a low-pass has done to a time embedder, for reports."""
+    """The effect of a low-pass on a time embedder, for reports.
 
-    limit: float  # rad per unit of t: the frequency up to which waves enter
-    kept: int  # the number of waves that enter
-    waves: int  # the number of all waves
-    # Root mean square of the new curve minus the old, over that of the old about its mean; None: not yet refit.
+    limit: the highest frequency that is kept, in rad per unit of t.
+    kept, waves: the numbers of kept waves and of all waves.
+    error: the RMS of the difference of the embeddings, divided by the standard deviation of the old one; None before
+        the refit.
+    """
+
+    limit: float
+    kept: int
+    waves: int
     error: float | None
 
     def __str__(self) -> str:
-        """Describe it in one line."""
-        text = f"low-pass at {self.limit:g} rad: {self.kept} of {self.waves} waves of time stay"
+        """Describe the result in one line."""
+        text = f"low-pass at {self.limit:g} rad: {self.kept} of {self.waves} waves of time are kept"
         if self.error is not None:
-            text += f"; the curve of time is off by {100 * self.error:.2g} % of its spread"
+            text += f"; the time embedding changes by {100 * self.error:.2g} % of its standard deviation"
         return text
 
 
 class MaskedLinear(nn.Linear):
-    """The first layer of a time embedder, with its quick waves masked: no update of their columns has an effect."""
+    """The first layer of a time embedder with a mask `keep` (waves,), False for the waves to ignore."""
 
-    keep: Tensor  # (waves,), bool: True for the waves that enter
+    keep: Tensor
 
     def __init__(self, layer: nn.Linear, keep: Tensor) -> None:
-        """Share the layer's parameters. `keep` (waves,) is False for the waves to mask."""
+        """Share the layer's parameters."""
         super().__init__(layer.in_features, layer.out_features, bias_or_none(layer) is not None, device="meta")
         self.weight = layer.weight
         self.bias = layer.bias
         self.register_buffer("keep", keep, persistent=False)
 
     def forward(self, input: Array) -> Array:
-        """Take the waves (..., waves), and return (..., out_features)."""
+        """Map the waves (..., waves) to (..., out_features)."""
         return super().forward(input * self.keep)
 
     def plain(self) -> nn.Linear:
-        """Return an ordinary linear layer that computes this function: its weight has zeros in the masked columns."""
+        """Return an equivalent linear layer, with zeros in the masked columns of its weight."""
         layer = nn.Linear(self.in_features, self.out_features, bias_or_none(self) is not None, device="meta")
         layer.weight = nn.Parameter(self.weight.detach() * self.keep)
         layer.bias = self.bias
@@ -73,9 +79,9 @@ class MaskedLinear(nn.Linear):
 
 
 def frequencies(num_waves: int, max_frequency: float) -> Tensor:
-    """Return the frequencies of the waves, (num_waves,), in rad per unit of t and float64: of cosines, then of sines.
+    """Return the frequencies of the waves, (num_waves,), in rad per unit of t, in float64: of cosines, then of sines.
 
-    Each half falls from `max_frequency`.
+    Each half decreases from `max_frequency`.
     """
     half = num_waves // 2
     decay = torch.exp(-log(PERIOD) * torch.arange(half, dtype=torch.float64, device="cpu") / half)
@@ -90,14 +96,14 @@ def waves(t: Array, w: Tensor) -> Array:
 
 
 def linear_layers(embedder: nn.Module) -> tuple[str, nn.Linear, nn.Linear]:
-    """Return the name of an embedder's first linear layer, that layer, and the second. It has two."""
+    """Return the name of an embedder's first linear layer, and its two linear layers."""
     linear = [(name, layer) for name, layer in embedder.named_modules() if isinstance(layer, nn.Linear)]
     (first_name, first_layer), (_, second_layer) = linear
     return first_name, first_layer, second_layer
 
 
 def cut(embedder: nn.Module, max_frequency: float, limit: float) -> LowpassFit:
-    """Mask the waves of an embedder above `limit`, in place. Its quickest wave has `max_frequency`, both in rad."""
+    """Mask the waves of an embedder above `limit`, in place. `max_frequency` is its highest, both in rad."""
     name, first_layer, _ = linear_layers(embedder)
     w = frequencies(first_layer.in_features, max_frequency)
     keep = w <= limit
@@ -106,9 +112,9 @@ def cut(embedder: nn.Module, max_frequency: float, limit: float) -> LowpassFit:
 
 
 def refit(embedder: nn.Module, max_frequency: float, fit: LowpassFit) -> LowpassFit:
-    """Train an embedder, in place, towards the curve that it had before `cut`; return `fit` with the remaining error.
+    """Train an embedder after `cut`, in place, to reproduce its embedding before, and return `fit` with the error.
 
-    Its weights are still those that it had then. Parameters that require no gradient stay fixed.
+    Parameters that do not require gradients are not changed.
     """
     if fit.kept == fit.waves:
         return fit
@@ -117,7 +123,7 @@ def refit(embedder: nn.Module, max_frequency: float, fit: LowpassFit) -> Lowpass
     _, masked_copy, _ = linear_layers(old)
     assert isinstance(masked, MaskedLinear)
 
-    # the old curve: the copy's first layer without its mask
+    # Remove the mask from the copy, which gives the old embedding.
     unmasked = nn.Linear(masked.in_features, masked.out_features, bias_or_none(masked) is not None, device="meta")
     unmasked.weight = masked_copy.weight
     unmasked.bias = masked_copy.bias
@@ -130,10 +136,10 @@ def refit(embedder: nn.Module, max_frequency: float, fit: LowpassFit) -> Lowpass
 
 
 def _regress(new: nn.Module, old: nn.Module, w: Tensor) -> float:
-    """Train the embedder `new`, in place, towards the curve of `old`, over waves of frequencies w (waves,).
+    """Train the embedder `new`, in place, to reproduce `old`, with waves of frequencies w (waves,).
 
-    Returns the `error` of a `LowpassFit`, at times between those of the training. It is done on a GPU where there is
-    one; the weights of `new` return to their device, in float32.
+    Returns the `error` of a `LowpassFit`, at times between the training times. It runs on a GPU if there is one; the
+    weights of `new` are then moved back to their device.
     """
     weights_device = next(new.parameters()).device
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,21 +1,21 @@
-"""A DiT's block that preserves magnitudes (EDM2, Karras et al. 2024): inputs and outputs have mean square 1.
+"""A magnitude-preserving DiT block (EDM2, Karras et al. 2024): inputs and outputs of layers have mean square 1.
 
-Weights that grow during training lower the effective learning rate, of each layer at its own pace. EDM2 removes that:
+Growing weights decrease the effective learning rate, differently in each layer. EDM2 avoids this:
 
-- A linear layer (`UnitRowLinear`) has no bias and uses its rows at length 1 (Sec. 2.3): uncorrelated inputs of mean
-  square 1 give outputs of mean square 1. The gradient is orthogonal to a row, so a step makes it longer; after each
-  step `normalize_rows` brings it back to 1. EDM2's rows have length sqrt(inputs); with 1 the learning rates of the
-  other nets fit (ours).
-- An activation is divided by the root of its mean square over N(0, 1) (Sec. 2.4, Eq. 81).
-- A sum of h and a branch a is divided by the growth of its magnitude (`blend`, Eq. 88): with a gate g for EDM2's fixed
-  weights, (h + g a) / sqrt(1 + g^2). EDM2 has g = 3/7; here the condition sets it, and it starts at 0, as adaLN-zero's
-  does (ours). So a block starts as the identity.
-- The norm follows the modulation, where adaLN has it before (ours): at any scale and shift a layer's input has mean
-  square 1. Bill et al. 2025, who train transformers so, leave out both norm and shift.
+- A linear layer (`UnitRowLinear`) has no bias and normalizes its rows (Sec. 2.3): uncorrelated inputs of mean square 1
+  give outputs of mean square 1. The gradient is orthogonal to a row, so each step increases its length, and
+  `normalize_rows` resets it to 1. EDM2's rows have length sqrt(inputs); with 1, the learning rates of the other
+  networks apply (our choice).
+- An activation is divided by its RMS over N(0, 1) (Sec. 2.4, Eq. 81).
+- A sum of h and a branch a is normalized (`blend`, Eq. 88): with a gate g, (h + g a) / sqrt(1 + g^2). EDM2 has
+  g = 3/7; here g depends on the condition and is initialized to 0, as in adaLN-zero (our choice), so a block is
+  initially the identity.
+- The norm follows the modulation instead of preceding it as in adaLN (our choice), so a layer's input has mean square 1
+  for any scale and shift. Bill et al. 2025 train such transformers without norm and shift.
 
 Attention still averages values, as in EDM2. Embeddings, modulations and heads are unchanged.
 
-`dumo.nets.dit` makes a `MagnitudePreservingBlock` for each layer, and calls `normalize_rows` after each training step.
+`dumo.nets.dit` uses a `MagnitudePreservingBlock` for each layer, and calls `normalize_rows` after each training step.
 """
 
 from typing import Literal
@@ -34,22 +34,22 @@ SWIGLU_RMS = 0.596  # EDM2, Eq. 81
 
 
 class UnitRowLinear(nn.Linear):
-    """A linear layer without bias that divides each row of its weight by the row's length."""
+    """A linear layer without bias that normalizes each row of its weight."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
-        """Map `in_features` numbers to `out_features`."""
+        """Create a layer from `in_features` to `out_features` channels."""
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, input: Array) -> Array:
-        """Take input (..., in_features), and return (..., out_features)."""
+        """Map input (..., in_features) to (..., out_features)."""
         return F.linear(input, F.normalize(self.weight, dim=1))
 
 
 class MagnitudePreservingBlock(Block):
-    """A `Block` of unit rows, scaled activations and blended sums: inputs and outputs of layers have mean square 1."""
+    """A `Block` with normalized rows, scaled activations and blended sums."""
 
     def __init__(self, sizes: BlockSizes) -> None:
-        """Make a `Block` and replace its linear layers by `UnitRowLinear`, except those that start at zero."""
+        """Create a `Block` and replace its linear layers by `UnitRowLinear`, except those initialized to zero."""
         super().__init__(sizes)
         for name, layer in [*self.named_children()]:
             if isinstance(layer, nn.Linear) and layer not in self.zero_layers:
@@ -75,13 +75,13 @@ class MagnitudePreservingBlock(Block):
 
 
 def blend(h: Array, a: Array, gate: Array) -> Array:
-    """Return (h + gate a) / sqrt(1 + gate^2): of mean square 1 where h and a are, and are uncorrelated."""
+    """Return (h + gate a) / sqrt(1 + gate^2), with mean square 1 for uncorrelated h and a of mean square 1."""
     return (h + gate * a) / (1 + gate * gate) ** 0.5
 
 
 @torch.no_grad()
 def normalize_rows(net: nn.Module) -> None:
-    """Scale the rows of all `UnitRowLinear` layers of a net to length 1, in place."""
+    """Normalize the rows of all `UnitRowLinear` layers of a network to length 1, in place."""
     for layer in net.modules():
         if isinstance(layer, UnitRowLinear):
             layer.weight.copy_(F.normalize(layer.weight, dim=1))

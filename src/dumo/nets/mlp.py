@@ -1,7 +1,7 @@
-"""A residual perceptron, for points in the plane.
+"""A residual MLP, for points in the plane.
 
-`MLP` is the spec; `MLP.build` makes the module, a `Perceptron`. A pass embeds the point, adds the embeddings of times
-and class, runs the residual layers, and then each head.
+`MLP` is the spec; `MLP.build` creates the module, a `Perceptron`. A pass embeds the point, adds the embeddings of times
+and class, and runs the residual layers and the heads.
 """
 
 from math import prod
@@ -18,10 +18,10 @@ from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time
 
 
 class MLP(Spec):
-    """The sizes of a perceptron: `depth` residual layers of `width`."""
+    """The sizes of an MLP: `depth` residual layers of `width`."""
 
     kind: Literal["mlp"] = "mlp"
-    # Callers ask every net's spec for these five. A perceptron has none of what they set.
+    # Attributes of every network spec that an MLP does not support.
     precondition: ClassVar[Precondition] = "none"
     texts: ClassVar[None] = None
     augment: ClassVar[int] = 0
@@ -29,15 +29,19 @@ class MLP(Spec):
     checkpoint: ClassVar[None] = None
     width: int = Field(default=256, ge=1, le=CHANNELS)
     depth: int = Field(default=4, ge=1, le=BLOCKS)
-    time_scale: float = Field(default=1.0, gt=0, le=FACTOR)  # times enter raw (UCGM)
+    # By default, times are not scaled (UCGM).
+    time_scale: float = Field(default=1.0, gt=0, le=FACTOR)
 
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> "Perceptron":
-        """Make a net with the inputs, heads and gauges of `needs` for samples of `shape`; 0 classes: no label."""
+        """Create the network with the inputs, heads and gauges of `needs` for samples of `shape`.
+
+        With 0 classes it has no label.
+        """
         return Perceptron(self, needs, shape, classes)
 
 
 class Perceptron(nn.Module):
-    """The net of an `MLP` spec. The heads start at zero, as DiT's do."""
+    """The network of an `MLP` spec. The heads are initialized to zero, as DiT's."""
 
     def __init__(self, spec: MLP, needs: Needs, shape: tuple[int, ...], classes: int) -> None:
         """See `MLP.build`."""
@@ -58,7 +62,7 @@ class Perceptron(nn.Module):
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
         """Return the heads, shaped like x (b, ...), then the gauges, (b,) each, in the order of the needs.
 
-        c is (b,), and so is each of the inputs that the needs name. Raises TypeError for other inputs.
+        c and each of the inputs that the needs name are (b,). Raises TypeError for other inputs.
         """
         shared_inputs, head_embeddings = self.own(**inputs)
         h: Array = self.embed(x.flatten(1)) + self.scalars(**shared_inputs)

@@ -90,7 +90,7 @@ class Pretrained(PipelineSpec):
         diffusion = self.diffusion
         if diffusion is None:
             return frequency
-        return frequency * diffusion.max_clock_slope
+        return frequency * diffusion.max_index_slope
 
     @property
     def family(self) -> Family:

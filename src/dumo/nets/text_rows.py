@@ -1,16 +1,16 @@
-"""Rows of text by number: what a net that reads text looks up for a condition c.
+"""Rows of text by number, which a network with text conditions looks up for c.
 
-The rows of a data set with n captions have these numbers: 0 to n - 1 are the captions, n is the empty text, which means
-no caption, and the prompts of sampling follow.
+For a data set with n captions, rows 0 to n - 1 are the captions, row n is the empty text, which means no caption, and
+prompts for sampling follow.
 
-`Texts` is what a net calls: `forward` in every pass, and for some models `sources` and `lengths`. A sampler calls
-`append` to add prompts, and notes the number of each in `prompts`, the last used at the end. `forget` drops the oldest
-of these. There are two kinds of texts: `Rows` are embeddings of a frozen encoder (`dumo.nets.text_spec`), and
-`TokenTexts` are token ids, with an encoder that is trained with the net (`dumo.nets.learned`).
+A network calls `Texts.forward` in every pass, and for some models `sources` and `lengths`. A sampler calls `append` to
+add prompts, and stores their row numbers in `prompts`, the most recent last; `forget` removes the oldest. There are two
+subclasses: `Rows` are embeddings of a frozen encoder (`dumo.nets.text_spec`), and `TokenTexts` are token ids with an
+encoder that is trained with the network (`dumo.nets.learned`).
 
-A net is built without its rows, because its spec knows the number of captions and not the captions; `TextsSpec.load`
-fills them in. `Rows` come from a store: `CachedStore`, of captions in a cache (`dumo.encoders.textcache`), or
-`RandomStore`, to test or time a net. `make_codes` makes random rows for classes, without any text.
+A network is built without rows, because its spec contains only the number of captions; `TextsSpec.load` adds them.
+`Rows` read from a store: `CachedStore` for captions in a cache (`dumo.encoders.textcache`), or `RandomStore`, to test
+or time a network. `make_codes` creates random rows for classes, without text.
 """
 
 from abc import ABC, abstractmethod
@@ -34,53 +34,65 @@ from dumo.runtime.random import keyed_normal, stream
 from dumo.types import Cond, Spec, UserError
 
 Tokens = Float[Tensor, "b l d"]
-# tokens; a mask, True where there is a token (None: everywhere); the pooled embedding (None: the model takes none)
+# Tokens, a mask (False for padding; None without padding), and the pooled embedding (None if the model has none).
 TextRows = tuple[Tokens, Bool[Tensor, "b l"] | None, Float[Tensor, "b p"] | None]
-SourceLatents = Float[Tensor, "b c h w"]  # latents of images that texts edit
+# Latents of the source images of an editing model.
+SourceLatents = Float[Tensor, "b c h w"]
 
-_NO_ENCODER = "this net was trained on rows whose encoder is not known, so it reads no prompts: give labels"
+_NO_ENCODER = "this network has no text encoder, so it does not support prompts: use labels"
 _NUM_RANDOM_ROWS = 16
 
 
 class TextSizes(NamedTuple):
-    """The sizes of rows of text."""
+    """The sizes of rows of text.
 
-    length: int  # the most tokens of a row
-    width: int  # channels of a token
-    pooled_width: int  # channels of the pooled embedding; 0: there is none
-    has_mask: bool  # whether rows have a mask, because some may be padded
+    length: the largest number of tokens.
+    width: channels of a token.
+    pooled_width: channels of the pooled embedding, or 0.
+    has_mask: whether rows have a mask, because some may be padded.
+    """
+
+    length: int
+    width: int
+    pooled_width: int
+    has_mask: bool
     dtype: torch.dtype
 
 
 class TextsSpec(Spec):
-    """What net.texts says in run.yaml: a spec that builds `Texts`."""
+    """The spec of `Texts`, the field net.texts of run.yaml."""
 
     _has_random_rows: bool = PrivateAttr(default=False)
 
     def with_random_rows(self) -> Self:
-        """Return the spec of texts that need no captions and no encoder, to test or time a net."""
+        """Return a spec with random rows instead of captions and an encoder, to test or time a network."""
         spec = self.model_copy()
         spec._has_random_rows = True
         return spec
 
     @abstractmethod
     def load(self, texts: "Texts", captions: Sequence[str]) -> None:
-        """Hand the module that this spec built the captions of the data; () if they are not on this machine."""
+        """Load the captions of the data into the module of this spec; () if they are not on this machine."""
 
 
 class Texts(nn.Module, ABC):
-    """Rows of text by number: one for each class or caption, then one for none, then those of prompts (`append`)."""
+    """Rows of text by number: one per class or caption, one for none, and then prompts (`append`).
 
-    width: int  # channels of a token
-    pooled_width: int  # channels of the pooled embedding; 0: there is none
-    has_mask: bool = True  # whether rows have a mask; False: every token is there
-    lengths_differ: bool = False  # whether rows differ in their number of tokens, without padding
+    width: channels of a token.
+    pooled_width: channels of the pooled embedding, or 0.
+    has_mask: whether rows have a mask, because some may be padded.
+    lengths_differ: whether rows have different numbers of tokens.
+    """
+
+    width: int
+    pooled_width: int
+    has_mask: bool = True
+    lengths_differ: bool = False
 
     def __init__(self) -> None:
-        """Begin without prompts."""
+        """Start without prompts."""
         super().__init__()
-        # The number of each prompt's row. The caller of `append` adds prompts, and moves one that is used again to the
-        # end. `forget` renumbers those that stay.
+        # The row number of each prompt, the most recently used last. The caller of `append` updates it.
         self.prompts: dict[str, int] = {}
 
     @abstractmethod
@@ -88,27 +100,26 @@ class Texts(nn.Module, ABC):
         """Return tokens (b, l, d), mask (b, l) or None, and pooled embeddings (b, p) or None, of rows c (b,)."""
 
     def sources(self, c: Cond) -> SourceLatents | None:
-        """Return the latents (b, c, h, w) of the images that rows c (b,) edit; None if texts edit none."""
+        """Return the latents (b, c, h, w) of the source images of rows c (b,), or None without source images."""
         return None
 
     def lengths(self, c: Cond) -> tuple[int, ...] | None:
-        """Return the number of tokens of each row of c (b,), without padding; None if there is no mask."""
+        """Return the number of tokens of each row of c (b,), without padding, or None without a mask."""
         return None
 
     @abstractmethod
     def append(self, texts: Sequence[str], source: SourceLatents | None = None) -> int:
-        """Add a row for each text, with the image that it edits, behind all others; return the first one's number.
+        """Append a row for each text, with its source image, and return the number of the first.
 
-        It leaves `prompts` as they are, which the caller keeps. Raises UserError if no encoder is known, or it is
-        another than that of the rows.
+        It does not change `prompts`. Raises UserError if there is no encoder, or it differs from that of the rows.
         """
 
     @abstractmethod
     def keep(self, first: int, rows: Sequence[int]) -> None:
-        """Keep all rows before number `first`, and behind them only the rows of the numbers `rows`, in this order."""
+        """Keep all rows before `first`, followed by the rows numbered `rows`, in this order."""
 
     def forget(self, max_prompts: int) -> None:
-        """Drop the rows of all prompts but the last `max_prompts` of `prompts`, and renumber those that stay."""
+        """Remove the rows of all prompts but the last `max_prompts` of `prompts`, and renumber these."""
         if len(self.prompts) <= max_prompts:
             return
         first = min(self.prompts.values())
@@ -118,13 +129,17 @@ class Texts(nn.Module, ABC):
 
 
 class RowStore(Protocol):
-    """Encoded texts on the host."""
+    """Encoded texts in host memory.
 
-    length: int | None  # tokens that rows are padded to; None: those of the longest in a pass
-    lengths_differ: bool  # whether rows differ in their number of tokens
+    length: the number of tokens to pad rows to; None means that of the longest in a pass.
+    lengths_differ: whether rows have different numbers of tokens.
+    """
+
+    length: int | None
+    lengths_differ: bool
 
     def row(self, number: int, device: torch.device) -> StoredRow:
-        """Return the row of a caption, or of the empty text, on the CPU. It may be encoded on `device`."""
+        """Return the row of a caption, or of the empty text, on the CPU, encoding it on `device` if necessary."""
         ...
 
     def encode(self, texts: Sequence[str], device: torch.device) -> list[StoredRow]:
@@ -133,7 +148,7 @@ class RowStore(Protocol):
 
 
 class CachedStore:
-    """Captions and the empty text in a cache. Those that it lacks, and prompts, are encoded on demand."""
+    """Captions and the empty text in a cache. Missing captions, and prompts, are encoded on demand."""
 
     def __init__(
         self,
@@ -144,10 +159,12 @@ class CachedStore:
         reader: TextReader,
         length: int | None = None,
     ) -> None:
-        """Hold open tables, and where in them the `captions` and the empty text are (`textcache.find_rows`).
+        """Create a store of open tables.
 
-        count: the number of captions of the data. `captions` is empty if they are not on this machine.
-        length: tokens that rows are padded to; None: those of the longest row, if all rows are in the cache.
+        places: the positions of the `captions` and the empty text in the tables (`textcache.find_rows`).
+        captions: empty if the captions are not on this machine.
+        count: the number of captions of the data.
+        length: the number of tokens to pad rows to; None means that of the longest row, if all are in the cache.
         """
         self.tables = tables
         self.places = places
@@ -162,7 +179,7 @@ class CachedStore:
         self.audits: list[Audit] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CachedStore":
-        """Return itself, because it never changes: a net and its averages share it."""
+        """Return itself, because it is immutable: a network and its averages share it."""
         return self
 
     def verify(self) -> None:
@@ -171,20 +188,20 @@ class CachedStore:
             table.require_intact(text_table.folder, text_table.index, deep=True)
 
     def begin_audit(self) -> None:
-        """Compare the shards with their checksums while rows are read. Raises UserError as `dumo.io.audit.Audit`."""
+        """Start to compare the shards with their checksums in the background, as `dumo.io.audit.Audit`."""
         self.audits = [Audit(text_table.folder, text_table.index.shards) for text_table in self.used_tables]
 
     def row(self, number: int, device: torch.device) -> StoredRow:
         """Return the row of a caption, or of the empty text.
 
-        Raises UserError for a caption that is not known here, and if a shard was found that has changed.
+        Raises UserError for a caption that is not on this machine, and if the audit has found a changed shard.
         """
         for audit in self.audits:
             audit.require()
         is_caption = number < self.count
         if is_caption and not self.captions:
             raise UserError(
-                "net.texts: the data's captions are not on this machine: set data.root, or sample by prompts"
+                "net.texts: the data's captions are not on this machine: set data.root, or sample with prompts"
             )
         place = number if is_caption else len(self.captions)
         table_number, row = self.places[place].tolist()
@@ -193,7 +210,7 @@ class CachedStore:
         return self.reader([self.captions[number] if is_caption else ""], device)[0]
 
     def encode(self, texts: Sequence[str], device: torch.device) -> list[StoredRow]:
-        """Encode prompts. Raises UserError as the reader does."""
+        """Encode prompts, with the errors of the reader."""
         return self.reader(texts, device)
 
 
@@ -203,16 +220,16 @@ class RandomStore:
     lengths_differ = True
 
     def __init__(self, sizes: TextSizes, source_shape: tuple[int, ...] = ()) -> None:
-        """`source_shape` is the shape of the latents of images that texts edit; (): they edit none."""
+        """Create a store. `source_shape` is the shape of the source images' latents, or () without source images."""
         self.length: int | None = sizes.length
         self._draw = lru_cache(_NUM_RANDOM_ROWS)(lambda number: _draw_row(sizes, source_shape, number))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RandomStore":
-        """Return itself, because it never changes."""
+        """Return itself, because it is immutable."""
         return self
 
     def row(self, number: int, device: torch.device) -> StoredRow:
-        """Return a row, the same for the same number."""
+        """Return a row, which depends on the number only."""
         return self._draw(number % _NUM_RANDOM_ROWS)
 
     def encode(self, texts: Sequence[str], device: torch.device) -> list[StoredRow]:
@@ -221,7 +238,7 @@ class RandomStore:
 
 
 def _draw_row(sizes: TextSizes, source_shape: tuple[int, ...], number: int) -> StoredRow:
-    """Draw a row from N(0, 1) by its number. Without a mask it has all tokens."""
+    """Draw a row from N(0, 1), seeded by its number. Without a mask it has the full length."""
     generator = stream("texts", number)
     length = number % sizes.length + 1 if sizes.has_mask else sizes.length
     row = {"tokens": torch.randn(length, sizes.width, generator=generator, device="cpu")}
@@ -233,22 +250,28 @@ def _draw_row(sizes: TextSizes, source_shape: tuple[int, ...], number: int) -> S
 
 
 class Rows(Texts):
-    """Embeddings of texts: tensors on the net's device, or rows of a store on the host, joined pass by pass.
+    """Embeddings of texts: tensors on the network's device, or rows of a store in host memory.
 
-    Tensors are buffers that no checkpoint holds. They may be stored in half precision. They are used until there are
-    prompts; then all rows of a pass come from the store.
+    Tensors are buffers that are not in checkpoints, possibly in half precision. They are used if there are no prompts;
+    otherwise all rows of a pass come from the store.
+
+    like: an empty buffer with the device and dtype for rows of the store.
+    tokens: (n, l, d).
+    mask: (n, l), bool; None without padding.
+    pooled: (n, p).
+    source: (n, c, h, w).
     """
 
-    like: Tensor  # an empty buffer, which moves with the net: rows of the store get its device and dtype
-    tokens: Tensor | None  # (n, l, d)
-    mask: Tensor | None  # (n, l), bool; None: every token is there
-    pooled: Tensor | None  # (n, p)
-    source: Tensor | None  # (n, c, h, w)
+    like: Tensor
+    tokens: Tensor | None
+    mask: Tensor | None
+    pooled: Tensor | None
+    source: Tensor | None
 
     def __init__(self, sizes: TextSizes, count: int, source_shape: tuple[int, ...] = ()) -> None:
-        """Make texts of these sizes for `count` captions or classes, without rows (`hold`, `hold_tensors`).
+        """Create texts of these sizes for `count` captions or classes, without rows (`hold`, `hold_tensors`).
 
-        source_shape: of the latents of images that texts edit; (): they edit none.
+        source_shape: the shape of the source images' latents, or () without source images.
         """
         super().__init__()
         self.width = sizes.width
@@ -263,7 +286,7 @@ class Rows(Texts):
             self.register_buffer(name, None, persistent=False)
 
     def hold(self, store: RowStore, *, on_device: bool) -> None:
-        """Take the rows of a store; `on_device`: copy all of them to the device now."""
+        """Use the rows of a store. If `on_device`, copy all of them to the device now."""
         self.store = store
         self.lengths_differ = store.lengths_differ and self.has_mask
         if on_device:
@@ -281,9 +304,12 @@ class Rows(Texts):
     def hold_tensors(
         self, tokens: Tensor, mask: Tensor | None, pooled: Tensor | None, source: Tensor | None = None
     ) -> None:
-        """Take the rows of all captions or classes, and of none at the end, on the device.
+        """Set the rows of all captions or classes, followed by the null row, as tensors on the device.
 
-        tokens: (n, l, d). mask: (n, l). pooled: (n, p). source: (n, c, h, w).
+        tokens: (n, l, d).
+        mask: (n, l).
+        pooled: (n, p).
+        source: (n, c, h, w).
         """
         self.tokens = tokens
         self.mask = mask
@@ -291,7 +317,7 @@ class Rows(Texts):
         self.source = source
 
     def forward(self, c: Cond) -> TextRows:
-        """Return the rows of c (b,): those on the device in float32, those of the store in the type of the net."""
+        """Return the rows of c (b,): tensors in float32, rows of the store in the network's dtype."""
         if self.tokens is not None and not self.prompt_rows:
             mask = self.mask
             pooled = self.pooled
@@ -308,7 +334,7 @@ class Rows(Texts):
         )
 
     def sources(self, c: Cond) -> SourceLatents | None:
-        """Return the latents (b, c, h, w) of the images that rows c (b,) edit; None if texts edit none."""
+        """Return the latents (b, c, h, w) of the source images of rows c (b,), or None without source images."""
         if self.source is not None and not self.prompt_rows:
             return to_float32(self.source[c])
         if not self.source_shape:
@@ -317,24 +343,25 @@ class Rows(Texts):
         return None if source is None else source.to(self.like)
 
     def lengths(self, c: Cond) -> tuple[int, ...] | None:
-        """Return the number of tokens of each row of c (b,); None if there is no mask, and on the meta device."""
+        """Return the number of tokens of each row of c (b,), or None without a mask and on the meta device."""
         if not self.has_mask or self.like.is_meta:
             return None
         rows = self._rows_of(c)
         return tuple(int(row["mask"].sum()) if "mask" in row else len(row["tokens"]) for row in rows)
 
     def append(self, texts: Sequence[str], source: SourceLatents | None = None) -> int:
-        """Encode prompts, and return the number of the first.
+        """Encode prompts, and return the row number of the first.
 
-        `source` (b, c, h, w): an image for each prompt, if rows edit images. Raises UserError if there is no encoder,
-        it cannot be opened, or `source` is missing or superfluous.
+        source: (b, c, h, w), an image for each prompt of an editing model.
+
+        Raises UserError if there is no encoder, it cannot be opened, or `source` is missing or superfluous.
         """
         if self.store is None:
             raise UserError(_NO_ENCODER)
         if self.source_shape and source is None:
-            raise UserError("these rows edit images, and the prompts have none: give an image for each prompt")
+            raise UserError("this model edits images, but the prompts have no images: pass an image for each prompt")
         if not self.source_shape and source is not None:
-            raise UserError("these rows edit no images, and the prompts have some: leave the images out")
+            raise UserError("this model does not edit images, but the prompts have images: remove the images")
         rows = self.store.encode(texts, self.like.device)
         if source is not None:
             rows = [row | {"source": latent} for row, latent in zip(rows, source.to(rows[0]["tokens"]), strict=True)]
@@ -344,13 +371,13 @@ class Rows(Texts):
         return first
 
     def keep(self, first: int, rows: Sequence[int]) -> None:
-        """Keep all rows before number `first`, and behind them only the rows of the numbers `rows`, in this order."""
+        """Keep all rows before `first`, followed by the rows numbered `rows`, in this order."""
         kept = [self.prompt_rows[number - self.count - 1] for number in rows]
         self.prompt_rows = [*self.prompt_rows[: first - self.count - 1], *kept]
 
     def _rows_of(self, c: Cond) -> list[StoredRow]:
-        """The rows of c (b,), on the host. Waits for the device of c. Raises UserError as the store does."""
-        assert self.store is not None, "rows are held before they are read"
+        """Return the rows of c (b,) in host memory. It synchronizes with the device of c."""
+        assert self.store is not None, "`hold` sets the store"
         rows: list[StoredRow] = []
         for number in c.tolist():
             if number > self.count:
@@ -360,7 +387,7 @@ class Rows(Texts):
         return rows
 
     def _join(self, rows: Sequence[StoredRow]) -> TextRows:
-        """Join rows, padded with zeros to the length of the store, or to the longest prompt."""
+        """Stack rows, padded with zeros to the length of the store, or to the longest prompt."""
         assert self.store is not None
         length = self.store.length or 0
         if length:
@@ -374,25 +401,25 @@ class Rows(Texts):
         return tokens, mask, pooled
 
     def _join_sources(self, rows: Sequence[StoredRow]) -> SourceLatents | None:
-        """Join the latents of the images that rows edit; None if they edit none."""
+        """Stack the latents of the rows' source images, or return None without source images."""
         return torch.stack([row["source"] for row in rows]) if self.source_shape else None
 
 
 def _all_true(length: int) -> Tensor:
-    """A mask (length,) without padding, on the host."""
+    """Return a mask (length,) without padding, on the CPU."""
     return torch.ones(length, dtype=torch.bool, device="cpu")
 
 
 class Codes(Spec):
-    """A random code for each class, without any text: what is tuned then reads classes, and no prompt."""
+    """Random codes for classes instead of text: the fine-tuned model has class labels and no prompts."""
 
     kind: Literal["codes"] = "codes"
 
 
 def make_codes(classes: int, width: int, pooled_width: int) -> Rows:
-    """Make a row of one token (width,) for each class and one for no class, from N(0, 1), the same in every run.
+    """Draw a row of one token (width,) for each class and one for no class, from N(0, 1), equal in every run.
 
-    With `pooled_width` > 0 each has a pooled embedding (pooled_width,), too.
+    With `pooled_width` > 0 rows also have a pooled embedding (pooled_width,).
     """
     codes = Rows(TextSizes(1, width, pooled_width, has_mask=False, dtype=torch.float32), classes)
     tokens = _draw_codes("tokens", classes + 1, width)[:, None]
@@ -401,7 +428,7 @@ def make_codes(classes: int, width: int, pooled_width: int) -> Rows:
 
 
 def _draw_codes(name: str, rows: int, width: int) -> Tensor:
-    """Draw (rows, width) from N(0, 1), by the name; on the meta device without values."""
+    """Draw (rows, width) from N(0, 1), seeded by the name; without values on the meta device."""
     if torch.get_default_device().type == "meta":
         return torch.empty(rows, width)
     return keyed_normal("codes", name, rows=range(rows), shape=(width,))
@@ -409,7 +436,8 @@ def _draw_codes(name: str, rows: int, width: int) -> Tensor:
 
 def pad_tokens(x: Tensor, length: int) -> Tensor:
     """Pad tokens (b, l, d) or a mask (b, l) with zeros to at least `length` tokens."""
-    padding = [0, max(0, length - x.shape[1])]  # before and behind, on the axis of tokens
+    # `F.pad` expects the last axis first.
+    padding = [0, max(0, length - x.shape[1])]
     if x.ndim == 3:
-        padding = [0, 0, *padding]  # `F.pad` takes the last axis first
+        padding = [0, 0, *padding]
     return F.pad(x, padding)

@@ -1,14 +1,12 @@
-"""Specs of texts that a frozen encoder embeds: `EncoderTexts` and `PipelineTexts`, the fields of net.texts in run.yaml.
+"""Specs of text conditions with a frozen encoder: `EncoderTexts` and `PipelineTexts`, for net.texts in run.yaml.
 
-A spec knows the sizes of a row (`sizes`) without any file. The order of events:
+1. `find_identity` returns the encoder's folder in the cache; a run stores it as `identity` when it starts.
+2. Before the network is loaded, `dumo.run.fill_caches` encodes captions that are not in the cache, unless `is_online`.
+3. `build` creates the module, `Rows`, without opening files.
+4. `load` opens the cache and loads the rows of the captions: onto the device if they take at most `memory` GB, and
+   otherwise from host memory in each pass.
 
-1. `find_identity` says which folder of the cache the encoder has; a run notes it when it begins, as `identity`.
-2. Before the net is loaded, `dumo.run.fill_caches` encodes captions that the cache lacks, unless `is_online`.
-3. `build` makes the module that a net looks rows up in, `Rows`. It reads no file.
-4. `load` opens the cache and hands the rows of the captions to the module: copied to the device if they take at most
-   `memory` GB, else read from the host pass by pass.
-
-`EmbeddedTexts` is their base. `dumo.nets.learned` has texts whose encoder is trained with the net.
+`EmbeddedTexts` is their base class. `dumo.nets.learned` trains the encoder with the network.
 """
 
 from abc import abstractmethod
@@ -36,22 +34,23 @@ from dumo.types import FREE, MACHINE, PINNED, PLACE, UserError
 class EmbeddedTexts(TextsSpec):
     """Texts embedded by a frozen encoder.
 
-    Methods take the number of `captions`, without the empty one, and `source_shape`, the shape of the latents of images
-    that captions edit; (): they edit none.
+    Methods take the number of `captions`, without the empty text, and `source_shape`, the shape of the source images'
+    latents, or () without source images.
     """
 
-    kind: Any  # a literal of the subclass; declared here to come first
-    # The cache of encoded texts, for all encoders and data sets. May begin with ~ and hold $NAMES.
+    # A literal in subclasses. It is declared here to be the first field.
+    kind: Any
+    # The cache of encoded texts, for all encoders and data sets. It may start with ~ and contain $NAMES.
     root: str = Field(default="runs/texts", json_schema_extra=PLACE)
-    # The encoder's folder in the cache (`textcache.identity_of`), noted when the run begins; None before that.
+    # The encoder's folder in the cache (`textcache.identity_of`), stored when the run starts.
     identity: str | None = Field(default=None, exclude_if=lambda identity: identity is None, json_schema_extra=PINNED)
-    # GB that the rows may take on the device; above, each pass reads its rows from the host. Ours.
+    # The largest size of the rows on the device, in GB (our choice). Larger rows are read from host memory.
     memory: float = Field(default=4.0, ge=0, le=GIGABYTES, json_schema_extra=FREE)
 
     @property
     @abstractmethod
     def reader_spec(self) -> TextEncoder | PromptReaderSpec:
-        """The encoder that makes the rows."""
+        """The encoder of the rows."""
 
     @property
     @abstractmethod
@@ -60,19 +59,22 @@ class EmbeddedTexts(TextsSpec):
 
     @property
     def padded_length(self) -> int | None:
-        """The number of tokens that all rows are padded to; None: that of the longest."""
+        """The number of tokens to pad rows to; None means that of the longest."""
         return None
 
     @property
     def cache_root(self) -> Path:
-        """The folder of the cache. Raises UserError for an environment variable that is not set."""
+        """The folder of the cache. Raises UserError if an environment variable is not set."""
         return user_path(self.root, "net.texts.root")
 
     def find_identity(self, sources: str = "") -> str:
-        """Return the identity of the encoder in the cache: the noted one, or else that of the encoder's files.
+        """Return the identity of the encoder in the cache: the stored one, or that of the encoder's files.
 
-        sources: the identity of the images that captions edit. On a machine without the encoder it is the only one
-        whose rows the cache has. Raises UserError if there is none.
+        On a machine without the encoder's files, it is the only matching one in the cache.
+
+        sources: the identity of the source images.
+
+        Raises UserError if there is none.
         """
         if self.identity is not None:
             return self.identity
@@ -85,12 +87,13 @@ class EmbeddedTexts(TextsSpec):
             return identity
 
     def memory_bytes(self, captions: int, source_shape: tuple[int, ...] = ()) -> int:
-        """Return the most bytes that the rows of all captions and of the empty one take."""
+        """Return the largest number of bytes of the rows of all captions and the empty text."""
         sizes = self.sizes
         values = sizes.length * sizes.width + sizes.pooled_width
         if source_shape:
             values += prod(source_shape)
-        mask_bytes = sizes.length  # one for each token
+        # The mask has one byte per token.
+        mask_bytes = sizes.length
         return (captions + 1) * (values * sizes.dtype.itemsize + mask_bytes)
 
     def fits_device(self, captions: int, source_shape: tuple[int, ...] = ()) -> bool:
@@ -98,13 +101,13 @@ class EmbeddedTexts(TextsSpec):
         return not self.is_online(captions) and self.memory_bytes(captions, source_shape) <= self.memory * GIGABYTE
 
     def is_online(self, captions: int) -> bool:
-        """Whether captions are encoded in training, because a cache of them would be too large."""
+        """Whether captions are encoded during training, because a cache would be too large."""
         return False
 
     def build(self, captions: int, source_shape: tuple[int, ...] = ()) -> Rows:
-        """Make the module, on the default device, without rows (`load`); on the meta device with rows without values.
+        """Create the module on the default device, without rows (`load`).
 
-        If rows are read from the host, the meta device has a single one.
+        On the meta device, it has rows without values, or a single row if rows are read from host memory.
         """
         sizes = self.sizes
         texts = Rows(sizes, captions, source_shape)
@@ -119,10 +122,10 @@ class EmbeddedTexts(TextsSpec):
         return texts
 
     def load(self, texts: Texts, captions: Sequence[str]) -> None:
-        """Hand the module that `build` made the rows of these captions; () if they are not on this machine.
+        """Load the rows of these captions into the module that `build` returned; () if they are not on this machine.
 
-        What the cache lacks is encoded when it is read. Raises UserError if rows have other sizes than the spec's, or a
-        shard is damaged.
+        Missing rows are encoded on demand. Raises UserError if rows have other sizes than the spec, or a shard is
+        damaged.
         """
         assert isinstance(texts, Rows)
         if self._has_random_rows:
@@ -154,21 +157,22 @@ class EmbeddedTexts(TextsSpec):
         texts.hold(store, on_device=on_device)
 
     def require_sizes(self, index: textcache.TextIndex, source_shape: tuple[int, ...]) -> None:
-        """Raise UserError if the rows of a table have other sizes than those that the net was built for."""
+        """Raise UserError if the rows of a table have other sizes than the spec."""
 
 
 class EncoderTexts(EmbeddedTexts):
-    """Texts through an encoder in a folder of its own, as transformers saves it."""
+    """Texts embedded by a transformers encoder in its own folder."""
 
     kind: Literal["encoder"] = "encoder"
     encoder: TextEncoder
-    width: int = Field(ge=1, le=CHANNELS)  # channels of a token's embedding
-    pooled: int = Field(default=0, ge=0, le=CHANNELS)  # channels of the whole text's embedding; 0: there is none
+    # Channels of a token's embedding, and of the pooled embedding, or 0.
+    width: int = Field(ge=1, le=CHANNELS)
+    pooled: int = Field(default=0, ge=0, le=CHANNELS)
 
     @model_validator(mode="after")
     def _require_pooled_width(self) -> "EncoderTexts":
         if bool(self.pooled) != self.encoder.pooled:
-            raise ValueError("pooled is the width of the embedding that encoder.pooled keeps: set both, or neither")
+            raise ValueError("pooled is the width of the embedding that encoder.pooled enables: set both, or neither")
         return self
 
     @property
@@ -178,12 +182,12 @@ class EncoderTexts(EmbeddedTexts):
 
     @property
     def padded_length(self) -> int:
-        """The length of the encoder, whatever that of the longest caption."""
+        """The length of the encoder."""
         return self.encoder.length
 
     @property
     def sizes(self) -> TextSizes:
-        """The sizes of a row, by the fields of the spec."""
+        """The sizes of a row, from the fields of the spec."""
         return TextSizes(
             length=self.encoder.length,
             width=self.width,
@@ -193,54 +197,54 @@ class EncoderTexts(EmbeddedTexts):
         )
 
     def require_sizes(self, index: textcache.TextIndex, source_shape: tuple[int, ...]) -> None:
-        """Raise UserError if the embeddings have other widths than the fields say."""
+        """Raise UserError if the embeddings have other widths than the fields."""
         width = sum(index.columns["tokens"].shape)
         pooled = sum(index.columns["pooled"].shape) if "pooled" in index.columns else 0
         if (width, pooled) != (self.width, self.pooled):
             raise UserError(
-                f"net.texts: {self.encoder.source} gives tokens of width {width} and pooled {pooled}: set "
+                f"net.texts: {self.encoder.source} has tokens of width {width} and pooled width {pooled}: set "
                 f"net.texts.width={width} net.texts.pooled={pooled}"
             )
 
 
 class PipelineTexts(PipelineSpec, EmbeddedTexts):
-    """Texts as the run's pretrained pipeline reads them (`dumo.encoders.encode_prompt`)."""
+    """Texts embedded by the run's pretrained pipeline (`dumo.encoders.encode_prompt`)."""
 
     kind: Literal["pipeline"] = "pipeline"
-    # Of the encoders and of the rows: what a pipeline in this precision gives its transformer.
+    # The dtype of the encoders and of the rows.
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    # GB that the captions may take in the cache; above, they are encoded in training instead. Ours.
+    # The largest size of the captions in the cache, in GB (our choice). Above, they are encoded during training.
     budget: float = Field(default=100.0, ge=0, le=GIGABYTES, json_schema_extra=MACHINE)
 
     def is_online(self, captions: int) -> bool:
-        """Whether captions are encoded in training, because in the cache they would take more than `budget`.
+        """Whether captions are encoded during training, because in the cache they would take more than `budget`.
 
-        Captions that edit images are always encoded before.
+        Captions of editing models are always encoded before.
         """
         return not self.family.edits_images and self.memory_bytes(captions) > self.budget * GIGABYTE
 
     def reason_without_cache(self, captions: int) -> str:
-        """Return why this number of captions is not encoded before training; "" if it is."""
+        """Return why this number of captions is not encoded before training, or ""."""
         if not self.is_online(captions):
             return ""
         return (
             f"{captions:,} captions may take {bytes_text(self.memory_bytes(captions))}, more than net.texts.budget = "
-            f"{self.budget:g} GB: they are encoded in training"
+            f"{self.budget:g} GB: they are encoded during training"
         )
 
     @property
     def encoder_bytes(self) -> int | None:
-        """Bytes of the text encoders' weights; None: not known, because they are not here."""
+        """Bytes of the text encoders' weights, or None if they are not on this machine."""
         return self.pipeline.text_encoder_bytes(self.sizes.dtype.itemsize)
 
     @property
     def family(self) -> Family:
-        """The family of the pipeline's model. Raises UserError if it is none that dumo knows."""
+        """The family of the pipeline's model. Raises UserError if dumo does not support it."""
         return family_of(self.pipeline)
 
     @property
     def reader_spec(self) -> PromptReaderSpec:
-        """The pipeline's text encoders, as its family reads them."""
+        """The pipeline's text encoders, as its family uses them."""
         family = self.family
         return PromptReaderSpec(
             source=self.pipeline.source,
@@ -253,7 +257,7 @@ class PipelineTexts(PipelineSpec, EmbeddedTexts):
 
     @property
     def sizes(self) -> TextSizes:
-        """The sizes of a row, by the config of the pipeline's model."""
+        """The sizes of a row, from the config of the pipeline's model."""
         family = self.family
         config = self.pipeline.config(TRANSFORMER)
         return TextSizes(
@@ -265,4 +269,4 @@ class PipelineTexts(PipelineSpec, EmbeddedTexts):
         )
 
 
-Text = Annotated[LearnedTexts | PipelineTexts | EncoderTexts, Field(discriminator="kind")]  # texts that a net may read
+Text = Annotated[LearnedTexts | PipelineTexts | EncoderTexts, Field(discriminator="kind")]

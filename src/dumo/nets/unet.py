@@ -1,15 +1,14 @@
-"""The U-Net that EDM trains on CIFAR-10 (Karras et al. 2022, Tab. 7, "DDPM++"), after Song et al. 2021, DDPM++.
+"""The U-Net of EDM for CIFAR-10 (Karras et al. 2022, Tab. 7, "DDPM++"), after Song et al. 2021.
 
-Residual blocks at falling resolution, two in the middle, and blocks at rising resolution, each of which takes in one
-output of the way down. Halving is the mean of 2 x 2 places and doubling their repetition: the filter [1, 1].
-With 3 channels in and out and one head it has 55.73 M parameters. That is EDM's net, except for the times, which enter
-as in all nets of dumo (`Scalars`), and for the last convolution of each branch, which starts at zero, not at 1e-5 of
-its size.
+It has residual blocks at decreasing resolutions, two in the middle, and blocks at increasing resolutions with skip
+connections. Downsampling is the mean of 2 x 2 pixels and upsampling their repetition: the filter [1, 1]. With 3
+channels and one head it has 55.73 M parameters. It differs from EDM's network in the embedding of times (`Scalars`),
+and in the last convolution of each branch, which is initialized to zero instead of 1e-5 of its usual scale.
 
-A head is one output layer: norm, SiLU, convolution; a further one has 7 k parameters.
+A head is one output layer: norm, SiLU, convolution; an additional head has 7 k parameters.
 
-`UNet` is the spec (sizes only); `UNet.build` makes the module, a `UNetModule`. Edit sizes in `UNet`, the order of
-blocks in `block_specs`, one block in `ResidualBlock`.
+`UNet` is the spec with the sizes, `UNet.build` creates the module, a `UNetModule`, and `block_specs` defines the order
+of the blocks.
 """
 
 from collections.abc import Iterator
@@ -28,56 +27,60 @@ from dumo.nets.precondition import Precondition, apply_precondition
 from dumo.runtime.limits import BLOCKS, CHANNELS, FACTOR
 from dumo.types import QUIET, Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 
-EPS = 1e-6  # added to the variance in group norms (Song et al.)
-_EMBED_RATIO = 4  # the width of the embedding over that of the net (Song et al.)
-SKIP_SCALE = sqrt(0.5)  # keeps the variance of a sum of two (Song et al.)
+EPS = 1e-6  # of group norms (Song et al.)
+_EMBED_RATIO = 4  # the width of the embedding divided by that of the network (Song et al.)
+SKIP_SCALE = sqrt(0.5)  # preserves the variance of a sum of two (Song et al.)
 
 
 class UNet(Spec):
-    """A U-Net by its sizes; the defaults are EDM's for CIFAR-10. Attention has one head, as there."""
+    """The sizes of a U-Net, by default EDM's for CIFAR-10. Attention has one head, as in EDM."""
 
     kind: Literal["unet"] = "unet"
-    # Every net's spec has these three, and callers ask for them; a U-Net reads no texts, and has no adapters and no
-    # activation checkpointing.
+    # Attributes of every network spec that a U-Net does not support.
     texts: ClassVar[None] = None
     lora: ClassVar[None] = None
     checkpoint: ClassVar[None] = None
-    width: int = Field(default=128, ge=4, le=CHANNELS, multiple_of=4)  # channels at multiplier 1
-    # Multipliers of the channels, one for each resolution, the largest resolution first.
+    # Channels at multiplier 1, and the multipliers of each resolution, the largest resolution first.
+    width: int = Field(default=128, ge=4, le=CHANNELS, multiple_of=4)
     multipliers: tuple[Annotated[int, Field(ge=1, le=CHANNELS)], ...] = Field(
         default=(2, 2, 2), min_length=1, max_length=14
     )
-    depth: int = Field(default=4, ge=1, le=BLOCKS)  # blocks at each resolution on the way down; the way up has one more
-    attend: tuple[int, ...] = (16,)  # image sides with attention; the middle always has it
-    dropout: float = Field(default=0.0, ge=0, lt=1)  # EDM: 0.13 for CIFAR-10
-    augment: int = Field(default=0, ge=0, le=CHANNELS)  # numbers that describe an augmentation; EDM has 9
-    time_scale: float = Field(default=1.0, gt=0, le=FACTOR)  # times enter raw (UCGM)
-    # Scales what layers read and give; linear path only. EDM's own is edm.
+    # Blocks at each resolution of the encoder; the decoder has one more.
+    depth: int = Field(default=4, ge=1, le=BLOCKS)
+    # Image sides with attention, in addition to the middle.
+    attend: tuple[int, ...] = (16,)
+    # EDM uses 0.13 for CIFAR-10.
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    # The number of augmentation parameters as condition; EDM has 9.
+    augment: int = Field(default=0, ge=0, le=CHANNELS)
+    # By default, times are not scaled (UCGM).
+    time_scale: float = Field(default=1.0, gt=0, le=FACTOR)
+    # Scaling of the inputs and outputs of the layers, in EDM "edm"; linear path only.
     precondition: Precondition = Field(default="none", json_schema_extra=QUIET)
 
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> "UNetModule":
-        """Make a net with the inputs, heads and gauges of `needs` for square images of `shape`; 0 classes: no label.
+        """Create the network with the inputs, heads and gauges of `needs` for square images of `shape`.
 
-        Raises UserError where the sizes do not fit one another or the images.
+        With 0 classes it has no label. Raises UserError if sizes are not compatible with each other or with the images.
         """
         side = side_of(shape, self.kind)
         halvings = len(self.multipliers) - 1
         factor = 2**halvings
         if side % factor != 0:
             raise UserError(
-                f"net.multipliers names {len(self.multipliers)} resolutions, so the image side must be a multiple of "
-                f"{factor}, not {side}"
+                f"net.multipliers has {len(self.multipliers)} resolutions, so the image side must be a multiple of "
+                f"{factor}, got {side}: remove multipliers"
             )
         if self.augment and classes:
             raise UserError(
-                f"net.augment takes {self.augment} numbers as the condition c, but the data has {classes} classes: "
-                "use net.augment=0, or data without labels"
+                f"net.augment = {self.augment} uses augmentation parameters as the condition, but the data has "
+                f"{classes} classes: set net.augment=0, or use data without labels"
             )
         return UNetModule(self, needs, shape, classes)
 
 
 class BlockSpec(NamedTuple):
-    """The channels of a block, and its role by its place in the net."""
+    """The channels and the role of a block."""
 
     in_channels: int
     out_channels: int
@@ -87,23 +90,24 @@ class BlockSpec(NamedTuple):
 
     @property
     def keeps_output(self) -> bool:
-        """Whether its output is kept for the way up."""
+        """Whether its output is kept for a skip connection."""
         return self.path == "down"
 
     @property
     def takes_skip(self) -> bool:
-        """Whether the last kept output is appended to its input. A block that doubles the side takes none."""
+        """Whether its input is concatenated with the last kept output."""
         return self.path == "up" and self.resample == "same"
 
 
 def block_specs(spec: UNet, side: int) -> Iterator[BlockSpec]:
-    """Yield the specs of the blocks, in their order, for images of this side."""
+    """Yield the specs of the blocks in order, for images of this side."""
     widths = [spec.width * multiplier for multiplier in spec.multipliers]
     attends = [side >> level in spec.attend for level in range(len(widths))]
     channels = spec.width
-    skips = [channels]  # the channels of the outputs that are kept
+    # The channels of the kept outputs.
+    skips = [channels]
 
-    # down
+    # Downsample.
     for level, width in enumerate(widths):
         if level > 0:
             yield BlockSpec(channels, channels, "down", resample="half")
@@ -113,11 +117,11 @@ def block_specs(spec: UNet, side: int) -> Iterator[BlockSpec]:
             channels = width
             skips.append(channels)
 
-    # middle
+    # Process the lowest resolution.
     yield BlockSpec(channels, channels, "middle", attends=True)
     yield BlockSpec(channels, channels, "middle")
 
-    # up
+    # Upsample.
     lowest_level = len(widths) - 1
     for level in range(lowest_level, -1, -1):
         width = widths[level]
@@ -130,29 +134,29 @@ def block_specs(spec: UNet, side: int) -> Iterator[BlockSpec]:
 
 
 class UNetNorm(nn.GroupNorm):
-    """Group norm with gcd(32, channels / 4) groups: at most 32, all equal, of at least 4 channels.
+    """Group norm with gcd(32, channels / 4) groups: at most 32, of at least 4 channels.
 
-    Computes in the dtype of its weights: on a CPU torch would otherwise return a tangent of another dtype than the
-    output.
+    It computes in the dtype of its weights, because on a CPU torch would otherwise return a tangent of another dtype
+    than the output.
     """
 
     def __init__(self, channels: int) -> None:
-        """Normalize `channels` channels, a multiple of 4."""
+        """Create a norm of `channels` channels, a multiple of 4."""
         super().__init__(gcd(32, channels // 4), channels, EPS)
 
     def forward(self, input: Array) -> Array:
-        """Normalize the channels of each group over all places; then scale and shift by the weights."""
+        """Normalize each group over its channels and all pixels, then scale and shift."""
         return super().forward(input.to(self.weight.dtype))
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions and a skip, then perhaps attention. Sums of two are scaled by SKIP_SCALE."""
+    """Two convolutions with a residual connection, then optional attention. Sums are scaled by SKIP_SCALE."""
 
-    # Layers that hold several matrices, and how many: Muon orthogonalizes each by itself.
+    # The number of matrices that are stacked in the weight of a layer. Muon orthogonalizes each separately.
     fused: ClassVar[dict[str, int]] = {"qkv": 3}
 
     def __init__(self, spec: BlockSpec, embed_width: int, dropout: float = 0.0) -> None:
-        """Make the layers, for a condition of `embed_width` numbers. `dropout` acts before the last convolution."""
+        """Create the layers for a condition of `embed_width` channels, with dropout before the last convolution."""
         super().__init__()
         in_channels = spec.in_channels
         out_channels = spec.out_channels
@@ -160,7 +164,8 @@ class ResidualBlock(nn.Module):
         self.resample = spec.resample
         self.norm_1 = UNetNorm(in_channels)
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.shift = nn.Linear(embed_width, out_channels)  # per-channel bias from the condition
+        # A bias per channel from the condition.
+        self.shift = nn.Linear(embed_width, out_channels)
         self.norm_2 = UNetNorm(out_channels)
         self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.dropout = dropout
@@ -168,17 +173,17 @@ class ResidualBlock(nn.Module):
             self.skip = nn.Identity()
         else:
             self.skip = nn.Conv2d(in_channels, out_channels, 1)
-        # attention
         if self.attends:
             self.norm_3 = UNetNorm(out_channels)
             self.qkv = nn.Conv2d(out_channels, 3 * out_channels, 1)
             self.out = nn.Conv2d(out_channels, out_channels, 1)
 
     def forward(self, h: Array, condition: Array, keys: Keys | None = None) -> Array:
-        """Return (b, out_channels, side, side), the side halved or doubled if the block resamples.
+        """Return (b, out_channels, side, side), with half or twice the side if the block resamples.
 
-        h: (b, in_channels, side, side). condition: (b, embed_width), after its SiLU. keys: dropout keys per row, or
-        None for no dropout.
+        h: (b, in_channels, side, side).
+        condition: (b, embed_width), after its SiLU.
+        keys: dropout keys per row, or None for no dropout.
         """
         a = self.conv_1(self._resample(F.silu(self.norm_1(h))))
         a = a + self.shift(condition)[:, :, None, None]
@@ -192,14 +197,14 @@ class ResidualBlock(nn.Module):
         return (h + self.attend(h)) * SKIP_SCALE
 
     def attend(self, h: Array) -> Array:
-        """Self-attention over the places of h (b, out_channels, side, side), with one head; returns the same shape."""
+        """Apply self-attention over the pixels of h (b, out_channels, side, side), with one head."""
         b, channels, side, _ = h.shape
         q, k, v = self.qkv(self.norm_3(h)).view(b, 3, 1, -1, side**2).transpose(3, 4).unbind(1)
         a = F.scaled_dot_product_attention(q, k, v)
         return self.out(a.transpose(2, 3).reshape(b, channels, side, side))
 
     def _resample(self, h: Array) -> Array:
-        """Halve or double the side of h (b, channels, side, side), or return it as it is."""
+        """Halve or double the side of h (b, channels, side, side), or return it unchanged."""
         if self.resample == "half":
             return F.avg_pool2d(h, 2)
         if self.resample == "double":
@@ -208,16 +213,17 @@ class ResidualBlock(nn.Module):
 
 
 class UNetHead(nn.Sequential):
-    """An output layer: norm, SiLU, convolution. A head with inputs of its own shifts and scales its norm by them."""
+    """An output layer: norm, SiLU, convolution. A head with its own inputs modulates the norm by their embedding."""
 
     def __init__(self, channels: int, out_channels: int) -> None:
-        """Map `channels` channels to `out_channels`."""
+        """Create a layer from `channels` to `out_channels` channels."""
         super().__init__(UNetNorm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
 
     def forward(self, input: Array, embedding: Array | None = None) -> Array:
         """Return (b, out_channels, side, side).
 
-        input: (b, channels, side, side). embedding: (b, 2 channels), the shift and the scale, or None for neither.
+        input: (b, channels, side, side).
+        embedding: (b, 2 channels), a shift and a scale, or None.
         """
         norm, silu, conv = self
         a = norm(input)
@@ -228,7 +234,7 @@ class UNetHead(nn.Sequential):
 
 
 class UNetModule(nn.Module):
-    """The net of a `UNet` spec. `blocks` has one block for each of `block_specs`, in their order."""
+    """The network of a `UNet` spec. `blocks` has one block for each of `block_specs`."""
 
     def __init__(self, spec: UNet, needs: Needs, shape: tuple[int, ...], classes: int) -> None:
         """See `UNet.build`."""
@@ -238,7 +244,7 @@ class UNetModule(nn.Module):
         channels, side, _ = shape
         self.block_specs = tuple(block_specs(spec, side))
         last_channels = self.block_specs[-1].out_channels
-        # Parameters are made in this order, and a seed's random numbers with them.
+        # The order of the layers determines their random initial weights.
         self.scalars = Scalars(needs.shared, embed_width, spec.time_scale, count=width // 2)
         self.label = label_table(classes, width) if classes else None
         self.augment = nn.Linear(spec.augment, width, bias=False) if spec.augment else None
@@ -254,8 +260,8 @@ class UNetModule(nn.Module):
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
         """Return the heads, shaped like x (b, channels, side, side), then the gauges, (b,), in the needs' order.
 
-        c is (b,), or (b, augment) numbers of augmentations. Each of the inputs is (b,). Raises TypeError for inputs
-        that the needs do not name.
+        c is (b,), or (b, augment) augmentation parameters. Each of the inputs is (b,). Raises TypeError for inputs that
+        the needs do not name.
         """
         shared_inputs, head_embeddings = self.own(**inputs)
         x, to_output = apply_precondition(self.precondition, x, shared_inputs["t"])
@@ -278,7 +284,7 @@ class UNetModule(nn.Module):
         return tuple(outputs)
 
     def _wave_offset(self, x: Sample, c: Cond) -> Array | None:
-        """Return what is added to the waves of time for a class or an augmentation, (b, width); None: nothing is."""
+        """Return the embedding of the class or augmentation, (b, width), or None without one."""
         if self.label is not None:
             return self.label(c)
         if self.augment is None or c.ndim < 2:
@@ -286,9 +292,9 @@ class UNetModule(nn.Module):
         return self.augment(c.to(x.dtype))
 
     def _initialize(self) -> None:
-        """Draw the weights as EDM does: Xavier, with gain sqrt(0.2) for queries, keys and values.
+        """Initialize as EDM: Xavier, with gain sqrt(0.2) for queries, keys and values.
 
-        Unlike EDM, the last layer of every branch is zero (ours).
+        Unlike in EDM, the last layer of every branch is zero (our choice).
         """
         for layer in self.modules():
             if isinstance(layer, nn.Linear | nn.Conv2d):

@@ -1,9 +1,9 @@
-"""A module that a user of `dumo.train` made in Python, as a net.
+"""A Python module that a user passes to `dumo.train` as the network.
 
-1. `ModuleSpec.of` makes the spec of a module and remembers the module while the process lives. The spec itself, which
-   run.yaml holds, names only the class and hashes of the layout and the weights.
-2. `ModuleSpec.build` copies the module with these weights. In another process the user gives the module anew, with
-   weights of its own: then the last one of the same layout is copied, and the weights of the run are loaded into it.
+1. `ModuleSpec.of` creates the spec of a module and stores the module for the lifetime of the process. The spec, which
+   is written to run.yaml, contains only the class name and hashes of the layout and the weights.
+2. `ModuleSpec.build` copies the module with these weights. In another process the user passes the module again: the
+   last one of the same layout is then copied, and the weights of the run are loaded into it.
 """
 
 import copy
@@ -17,24 +17,30 @@ from dumo.io import digest
 from dumo.types import FREE, Needs, UserError
 from dumo.types.outside import NetSpec, name_of
 
-MODULES: dict[str, dict[str, nn.Module]] = {}  # users' modules, by layout, then by weights, in the order of `of`
+# Users' modules by layout and by weights, in the order of `ModuleSpec.of`.
+MODULES: dict[str, dict[str, nn.Module]] = {}
 
 
 class ModuleSpec(NetSpec):
-    """The spec of a user's module. Copies of it are trained, which begin with its weights; it is left as it is."""
+    """The spec of a user's module. Training uses a copy that is initialized with its weights.
+
+    name: `module:Class`.
+    layout: a hash of the structure, and of the names, shapes and dtypes of the tensors.
+    weights: a hash of the values of the tensors.
+    """
 
     kind: Literal["module"] = "module"  # pyright: ignore[reportIncompatibleVariableOverride]
-    name: str  # module:Class
-    layout: str  # a hash of its structure, and of the names, shapes and types of its tensors
-    weights: str = Field(json_schema_extra=FREE)  # a hash of the tensors' values
+    name: str
+    layout: str
+    weights: str = Field(json_schema_extra=FREE)
 
     @classmethod
     def of(cls, module: nn.Module) -> "ModuleSpec":
-        """Make the spec of a module, and remember the module. Raises UserError if it has no parameter to train."""
+        """Create the spec of a module, and store the module. Raises UserError if it has no trainable parameter."""
         state = module.state_dict()
         class_name = name_of(type(module))
         if not any(p.requires_grad for p in module.parameters()):
-            raise UserError(f"net {class_name} has no parameter to train")
+            raise UserError(f"net {class_name} has no trainable parameter: set requires_grad of its parameters")
         lines = [f"{name} {tuple(value.shape)} {value.dtype}" for name, value in state.items()]
         layout = digest.short(class_name, repr(module), *lines)
         weights = digest.short(*map(digest.of_tensor, state.values()))
@@ -51,8 +57,8 @@ class ModuleSpec(NetSpec):
         same_layout = MODULES.get(self.layout)
         if not same_layout:
             raise UserError(
-                f"the net is a module of Python, {self.name}, that this process does not have: give it in Python, "
-                f"dumo.load(RUN, net={self.name.rpartition(':')[2]}(...)), in the same layout"
+                f"this run needs the Python module {self.name}: pass a module of the same layout, "
+                f"dumo.load(RUN, net={self.name.rpartition(':')[2]}(...))"
             )
         module = same_layout.get(self.weights)
         if module is None:

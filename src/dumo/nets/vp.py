@@ -1,20 +1,20 @@
-"""Velocities of nets that learned the noise of a diffusion, or its own v, on the linear path (`flow.noise_schedule`).
+"""Convert an epsilon- or v-prediction diffusion model into a velocity model on the linear path.
 
-A diffusion has x_vp = a x_0 + s z, and the linear path x_t = (1 - t) x_0 + t z. They are one point, x_t = n x_vp, for
+A diffusion model has x_vp = a x_0 + s z, a^2 + s^2 = 1, and the linear path has x_t = (1 - t) x_0 + t z. With
 
-    t = s / (a + s),   a = (1 - t) / n,   s = t / n.
+    n = sqrt(t^2 + (1 - t)^2),   t = s / (a + s),   a = (1 - t) / n,   s = t / n
 
-Such a net gives F, of which the velocity dx_t/dt follows:
+they are the same point, x_t = n x_vp. The velocity follows from the model's output F:
 
     epsilon        F is the noise z, and x_0 = (x_t - t F) / (1 - t):   dx_t/dt = F - x_0 = (F - x_t) / (1 - t)
     v_prediction   F is a z - s x_0:   dx_t/dt = (s - a) x_vp + (a + s) F = ((2 t - 1) x_t / n + F) / n
 
-So x_t - t dx_t/dt is its guess of the data, as for any velocity. Both are linear in F, so guidance and means commute
-with them. At t = 1 nothing of the data is left, and a guess of the noise says nothing about them; it says hardly any
-more where less than `MIN_DATA_SHARE` is left, as in the cosine schedule. Such a schedule needs v (Lin et al. 2023).
+x_t - t dx_t/dt is the model's prediction of the data. Both formulas are linear in F, so they commute with guidance and
+averages. An epsilon-prediction contains no information about the data at t = 1, and hardly any if the share of the data
+is less than `MIN_DATA_SHARE`, as in the cosine schedule. Such schedules need v-prediction (Lin et al. 2023).
 
-`read_scheduler` makes a `DiffusionToVelocity` of a scheduler_config.json, and `scheduler_settings` gives the entries of
-such a file. `dumo.nets.dualized` calls the `DiffusionToVelocity` in each pass.
+`read_scheduler` creates a `DiffusionToVelocity` from a scheduler_config.json, and `scheduler_settings` returns the
+entries of such a file. `dumo.nets.dualized` calls the `DiffusionToVelocity` in each pass.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,90 +22,87 @@ from typing import Any, Literal, cast, get_args
 
 from torch import nn
 
-from dumo.flow.noise_schedule import Clock, Law, Schedule
+from dumo.flow.noise_schedule import BetaSchedule, Schedule, TimeToIndex
 from dumo.types import Array, Sample, Time, UserError, lift
 
 Prediction = Literal["epsilon", "v_prediction"]
 
-LAWS = get_args(Law)  # of a scheduler's betas
-# The least share of the data at the end of a schedule, for a net that predicts noise: its errors are divided by this
-# share (ours). DiT's schedule has 6e-3.
+BETA_SCHEDULES = get_args(BetaSchedule)
+# The smallest share of the data at the end of a schedule for epsilon-prediction, whose errors are divided by this share
+# (our choice). DiT's schedule has 6e-3.
 MIN_DATA_SHARE = 1e-3
 
 
 class DiffusionToVelocity(nn.Module):
-    """Maps x_t and t to the inputs of a net of a diffusion, and its output to a velocity.
+    """Convert x_t and t to the inputs of a diffusion model, and its output to a velocity. It has no weights.
 
-    x_t is on the path `Diffusion`, whose end, our t = 1, is at T = `schedule.last_time` on the linear path.
+    x_t is on the path `Diffusion`, on which t = 1 is T = `schedule.last_time` of the linear path.
     """
 
     def __init__(self, schedule: Schedule, prediction: Prediction) -> None:
-        """Take the schedule that the net learned, and what it predicts. There are no weights."""
         super().__init__()
         self.schedule = schedule
         self.prediction = prediction
-        self.clock = Clock(schedule)
+        self.time_to_index = TimeToIndex(schedule)
 
     def forward(self, x: Sample, t: Time) -> tuple[Sample, Array, Callable[[Array], Array]]:
-        """Take x (b, ...) at our t (b,), and return the net's inputs and the function from its output to a velocity.
+        """Return the model's inputs x_vp (b, ...) and index (b,), and a function from its output to the velocity.
 
-        The inputs are x_vp (b, ...) and the index of the time (b,). The output and the velocity, per unit of our t, are
-        shaped like x.
+        x (b, ...) is at time t (b,) of the path `Diffusion`, and the velocity is per unit of this t.
         """
         last = self.schedule.last_time
-        linear_t = last * t  # on the linear path
+        linear_t = last * t
         time = lift(linear_t, x)
         n = (time * time + (1 - time) * (1 - time)) ** 0.5
         x_vp = x / n
 
-        def to_velocity(out: Array) -> Array:
+        def to_velocity(model_output: Array) -> Array:
             if self.prediction == "epsilon":
-                return last * ((out - x) / (1 - time))
-            return last * (((2 * time - 1) * x_vp + out) / n)
+                return last * ((model_output - x) / (1 - time))
+            return last * (((2 * time - 1) * x_vp + model_output) / n)
 
-        return x_vp, self.clock(linear_t), to_velocity
+        return x_vp, self.time_to_index(linear_t), to_velocity
 
     @property
-    def max_clock_slope(self) -> float:
-        """The largest derivative of the index by our t, with the index scaled to go from 0 to 1."""
-        return self.clock.fastest * self.schedule.last_time / self.schedule.steps
+    def max_index_slope(self) -> float:
+        """The largest derivative of the index with respect to t, with the index scaled to [0, 1]."""
+        return self.time_to_index.max_slope * self.schedule.last_time / self.schedule.steps
 
 
 def read_scheduler(config: Mapping[str, Any]) -> DiffusionToVelocity:
-    """Make the map for the scheduler of a scheduler_config.json.
+    """Create the conversion for the scheduler of a scheduler_config.json.
 
-    Raises UserError for a scheduler without a table of betas that dumo knows, for a prediction that is neither noise
-    nor v, and for noise where the schedule leaves too little of the data.
+    Raises UserError for an unknown beta schedule or prediction type, and for epsilon-prediction if the schedule ends
+    with too small a share of the data.
     """
     scheduler_class = config.get("_class_name")
-    law = config.get("beta_schedule", "linear")
+    beta_schedule = config.get("beta_schedule", "linear")
     subject = f"pipeline: its scheduler, a {scheduler_class},"
-    if "beta_start" not in config or config.get("trained_betas") is not None or law not in LAWS:
+    if "beta_start" not in config or config.get("trained_betas") is not None or beta_schedule not in BETA_SCHEDULES:
         raise UserError(
-            f"{subject} has no table of betas by one of the laws {', '.join(LAWS)}, which say what its model learned: "
-            "take the folder of a pipeline with the scheduler that it was trained by"
+            f"{subject} has none of the beta schedules {', '.join(BETA_SCHEDULES)}: use a pipeline folder with the "
+            "scheduler of the training"
         )
     prediction = config.get("prediction_type", "epsilon")
     zero_snr = bool(config.get("rescale_betas_zero_snr", False))
     if prediction not in get_args(Prediction):
         raise UserError(
-            f"{subject} says prediction_type {prediction!r}, and dumo knows {' and '.join(get_args(Prediction))}: take "
-            "a model that predicts one of them"
+            f"{subject} has prediction_type {prediction!r}, but dumo supports {' and '.join(get_args(Prediction))}: "
+            "use another model"
         )
-    fields = {"kind": law, "start": config["beta_start"], "end": config.get("beta_end"), "zero_snr": zero_snr}
+    fields = {"kind": beta_schedule, "start": config["beta_start"], "end": config.get("beta_end"), "zero_snr": zero_snr}
     schedule = Schedule.model_validate(fields | {"steps": config["num_train_timesteps"]})
     data_share = 1 - schedule.last_time
     if prediction == "epsilon" and data_share < MIN_DATA_SHARE:
         raise UserError(
-            f"{subject} ends in noise alone but for {data_share:.1e} of the data, less than {MIN_DATA_SHARE:g}, and "
-            "says of them through a net that predicts noise nothing but its errors: take a model of prediction_type "
-            "v_prediction, or the scheduler that this one was trained by"
+            f"{subject} ends with a share {data_share:.1e} of the data, but epsilon-prediction needs at least "
+            f"{MIN_DATA_SHARE:g}: use a model with prediction_type v_prediction, or the scheduler of the training"
         )
     return DiffusionToVelocity(schedule, cast(Prediction, prediction))
 
 
 def scheduler_settings(diffusion: DiffusionToVelocity) -> dict[str, Any]:
-    """Return the settings of a scheduler of diffusers with this table and prediction. `read_scheduler` reads them."""
+    """Return the settings of a diffusers scheduler with this schedule and prediction type."""
     schedule = diffusion.schedule
     return {
         "beta_schedule": schedule.kind,

@@ -1,7 +1,6 @@
-"""All objectives. To add one, write its file and add its class to the union below. A class in a user's own file
-(`module:Class`) needs no entry here.
+"""All objectives. To add one, write its file and add its class to the union below; `module:Class` needs neither.
 
-A loss draws no random numbers and changes nothing. Objectives import no net, no data and no trainer.
+A loss draws no random numbers and has no side effects. Objectives do not depend on networks, data or the trainer.
 """
 
 from typing import Annotated

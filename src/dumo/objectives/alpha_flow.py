@@ -1,20 +1,20 @@
 """alpha-Flow (Zhang et al. 2025, arXiv 2510.20771): from flow matching to MeanFlow, by a step that shrinks in training.
 
-A step from t to r follows the velocity v* for alpha of the way, down to a time l. The net jumps the rest, with the mean
+A step from t to r follows the velocity v* for a fraction alpha, to a time l, and then jumps with the network's mean
 velocity u_l = u(x_l, l, r):
 
     l = t - alpha (t - r),        x_l = x_t - (t - l) v*                                    (1)
     (t - r) u = (t - l) v* + (l - r) u_l        so        u* = alpha v* + (1 - alpha) u_l   (2)
-    u* = v* - (t - r) du/dt                               where alpha = 0                   (3)  (MeanFlow, Eq. 11)
+    u* = v* - (t - r) du/dt                               if alpha = 0                      (3)  (MeanFlow, Eq. 11)
 
-At alpha = 1, u* is v*, also where r < t: trajectory flow matching. As alpha vanishes, so does the residual u - u* of
-(2). The loss therefore squares it divided by alpha, which is in units of a velocity and tends to the residual of (3):
+At alpha = 1, u* = v*, also for r < t: trajectory flow matching. As alpha tends to 0, so does the residual u - u* of
+(2). The loss therefore divides it by alpha, which gives a velocity that tends to the residual of (3):
 
     (u - u*) / alpha = u - v* + (l - r) (u - u_l) / (t - l)                                 (4)
-    c / alpha^2      in place of the c of the adaptive weight: the gradient is then the authors'  (5)
+    c / alpha^2      instead of the c of the adaptive weight, for the gradient of the authors    (5)
 
-Unlike DuMo: one head of two times, trained by a schedule. alpha depends on the training's progress alone, which every
-rank knows: so it may decide which passes are made.
+Unlike DuMo, there is one head with two times and a schedule. alpha depends only on the progress of the training, which
+is equal on all ranks, so it may decide which passes are made.
 """
 
 from math import log, tanh
@@ -53,26 +53,27 @@ from dumo.runtime.limits import require_order
 class AlphaFlow(ObjectiveSpec):
     """Mean velocity from t to r, with a share of rows at r = t. Defaults: XL/2 of its `experiments-alphaflow.yaml`."""
 
-    gamma: ClassVar[float] = 25.0  # how steeply alpha falls
-    snap: ClassVar[float] = 0.005  # alpha this near to 0 or 1 is that: clamp_value
-    clip: ClassVar[float] = 4.0  # bound of u* where alpha > 0 and r < t: clamp_utgt
+    gamma: ClassVar[float] = 25.0  # slope of the sigmoid of alpha
+    snap: ClassVar[float] = 0.005  # alpha is rounded to 0 or 1 within this distance: clamp_value
+    clip: ClassVar[float] = 4.0  # bound of u* if alpha > 0 and r < t: clamp_utgt
     floor: ClassVar[float] = 1e-3  # c of the adaptive weight: adaptive_loss_weight_eps
     kind: Literal["alpha_flow"] = "alpha_flow"
     times: Times = Pair(of=LogitNormal(mean=-0.4), flow=LogitNormal(mean=-0.4), velocity_ratio=0.5)
     drop: float = Field(default=0.1, ge=0, le=1)  # label_dropout
     guide: Guide = Guide(omega=0.2, zeta=0.92, interval=Interval(high=0.75))  # cfg_params; zeta is its kappa
-    slope: Slope = JvpSlope()  # where alpha = 0: `_compute_mean_velocity_c`
-    begin: float = Field(default=0.5, ge=0, le=1)  # of the training, when alpha leaves 1: 600k steps of 1.2M
-    end: float = Field(default=5 / 6, ge=0, le=1)  # and when it has come to 0: 1M
+    slope: Slope = JvpSlope()  # if alpha = 0: `_compute_mean_velocity_c`
+    # alpha decreases from 1 to 0 between these shares of the training: from 600k to 1M of 1.2M steps.
+    begin: float = Field(default=0.5, ge=0, le=1)
+    end: float = Field(default=5 / 6, ge=0, le=1)
 
     @property
     def gain(self) -> float:
-        """The factor by which (4) multiplies the rounding of the net, at most."""
+        """The largest factor by which (4) amplifies the network's rounding error."""
         return 1 / self.snap
 
     @property
     def needs(self) -> Needs:
-        """The inputs and heads of the net, and what else the loss needs."""
+        """The inputs and heads of the network, and the other needs of the loss."""
         return Needs(
             inputs=("t", "r"),
             heads=("u",),
@@ -85,10 +86,10 @@ class AlphaFlow(ObjectiveSpec):
 
     @property
     def phases(self) -> tuple[tuple[float, float], ...]:
-        """Where steps cost alike, with alpha at 1, between and at 0: a progress inside each phase, and its share."""
+        """A progress in each phase of equal cost (alpha = 1, between, alpha = 0), and the phase's share."""
         middle = (self.begin + self.end) / 2
         width = self.end - self.begin
-        half = min(width / 2, width / self.gamma * log(1 / self.snap - 1))  # of the time between both snaps
+        half = min(width / 2, width / self.gamma * log(1 / self.snap - 1))
         phases = ((0.0, middle - half), (middle, 2 * half), (1.0, 1 - middle - half))
         return tuple((progress, share) for progress, share in phases if share > 0)
 
@@ -98,14 +99,16 @@ class AlphaFlow(ObjectiveSpec):
         return self
 
     def alpha(self, progress: float) -> float:
-        """1 - sigmoid from `begin` to `end`, 1 before and 0 from `end` on, snapped at both ends (`get_ratio`)."""
+        """Return 1 - sigmoid between `begin` and `end`, rounded to 0 and 1 near them (`get_ratio`)."""
         if progress < self.begin:
             return 1.0
-        if progress >= self.end:  # also at begin = end, so that 0 for both is MeanFlow from the first step on
+        # With begin = end = 0, this is MeanFlow from the first step.
+        if progress >= self.end:
             return 0.0
         middle = (self.begin + self.end) / 2
         width = self.end - self.begin
-        alpha = 0.5 - 0.5 * tanh(self.gamma * (progress - middle) / width / 2)  # 1 - sigmoid, without overflow
+        # 1 - sigmoid, without overflow.
+        alpha = 0.5 - 0.5 * tanh(self.gamma * (progress - middle) / width / 2)
         if alpha < self.snap:
             return 0.0
         if alpha > 1 - self.snap:
@@ -113,9 +116,9 @@ class AlphaFlow(ObjectiveSpec):
         return alpha
 
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """The gradient of `AlphaFlowLoss.forward`, row by row.
+        """Return a loss with the gradient of `AlphaFlowLoss.forward` for each row.
 
-        Raises UserError where passes are too coarse for its gain.
+        Raises UserError if the precision of the passes is too low for the gain.
         """
         require_precise_passes(b, self.gain, self.kind)
         alpha = self.alpha(b.progress)
@@ -129,7 +132,7 @@ class AlphaFlow(ObjectiveSpec):
             u_star = torch.where(lift(has_step, u_hat), u_hat.detach() - residual, v_star)
             floor = floor.where(~has_step, self.floor / alpha**2)  # (5)
         else:
-            (u_hat,), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, toward=v_star, moving=b.moving)
+            (u_hat,), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, direction=v_star, moving=b.moving)
             (du_dt,) = along(v_star)
             u_star = v_star - lift(b.t - b.r, b.x_t) * du_dt  # (3)
         error = u_hat - u_star
@@ -137,7 +140,7 @@ class AlphaFlow(ObjectiveSpec):
         return Terms(loss, {"u": mean_square(error)}, {"clipped_share": clipped_share(error)})
 
     def _u_star(self, ref: Frozen, b: NoisyBatch, v_star: Sample, alpha: float) -> Sample:
-        """(2), within its bound. At alpha = 1, which goes all the way along v*, no pass is made."""
+        """Compute u* of (2), clipped. At alpha = 1 no pass is needed."""
         u_star = alpha * v_star
         if alpha < 1:
             u_l = earlier_mean_velocity(ref, b, v_star, alpha * (b.t - b.r))  # (1)

@@ -1,25 +1,27 @@
-"""All that an author of an objective imports.
+"""Everything that an author of an objective imports.
 
     from dumo.objectives.base import Frozen, Needs, Net, NoisyBatch, ObjectiveSpec, Readings, Terms, Times, Uniform
 
-The class: `ObjectiveSpec` is its base, `Spec` that of a group of options. `Needs` says what it asks of the network and
-of a batch, with `Formulas` (`STRAIGHT`: also on diffusion paths) and `FromTeacher`.
+Class: `ObjectiveSpec` is the base of objectives, and `Spec` that of groups of options. `Needs` declares the inputs and
+heads of the network and the contents of a batch, with `Formulas` (`STRAIGHT`: also for diffusion paths) and
+`FromTeacher`.
 
-The loss: it gets a `Net`, theta^- as a `Frozen` one (`frozen` makes one of a net) and a `NoisyBatch`, and returns
-`Terms`. A `Guide` gives the target velocity. A `Slope` gives du/dt: `CentralSlope`, `DualSlope` or `JvpSlope`;
-`heads_and_end_derivatives` also gives du/dr, and `earlier_mean_velocity` replaces a derivative by one earlier pass.
-`lift` shapes a number per row to multiply a sample. `mean_square`, `adaptive_l2`, `normalized_l2`, `huber` and
-`cosine_distance` make a number per row; `descent_error` makes an error whose gradient is given; `clipped_share` and
-`head_gap` are notes to log. `require_precise_passes` refuses bf16 where rounding would be multiplied. Code that takes
-some rows of a batch uses `index`, and `dropout.rows` for a network with dropout.
+Loss: it gets a `Net`, theta^- as a `Frozen` network (`frozen` creates one) and a `NoisyBatch`, and returns `Terms`. A
+`Guide` computes the target velocity. A `Slope` computes du/dt: `CentralSlope`, `DualSlope` or `JvpSlope`;
+`heads_and_end_derivatives` computes du/dr, and `earlier_mean_velocity` a secant. `lift` shapes a number per row to
+multiply a sample. `mean_square`, `adaptive_l2`, `normalized_l2`, `huber` and `cosine_distance` return a number per row;
+`descent_error` returns an error with a given gradient; `clipped_share` and `head_gap` are metrics to log.
+`require_precise_passes` refuses bf16 if the loss amplifies rounding errors. Code that selects rows of a batch uses
+`index`, and `dropout.rows` for networks with dropout.
 
-The draws: `Times` is any law of (t, r), and `Pair`, `Jumps`, `Below`, `Grid`, `Groups`, `Beta`, `LogitNormal`, `Arctan`
-and `Uniform` are some; a `TimeLaw` or `ToData` (t alone, r = 0) is the base of one of your own. `Needs.laws` names
-further draws: `Noise`, `Signs`, or a `Law` or `Number` (one per row) of your own.
+Random numbers: `Times` is the union of distributions of (t, r), such as `Pair`, `Jumps`, `Below`, `Grid`, `Groups`,
+`Beta`, `LogitNormal`, `Arctan` and `Uniform`; subclass `TimeLaw`, or `ToData` for t with r = 0, to add one.
+`Needs.laws` names further distributions: `Noise`, `Signs`, or a subclass of `Law` or `Number` (one number per row).
 
-The readings: `Readings` holds what a solver calls; `mean_velocity`, `velocity_and_jump` and `jump_to_data` make them.
+Readings: `Readings` contains the functions that a solver calls; `mean_velocity`, `velocity_and_jump` and `jump_to_data`
+create them.
 
-Shapes: `Sample` and `Cond` of rows, `Time` and `PerSample` of one number per row.
+Shapes: `Sample` and `Cond` have a row per sample, `Time` and `PerSample` a number per sample.
 """
 
 from abc import ABC, abstractmethod
@@ -143,24 +145,29 @@ __all__ = [
 
 
 class ObjectiveSpec(Spec, ABC):
-    """The base of an objective: how a network is trained, and how a solver reads it afterwards."""
+    """The base class of objectives, which define how a network is trained and how a solver uses it.
 
-    kind: Any  # its name, as a Literal: `module:Class`, or a word for one that ships with dumo
-    times: Any  # the law of (t, r): any of `Times`, or a `TimeLaw` of one's own
-    drop: float = Field(default=0.0, ge=0, le=1)  # the probability that a row's condition is dropped
+    kind: a Literal, `module:Class`, or a name for an objective of dumo.
+    times: the distribution of (t, r): one of `Times`, or a subclass of `TimeLaw`.
+    drop: the probability that a row's condition is dropped.
+    """
+
+    kind: Any
+    times: Any
+    drop: float = Field(default=0.0, ge=0, le=1)
 
     @property
     @abstractmethod
     def needs(self) -> Needs:
-        """The inputs and heads of the network, and what else the loss needs."""
+        """The inputs and heads of the network, and the other needs of the loss."""
 
     @abstractmethod
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """The loss of each row of a batch. Pure: it draws and changes nothing.
+        """Return the loss of each row of a batch, without drawing random numbers and without side effects.
 
-        The passes that it makes, and their order, do not depend on the batch's values.
+        The passes and their order must not depend on the values of the batch.
         """
 
     @abstractmethod
     def readings(self, net: Net) -> Readings:
-        """What a net that was trained so can tell a solver. Does not call the net."""
+        """Return the functions of a trained network that a solver calls. It must not call the network itself."""

@@ -34,11 +34,11 @@ from dumo.objectives.base import (
 
 
 class DuMo(ObjectiveSpec):
-    """Velocity and flow map, both regressed on every sample."""
+    """Velocity and flow map, both trained on every row."""
 
     kind: Literal["dumo"] = "dumo"
     times: Times = Beta(a=2.4, b=2.4)  # line 3; (theta_1, theta_2) of Tab. 3
-    drop: float = Field(default=0.1, ge=0, le=1)  # UCGM; the paper is silent
+    drop: float = Field(default=0.1, ge=0, le=1)  # as UCGM; the paper does not specify it
     beta: float = Field(default=0.7, ge=0, le=1)  # weight of the velocity, Eq. 9 and Tab. 3
     guide: Guide = Guide(zeta=0.55)  # line 9 and Tab. 3
     # Sec. 3.3; h as UCGM. `dumo.Flow` takes an exact slope instead if none is given.
@@ -46,12 +46,12 @@ class DuMo(ObjectiveSpec):
 
     @property
     def needs(self) -> Needs:
-        """The inputs and heads of the net, and what else the loss needs."""
+        """The inputs and heads of the network, and the other needs of the loss."""
         return Needs(inputs=("t",), heads=("v", "u"), slope=self.slope, guide=self.guide, formulas=STRAIGHT)
 
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """Lines 7 to 12 of Alg. 1."""
-        (v_hat, u_hat), along = self.slope(net, ref, b.x_t, b.c, t=b.t, toward=self.guide.known_target(b))  # line 7
+        """Compute lines 7 to 12 of Alg. 1."""
+        (v_hat, u_hat), along = self.slope(net, ref, b.x_t, b.c, t=b.t, direction=self.guide.known_target(b))  # line 7
         with torch.no_grad():
             v_star = self.guide(b, v_hat, lambda b, c: ref(b.x_t, c, t=b.t)[0])  # lines 8 and 9
             _, du_dt = along(v_star)
@@ -65,5 +65,5 @@ class DuMo(ObjectiveSpec):
         return Terms(loss, {"v": v_loss, "u": u_loss}, notes)
 
     def readings(self, net: Net) -> Readings:
-        """The v head is the slope of the path; the u head jumps to the data, x_0 = x_t - t u (Eq. 6)."""
+        """Return the velocity v, and the endpoint x_0 = x_t - t u (Eq. 6)."""
         return velocity_and_jump(net)

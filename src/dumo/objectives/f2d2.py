@@ -1,19 +1,19 @@
-"""F2D2 (Ai et al. 2025, arXiv 2512.02636): jumps know how much volume they grow, so likelihood takes a few passes.
+"""F2D2 (Ai et al. 2025, arXiv 2512.02636): jumps with the growth of the log volume, for likelihood in a few passes.
 
-A head g joins velocity and mean velocity. With J = dv/dx, of theta^-, and e a row of random signs:
+A head g is added to velocity and mean velocity. With J = dv/dx, of theta^-, and a row of random signs e:
 
     v(x_t, t)      dx_t/dt                          v* = v_t                              (1)
     u(x_t, t, r)   (x_t - x_r) / (t - r)            u* = v_t - (t - r) du/dt              (2)  (MeanFlow, Eq. 11)
     g(x_t, t, r)   the mean of diag J over [r, t]   g* = diag J - (t - r) dg/dt           (3)
-    diag J         e_i (J e)_i, in the mean over e                                        (4)
+    diag J         e_i (J e)_i, averaged over e                                           (4)
 
-(3) is derived as (2) is: (t - r) g is an integral along the flow, whose derivative in t is diag J. The sum of g over
-a row is the mean of div v, so jumps from t up to s add up to the likelihood:
+(3) is derived like (2): (t - r) g is an integral along the flow with the derivative diag J in t. The sum of g over a
+row is the mean of div v, so jumps from t up to s add up to the likelihood:
 
     log p(x_0) = log N(x_1) + the sum over jumps of (s - t) sum_i g_i                     (5)
 
-Unlike DuMo: u ends at any time r, there is no guidance, and jumps climb to the noise, too. Ours: g has the shape of
-the data, where theirs is one number a row; and J is the net's own, where theirs is a teacher's.
+Unlike DuMo, u ends at any time r, there is no guidance, and jumps also go towards the noise. Our g has the shape of the
+data, and J is that of the network; theirs are a number per row, and a teacher's.
 """
 
 from dataclasses import replace
@@ -47,13 +47,14 @@ from dumo.objectives.base import (
     mean_velocity,
 )
 
-V_WEIGHT = 0.55  # of the mean squares of each head in the loss; ours
+# Weights of the mean squares of the heads (our choice).
+V_WEIGHT = 0.55
 U_WEIGHT = 0.35
 G_WEIGHT = 0.1
 
 
 class F2D2(ObjectiveSpec):
-    """Velocity, mean velocity and divergence, all regressed on every sample."""
+    """Velocity, mean velocity and divergence, all trained on every row."""
 
     kind: Literal["f2d2"] = "f2d2"
     times: Times = Jumps(both_ways=True)  # ours
@@ -62,7 +63,7 @@ class F2D2(ObjectiveSpec):
 
     @property
     def needs(self) -> Needs:
-        """The inputs and heads of the net, and one draw of signs for each row, as in the authors' code."""
+        """The inputs and heads of the network, and one draw of signs per row, as in the authors' code."""
         return Needs(
             heads=("v", "u", "g"),
             own={"u": ("r",), "g": ("r",)},
@@ -74,12 +75,12 @@ class F2D2(ObjectiveSpec):
     @model_validator(mode="after")
     def _require_climbing_times(self) -> "F2D2":
         if not self.times.climbs:
-            raise ValueError("likelihood is read along jumps up to the noise: use times of kind jumps, both_ways=true")
+            raise ValueError("likelihood needs jumps towards the noise: use times.kind=jumps with both_ways=true")
         return self
 
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """One pass, its derivative on the rows with a jump, and one dual pass for J e."""
-        (v_hat, u_hat, g_hat), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, toward=b.v_t, moving=b.moving)
+        """Make one pass, with its derivative on the rows with a jump, and one dual pass for J e."""
+        (v_hat, u_hat, g_hat), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, direction=b.v_t, moving=b.moving)
         with torch.no_grad():
             _, du_dt, dg_dt = along(b.v_t)
             e = b.drawn["probe"].to(b.x_t)
@@ -95,10 +96,10 @@ class F2D2(ObjectiveSpec):
         return Terms(loss, parts, notes)
 
     def readings(self, net: Net) -> Readings:
-        """The v head is the slope of the path, u jumps to any time, and g says how much volume the jump grows."""
+        """Return the velocity v, jumps to any time with u, and jumps to the noise with the growth of the log volume."""
 
         def climb(x: Sample, t: Time, s: Time, c: Cond) -> tuple[Sample, PerSample]:
-            """x_s, and the term of (5)."""
+            """Return x_s, and the term of (5)."""
             _, u, g = net(x, c, t=t, r=s)
             return x + lift(s - t, x) * u, (s - t) * g.flatten(1).sum(1)
 

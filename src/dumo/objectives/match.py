@@ -1,19 +1,19 @@
-"""DuMo and distribution matching (DMD2, Yin et al. 2024, arXiv 2405.14867): a head replaces its second net.
+"""DuMo and distribution matching (DMD2, Yin et al. 2024, arXiv 2405.14867): a head replaces its second network.
 
-The net's own samples x' are diffused by fresh noise z'. There a head w learns their velocity, as v learns the data's:
+The network's samples x' are diffused with fresh noise z', and a head w learns their velocity, as v learns the data's:
 
     x'_t = t z' + (1 - t) x'                                                  (1)
     w* = z' - x'                                                              (2)
     V = w - v    at x'_t                                                      (3)
 
-The score of a distribution diffused to t is -(x_t + (1 - t) v) / t, so V is against the gradient, by x', of
-KL(samples || data), both diffused to t. It vanishes where samples are distributed as the data. DMD2 divides it by the
-mean of |z' - x' - v| over the row; here its length counts (ours).
+The score of a distribution diffused to t is -(x_t + (1 - t) v) / t, so V is opposite to the gradient with respect to x'
+of KL(samples || data), both diffused to t. It vanishes if samples have the distribution of the data. DMD2 divides it by
+the mean of |z' - x' - v| over the row; we do not.
 
-With `alpha` samples descend SiD's loss instead (Zhou et al. 2024, arXiv 2404.04057, `sid_loss.py`, of the guesses
-x_t - t v). It sees how w and v change with the sample:
+With `alpha`, samples minimize SiD's loss instead (Zhou et al. 2024, arXiv 2404.04057, `sid_loss.py`, for predictions
+x_t - t v), which includes the dependence of w and v on the sample:
 
-    (w - v) (z' - x' - v) - alpha (w - v)^2,    in mean over the row          (4)
+    (w - v) (z' - x' - v) - alpha (w - v)^2,    averaged over the row         (4)
 """
 
 from dataclasses import replace
@@ -35,53 +35,53 @@ from dumo.objectives.base import (
 )
 from dumo.objectives.pull import Pull
 
-WEIGHT = 0.05  # of the pull; ours
-FIT = 0.3  # of w's own loss; ours
-FLOOR = 1e-3  # the least distance by which SiD's loss of a row is divided; ours
+WEIGHT = 0.05  # of the samples' loss (our choice)
+HEAD_WEIGHT = 0.3  # of the loss of w (our choice)
+FLOOR = 1e-3  # of the divisor of SiD's loss (our choice)
 
 
 class Match(Pull):
-    """DuMo, the velocity of its samples, and the pull where both velocities differ."""
+    """DuMo's loss, the velocity of its samples, and a loss of the samples by the difference of both velocities."""
 
     own_heads: ClassVar[tuple[str, ...]] = ("w",)
     kind: Literal["match"] = "match"
-    alpha: float | None = Field(default=None, ge=0)  # of (4), SiD's, who take 1.2; None: (3), the gradient of DMD2
+    # alpha of (4); SiD uses 1.2. None means (3), the gradient of DMD2.
+    alpha: float | None = Field(default=None, ge=0)
 
     @property
     def needs(self) -> Needs:
-        """The needs of `Pull`, and noise and time of x'_t (`dumo.objectives.twinflow` says why the noise is fresh)."""
+        """The needs of `Pull`, and noise and time of x'_t (`dumo.objectives.twinflow` explains the fresh noise)."""
         return replace(super().needs, laws={"w.z": Noise(), "w.t": Uniform()})
 
     def pull(self, net: Net, b: NoisyBatch, u: Sample) -> Terms:
-        """One pass with gradients, with `alpha` two."""
+        """Make one pass with gradients, or two with `alpha`."""
         t = b.drawn["w.t"].to(b.t)
         z = b.drawn["w.z"].to(b.z)
         x_t, w_star = b.path.at((b.z - u).detach(), z, t)  # (1) and (2)
         v, _, w = net(x_t, b.c, t=t)
         gap = (w - v).detach()  # (3)
         w_loss = mean_square(w - w_star)
-        loss = FIT * w_loss
+        loss = HEAD_WEIGHT * w_loss
         if self.moves_samples(b):
             if self.alpha is None:
                 loss = loss + WEIGHT * mean_square(descent_error(u, gap))
             else:
-                # The second pass has the same values; subtracting the first pass's loss cancels its gradient by the
-                # weights and leaves the one by the samples.
+                # The second pass has the same values. Subtracting the loss of the first pass cancels the gradient with
+                # respect to the weights, and leaves the gradient with respect to the samples.
                 x_moved, aim = b.path.at(b.z - u, z, t)
                 v_moved, _, w_moved = net(x_moved, b.c, t=t)
                 moved = sid_loss(w_moved, v_moved, aim, self.alpha) - sid_loss(w, v, w_star, self.alpha)
-                # SiD's is t^2 times (4), being of guesses x_t - t v, over their distance from x', t |w* - v|.
+                # SiD's loss, of predictions x_t - t v, is t^2 times (4), divided by their distance from x', t |w* - v|.
                 distance = (w_star - v).detach().abs().flatten(1).mean(1).clamp(min=FLOOR)
                 loss = loss + WEIGHT * t / distance * moved
         return Terms(loss, {"w": w_loss}, {"pull_w": mean_square(gap)})
 
 
 def sid_loss(w: Sample, v: Sample, aim: Sample, alpha: float) -> PerSample:
-    """SiD's loss (4) of each row at x'_t, (b,), with aim = z' - x'.
+    """Return SiD's loss (4) of each row at x'_t, (b,), with aim = z' - x'.
 
-    Where w is the velocity of the samples, the first product and (w - v)^2 have the same mean over noise. At
-    alpha = 1/2, twice the slope of this loss is that of the mean of (w - v)^2 over samples, with w's own change counted
-    (ours).
+    If w is the velocity of the samples, the first product and (w - v)^2 have the same mean over noise. At alpha = 1/2,
+    twice the gradient of this loss is that of the mean of (w - v)^2 over samples, including the change of w (ours).
     """
     gap = w - v
     return (gap * (aim - v - alpha * gap)).flatten(1).mean(1)

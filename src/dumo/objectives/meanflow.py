@@ -1,14 +1,14 @@
 """MeanFlow (Geng et al. 2025, arXiv 2505.13447): the mean velocity between two times.
 
-The mean velocity u(x_t, t, r) = (x_t - x_r) / (t - r) obeys, with r at rest, (t - r) u = x_t - x_r, so
+The mean velocity u(x_t, t, r) = (x_t - x_r) / (t - r) satisfies (t - r) u = x_t - x_r. At constant r
 
     u + (t - r) du/dt = v        so        u* = v* - (t - r) du/dt        (its Eq. 6 and 11)
 
-Unlike DuMo: one input, one output. At r = t this is flow matching, and rows that train one do not train the other.
+Unlike DuMo, one input gives one output. At r = t this is flow matching, and a row trains either the velocity or a jump.
 
-AYF's Eulerian map distillation (Sabour et al. 2025, arXiv 2506.14603) is this with a teacher's velocity for v*, a
-derivative that grows, u* = v* - k (t - r) du/dt, and a pull e / (rms(e) + c) of the error e = u - u*: set `grown` and
-`normalize`.
+AYF's Eulerian map distillation (Sabour et al. 2025, arXiv 2506.14603) is this objective with a teacher's velocity as
+v*, a factor k of the derivative that increases during training, u* = v* - k (t - r) du/dt, and a normalized gradient
+e / (rms(e) + c) of the error e = u - u*: set `grown` and `normalize`.
 """
 
 from typing import Literal
@@ -43,14 +43,14 @@ from dumo.objectives.base import (
 
 
 class Line(Spec):
-    """A value that goes linearly from `first` to `last` in the first share `over` of the training; then it stays."""
+    """A value that changes linearly from `first` to `last` in the first share `over` of the training."""
 
     first: float = Field(ge=0)
     last: float = Field(ge=0)
     over: float = Field(default=1.0, gt=0, le=1)
 
     def at(self, progress: float) -> float:
-        """The value when this share of the training is done, in [0, 1]."""
+        """Return the value at a progress of the training in [0, 1]."""
         done = min(1.0, progress / self.over)
         return (1 - done) * self.first + done * self.last
 
@@ -65,13 +65,14 @@ class MeanFlow(ObjectiveSpec):
     slope: Slope = JvpSlope()  # Alg. 1
     power: float = Field(default=1.0, ge=0)  # p of Eq. 22
     floor: float = Field(default=0.01, gt=0)  # c of Eq. 22: their code on ImageNet; 1e-3 in the text and on CIFAR-10
-    # c of AYF's pull, not of Eq. 22
+    # c of AYF's normalized gradient, which replaces Eq. 22.
     normalize: float | None = Field(default=None, gt=0, exclude_if=lambda normalize: normalize is None)
-    grown: Line | None = Field(default=None, exclude_if=lambda grown: grown is None)  # k of AYF; None: 1 from the start
+    # k of AYF; None means 1.
+    grown: Line | None = Field(default=None, exclude_if=lambda grown: grown is None)
 
     @property
     def needs(self) -> Needs:
-        """The inputs and heads of the net, and what else the loss needs."""
+        """The inputs and heads of the network, and the other needs of the loss."""
         formulas = STRAIGHT._replace(climbs=True)
         return Needs(
             inputs=("t", "r"),
@@ -85,23 +86,23 @@ class MeanFlow(ObjectiveSpec):
     @model_validator(mode="after")
     def _require_one_weight(self) -> "MeanFlow":
         if self.power and self.normalize:
-            raise ValueError("normalize and power both weigh a row by its own residual: set power=0, or normalize=null")
+            raise ValueError("normalize and power both weight a row by its residual: set power=0, or normalize=null")
         return self
 
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """Its Eq. 9 and 11; with guidance, Eq. 17 to 21; metric of Eq. 22."""
+        """Compute its Eq. 9 and 11; with guidance, Eq. 17 to 21; with the metric of Eq. 22."""
         with torch.no_grad():
             v_star = self.guide(b, None, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])  # Eq. 21
-        (u_hat,), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, toward=v_star, moving=b.moving)
+        (u_hat,), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, direction=v_star, moving=b.moving)
         with torch.no_grad():
             (du_dt,) = along(v_star)
             k = self.grown.at(b.progress) if self.grown else 1.0
             u_star = v_star - k * lift(b.t - b.r, b.x_t) * du_dt  # Eq. 11
         error = u_hat - u_star
-        # Eq. 22, or AYF's pull
+        # Eq. 22, or AYF's normalized gradient.
         loss = normalized_l2(error, self.normalize) if self.normalize else adaptive_l2(error, self.power, self.floor)
         return Terms(loss, {"u": mean_square(error)}, {"clipped_share": clipped_share(error)})
 
     def readings(self, net: Net) -> Readings:
-        """One head, read at two times (Eq. 12)."""
+        """Return the velocity and jumps of one head with two times (Eq. 12)."""
         return mean_velocity(net, times=self.times)

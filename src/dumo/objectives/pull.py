@@ -1,17 +1,17 @@
-"""DuMo without guidance, and a pull: a V by which the net's own one-pass samples move to where the data are.
+"""DuMo without guidance, and a loss that moves the network's one-pass samples towards the distribution of the data.
 
-The regression of u sees one sample at a time, a pull compares the distributions of samples and data. It gives samples
-x' a direction V, held still, along which they are regressed; so u descends V:
+The regression of u uses one sample at a time; the additional loss, the pull, compares the distributions of samples and
+data. It gives each sample x' a detached displacement V as its regression target:
 
     u* = v_t - t du/dt                                                        (1)  DuMo's Alg. 1, line 10
     x' = z - u(z, 1)                                                          (2)
     x'* = sg(x' + V)                                                          (3)
 
-`Match`, `Critic` and `Drift` say what V is. Two of them learn it by a head of their own on the same trunk, from the
-first step on, with samples held still. Samples move after a share `after` of the training, because a map that is still
-far off gains nothing (ours). So every step uses every head, in one backward pass with one optimizer.
+`Match`, `Critic` and `Drift` define V. Two of them learn it with an extra head, from the first step, with detached
+samples. Samples move only after a share `after` of the training, because an inaccurate map does not benefit (our
+choice). Every step trains all heads, in one backward pass with one optimizer.
 
-DuMo's part is without guidance: guided samples are distributed otherwise than the data.
+DuMo's part has no guidance, because guided samples do not have the distribution of the data.
 """
 
 from abc import abstractmethod
@@ -44,35 +44,35 @@ BETA = 0.7  # weight of the velocity in DuMo's part of the loss, Tab. 3
 
 
 class Pull(ObjectiveSpec):
-    """The base of `Match`, `Critic` and `Drift`: DuMo's loss and one-pass samples. Each of them defines `pull`."""
+    """The base class of `Match`, `Critic` and `Drift`: DuMo's loss and one-pass samples. Subclasses define `pull`."""
 
-    own_heads: ClassVar[tuple[str, ...]] = ()  # by which the pull learns
-    after: ClassVar[float] = 0.5  # share of the training from which on it moves samples; ours
+    own_heads: ClassVar[tuple[str, ...]] = ()  # the extra heads
+    after: ClassVar[float] = 0.5  # the share of the training after which samples move (our choice)
     times: Times = Beta(a=2.4, b=2.4)  # as DuMo
     drop: float = Field(default=0.1, ge=0, le=1)  # as DuMo
     slope: Slope = CentralSlope(h=0.005)  # as DuMo
 
     @property
     def needs(self) -> Needs:
-        """The inputs and heads of the net, and what else the loss needs."""
+        """The inputs and heads of the network, and the other needs of the loss."""
         phases = ((0.0, self.after), (self.after, 1 - self.after))
         phases = tuple((progress, share) for progress, share in phases if share > 0)
         return Needs(heads=("v", "u", *self.own_heads), slope=self.slope, scheduled=self.after > 0, phases=phases)
 
     def moves_samples(self, b: NoisyBatch) -> bool:
-        """Whether samples move in this step, by the training's progress."""
+        """Whether samples move in this step."""
         return b.progress >= self.after
 
     @abstractmethod
     def pull(self, net: Net, b: NoisyBatch, u: Sample) -> Terms:
-        """Return what is added to DuMo's loss, parts and notes.
+        """Return the terms to add to DuMo's loss, parts and metrics.
 
-        u (b, ...) is u(z, 1). It has gradients if samples move in this step (`moves_samples`).
+        u: u(z, 1) (b, ...), with gradients if samples move in this step (`moves_samples`).
         """
 
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """DuMo's Alg. 1, lines 7 to 12, and the pull by one pass more."""
-        heads, along = self.slope(net, ref, b.x_t, b.c, t=b.t, toward=b.v_t)
+        """Compute DuMo's Alg. 1, lines 7 to 12, and the pull with another pass."""
+        heads, along = self.slope(net, ref, b.x_t, b.c, t=b.t, direction=b.v_t)
         v_hat, u_hat = heads[:2]
         with torch.no_grad():
             du_dt = along(b.v_t)[1]
@@ -90,5 +90,5 @@ class Pull(ObjectiveSpec):
         return Terms(loss + pull.loss, parts, notes)
 
     def readings(self, net: Net) -> Readings:
-        """As DuMo: the v head is the slope of the path, the u head jumps to the data."""
+        """Return the velocity v and the endpoint, as DuMo."""
         return velocity_and_jump(net)

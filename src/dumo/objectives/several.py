@@ -5,9 +5,9 @@
     m(x_t, t, r)   (x_t - x_r) / (t - r)     v* - (t - r) dm/dt       (3)  MeanFlow, Eq. 11, for `average`
                                              (m_1 + m_2) / 2          (4)  for `shortcut`
 
-with m_1 and m_2 the mean velocities of theta^- over both halves of [r, t]. One slope along v* gives the derivatives of
-all heads. On dumo's own nets only the output layer of m gets r, so v and u mean what they do in DuMo: for any r their
-losses are DuMo's to the bit. Other nets may show r to all heads: then v and u are read at r = 0.
+with m_1 and m_2 the mean velocities of theta^- over both halves of [r, t]. One slope along v* computes the derivatives
+of all heads. In dumo's own networks only the output layer of m depends on r, so the losses of v and u are bit-identical
+to DuMo's for any r. In other networks all heads may depend on r; then v and u are read at r = 0.
 """
 
 from typing import Literal
@@ -40,43 +40,46 @@ from dumo.objectives.base import (
     mean_velocity,
 )
 
-V_WEIGHT = 0.7  # of the mean squares of each head in the loss: DuMo's beta, Tab. 3
-U_WEIGHT = 0.15  # ours, the paper is silent
-M_WEIGHT = 0.15  # ours
-_ROWS_TRIED = 1000  # a distribution of times must set a row with r = t apart among this many; ours
+# Weights of the mean squares of the heads: DuMo's beta (Tab. 3), and our choice, because the paper does not specify it.
+V_WEIGHT = 0.7
+U_WEIGHT = 0.15
+M_WEIGHT = 0.15
+_ROWS_TRIED = 1000  # among this many rows, the distribution of times must have one with r = t
 
 
 class Several(ObjectiveSpec):
-    """Velocity, flow map to the data and mean velocity, all regressed on every sample."""
+    """Velocity, flow map to the data and mean velocity, all trained on every row."""
 
     kind: Literal["several"] = "several"
-    third: Literal["average", "shortcut"] = "average"  # how m learns: as MeanFlow's, or as Shortcut's
-    times: Times = Below(of=Beta(a=2.4, b=2.4))  # t of DuMo, Tab. 3; r ours
+    # The target of m: MeanFlow's, or Shortcut's.
+    third: Literal["average", "shortcut"] = "average"
+    times: Times = Below(of=Beta(a=2.4, b=2.4))  # t as DuMo, Tab. 3; r is our choice
     drop: float = Field(default=0.1, ge=0, le=1)  # as DuMo
     guide: Guide = Guide(zeta=0.55)  # as DuMo
     slope: Slope = CentralSlope(h=0.005)  # as DuMo
-    apart: bool = False  # v and u learn on rows with r = t alone, each counted 1 / their share times (ours)
+    # Train v and u only on rows with r = t, with a weight of 1 / their share (ours).
+    apart: bool = False
 
     @property
     def needs(self) -> Needs:
-        """The inputs and heads of the net, and what else the loss needs."""
+        """The inputs and heads of the network, and the other needs of the loss."""
         return Needs(heads=("v", "u", "m"), own={"m": ("r",)}, slope=self.slope, guide=self.guide)
 
     @model_validator(mode="after")
     def _require_rows_at_rest(self) -> "Several":
-        needs_rows_at_rest = self.third == "shortcut" or self.apart
+        needs_velocity_rows = self.third == "shortcut" or self.apart
         moving = self.times.moving(_ROWS_TRIED)
-        if needs_rows_at_rest and (moving is None or all(moving)):
+        if needs_velocity_rows and (moving is None or all(moving)):
             raise ValueError(
-                f"third=shortcut and apart=true need rows with r = t, and times '{self.times.kind}' set none apart: "
-                "use times.kind=dyadic, or pair with a velocity_ratio, or third=average with apart=false"
+                f"third=shortcut and apart=true need rows with r = t, but times '{self.times.kind}' has none: use "
+                "times.kind=dyadic, or pair with a velocity_ratio, or third=average with apart=false"
             )
         return self
 
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """The weighted sum over the heads. Notes: the share of an error with a derivative that a clamp would cut."""
-        toward = self.guide.known_target(b)
-        (v_hat, u_hat, m_hat), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, toward=toward)
+        """Return the weighted sum over the heads, with the clipped share of the errors as metrics."""
+        direction = self.guide.known_target(b)
+        (v_hat, u_hat, m_hat), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, direction=direction)
         with torch.no_grad():
             v_star = self.guide(b, v_hat, lambda b, c: ref(b.x_t, c, t=b.t, r=b.r)[0])
             _, du_dt, dm_dt = along(v_star)
@@ -87,7 +90,8 @@ class Several(ObjectiveSpec):
         u_error = u_hat - u_star
         m_error = m_hat - m_star
         parts = {"v": mean_square(v_hat - v_star), "u": mean_square(u_error), "m": mean_square(m_error)}
-        row_weight = 1  # of v and u
+        # The weight of v and u.
+        row_weight = 1
         if self.apart:
             row_weight = (b.r == b.t).to(b.t) / (1 - self.times.moving_share)
         loss = V_WEIGHT * row_weight * parts["v"] + U_WEIGHT * row_weight * parts["u"] + M_WEIGHT * parts["m"]
@@ -97,7 +101,7 @@ class Several(ObjectiveSpec):
         return Terms(loss, parts, notes)
 
     def readings(self, net: Net) -> Readings:
-        """The v head is the slope of the path, the u head jumps to the data, the m head to any time."""
+        """Return the velocity v, the endpoint with u, and jumps to any time with m."""
 
         def both(x: Sample, t: Time, c: Cond) -> tuple[Sample, Sample]:
             v, u, _ = net(x, c, t=t, r=0 * t)
@@ -112,10 +116,10 @@ class Several(ObjectiveSpec):
 
 
 def _mean_of_halves(ref: Frozen, b: NoisyBatch, v_star: Sample) -> Sample:
-    """m* of (4), the mean of m over both halves of [r, t], by two passes of theta^- in turn; v* where r = t.
+    """Return m* of (4), the mean of m over both halves of [r, t], by two consecutive passes of theta^-; v* if r = t.
 
-    As Frans et al. 2025 (arXiv 2410.12557, Eq. 4 and 5), but m gets r in place of the level k: the finest half, a size
-    that no row has, is read off between its neighbours, where theirs takes the velocity. Nothing is clipped (ours).
+    As Frans et al. 2025 (arXiv 2410.12557, Eq. 4 and 5), but m gets r instead of the level k. For the finest half, a
+    size that is not trained, m interpolates; theirs uses the velocity. Nothing is clipped (our choice).
     """
     rows, _ = b.moving_and_resting_rows
     if not rows:

@@ -4,12 +4,12 @@ The mean velocity u(x_t, t, k) = (x_t - x_(t-d)) / d of a step is the mean over 
 
     u_1 = u(x_t, t, k + 1)                                                                    (1)
     x' = x_t - d/2 u_1,        u_2 = u(x', t - d/2, k + 1)                                    (2)
-    u* = (u_1 + u_2) / 2        where r = t - d,        u* = v_t        where r = t           (3)
+    u* = (u_1 + u_2) / 2        if r = t - d,           u* = v_t        if r = t              (3)
 
-So a net that knows steps of one size teaches itself those of twice the size. The finest, k = levels, stand for steps of
-no size: they match the flow, v_t, and the first doubling takes two of Euler's. All else is learned from it.
+Steps of one size are targets for steps of twice the size. The finest level, k = levels, is the limit of steps of size
+0: it is trained with v_t, and the first doubling uses two Euler steps.
 
-Unlike DuMo: the net gets the size of the step, and no derivative is taken.
+Unlike DuMo, the network gets the size of the step, and there is no derivative.
 """
 
 from typing import ClassVar, Literal
@@ -37,21 +37,21 @@ from dumo.objectives.base import (
 
 
 class Shortcut(ObjectiveSpec):
-    """Steps of 2^-k, learned from the finest up. Guidance acts in the first doubling, and the others inherit it."""
+    """Steps of 2^-k, each learned from the next finer ones. Guidance is applied in the first doubling."""
 
-    clip: ClassVar[float] = 4.0  # bound of x' and u*: `targets_shortcut.py`, for data of about unit size
+    clip: ClassVar[float] = 4.0  # bound of x' and u*: `targets_shortcut.py`, for data of about unit scale
     kind: Literal["shortcut"] = "shortcut"
     times: Dyadic = Dyadic()  # its code
     drop: float = Field(default=0.1, ge=0, le=1)  # `class_dropout_prob`
-    scale: float = Field(default=1.5, gt=0)  # of guidance, `cfg_scale`; 1 is none
+    scale: float = Field(default=1.5, gt=0)  # the guidance scale, `cfg_scale`; 1 means no guidance
 
     @property
     def needs(self) -> Needs:
-        """The inputs and heads of the net, and the average theta^-, which is `bootstrap_ema` of the authors' code."""
+        """The inputs and heads of the network, and the average theta^-, `bootstrap_ema` of the authors' code."""
         return Needs(inputs=("t", "k"), heads=("u",), guide=self.scale, ref=0.999)
 
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """Mean squares on all rows; theta^- is an average of 0.999 in its code (`train.ref`)."""
+        """Return the mean square of each row."""
         k = self._level(b.t - b.r)
         (u_hat,) = net(b.x_t, b.c, t=b.t, k=k)
         u_star = b.v_t.clone()
@@ -66,12 +66,12 @@ class Shortcut(ObjectiveSpec):
 
     @torch.no_grad()
     def _mean_of_halves(self, ref: Frozen, b: NoisyBatch, k: Time) -> Sample:
-        """The mean of two steps of half the size, guided where these are the finest."""
+        """Return the mean of two steps of half the size, guided if these are the finest."""
         half = torch.exp2(-k - 1)  # d/2
         is_first_doubling = lift(k == self.times.levels - 1, b.x_t)
 
         def u(x: Sample, t: Time) -> Sample:
-            """The mean velocity of a step of half the size."""
+            """Return the mean velocity of a step of half the size."""
             (u_c,) = ref(x, b.c, t=t, k=k + 1)
             if self.scale == 1:
                 return u_c
@@ -85,7 +85,7 @@ class Shortcut(ObjectiveSpec):
         return ((u_1 + u_2) / 2).clamp(-self.clip, self.clip)
 
     def readings(self, net: Net) -> Readings:
-        """Steps of 2^-k from a place on their own grid, and the velocity; no endpoint, which has steps of any size."""
+        """Return the velocity, and steps of 2^-k on their grid. There is no endpoint, which needs steps of any size."""
 
         def flow_map(x: Sample, t: Time, s: Time, c: Cond) -> Sample:
             return x - lift(t - s, x) * net(x, c, t=t, k=self._level(t - s))[0]
@@ -97,9 +97,9 @@ class Shortcut(ObjectiveSpec):
         )
 
     def _level(self, step: Time) -> Time:
-        """k of a step 2^-k; of none, `levels`."""
+        """Return k of a step 2^-k, and `levels` for a step of 0."""
         return -step.log2().clamp(min=-self.times.levels).round()
 
     def _is_taught(self, t: float, s: float) -> bool:
-        """Whether a step has a size, and a place, that training knew."""
+        """Whether the size and the start of a step were trained."""
         return any(t - s == 2.0**-k and t * 2.0**k % 1 == 0 for k in range(self.times.levels + 1))

@@ -1,6 +1,6 @@
-"""SoFlow (Luo et al. 2025, arXiv 2512.15657): the jump from t to r, and the one from l < t, must land in one place.
+"""SoFlow (Luo et al. 2025, arXiv 2512.15657): jumps to r from t and from l < t must agree.
 
-A jump f of the exact flow gives x_r from any t, so f does not change along a trajectory. Let l lie between r and t, and
+A jump f of the exact flow returns x_r from any t, so f is constant along a trajectory. Let l lie between r and t, and
 let x_l be on the trajectory through x_t, up to O((t - l)^2):
 
     f(x_t, t, r) = x_t - (t - r) u(x_t, t, r)                                                 (1)
@@ -8,14 +8,13 @@ let x_l be on the trajectory through x_t, up to O((t - l)^2):
     (t - r) u = (t - l) v* + (l - r) u_l                                                      (3)
     u* = v* - (l - r) (u - u_l) / (t - l)                                                     (4)
 
-(4) is MeanFlow's target with the secant (u - u_l) / (t - l) for du/dt, so it takes no JVP. During training l moves from
-near r to near t. At r = t the target is v*, as in flow matching.
+(4) is MeanFlow's target with the secant (u - u_l) / (t - l) for du/dt, so it needs no JVP. During training l moves from
+r towards t. At r = t the target is v*, as in flow matching.
 
-Unlike DuMo there is one head, which reads two times. On rows with r < t the authors' loss is u times the detached
-residual u - u*, whose gradient is half of that of the squared residual. Ours is the square, so those rows have weight
-1/2.
+Unlike DuMo, there is one head with two times. On rows with r < t the authors' loss is u times the detached residual
+u - u*, with half the gradient of the squared residual. Ours is the square, so those rows have weight 1/2.
 
-File names below are those of the authors' code.
+File names below refer to the authors' code.
 """
 
 from typing import ClassVar, Literal
@@ -50,11 +49,11 @@ from dumo.objectives.base import (
 class SoFlow(ObjectiveSpec):
     """Mean velocity from t to r by a secant, with a share of the rows at r = t.
 
-    Defaults are those of the authors' `imagenet.yaml`.
+    The defaults are from the authors' `imagenet.yaml`.
     """
 
-    min_step: ClassVar[float] = 1e-4  # the least t - l (`train.py`)
-    fade_start: ClassVar[float] = 0.8  # the time t at which V(null) begins to fade into v_t (cfg_decay_time)
+    min_step: ClassVar[float] = 1e-4  # the smallest t - l (`train.py`)
+    fade_start: ClassVar[float] = 0.8  # the time t from which V(null) is blended into v_t (cfg_decay_time)
     fade_rate: ClassVar[float] = 0.025  # k in the formula of `_velocity` (`models.py`)
     kind: Literal["soflow"] = "soflow"
     times: Times = Pair(
@@ -72,33 +71,33 @@ class SoFlow(ObjectiveSpec):
 
     @property
     def gain(self) -> float:
-        """The largest factor by which (4) multiplies the rounding of the net."""
+        """The largest factor by which (4) amplifies the network's rounding error."""
         return 1 / min(self.first, self.last)
 
     @property
     def needs(self) -> Needs:
-        """The inputs and heads of the net, and what else the loss needs."""
+        """The inputs and heads of the network, and the other needs of the loss."""
         scheduled = self.first != self.last
         return Needs(inputs=("t", "r"), heads=("u",), guide=self.guide, scheduled=scheduled, amplifies=self.gain)
 
     def ratio(self, progress: float) -> float:
-        """(t - l) / (t - r) at `progress`, a share of the training: exponential from `first` to `last`.
+        """Return (t - l) / (t - r) at a progress of the training: exponential from `first` to `last`.
 
         The authors' `get_middle_time`.
         """
         return self.first * (self.last / self.first) ** progress
 
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """The weighted metric of u - u* for each row: `models.py`, get_velocity_loss and get_consistency_loss.
+        """Return the weighted metric of u - u* for each row: `models.py`, get_velocity_loss and get_consistency_loss.
 
-        Raises UserError where the passes are too coarse for a step as short as `last`.
+        Raises UserError if the precision of the passes is too low for a step as short as `last`.
         """
         require_precise_passes(b, self.gain, self.kind)
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
         with torch.no_grad():
             v_star = self.guide(b, None, lambda b, c: self._velocity(ref, b, c))
             t_minus_l = (self.ratio(b.progress) * (b.t - b.r)).clamp(min=self.min_step)
-            l_minus_r = (b.t - t_minus_l - b.r).clamp(min=0)  # 0 at r = t, where u* is v*
+            l_minus_r = (b.t - t_minus_l - b.r).clamp(min=0)  # 0 at r = t, so that u* = v*
             u_l = earlier_mean_velocity(ref, b, v_star, t_minus_l)  # (2)
             secant = (u_hat - u_l) / lift(t_minus_l, b.x_t)
             u_star = v_star - lift(l_minus_r, b.x_t) * secant  # (4)
@@ -108,20 +107,20 @@ class SoFlow(ObjectiveSpec):
         return Terms(loss, {"u": mean_square(error)}, {"clipped_share": clipped_share(error)})
 
     def _velocity(self, ref: Frozen, b: NoisyBatch, c: Cond) -> Sample:
-        """The velocity V(c), which guides. V(null) fades into v_t while t goes from `fade_start` to 1 (`models.py`):
+        """Return the velocity V(c) for guidance. V(null) is blended into v_t from t = `fade_start` to 1 (`models.py`):
 
             v_t + share (V(null) - v_t),    share = 1 - exp(-k s / (1 - s)),    s = (1 - t) / (1 - fade_start)
 
-        Up to `fade_start` the share is 1, and at t = 1 it is 0.
+        The share is 1 up to `fade_start`, and 0 at t = 1.
         """
         (v,) = ref(b.x_t, c, t=b.t, r=b.t)
         if c is not b.null:
             return v
         s = ((1 - b.t) / (1 - self.fade_start)).clamp(0, 1)
-        faded_share = -torch.expm1(-self.fade_rate * s / (1 - s).clamp(min=1e-12))  # no division by 0 at s = 1
+        faded_share = -torch.expm1(-self.fade_rate * s / (1 - s).clamp(min=1e-12))
         share = torch.where(s < 1, faded_share, 1)
         return b.v_t + lift(share, b.x_t) * (v - b.v_t)
 
     def readings(self, net: Net) -> Readings:
-        """Read the one head as the mean velocity from t to r."""
+        """Return the readings of the mean velocity from t to r."""
         return mean_velocity(net, times=self.times)

@@ -1,25 +1,25 @@
-"""UCGM (Sun et al. 2025, arXiv 2505.07447): one ratio leads from flow matching, 0, to consistency, 1.
+"""UCGM (Sun et al. 2025, arXiv 2505.07447): a ratio interpolates between flow matching, 0, and consistency, 1.
 
-The data that a head F = u(x_t, t) points to should not change along the flow. Between t and s = ratio t, on the
-straight line through data and noise, it changes at the rate -e:
+The data f that a head F = u(x_t, t) predicts should be constant along the flow. Between t and s = ratio t, on the
+straight line through data and noise, its rate of change is -e:
 
     f(x_t, t) = x_t - t F                                                                     (1)
     e = (f_s - f_t) / (t - s) = (F_t - ratio F_s) / (1 - ratio) - v*                          (2)
     e = (F_t - v*) + ratio / (1 - ratio) (F_t - F_s)        flow matching and self-alignment (the paper, Eq. 10)
     e = F_t + t dF/dt - v*        at ratio 1                                                  (3)
 
-(3) is the limit of (2), and DuMo's residual. At 0 the net is a velocity, and this is the loss, FM+, from which the
-multi-step nets of UCGM come.
+(3) is the limit of (2), and DuMo's residual. At ratio 0 the network is a velocity, and the loss is FM+, that of UCGM's
+multi-step models.
 
-Unlike DuMo: the authors put a bound on e, a gain that grows with t, a Huber loss and a weight that falls with t:
+Unlike DuMo, the authors clip e, and use a gain that increases with t, a Huber loss and a weight that decreases with t:
 
     F - u* = 4 t / sin(pi t / 2) clip(e)        at ratio 0: e                                 (4)
     loss = cos(pi t / 2) huber(F - u*)                                                        (5)
 
-Where v* given x_t is skewed these move the fixed point (docs/objectives/details.md). Bound and gain hold at ratio > 0,
-the weight at every ratio. The Huber loss has the c `soft`: at 0 it is the root of the mean square.
+If the distribution of v* given x_t is skewed, these shift the fixed point (docs/objectives/details.md). Clipping and
+gain apply at ratio > 0, the weight at every ratio. c of the Huber loss is `soft`; at 0 it is the root mean square.
 
-At ratio 1 F is taken at t, where the authors' code has the mean of its values at t - h and t + h.
+At ratio 1, F is evaluated at t; the authors' code uses the mean of its values at t - h and t + h.
 """
 
 from math import pi
@@ -52,13 +52,14 @@ from dumo.objectives.base import (
     require_precise_passes,
 )
 
-QUARTER = 1.57  # pi / 2 as the authors round it: so the weight is not quite 0 at t = 1
+HALF_PI = 1.57  # pi / 2 as the authors round it, so that the weight is not 0 at t = 1
 
 
 class UCGM(ObjectiveSpec):
-    """One head of one time. Defaults: `configs/training_few_steps/in1k256_tit_xl_sdvae.yaml`, less its teacher.
+    """One head with one time.
 
-    That guides there, going past it by 2; dumo's `teacher` is not extrapolated.
+    The defaults are from `configs/training_few_steps/in1k256_tit_xl_sdvae.yaml`, without its teacher, which provides
+    guidance by extrapolation.
     """
 
     clip: ClassVar[float] = 1.0  # bound of e, at ratio > 0: `training_step`
@@ -71,33 +72,36 @@ class UCGM(ObjectiveSpec):
 
     @property
     def gain(self) -> float:
-        """The factor by which (2) multiplies the rounding of the net."""
+        """The factor by which (2) amplifies the network's rounding error."""
         return 0.0 if self.ratio == 1 else self.ratio / (1 - self.ratio)
 
     @property
     def needs(self) -> Needs:
-        """The inputs and heads of the net, at ratio 0 a velocity, and what else the loss needs."""
+        """The inputs and heads of the network, and the other needs of the loss."""
         slope = self.slope if self.ratio == 1 else None
         return Needs(inputs=("t",), heads=(self._head,), slope=slope, amplifies=self.gain, formulas=STRAIGHT)
 
     @property
     def _head(self) -> str:
-        """The name of the one head: a velocity at ratio 0, else the mean velocity to the data."""
+        """The name of the head: a velocity at ratio 0, otherwise the mean velocity to the data."""
         return "u" if self.ratio else "v"
 
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """`training_step` of `methods/unigen.py`. Raises UserError where passes are too coarse for its gain."""
+        """Compute `training_step` of `methods/unigen.py`.
+
+        Raises UserError if the precision of the passes is too low for the gain.
+        """
         u_hat, e = self.residual(net, b)
         with torch.no_grad():
-            u_star = u_hat - self._pull(e, b.t)  # (4)
-        loss = huber(u_hat - u_star, self.soft) * torch.cos(QUARTER * b.t)  # (5), weight_function
+            u_star = u_hat - self._scaled_error(e, b.t)  # (4)
+        loss = huber(u_hat - u_star, self.soft) * torch.cos(HALF_PI * b.t)  # (5), weight_function
         return Terms(loss, {self._head: mean_square(e)}, {"clipped_share": clipped_share(e, self.clip)})
 
     def residual(self, net: Net, b: NoisyBatch) -> tuple[Sample, Sample]:
-        """F and, without gradients, e. F_s is of the weights in training, not of theta^-."""
+        """Return F, and e without gradients. F_s uses the weights in training, not theta^-."""
         frozen_net = frozen(net)
         if self.ratio == 1:
-            (u_hat,), along = self.slope(net, frozen_net, b.x_t, b.c, t=b.t, toward=b.v_t)
+            (u_hat,), along = self.slope(net, frozen_net, b.x_t, b.c, t=b.t, direction=b.v_t)
             (du_dt,) = along(b.v_t)
             return u_hat, u_hat.detach() + lift(b.t, b.x_t) * du_dt - b.v_t  # (3)
         require_precise_passes(b, self.gain, self.kind)
@@ -109,16 +113,16 @@ class UCGM(ObjectiveSpec):
             (u_s,) = frozen_net(x_s, b.c, t=self.ratio * b.t)
             return u_hat, (u_hat - self.ratio * u_s) / (1 - self.ratio) - b.v_t  # (2)
 
-    def _pull(self, e: Sample, t: Time) -> Sample:
-        """F - u*: e, at ratio > 0 within its bound and with its gain, 4 t / sin(pi t / 2), which is 8 / pi at t = 0."""
+    def _scaled_error(self, e: Sample, t: Time) -> Sample:
+        """Return F - u*: e, at ratio > 0 clipped and times 4 t / sin(pi t / 2), which is 8 / pi at t = 0."""
         if not self.ratio:
             return e
         e = e.clamp(-self.clip, self.clip)
-        gain = 4 / (QUARTER * torch.sinc(QUARTER / pi * t))
+        gain = 4 / (HALF_PI * torch.sinc(HALF_PI / pi * t))
         return lift(gain, e) * e
 
     def readings(self, net: Net) -> Readings:
-        """The jump to the data, x_0 = x_t - t F; at ratio 0 the slope of the path."""
+        """Return the endpoint x_0 = x_t - t F, or the velocity at ratio 0."""
         if not self.ratio:
             return Readings(velocity=lambda x, t, c: net(x, c, t=t)[0])
         return Readings(endpoint=jump_to_data(net))

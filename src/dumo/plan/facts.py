@@ -24,7 +24,8 @@ class RunFacts:
     parameters_trained: int
     forward_flops_per_image: float  # floating-point operations of a forward pass, for an image or a point
     forward_units_per_step: float  # floating-point operations of a step over those of a forward pass
-    slope: dict[str, Any] | None  # how a dual slope takes its derivative (`Way`), and its `text`; None of other slopes
+    # How a dual slope computes du/dt: `DualStrategy` and its `text`; None without a dual slope.
+    slope: dict[str, Any] | None
     far: float | None  # P(t - r > 0.9), the rows that teach one-step sampling; None if no jump is taught
     guidance_scale: float  # the effective one in training; 1 is none
 
@@ -40,7 +41,7 @@ def show(run: Run) -> RunFacts:
         parameters_trained=sum(p.numel() for p in net.parameters() if p.requires_grad),
         forward_flops_per_image=step.pass_flops,
         forward_units_per_step=step.units,
-        slope={**step.way._asdict(), "text": step.way.text} if step.way else None,
+        slope={**step.strategy._asdict(), "text": step.strategy.text} if step.strategy else None,
         far=far_share(run.objective) if learns_jumps else None,
         guidance_scale=run.training_guidance.scale,
     )

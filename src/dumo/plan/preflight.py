@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.collect_env import get_env_info
 
-from dumo.autodiff.dual import pair, primal, tangent, teach_others
+from dumo.autodiff.dual import accept_duals, pair, primal, tangent
 from dumo.config.conditions import Conditions
 from dumo.config.spec import Run
 from dumo.data import Data, Images, Latents
@@ -233,7 +233,7 @@ def _pretrained_findings(spec: Pretrained, data: Data, build: Callable[[Net], nn
     head = velocity_index(list(net.heads))
     pipeline = spec.pipeline
     findings = [Finding("pipeline", "ok", pipeline.class_name or "a transformer alone")]
-    teach_others()
+    accept_duals()
     with torch.no_grad():
         v = net(x, c, t=t, **other_times)[head]
         # The derivative along v itself.

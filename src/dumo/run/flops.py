@@ -33,7 +33,7 @@ from dumo.flow.guide import Guide
 from dumo.flow.linearize import Moving
 from dumo.flow.noisy_batch import draw, path_velocity
 from dumo.flow.path import FlowPath
-from dumo.flow.slope import DualSlope, Way
+from dumo.flow.slope import DualSlope, DualStrategy
 from dumo.flow.trainable import require_loss_per_row
 from dumo.nets.dualized import Dualized
 from dumo.nets.heads import with_submodules
@@ -81,7 +81,8 @@ class StepCost(NamedTuple):
     units: float  # floating-point operations over those of a forward pass
     flops: float  # floating-point operations
     pass_flops: float  # those of a forward pass
-    way: Way | None = None  # how a dual slope computes du/dt in the first phase of the training; None if none is taken
+    # How a dual slope computes du/dt in the first phase of the training; None without a dual slope.
+    strategy: DualStrategy | None = None
 
 
 def step_cost(
@@ -106,12 +107,12 @@ def step_cost(
     guide = objective.needs.guide
     if isinstance(guide, Guide) and guide.active:
         unguided, _ = counter.mean_units(objective.model_copy(update={"guide": _NO_GUIDANCE}))
-        guided, way = counter.mean_units(objective)
+        guided, strategy = counter.mean_units(objective)
         guided_share = _guided_share(objective, guide)
         units = unguided + guided_share * (guided - unguided)
     else:
-        units, way = counter.mean_units(objective)
-    return StepCost(units, units * pass_flops, pass_flops, way)
+        units, strategy = counter.mean_units(objective)
+    return StepCost(units, units * pass_flops, pass_flops, strategy)
 
 
 def _guided_share(objective: Objective, guide: Guide) -> float:
@@ -131,25 +132,25 @@ class _StepCounter:
     ref: Theta
     pass_flops: float  # floating-point operations of one pass forward, for a row
 
-    def mean_units(self, objective: Objective) -> tuple[float, Way | None]:
-        """The units of a step, a mean over the parts of the training; and the way of the dual slope in the first."""
+    def mean_units(self, objective: Objective) -> tuple[float, DualStrategy | None]:
+        """Return the mean units of a step over the phases of the training, and the dual strategy in the first phase."""
         mean = 0.0
-        way_by_part: list[Way | None] = []
+        strategy_by_phase: list[DualStrategy | None] = []
         for b, share in phases(objective, self.path, self.rows, self.shape):
-            units, way = self._units_and_way(objective, b)
+            units, strategy = self._units_and_strategy(objective, b)
             mean += share * units
-            way_by_part.append(way)
-        return mean, way_by_part[0]
+            strategy_by_phase.append(strategy)
+        return mean, strategy_by_phase[0]
 
-    def _units_and_way(self, objective: Objective, b: NoisyBatch) -> tuple[float, Way | None]:
-        """The units of a step on a batch, and the way of its dual slope; None: it takes no dual slope."""
+    def _units_and_strategy(self, objective: Objective, b: NoisyBatch) -> tuple[float, DualStrategy | None]:
+        """Return the units of a step on a batch, and the strategy of its dual slope, or None without one."""
         slope = objective.needs.slope
         if not isinstance(slope, DualSlope):
             return self._units(objective, b), None
         noted_slope = _NotedSlope(slope=slope)
         units = self._units(objective.model_copy(update={"slope": noted_slope}), b)
-        last_way = noted_slope.ways[-1] if noted_slope.ways else None
-        return units, last_way
+        last_strategy = noted_slope.strategies[-1] if noted_slope.strategies else None
+        return units, last_strategy
 
     def _units(self, objective: Objective, b: NoisyBatch) -> float:
         """The units of a step on a batch."""
@@ -185,15 +186,15 @@ class _CountingTeacher:
 
 
 class _NotedSlope(DualSlope):
-    """A dual slope that goes the ways of another, `slope`, and notes each of them."""
+    """A dual slope that uses the strategies of another, `slope`, and records them."""
 
     slope: DualSlope
-    ways: list[Way] = Field(default_factory=list[Way])
+    strategies: list[DualStrategy] = Field(default_factory=list[DualStrategy])
 
-    def way(self, net: Net, ref: Frozen, *, known: bool, moving: Moving | None = None) -> Way:
-        """The way of a dual slope (`DualSlope.way`), which is noted in `ways`."""
-        self.ways.append(self.slope.way(net, ref, known=known, moving=moving))
-        return self.ways[-1]
+    def strategy(self, net: Net, ref: Frozen, *, known: bool, moving: Moving | None = None) -> DualStrategy:
+        """Return the strategy of `slope`, and append it to `strategies`."""
+        self.strategies.append(self.slope.strategy(net, ref, known=known, moving=moving))
+        return self.strategies[-1]
 
 
 def exact_rows(objective: Objective) -> int:

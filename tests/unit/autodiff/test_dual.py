@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils import checkpoint
 
 import dumo.autodiff.rule  # noqa: F401, the operations of a Dual
-from dumo.autodiff.dual import Dual, carry, pair, primal, primal_only, tangent, teach_others
-from dumo.autodiff.tape import Later, WrittenTo, is_complete, play
+from dumo.autodiff.dual import Dual, accept_duals, carry, pair, primal, primal_only, tangent
+from dumo.autodiff.tape import DeferredTangent, ModifiedInPlace, evaluate, is_complete
 from dumo.types import Array
 
 calls: list[str] = []
@@ -39,7 +39,7 @@ def forget() -> None:
 
 def later(x: Tensor) -> Array:
     """A Dual whose tangent is set by hand."""
-    return pair(x, Later(x.shape, x.dtype))
+    return pair(x, DeferredTangent(x.shape, x.dtype))
 
 
 def along(f: Callable[[Array], Array], p: Tensor, d: Tensor, late: bool) -> tuple[Tensor, Tensor]:
@@ -48,18 +48,18 @@ def along(f: Callable[[Array], Array], p: Tensor, d: Tensor, late: bool) -> tupl
     y = f(x)
     if late:
         x.t.value = d
-        play([y.t])
+        evaluate([y.t])
     return y.p, y.t.value if late else y.t
 
 
 each_way = pytest.mark.parametrize("late", [False, True])
 
 
-def ends(*heads: Array) -> list[Later]:
+def ends(*heads: Array) -> list[DeferredTangent]:
     return [head.t for head in heads]
 
 
-def diamond() -> tuple[Array, list[Later]]:
+def diamond() -> tuple[Array, list[DeferredTangent]]:
     """a feeds b and c, which feed d; b feeds e too."""
     x, p = later(torch.ones(3)), torch.ones(3)
     a = carry(p, double, (x,), "a")
@@ -75,7 +75,7 @@ def test_one_late_operand_makes_the_outcome_late() -> None:
     z = carry(torch.ones(3), total, (x, y), "sum")
     assert calls == []
     y.t.value = torch.arange(3.0)
-    play([z.t])
+    evaluate([z.t])
     assert torch.equal(z.t.value, torch.tensor([5.0, 6.0, 7.0]))
 
 
@@ -128,7 +128,7 @@ def test_what_is_kept_for_later_holds_no_graph() -> None:
 def test_play_computes_each_once_in_any_order(order: tuple[int, ...]) -> None:
     x, last = diamond()
     x.t.value = torch.tensor([1.0, 2.0, 3.0])
-    play([last[i] for i in order])
+    evaluate([last[i] for i in order])
     assert sorted(calls) == ["a", "b", "c", "d", "e"]
     for end, factor in zip(last, (8, 8, 2), strict=True):
         assert torch.equal(end.value, factor * x.t.value)
@@ -137,11 +137,11 @@ def test_play_computes_each_once_in_any_order(order: tuple[int, ...]) -> None:
 def test_play_computes_what_is_asked_for_alone() -> None:
     x, last = diamond()
     x.t.value = torch.ones(3)
-    play(last[2:])
+    evaluate(last[2:])
     assert calls == ["a"]
-    play(last[1:2])
+    evaluate(last[1:2])
     assert calls == ["a", "b", "e"]
-    play(last)
+    evaluate(last)
     assert sorted(calls) == ["a", "b", "c", "d", "e"]
 
 
@@ -158,7 +158,7 @@ def test_play_lets_go_of_what_it_has_used() -> None:
     gc.collect()
     assert kept[0]() is not None
     x.t.value = torch.ones(3)
-    play([z.t])
+    evaluate([z.t])
     assert kept[0]() is None
     assert middle() is None
     assert torch.allclose(z.t.value, 2 * torch.full((3,), 2.0).cos())
@@ -171,14 +171,14 @@ def test_play_goes_deeper_than_the_stack_of_python() -> None:
         y = y * 1.001 + 1  # two operations
     x.t.value = torch.ones(2, dtype=torch.float64)
     assert is_complete([y.t])
-    play([y.t])
+    evaluate([y.t])
     assert torch.allclose(y.t.value, torch.full((2,), 1.001**2500, dtype=torch.float64), rtol=1e-11)
 
 
 def test_an_input_without_a_direction_is_an_error() -> None:
     y = later(torch.ones(2)) * 2
     with pytest.raises(AssertionError, match="no tangent"):
-        play([y.t])
+        evaluate([y.t])
 
 
 # Holds.
@@ -206,7 +206,7 @@ def test_what_was_written_to_is_not_played(f: Callable[[Array, Tensor], Array]) 
     y = f(x, w)
     assert is_complete([y.t])
     w[0] = 0
-    with pytest.raises(WrittenTo, match="written in place to a tensor"):
+    with pytest.raises(ModifiedInPlace, match="modified in place"):
         is_complete([y.t])
 
 
@@ -216,7 +216,7 @@ def test_an_index_that_was_written_to_is_not_played(f: Callable[[Array, Tensor],
     y = f(x, i)
     assert is_complete([y.t])
     i.zero_()
-    with pytest.raises(WrittenTo, match="written in place to a tensor"):
+    with pytest.raises(ModifiedInPlace, match="modified in place"):
         is_complete([y.t])
 
 
@@ -238,7 +238,7 @@ def test_what_was_computed_before_an_assignment_stays() -> None:
     rode, taped = f(pair(p, d)), f(x)
     x.t.value = d
     assert is_complete(ends(*taped))
-    play(ends(*taped))
+    evaluate(ends(*taped))
     for a, b, plain, slope in zip(rode, taped, f(p), slopes, strict=True):
         assert torch.equal(a.p, plain)
         assert torch.equal(b.p, plain)
@@ -309,7 +309,7 @@ def test_a_dual_is_walked_row_by_row(f: Callable[[Array], Array], late: bool) ->
 
 
 def test_a_checkpoint_sees_the_device_of_a_dual() -> None:
-    teach_others()
+    accept_duals()
     x = torch.empty(1, device="meta")
     assert checkpoint._infer_device_type(pair(x, None)) == "meta"
     assert checkpoint._infer_device_type(x, None) == "meta"

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import dumo.autodiff.rule  # noqa: F401, the operations of a Dual
 from dumo.autodiff import dual
 from dumo.autodiff.dual import FIRST_OPERAND_ONLY, METHOD_NAMES, RULES, Dual, NoRule
-from dumo.autodiff.tape import Later, is_complete, play
+from dumo.autodiff.tape import DeferredTangent, evaluate, is_complete
 from dumo.types import Array
 from forked import python
 from meeting import outputs
@@ -313,13 +313,13 @@ def ride(
 
 
 def tape(f: Callable[..., Array], given: dict[str, Tensor], along: dict[str, Tensor]) -> tuple[Array, ...]:
-    later = {name: Later(d.shape, d.dtype) for name, d in along.items()}
+    later = {name: DeferredTangent(d.shape, d.dtype) for name, d in along.items()}
     heads = f(**given | {name: Dual(given[name], end) for name, end in later.items()})
     for name, end in later.items():
         end.value = along[name]
     ends = [head.t for head in heads if isinstance(head, Dual) and head.t is not None]
     assert is_complete(ends)
-    play(ends)
+    evaluate(ends)
     return tuple(Dual(h.p, h.t.value) if dual.tangent(h) is not None else h for h in heads)
 
 
@@ -444,9 +444,9 @@ REFUSALS = """
     batch_norm in training: F.batch_norm(x, w[0].clone(), w[1].clone(), training=True)
     bessel_j0.*no derivative: torch.special.bessel_j0(x)
     native_layer_norm.*no derivative: torch.native_layer_norm(x, [4], None, None, 1e-5)[1]
-    normal.*takes for zero: torch.normal(x, 1.0)
+    normal.*zero derivative: torch.normal(x, 1.0)
     assignment to Tensor: setattr(x, "data", y) | setattr(x, "real", y) | setattr(x, "imag", y)
-    what a view is taken of: [q := x * 1, row := q[0], put(q, 1, 2.0)]
+    a tensor with a view in use: [q := x * 1, row := q[0], put(q, 1, 2.0)]
     detach: x.detach() | torch.detach(x)
     item: x.item()
     data: x.data
@@ -465,8 +465,8 @@ REFUSALS = """
     add_: x.add_(y) | w.add_(x)
     copy_: w.copy_(x)
     __iadd__: x.__iadd__(y)
-    __setitem__ of what moves to what does not: put(w.clone(), 0, x[0]) | put(x.new_zeros(3, 4)[1], 0, x[0, 0])
-    __setitem__ of a view: put(x[0], 0, 1.0)
+    __setitem__ of a Dual into a tensor: put(w.clone(), 0, x[0]) | put(x.new_zeros(3, 4)[1], 0, x[0, 0])
+    __setitem__ on a view: put(x[0], 0, 1.0)
     a mask and is_causal: F.scaled_dot_product_attention(x, x, x, w[:, :3], is_causal=True)
     dropout and enable_gqa: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1, enable_gqa=True)
 """
@@ -689,7 +689,7 @@ import torch
 import torch.nn.functional as F
 import dumo.autodiff.rule
 from dumo.autodiff.dual import Dual
-from dumo.autodiff.tape import Later, play
+from dumo.autodiff.tape import DeferredTangent, evaluate
 
 p, d, w = torch.randn(3, 4, 4)
 
@@ -700,10 +700,10 @@ def put(x, place, value):
 
 
 def tape(f):
-    later = Later(p.shape, p.dtype)
+    later = DeferredTangent(p.shape, p.dtype)
     y = f(Dual(p, later), w)
     later.value = d
-    play([y.t])
+    evaluate([y.t])
     return y.p, y.t.value
 
 

@@ -40,7 +40,7 @@ def test_jumps_in_turn_need_jumps_that_end_before_the_data(times: str) -> None:
     unguided = ["objective.kind=meanflow", "objective.guide={}", f"objective.times={times}"]
     words = [*unguided, "sample.solver.kind=hop", "sample.nfe=[1]"]
     assert load("digits", [*words, "evaluate.nfe=[1]"]).sample.nfe == (1,)
-    with pytest.raises(UserError, match="'hop' of nfe = 2"):
+    with pytest.raises(UserError, match="'hop' with nfe = 2"):
         load("digits", [*words, "evaluate.nfe=[2]"])
     load("digits", [*words, "objective.times={kind: jumps, data_ratio: .5}", "evaluate.nfe=[2]"])
 

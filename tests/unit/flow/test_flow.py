@@ -223,7 +223,7 @@ class AsksForTensors(Perceptron):
 @pytest.mark.parametrize("kind", ["lsd", "freeflow", "f2d2", "critic"])
 def test_others_take_duals_whatever_the_slope(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "is_tensor", lambda value: isinstance(value, Tensor))  # as in a new process
-    dual._teach_is_tensor.cache_clear()
+    dual._patch_is_tensor.cache_clear()
     teacher = flow_of("flow_matching", 0)
     needs = flow_of(kind, 0).objective.needs
     settings = {"teacher": teacher} if needs.teacher.velocity == "must" else {}
@@ -231,7 +231,7 @@ def test_others_take_duals_whatever_the_slope(kind: str, monkeypatch: pytest.Mon
     if needs.slope is not None:
         objective["slope"] = {"kind": "central"}
     assert dumo.Flow(AsksForTensors(needs), objective, **settings)(points()).isfinite()
-    dual._teach_is_tensor.cache_clear()
+    dual._patch_is_tensor.cache_clear()
 
 
 @pytest.mark.parametrize("kind", tiered(KINDS, now=QUICK))
@@ -546,7 +546,7 @@ def test_what_was_never_taught_is_refused() -> None:
             one_pass.jump(points(), t)
     assert one_pass.jump(points(), 1.0).isfinite().all()
     to_data = dumo.Flow(Perceptron(DuMoAny().needs), DuMoAny(times=Jumps(data_ratio=1)))
-    with pytest.raises(UserError, match="'hop' of nfe = 2"):
+    with pytest.raises(UserError, match="'hop' with nfe = 2"):
         to_data.sample(4, nfe=2, shape=(2,))
 
 

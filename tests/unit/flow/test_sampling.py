@@ -111,7 +111,7 @@ def test_refuses_before_the_first_pass() -> None:
     for solver, nfe, indices, error, says in (
         (Hop(), 1, None, UserError, "flow_map"),
         (Heun(), 3, None, UserError, "nfe = 3"),
-        (Euler(), 1, [7], ValueError, "1 images for 2 rows of c"),
+        (Euler(), 1, [7], ValueError, "1 indices for 2 rows of c"),
     ):
         with pytest.raises(error, match=says):
             generate(net, Readings(never), Linear(), solver, c, nfe=nfe, seed=0, shape=SHAPE, indices=indices)
@@ -134,7 +134,7 @@ def test_passes_are_in_the_precision_that_is_asked_for() -> None:
 @pytest.mark.parametrize("points", [1, 3, 8])
 def test_points_divide_the_steps(points: int) -> None:
     net, c, z = Small().eval(), labels_in_turn(2, 10), noise(0, range(2), 0, SHAPE)
-    with pytest.raises(ValueError, match=f"points={points}: give at least 2, and a divisor of the 4 steps of nfe=8"):
+    with pytest.raises(ValueError, match=f"points={points} must be at least 2 and divide the 4 steps of nfe=8"):
         sample_trajectory(mean_velocity(net), Linear(), Heun(), z, c, nfe=8, points=points)
 
 

@@ -65,9 +65,9 @@ def test_the_step_that_a_refusal_names_is_served(scale: float) -> None:
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "grad_checkpointing", "wrapper"])
 def test_where_activations_are_let_go_the_dual_pass_is_its_own(name: str) -> None:
     net = nn.Sequential(nn.Linear(3, 3))
-    assert DualSlope().way(net, Frozen(net), known=False).name == "tape"
+    assert DualSlope().strategy(net, Frozen(net), known=False).name == "deferred"
     if name == "wrapper":
         net[0] = checkpoint_wrapper(net[0])
     else:
         setattr(net[0], name, True)
-    assert DualSlope().way(net, Frozen(net), known=False).name == "pass"
+    assert DualSlope().strategy(net, Frozen(net), known=False).name == "separate"

@@ -69,9 +69,9 @@ def test_a_difference_over_too_fast_a_time_is_measured_and_says_why() -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("more", "way"), [((GUIDED,), "tape"), (("train.ref=0.999",), "pass")])
+@pytest.mark.parametrize(("more", "way"), [((GUIDED,), "deferred"), (("train.ref=0.999",), "separate")])
 def test_the_way_of_a_dual_is_shown(more: tuple[str, ...], way: str) -> None:
-    assert measured(tiny("digits", *more), slopes=("dual",))["dual", "fp32"]["way"] == way
+    assert measured(tiny("digits", *more), slopes=("dual",))["dual", "fp32"]["strategy"] == way
 
 
 @pytest.mark.nightly

@@ -95,7 +95,7 @@ def test_the_slope_has_the_gap(folder: Saved) -> None:
     net = moved(built(cut(folder("sd3"), "sd3"), TR))
     (x, c, t), h = batch(), 1e-3
     w = torch.ones_like(x)
-    _, along = DualSlope()(net, Frozen(net), x, c, t=t, r=t / 2, toward=w)
+    _, along = DualSlope()(net, Frozen(net), x, c, t=t, r=t / 2, direction=w)
 
     def difference(rate: float) -> Tensor:
         behind, ahead = (net(x + s * w, c, t=t + s, r=t / 2 + rate * s)[0] for s in (-h, h))
@@ -171,7 +171,7 @@ def shapes(net: nn.Module) -> dict[str, tuple[torch.Size, bool]]:
 
 def test_a_time_that_is_missing_is_named(folder: Saved) -> None:
     x, c, t = batch()
-    with pytest.raises(TypeError, match="takes t, r; it got t"):
+    with pytest.raises(TypeError, match="inputs t, r, got t"):
         built(folder("sd3"), TR)(x, c, t=t)
 
 

@@ -45,8 +45,8 @@ def test_it_learns_with_the_net_and_its_captions_rest() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
     w = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
-    for toward in (None, w):
-        exact, found = (s(net, Frozen(net), x, c, toward=toward, t=t)[1](w) for s in (JvpSlope(), DualSlope()))
+    for direction in (None, w):
+        exact, found = (s(net, Frozen(net), x, c, direction=direction, t=t)[1](w) for s in (JvpSlope(), DualSlope()))
         assert all(((a - b).norm() / b.norm()).item() < 1e-6 for a, b in zip(found, exact, strict=True))
 
 
@@ -116,5 +116,5 @@ def test_captions_that_are_not_here_are_refused_and_prompts_are_read() -> None:
 
 def test_captions_that_are_cut_are_counted() -> None:
     short = learned(length=4)
-    with pytest.warns(UserWarning, match="2 captions are cut at 4 tokens: raise net.texts.tokenizer.length"):
+    with pytest.warns(UserWarning, match="2 captions are truncated to 4 tokens: increase net.texts.tokenizer.length"):
         short.load(short.build(3), WORDS)

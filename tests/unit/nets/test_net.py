@@ -69,7 +69,7 @@ def test_all_heads_and_gauges_start_at_zero_and_names_are_checked(net: Net) -> N
     model = net.build(RICH, SHAPE, 3)
     assert not any(out.any() for out in model(x, c, **inputs))
     for wrong in ({}, {"t": inputs["t"]}, inputs | {"s": inputs["t"]}):
-        with pytest.raises(TypeError, match="takes t, r, w, low"):
+        with pytest.raises(TypeError, match="inputs t, r, w, low"):
             model(x, c, **wrong)
 
 
@@ -126,6 +126,7 @@ def test_every_parameter_learns_and_slopes_are_exact(net: Net, needs: Needs) -> 
     inputs = {name: t / 3 if name == "r" else t for name in needs.names}
     torch.stack([out.square().sum() for out in model(x, c, **inputs)]).sum().backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    for toward in (None, w):
-        exact, found = (s(model, Frozen(model), x, c, toward=toward, **inputs)[1](w) for s in (JvpSlope(), DualSlope()))
+    for direction in (None, w):
+        slopes = JvpSlope(), DualSlope()
+        exact, found = (s(model, Frozen(model), x, c, direction=direction, **inputs)[1](w) for s in slopes)
         assert all(((a - b).norm() / b.norm()).item() < 1e-12 for a, b in zip(found, exact, strict=True))

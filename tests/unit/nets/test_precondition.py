@@ -66,8 +66,8 @@ def test_a_net_of_data_is_its_layers_answer() -> None:
     least, moves = lift(t.clamp(min=0.05), x), lift((t >= 0.05).to(D), x)
     layers = zip(known[:2], along(w)[:2], strict=True)
     wanted = [((x - f) / least, (w - df - moves * (x - f) / least) / least) for f, df in layers]
-    for toward in (None, w):
-        heads, along = DualSlope()(model, Frozen(model), x, c, t=t, r=r, toward=toward)
+    for direction in (None, w):
+        heads, along = DualSlope()(model, Frozen(model), x, c, t=t, r=r, direction=direction)
         for head, slope, (u, du_dt) in zip(heads, along(w), wanted, strict=False):
             assert torch.allclose(head, u, rtol=1e-13, atol=0)
             assert torch.allclose(slope, du_dt, rtol=1e-10, atol=1e-10)

@@ -102,9 +102,9 @@ FAMILY: list[tuple[dict[str, Any], str, str]] = [
 
 # What a diffusion model learned, given what its scheduler lacks (...) or has.
 SCHEDULER: list[tuple[dict[str, Any], str]] = [
-    ({"beta_start": ...}, "betas"),
-    ({"beta_schedule": "sigmoid"}, "betas"),
-    ({"trained_betas": [0.1, 0.2]}, "betas"),
+    ({"beta_start": ...}, "beta schedules"),
+    ({"beta_schedule": "sigmoid"}, "beta schedules"),
+    ({"trained_betas": [0.1, 0.2]}, "beta schedules"),
     ({"prediction_type": "sample"}, "prediction_type"),
     ({"prediction_type": None}, "prediction_type"),
     ({"rescale_betas_zero_snr": True}, "v_prediction"),

@@ -148,7 +148,7 @@ def test_all_passes_of_a_step_route_alike_and_sampling_is_dense() -> None:
     assert torch.equal(still, plain)
     assert torch.equal(none, plain)
     assert not any(torch.allclose(routed, other, atol=1e-3) for other in (plain, later))
-    with pytest.raises(RuntimeError, match=r"routes, and has no keys"):
+    with pytest.raises(RuntimeError, match=r"routing is in training mode without keys"):
         net(x, c, t=t)
 
 
@@ -161,8 +161,8 @@ def test_the_derivative_is_that_of_the_routed_net(kind: str, needs: Needs) -> No
     rest = {"r": t / 3} if needs is MF else {}
     w = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
 
-    def slope(s: Slope, toward: Tensor | None = None) -> Heads:
-        return s(net, Frozen(net), x, c, t=t, toward=toward, **rest)[1](w)
+    def slope(s: Slope, direction: Tensor | None = None) -> Heads:
+        return s(net, Frozen(net), x, c, t=t, direction=direction, **rest)[1](w)
 
     with using(KEYS):
         exact = slope(JvpSlope())  # torch.func.jvp

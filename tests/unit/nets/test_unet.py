@@ -190,8 +190,8 @@ def test_slopes_meet_the_mask_of_the_primal() -> None:
     x, c, t = points(6, SHAPE, 0)
     w = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
 
-    def slope(s: Slope, toward: Tensor | None = None) -> Heads:
-        return s(net, Frozen(net), x, c, t=t, toward=toward)[1](w)
+    def slope(s: Slope, direction: Tensor | None = None) -> Heads:
+        return s(net, Frozen(net), x, c, t=t, direction=direction)[1](w)
 
     with using(KEYS):
         exact = slope(JvpSlope())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dumo.autodiff import rule as rule
 from dumo.autodiff.dual import pair, primal, tangent
-from dumo.flow.noise_schedule import Clock, Schedule
+from dumo.flow.noise_schedule import Schedule, TimeToIndex
 from dumo.flow.path import Diffusion
 from dumo.flow.solver import Restart
 from dumo.nets.vp import DiffusionToVelocity, Prediction, read_scheduler
@@ -48,7 +48,7 @@ class Inverse(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(index: Tensor, clock: Clock) -> Tensor:
+    def forward(index: Tensor, clock: TimeToIndex) -> Tensor:
         low, high = torch.full_like(index, -1.0), torch.full_like(index, 2.0)
         for _ in range(80):
             middle = (low + high) / 2
@@ -64,8 +64,8 @@ class Inverse(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, moved: Tensor, _: object) -> Tensor:  # noqa: ANN401
         (t,) = ctx.saved_tensors
-        k = torch.searchsorted(ctx.clock.ends, t, right=True)
-        d, (cubic, square, slope, _) = t - ctx.clock.bases[k], ctx.clock.pieces[k].unbind(1)
+        k = torch.searchsorted(ctx.clock.knots, t, right=True)
+        d, (cubic, square, slope, _) = t - ctx.clock.origins[k], ctx.clock.coefficients[k].unbind(1)
         return moved / ((3 * cubic * d + 2 * square) * d + slope)
 
 
@@ -73,7 +73,7 @@ def knowing(law: Law, frame: DiffusionToVelocity) -> Callable[[Tensor, Tensor], 
     """A net that knows this law's noise, or its v, at its own input and index."""
 
     def net(x: Tensor, index: Tensor) -> Tensor:
-        t = lift(Inverse.apply(index.double(), frame.clock), x).to(x)
+        t = lift(Inverse.apply(index.double(), frame.time_to_index), x).to(x)
         n = (t * t + (1 - t) ** 2) ** 0.5
         a, s = (1 - t) / n, t / n
         z = law(x, a, s)
@@ -198,8 +198,8 @@ def test_jumps_land_where_those_of_the_schedule_do(config: str, law: str) -> Non
 def test_numbers_of_the_frame_are_no_weights_and_follow_no_type() -> None:
     frame = read_scheduler(SD)
     assert not frame.state_dict()
-    assert frame.clock.pieces.dtype == torch.float64
-    assert frame.max_clock_slope == pytest.approx(
+    assert frame.time_to_index.coefficients.dtype == torch.float64
+    assert frame.max_index_slope == pytest.approx(
         np.diff(frame.schedule.times).min() ** -1 * frame.schedule.last_time / 1000, rel=0.01
     )
 

@@ -347,7 +347,7 @@ def test_charts_are_explained(digits: Path) -> None:
 
 def test_notes_of_pulls_have_words_of_their_own() -> None:
     """Of one that has another name, too; and no page shows a key."""
-    assert word.watched("right_d").title == "pairs in the right order, d"
+    assert word.watched("accuracy_d").title == "pairs in the right order, d"
     assert word.watched("margin_other").meaning == word.WATCHED["margin"].meaning
     assert word.watched("head_gap") == word.WATCHED["head_gap"]
     assert word.watched("some_note") == word.Word("some note")

@@ -33,10 +33,10 @@ class Skewed(JvpSlope):
     known: bool | None = None  # the direction, before the pass
 
     def __call__(
-        self, net: Net, ref: Frozen, x: Sample, c: Cond, *, t: Time, toward: Sample | None = None, **rest: Time
+        self, net: Net, ref: Frozen, x: Sample, c: Cond, *, t: Time, direction: Sample | None = None, **rest: Time
     ) -> tuple[Heads, Along]:
         heads, along = super().__call__(net, ref, x, c, t=t, **rest)
-        wrong = self.known in (None, toward is not None)
+        wrong = self.known in (None, direction is not None)
 
         def skewed(w: Sample) -> Heads:
             found = list(along(w))
@@ -147,7 +147,7 @@ def test_where_the_derivative_is_zero_the_error_is_absolute() -> None:
         by: float
 
         def __call__(
-            self, net: Net, ref: Frozen, x: Sample, c: Cond, *, t: Time, toward: Sample | None = None, **rest: Time
+            self, net: Net, ref: Frozen, x: Sample, c: Cond, *, t: Time, direction: Sample | None = None, **rest: Time
         ) -> tuple[Heads, Along]:
             heads, along = super().__call__(net, ref, x, c, t=t, **rest)
             return heads, lambda w: tuple(slope + self.by / slope.numel() ** 0.5 for slope in along(w))

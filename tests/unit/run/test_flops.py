@@ -135,39 +135,39 @@ def test_rows_that_are_not_guided_cost_no_pass() -> None:
     assert units(inside, drop=0.1) - units(PLAIN) == pytest.approx(0.9 * 0.75, rel=2e-3)
 
 
-@pytest.mark.parametrize(("guide", "name"), [(PLAIN, "ride"), (GUIDED, "pass")])
+@pytest.mark.parametrize(("guide", "name"), [(PLAIN, "fused"), (GUIDED, "separate")])
 def test_the_way_of_a_slope_of_some_rows_is_what_runs(guide: Guide, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of the rows jump: a tape would be of all of them, so where v* is known after the pass there is none."""
     made: list[str] = []
-    for way_name in ("tape", "ride", "passes"):
+    for way_name in ("deferred", "fused", "separate"):
 
         def linearize(*args: Any, way_name: str = way_name, **inputs: Any) -> tuple[Heads, Along]:  # noqa: ANN401
             made.append(way_name)
-            return getattr(linearizations, f"linearize_by_{way_name}")(*args, **inputs)
+            return getattr(linearizations, f"linearize_{way_name}")(*args, **inputs)
 
-        monkeypatch.setattr(f"dumo.flow.slope.linearize_by_{way_name}", linearize)
+        monkeypatch.setattr(f"dumo.flow.slope.linearize_{way_name}", linearize)
     objective = DuMoAny(drop=0, guide=guide, slope=DualSlope(), times=Jumps())
-    found = step_cost(perceptron(objective.needs), objective, Linear(), (2,)).way
+    found = step_cost(perceptron(objective.needs), objective, Linear(), (2,)).strategy
     assert found
     assert found.name == name
-    assert made[-1] == ("passes" if name == "pass" else name)
+    assert made[-1] == name
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("guide", "slope", "ref", "name"),
     [
-        (GUIDED, DualSlope(), "self", "tape"),
-        (PLAIN, DualSlope(), "self", "ride"),
-        (PLAIN, DualSlope(), 0.999, "pass"),
+        (GUIDED, DualSlope(), "self", "deferred"),
+        (PLAIN, DualSlope(), "self", "fused"),
+        (PLAIN, DualSlope(), 0.999, "separate"),
         (PLAIN, CentralSlope(), "self", None),
     ],
 )
 def test_the_way_of_a_slope(guide: Guide, slope: Slope, ref: float | Literal["self"], name: str | None) -> None:
-    """With weights of its own for theta^- a dual pass is one pass more than a ride."""
+    """With weights of its own for theta^- a dual pass is one pass more than a fused one."""
     objective = DuMo(guide=guide, slope=slope)
     given = perceptron(DuMo().needs), objective, Linear(), (2,)
-    found = step_cost(*given, ref=ref).way
+    found = step_cost(*given, ref=ref).strategy
     assert (found and found.name) == name
     assert forward_units(*given, ref=ref) - forward_units(*given) == pytest.approx(float(ref != "self"), rel=1e-12)
 
@@ -187,7 +187,7 @@ def test_a_step_of_a_transformer_by_every_slope(
 ) -> None:
     """256 tokens of width 384, six blocks, counted by two: the figures of docs/memory.md.
 
-    A ride under checkpointing runs the blocks once more, in the backward pass: their tangents are known by then.
+    A fused pass under checkpointing runs the blocks once more, in the backward pass: their tangents are known by then.
     """
     monkeypatch.setattr(few, "MAX_BLOCKS_RUN", 1)
     linear, attention, first = by_hand(384, 6, tokens=256, channels=4)
@@ -206,7 +206,7 @@ def test_the_bytes_of_a_dual_step_stay_near_those_of_a_difference_and_grow_as_th
         return memory.step_bytes(net, DuMo(guide=guide, slope=slope), Linear(), shape, rows=rows).peak
 
     assert peak(DualSlope(), GUIDED, outline()) < 1.10 * peak(CentralSlope(), GUIDED, outline())  # a tape
-    assert peak(DualSlope(), PLAIN, outline()) < 1.00 * peak(CentralSlope(), PLAIN, outline())  # a ride
+    assert peak(DualSlope(), PLAIN, outline()) < 1.00 * peak(CentralSlope(), PLAIN, outline())  # fused
     many, some = (ghost(DuMo(), (SHAPE[0], side, side), depth=1, patch=2) for side in (128, 64))  # 4,096, 1,024 tokens
     assert peak(DualSlope(), GUIDED, many, 128, 1) < 4.05 * peak(DualSlope(), GUIDED, some, 64, 1)
 

@@ -61,7 +61,7 @@ def trained(run: Run, choice: Compile, backend: str = "eager", net: DiT | None =
     """The loss of each step, and how many graphs there were after it; of a net in the place of the run's, if given."""
     torch.compiler.reset()
     counters.clear()
-    tape.compiled_play.cache_clear()
+    tape.compiled_evaluate.cache_clear()
     torch.compile = partial(COMPILE, backend=backend)
     spec = run.train.model_copy(update={"compile": choice})
     torch.manual_seed(0)

@@ -1,18 +1,18 @@
-"""Tangent rules: for every operation, how a small change of its inputs changes its output.
+"""JVP rules for torch operations on Duals. Importing this package registers them.
 
-A rule of an operation f does three things, in this order:
+The rule of an operation f
 
-1. It takes the primals of its operands (`primal`) and makes f's value by the very call of the net.
-2. It names the push of f: a function of the operands' tangents, None for those that rest, and of what else it needs.
-   `_push_gelu(dx, x, approximate)` is the change of gelu at x for a change dx. A linear f pushes its own tangent.
-3. It hands value, push, operands and the push's other arguments to `carry`, which calls the push now or later.
+1. computes f on the primals of its operands (`primal`), by the same call as the network;
+2. names the JVP of f, a function of the operands' tangents (None for an operand without one) and of other arguments.
+   `_jvp_gelu(dx, x, approximate)` is the derivative of gelu at x along dx. A linear f is its own JVP;
+3. passes the value, the JVP, the operands and the other arguments to `carry`, which calls the JVP now or later.
 
-A push is a function of its module and closes over nothing, because a tape keeps it as data. It runs without gradients;
-but with them where a loss holds the derivative itself (`Dual.recorded`), so autograd must be able to follow it.
+A JVP is a module-level function without a closure, because it may be stored for later. Autograd must be able to
+differentiate it, for losses that contain the derivative (`Dual.recorded`); otherwise it runs without gradients.
 
-In rules, `a_` is the primal of `a`, and `da` its tangent. Docstrings give the derivative. Parameters have torch's own
-names, because nets pass them by name. To add an operation: write its rule in one of these files, decorated with the
-functions of torch that nets call it by. Other packages import nothing from here; to import the package registers all.
+In rules, `a_` is the primal of `a`, and `da` its tangent. Docstrings give the derivative. Parameters have torch's
+names, because networks pass them by name. To add an operation, write its rule in one of these files, decorated with the
+torch functions that call it.
 """
 
 from dumo.autodiff.rule import algebra as algebra

@@ -1,21 +1,21 @@
-"""The tangent of an operation without a rule, by torch's own derivatives of that one operation.
+"""Fallback JVP for operations without a hand-written rule, by torch.autograd.
 
-`dumo.autodiff.dual.differentiate` calls this file. `reason_without_tangent` refuses what would lose the tangent, or
-write to an operand. Then one call gives the value and the tangent:
+`dumo.autodiff.dual.differentiate` uses it. `unsupported_reason` names calls that would lose the tangent or modify an
+operand. The value and the tangent come from one call if possible:
 
-1. `call_in_forward_mode` calls the operation on torch's own dual tensors (`torch.autograd.forward_ad`). The value keeps
-   its bits and its gradient.
-2. Where torch has no forward derivative of the operation, `tangent_by_backward` differentiates its gradient, which is
-   linear in the output's gradient v: the derivative of J^T v along v is J.
-3. Where torch has no gradient of it either, NoRule is raised. `torch.func.jvp` would return zeros there.
+1. `call_in_forward_mode` calls the operation on `torch.autograd.forward_ad` dual tensors. The value is bit-identical
+   and keeps its gradient.
+2. If torch has no forward derivative, `tangent_by_backward` differentiates the gradient, which is linear in the output
+   gradient v: the derivative of J^T v with respect to v gives J.
+3. If torch has no gradient either, NoRule is raised. `torch.func.jvp` would return zeros.
 
-On a tape, `tangent` does the same when the tape plays, by a second call of the operation.
+If the direction is not known during the pass, `tangent` calls the operation a second time when the tape is evaluated.
 
-A rule (`dumo.autodiff.rule`) is faster, and compiles: a compiler cannot follow this file.
+A rule (`dumo.autodiff.rule`) is faster, and torch.compile supports it; it does not support the fallback.
 """
 
 import inspect
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -30,11 +30,11 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from dumo.types import UserError
 
-# Methods of Tensor whose result has no tangent, though the tensor has one.
+# Tensor methods that drop the tangent.
 LOSE_TANGENT = frozenset(
     ("data", "detach", "detach_", "item", "tolist", "numpy", "grad", "requires_grad_", "retain_grad")
 )
-# Operations that draw random numbers, of which a tape cannot make the second call that it needs.
+# Operations that draw random numbers. The second call that a tape needs would draw different ones.
 _DRAW_RANDOM = frozenset(
     (
         "bernoulli",
@@ -49,72 +49,76 @@ _DRAW_RANDOM = frozenset(
     )
 )
 
-# torch takes the derivative of a sample of N(mean, sd) along mean and sd for zero, though it is not.
+# torch returns a zero derivative of a sample of N(mean, sd) with respect to mean and sd, which is wrong.
 _ZERO_IN_TORCH = "normal"
 
-# Functions whose first result is a permutation, which is constant though it holds floats.
+# Functions that return a constant permutation, as floats, first.
 _PERMUTING = frozenset(("linalg_lu", "lu_unpack"))
 
 
-class NoRule(UserError, NotImplementedError):  # noqa: N818, a lack in the rules
-    """A net uses an operation, named by the argument, for which there is no tangent."""
+class NoRule(UserError, NotImplementedError):  # noqa: N818, it names a missing rule
+    """The network uses an operation without a tangent, which the argument names."""
 
     def __str__(self) -> str:
-        """The name and the way out. Not made by the constructor, which a compiler could not trace."""
-        return (
-            f"slope 'dual' has no tangent for '{self.args[0]}', which this net uses: use slope 'jvp', or another "
-            "operation"
-        )
+        """Return the message. The constructor does not format it, because torch.compile could not trace that."""
+        return f"slope 'dual' has no tangent for '{self.args[0]}': use slope 'jvp', or another operation in the network"
 
 
 class NoRecordedRule(NoRule):
-    """The same in a loss that differentiates through the derivative, which no other slope takes."""
+    """The loss differentiates through a derivative, and the operation has no rule for that."""
 
     def __str__(self) -> str:
-        """The name and the way out."""
+        """Return the message."""
         return (
-            f"this loss differentiates through a derivative, for which '{self.args[0]}', which this net uses, has no "
-            "rule: use another operation, or objective 'meanflow'"
+            f"this loss differentiates through a derivative, and '{self.args[0]}' has no rule for that: use another "
+            "operation in the network, or objective 'meanflow'"
         )
 
 
-class NoRuleOfAnySlope(NoRule):
-    """The same where a derivative is taken by dual numbers, whatever the slope."""
+class NoRuleForAnySlope(NoRule):
+    """The derivative always uses dual numbers, so another slope would not help."""
 
     def __str__(self) -> str:
-        """The name and the way out."""
+        """Return the message."""
         return (
-            f"a derivative that is taken by dual numbers, whatever the slope, has no tangent for '{self.args[0]}', "
-            "which this net uses: use another operation (x = x + y for x += y), or objective 'meanflow'"
+            f"this derivative uses dual numbers with every slope, and has no tangent for '{self.args[0]}': use another "
+            "operation in the network (x = x + y for x += y), or objective 'meanflow'"
         )
 
 
 @contextmanager
-def whatever_the_slope() -> Generator[None, None, None]:
-    """Around a dual pass that no slope makes: NoRule does not propose another slope."""
+def without_slope_advice() -> Generator[None, None, None]:
+    """Replace a NoRule by NoRuleForAnySlope, for dual passes that do not depend on the slope."""
     try:
         yield
     except NoRecordedRule:
         raise
     except NoRule as error:
-        raise NoRuleOfAnySlope(*error.args) from error
+        raise NoRuleForAnySlope(*error.args) from error
 
 
 @dataclass(frozen=True)
 class OperationCall:
-    """A call of an operation without its operands, and one of the results that it returns."""
+    """An operation call without its operands, and the index of one of its results.
+
+    spec: the tree structure of (args, kwargs).
+    dual_places: the indices of the Duals among the leaves of (args, kwargs).
+    result_index: the index of the result among the leaves of the returned value.
+    """
 
     function: Callable[..., Any]
-    spec: TreeSpec  # of (args, kwargs)
-    dual_places: tuple[int, ...]  # of the operands that are Duals, among the leaves of (args, kwargs)
-    result_index: int  # among the leaves of what the operation returns
+    spec: TreeSpec
+    dual_places: tuple[int, ...]
+    result_index: int
 
 
 def tangent(*arguments: Any) -> Tensor:  # noqa: ANN401, operands of any kind
-    """The tangent of one result of an operation on a tape, by a second call of the operation.
+    """Compute the tangent of one result of an operation by calling the operation again.
 
-    `arguments` are a tangent for each of the call's Duals (None: it rests), the OperationCall, and the leaves of its
-    operands: what `carry` hands to every function of a tangent. Raises NoRule where torch has no derivative.
+    arguments: as `carry` passes them to a JVP: a tangent (or None) for each Dual of the call, the OperationCall, and
+        the leaves of its operands.
+
+    Raises NoRule if torch has no derivative.
     """
     call_place = next(i for i, x in enumerate(arguments) if isinstance(x, OperationCall))
     call = arguments[call_place]
@@ -125,7 +129,8 @@ def tangent(*arguments: Any) -> Tensor:  # noqa: ANN401, operands of any kind
         with torch.no_grad():
             _, tangents_of_results, _ = call_in_forward_mode(call.function, call.spec, operands, tangents)
         found = tangents_of_results[call.result_index]
-    except NotImplementedError:  # torch has no forward derivative
+    except NotImplementedError:
+        # torch has no forward derivative.
         pass
     return found if found is not None else tangent_by_backward(call, operands, tangents)
 
@@ -133,12 +138,12 @@ def tangent(*arguments: Any) -> Tensor:  # noqa: ANN401, operands of any kind
 def call_in_forward_mode(
     function: Callable[..., Any], spec: TreeSpec, operands: Sequence[Any], tangents: Mapping[int, Tensor]
 ) -> tuple[list[Any], list[Tensor | None], TreeSpec]:
-    """Call an operation on operands that move along `tangents`, by their place among the leaves of (args, kwargs).
+    """Call an operation in torch's forward mode. `tangents` is keyed by index among the leaves of (args, kwargs).
 
-    Returns the leaves of its result, the tangent of each (None: it has none), and their structure. An operand that the
-    operation returns as it is stays the same object. Raises NotImplementedError where torch has no forward derivative.
+    Return the leaves of the result, the tangent of each or None, and their structure. An operand that the operation
+    returns unchanged stays the same object. Raises NotImplementedError if torch has no forward derivative.
     """
-    # Fused kernels of attention have no forward derivative.
+    # Fused attention kernels have no forward derivative.
     kernels = sdpa_kernel(SDPBackend.MATH) if "attention" in operation_name(function) else nullcontext()
     with forward_ad.dual_level(), kernels:
         leaves = list(operands)
@@ -161,13 +166,13 @@ def call_in_forward_mode(
 
 
 def tangent_by_backward(call: OperationCall, operands: Sequence[Any], tangents: Mapping[int, Tensor]) -> Tensor:
-    """The tangent of one result of an operation, by differentiating its gradient. Raises NoRule where it has none.
+    """Compute the tangent of one result by calling the operation again and differentiating its gradient.
 
-    Calls the operation once more.
+    Raises NoRule if the operation has no gradient.
     """
     name = operation_name(call.function)
     with torch.inference_mode(mode=False), torch.enable_grad():
-        # A view of each point, so that an operation may return it, or write to it, as to no leaf of autograd.
+        # Pass views, because an operation may return its operand or modify it, and autograd forbids that for leaves.
         points = {i: operands[i].detach().clone().requires_grad_() for i in tangents}
         leaves = [points[i].view_as(points[i]) if i in points else x for i, x in enumerate(operands)]
         args, kwargs = tree_unflatten(leaves, call.spec)
@@ -189,16 +194,17 @@ def tangent_by_backward(call: OperationCall, operands: Sequence[Any], tangents: 
             raise NoRule(f"{name}, of which torch has no forward derivative") from error
 
 
-def reason_without_tangent(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why a call has no tangent here, or None if it has one. Asked before the call, which may write to its operands."""
+def unsupported_reason(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Return why a call is not supported, or None. Checked before the call, which may modify its operands."""
     name = operation_name(function)
     if torch.compiler.is_compiling():
         return f"{name} under torch.compile"
     if name in LOSE_TANGENT:
         return f"{name}, which loses the tangent"
     if name == _ZERO_IN_TORCH:
-        return f"{name}, whose derivative torch takes for zero"
-    if name.endswith("_") and not name.startswith("__"):  # `w += x`, too: add_
+        return f"{name}, for which torch returns a zero derivative"
+    # `w += x` calls add_.
+    if name.endswith("_") and not name.startswith("__"):
         return f"{name}, in place"
     parameters = _parameter_names(function)
     if "inplace" in parameters:
@@ -209,51 +215,46 @@ def reason_without_tangent(function: Callable[..., Any], args: tuple[Any, ...], 
 
 
 def draws_random(function: Callable[..., Any]) -> bool:
-    """Whether an operation draws random numbers, by its name."""
+    """Whether an operation draws random numbers, judged by its name."""
     name = operation_name(function)
     return name in _DRAW_RANDOM or "dropout" in name
 
 
 def operation_name(function: Callable[..., Any]) -> str:
-    """The name of a function of torch, for messages."""
+    """Return the name of a torch function, for messages."""
     return getattr(function, "__name__", str(function))
 
 
 @cache
 def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of a function's parameters, in order; () where Python does not know them."""
+    """Return the names of a function's parameters, in order, or () if it has no Python signature."""
     try:
         return tuple(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return ()
 
 
-def num_writes(operands: Iterable[object]) -> int:
-    """How often the operands have been written to."""
-    return sum(x._version for x in operands if isinstance(x, Tensor) and not x.is_inference())
-
-
 def share_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors lie in one memory."""
+    """Whether two tensors share one storage."""
     if a.layout != torch.strided or b.layout != torch.strided:
         return False
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def is_constant(function: Callable[..., Any], result: Tensor, index: int) -> bool:
-    """Whether a result, by its number among the results, is constant though it holds floats and has no tangent."""
+    """Whether a floating-point result without a tangent, at this index among the results, is a constant."""
     return not result.numel() or (index == 0 and operation_name(function) in _PERMUTING)
 
 
 def can_have_tangent(result: object) -> bool:
-    """Whether a result is a tensor of real or complex floats: indices and truth values have no derivative."""
+    """Whether a result is a real or complex floating-point tensor."""
     return isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex())
 
 
 class RefuseMissingTangents(TorchFunctionMode):
-    """Around a pass in torch's forward mode: NoRule where a function loses a tangent that an operand has.
+    """Raise NoRule for functions that drop the tangent of an operand in torch's forward mode.
 
-    Forward mode, and so `torch.func.jvp`, takes the derivative of such a function for zero.
+    Forward mode, and thus `torch.func.jvp`, returns a zero derivative for them.
     """
 
     def __torch_function__(
@@ -265,27 +266,27 @@ class RefuseMissingTangents(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401, torch's results
         results = func(*args, **(kwargs or {}))
         name = operation_name(func)
-        # What is detached, and what is made like another tensor, are constants. So is `x.data`, whose function is
-        # `__get__`; other properties hold no floats, or are views with a tangent.
+        # Detached tensors and new tensors are constants. So is `x.data`, a call of `__get__`; the other properties
+        # are not floating-point, or are views with a tangent.
         if name in LOSE_TANGENT or name == "__get__" or name.startswith("new_") or name.endswith("_like"):
             return results
-        moves = _any_moves((args, kwargs))
-        if moves and name == "__set__" and getattr(func, "__self__", None) is Tensor.data:
+        has_tangent = _any_has_tangent((args, kwargs))
+        if has_tangent and name == "__set__" and getattr(func, "__self__", None) is Tensor.data:
             raise NoRule("assignment to Tensor.data")
-        if moves and (name == _ZERO_IN_TORCH or _any_rests(func, results)):
+        if has_tangent and (name == _ZERO_IN_TORCH or _any_tangent_missing(func, results)):
             raise NoRule(f"{name}, of which torch has no forward derivative")
         return results
 
 
-def _any_moves(operands: object) -> bool:
+def _any_has_tangent(operands: object) -> bool:
     """Whether a tensor among the operands has a tangent in torch's forward mode."""
     return any(can_have_tangent(x) and forward_ad.unpack_dual(x).tangent is not None for x in tree_leaves(operands))
 
 
-def _any_rests(function: Callable[..., Any], results: object) -> bool:
-    """Whether a result that is no constant has no tangent in torch's forward mode."""
+def _any_tangent_missing(function: Callable[..., Any], results: object) -> bool:
+    """Whether a result that is not constant has no tangent in torch's forward mode."""
     for k, result in enumerate(tree_leaves(results)):
-        is_moving = can_have_tangent(result) and not is_constant(function, result, k)
-        if is_moving and forward_ad.unpack_dual(result).tangent is None:
+        needs_tangent = can_have_tangent(result) and not is_constant(function, result, k)
+        if needs_tangent and forward_ad.unpack_dual(result).tangent is None:
             return True
     return False
