@@ -19,7 +19,9 @@ def rows(objective: IMM, n: int = 24) -> NoisyBatch:
     return replace(exact_batch(objective, APART, n), teacher=None)
 
 
-@pytest.mark.parametrize(("size", "constants"), [(4, {}), (3, {"gap": 160 / 2**15, "weight_power": 1.0, "weight_bias": 5.0})])
+@pytest.mark.parametrize(
+    ("size", "constants"), [(4, {}), (3, {"gap": 160 / 2**15, "weight_power": 1.0, "weight_bias": 5.0})]
+)
 def test_formula(size: int, constants: dict[str, float]) -> None:
     o = changed(IMM, **constants)(times=changed(Groups, size=size)())
     net, b = Polynomial(1), rows(o)
