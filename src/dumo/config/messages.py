@@ -57,20 +57,20 @@ def _hint(mistake: ErrorDetails, path: str, parent: type[BaseModel] | None, root
         [(inner_name, inner)] = inner.items()
         typed = f"{typed}.{inner_name}"
     part, _, name = path.rpartition(".")
-    if not part:
-        meant = nearest_field(typed, root)
-        if meant is None:
-            return f"`dumo show digits --all` lists all; short forms are {', '.join(SHORT_FORMS)}"
-        return f"did you mean '{meant}'?"
-
-    # In a part that exists: a field of the same name elsewhere, or a similar one of this part.
     own_names = sorted(parent.model_fields) if parent else []
-    fields = [*field_paths(root)]
-    is_of_another_kind = typed in fields
-    meant = None if is_of_another_kind else _field_of_same_name(typed, fields)
-    matches = [meant] if meant else [f"{part}.{match}" for match in get_close_matches(name, own_names, n=2)]
+    if part:
+        # In a part that exists: a field of the same name elsewhere, or a similar one of this part.
+        fields = [*field_paths(root)]
+        is_of_another_kind = typed in fields
+        meant = None if is_of_another_kind else _field_of_same_name(typed, fields)
+        matches = [meant] if meant else [f"{part}.{match}" for match in get_close_matches(name, own_names, n=2)]
+    else:
+        meant = nearest_field(typed, root)
+        matches = [meant] if meant else []
     if matches:
         return f"did you mean {' or '.join(map(repr, matches))}?"
+    if root is Run and not part:
+        return f"`dumo show digits --all` lists all; short forms are {', '.join(SHORT_FORMS)}"
     return f"valid: {', '.join(own_names)}"
 
 
@@ -87,8 +87,9 @@ def nearest_field(typed: str, root: type[BaseModel] = Run) -> str | None:
     if part:
         # Words that begin alike say little: trainer.max_iter is not train.max_skips.
         fields = [field for field in fields if get_close_matches(name, [field.rpartition(".")[2]])]
-    near_names = get_close_matches(typed, [*fields, *SHORT_FORMS], n=1)
-    return SHORT_FORMS.get(near_names[0], near_names[0]) if near_names else None
+    short_forms = SHORT_FORMS if root is Run else {}
+    near_names = get_close_matches(typed, [*fields, *short_forms], n=1)
+    return short_forms.get(near_names[0], near_names[0]) if near_names else None
 
 
 def _field_of_same_name(typed: str, fields: Sequence[str]) -> str | None:
