@@ -10,6 +10,7 @@ and `sets_field` tell which field an override sets.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import yaml
@@ -127,11 +128,12 @@ def _put(tree: dict[str, Any], path: FieldPath, value: object) -> None:
 
 
 def _shared_fields(objective: dict[str, Any], kind: object) -> dict[str, Any]:
-    """The fields of an objective that one of another kind keeps. A class from outside is imported if it is trusted."""
+    """The fields of an objective that one of another kind keeps; none if there is no such kind, as validation says."""
     fields: set[str] = set()
     if branch({"kind": kind}) == OUTSIDE:
-        trust.require([str(kind)], "")
-        fields = {*import_class(str(kind)).model_fields}
+        with suppress(UserError):
+            trust.require([str(kind)], "")
+            fields = {*import_class(str(kind)).model_fields}
     for spec in members(Run.model_fields["objective"].rebuild_annotation()):
         if spec.model_fields["kind"].default == kind:
             fields = {*spec.model_fields}
