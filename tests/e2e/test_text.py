@@ -82,7 +82,7 @@ def test_wrong_prompts_are_refused_in_a_line(home: Path) -> None:
     assert not (home / "run" / "samples").exists()
     moved = shutil.copytree(home / "run", home / "elsewhere")
     lost = f"net.texts.encoder.source={home / 'nowhere'}"
-    assert "is no folder" in refused("sample", moved, "--nfe", 1, "--prompt", "a red seven", *lost)
+    assert "is no folder" in refused("sample", moved, "--nfe", 1, "--prompt", "a red seven", lost)
 
 
 def test_a_long_prompt_is_cut_with_a_warning(home: Path, tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_other_captions_and_another_use_of_the_encoder_are_encoded_and_trained_o
         fields = (field, "train.steps=1")
         assert call("train", recipe, "--out", tmp_path / f"old{i}", root, *fields).code == 0
         fresh = f"net.texts.root={tmp_path / f'fresh{i}'}"
-        assert call("train", recipe, "--out", tmp_path / f"new{i}", *fresh, *fields).code == 0
+        assert call("train", recipe, "--out", tmp_path / f"new{i}", fresh, *fields).code == 0
         one, other = (
             load(next((tmp_path / f"{run}{i}" / "checkpoints").glob("*/net/00000.safetensors")))
             for run in ("old", "new")
@@ -191,8 +191,8 @@ def test_other_captions_and_another_use_of_the_encoder_are_encoded_and_trained_o
 
 @pytest.mark.slow
 def test_rows_on_disk_train_the_same_net(home: Path, tmp_path: Path) -> None:
-    recipe, disk = home / "words.yaml", ("net.texts.memory=0")
-    assert call("train", recipe, "--out", tmp_path / "run", *disk).code == 0
+    recipe, disk = home / "words.yaml", "net.texts.memory=0"
+    assert call("train", recipe, "--out", tmp_path / "run", disk).code == 0
     held, looked_up = (load(next((run / "checkpoints").glob("*/net"))) for run in (home / "run", tmp_path / "run"))
     assert held.keys() == looked_up.keys()
     assert all(torch.equal(held[name], looked_up[name]) for name in held)
