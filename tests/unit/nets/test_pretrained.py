@@ -505,4 +505,6 @@ def test_weights_that_are_read_one_by_one_are_those_of_a_whole_net(
             for key, x in whole.state_dict().items():
                 assert x.dtype == there[key].dtype, key
                 assert torch.equal(x, there[key]), key
-            assert all(map(torch.equal, whole.buffers(), net.buffers()))
+            for ours, theirs in zip(net.buffers(), whole.buffers(), strict=True):
+                assert ours.dtype == theirs.dtype
+                assert torch.equal(ours, theirs)
