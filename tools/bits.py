@@ -19,7 +19,7 @@ The order of events of a recording (`record_all`):
 
 Bits are those of one kind of CPU and one version of torch, so record both trees on the same. Data are
 $DUMO_DATA/cifar10. bits.json is the record of commit 45264c40, equal to that of 0a489642 but for columns of the log
-that left; the six recipes of LoRAs are of the commit since which biases of their layers stay fixed.
+that left; the recipes of LoRAs are of the commit since which biases of their layers stay fixed.
 """
 
 import argparse
