@@ -1,19 +1,18 @@
-"""Laws from which the times (t, r) of a batch's rows are drawn, r <= t but for `both_ways`, or a number for each.
+"""Distributions of the times (t, r) of a batch's rows, with r <= t except for `both_ways`, and of further numbers.
 
-1. `dumo.flow.noisy_batch` calls `moving`, which says without drawing which rows may have r != t. Kinds of rows are
-   chosen by their place in the batch, so that every rank and step has as many of each.
-2. It calls the law with the number of rows n and a generator. The law returns t and r, (n,) each.
+1. `dumo.flow.noisy_batch` calls `moving`, which returns the rows that may have r != t, without drawing. The kind of a
+   row depends on its position in the batch, so that every rank and step has the same number of each kind.
+2. It calls the distribution with the number of rows n and a generator, and gets t and r, (n,) each.
 
-`Times` is the union of the laws that an objective may name. `Grid` is not in it: an objective that learns from a
-teacher's trajectories brings it, because its steps are those of the trajectories.
+`Times` is the union of the distributions that an objective may name. `Grid` is not part of it, because its steps are
+those of a teacher's trajectories.
 
-- Laws of one number: `Number` and `ToData`, which a law of one's own may derive from. `one` draws it. A number in
-  [0, 1] may be a time t, with r = 0, the data (`ToData`); as a further law of an objective it is any number, such as
-  a share or a knob.
-- Laws of pairs: `Pair` and all below it. Some draw from laws of one number, which are their fields (`OneTimeLaw`).
+- Distributions of one number subclass `Number`, or `ToData` for a time t with r = 0. `one` draws it. Other numbers,
+  such as shares and knobs, are further random numbers of an objective.
+- `Pair` and the classes below it are distributions of (t, r). Some have distributions of t as fields (`OneTimeLaw`).
 
-With `both_ways`, every second row that jumps has its times exchanged, t < r: a jump up to the noise (ours; F2D2's code
-draws t and r alike).
+With `both_ways`, every second row with a jump has t and r exchanged, t < r: a jump towards the noise (our choice;
+F2D2's code draws t and r from the same distribution).
 """
 
 from abc import abstractmethod
@@ -37,23 +36,23 @@ KARRAS_ROOTS = (0.002 ** (1 / _EDM_RHO), 80.0 ** (1 / _EDM_RHO))  # of sigma_min
 
 
 class Number(Law):
-    """A law of one number per row, which is drawn for the whole batch at once."""
+    """A distribution of one number per row, which is drawn for the whole batch at once."""
 
     @abstractmethod
     def one(self, n: int, g: Generator) -> PerSample:
         """Draw a number for each of n rows, (n,)."""
 
     def rows(self, key: Sequence[int | str], rows: range, batch: int, shape: Sequence[int]) -> PerSample:
-        """The numbers of these rows, (len(rows),): drawn for the whole batch from the stream of the key, then cut."""
+        """Draw the numbers of the whole batch from the stream of the key, and return those of `rows`."""
         return self.one(batch, random.stream(*key))[rows.start : rows.stop]
 
 
 class ToData(TimeLaw, Number):
-    """A law of one number in [0, 1]; as a law of times every jump goes to the data, r = 0."""
+    """A distribution of one number in [0, 1]. As a distribution of times, every jump goes to the data, r = 0."""
 
     @property
     def between(self) -> bool:
-        """False: with r = 0 no jump ends before the data."""
+        """False, because all jumps end at the data."""
         return False
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
@@ -72,13 +71,13 @@ class Beta(ToData):
     def one(self, n: int, g: Generator) -> Time:
         """Draw n times t, (n,), as ratios of gamma variables: Beta(a, b) is G_a / (G_a + G_b)."""
         shape = torch.tensor([self.a, self.b]).expand(n, 2)
-        # no public function draws gamma variables by a generator
+        # No public function draws gamma variables with a generator.
         gamma = torch._standard_gamma(shape, generator=g)  # pyright: ignore[reportPrivateImportUsage]
         return gamma[:, 0] / gamma.sum(1)
 
 
 class Uniform(ToData):
-    """t ~ U(low, high); if low = high, t is that time."""
+    """t ~ U(low, high), or the constant low if low = high."""
 
     kind: Literal["uniform"] = "uniform"
     low: float = Field(default=0.0, ge=0, le=1)
@@ -125,9 +124,9 @@ class Arctan(ToData):
 
 
 class Karras(ToData):
-    """The time of a noise level sigma, of which sigma^(1 / rho) is uniform from sigma_min to sigma_max.
+    """The time of a noise level sigma with sigma^(1 / rho) uniform between those of sigma_min and sigma_max.
 
-    These are the levels of EDM, Eq. 5, in the limit of many; CM (Song et al. 2023) takes each level as often.
+    This is the limit of many levels of EDM, Eq. 5, with equal probabilities as in CM (Song et al. 2023).
     """
 
     kind: Literal["karras"] = "karras"
@@ -139,13 +138,13 @@ class Karras(ToData):
 
 
 def karras_time(root: PerSample) -> Time:
-    """t = s / (1 + s), s = sigma / sd, of the noise level whose root is root = sigma^(1 / rho) (EDM, Eq. 5)."""
+    """Return t = s / (1 + s), s = sigma / sd, of a noise level by its root sigma^(1 / rho) (EDM, Eq. 5)."""
     s = root**_EDM_RHO / EDM_SD
     return s / (1 + s)
 
 
 def karras_root(t: Time) -> PerSample:
-    """The root sigma^(1 / rho) of the noise level of t: the inverse of `karras_time`."""
+    """Return the root sigma^(1 / rho) of the noise level of t, the inverse of `karras_time`."""
     return (EDM_SD * t / (1 - t)) ** (1 / _EDM_RHO)
 
 
@@ -153,7 +152,7 @@ OneTimeLaw = Annotated[Arctan | Beta | Karras | LogitNormal | Uniform, Field(dis
 
 
 class Atom(ToData):
-    """A law `of` one time, but t = `at` on a share of the rows, evenly spread: TCM's boundary (Lee et al. 2025: p)."""
+    """A distribution `of` t, with t = `at` on an evenly spread share of rows: TCM's boundary (Lee et al. 2025: p)."""
 
     kind: Literal["atom"] = "atom"
     of: OneTimeLaw = Beta()
@@ -167,18 +166,20 @@ class Atom(ToData):
 
 
 class Pair(TimeLaw):
-    """Two draws of one law, sorted, so that r <= t; r = t on a share `velocity_ratio` of the rows (MeanFlow, Sec. 4.3).
+    """Two sorted draws, r <= t, with r = t on a share `velocity_ratio` of the rows (MeanFlow, Sec. 4.3).
 
-    That share is rho of the paper's Eq. 5, which draws it by a coin. Here the rows are evenly spread by place (ours),
-    so every rank and every step has the same number of them. With `to`, r has a law of its own, and is t where it would
-    be above t (DMF, SoFlow). With `flow`, t has a law of its own on the rows with r = t (DMF, SoFlow, alpha-Flow).
+    The share is rho of the paper's Eq. 5, which draws each row independently. Here these rows are evenly spread (our
+    choice), so every rank and step has the same number of them. With `to`, r has another distribution, clamped to t
+    (DMF, SoFlow). With `flow`, t has another distribution on the rows with r = t (DMF, SoFlow, alpha-Flow).
     """
 
     kind: Literal["pair"] = "pair"
     of: OneTimeLaw = LogitNormal()
     velocity_ratio: float = Field(default=0.75, ge=0, le=1)
-    to: OneTimeLaw | None = None  # of r; None: the lower of two draws
-    flow: OneTimeLaw | None = None  # of t where r = t; None: as the others
+    # The distribution of r; None means the smaller of two draws.
+    to: OneTimeLaw | None = None
+    # The distribution of t if r = t; None means the same as for jumps.
+    flow: OneTimeLaw | None = None
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
         """t and r of n rows, both (n,)."""
@@ -192,8 +193,8 @@ class Pair(TimeLaw):
         return t, torch.where(moving, r, t)
 
     def moving(self, n: int) -> tuple[bool, ...]:
-        """Which of the first n rows may have r < t; all others have r = t."""
-        return tuple(not rests for rests in spread_evenly(n, self.velocity_ratio))
+        """Return which of the first n rows may have r < t; the remaining rows have r = t."""
+        return tuple(not is_velocity for is_velocity in spread_evenly(n, self.velocity_ratio))
 
     @property
     def moving_share(self) -> float:
@@ -202,16 +203,17 @@ class Pair(TimeLaw):
 
 
 class Jumps(TimeLaw):
-    """Three kinds of rows, evenly spread by place, each with draws of its own (ours).
+    """Three kinds of rows, evenly spread (ours).
 
     - r = t on a share `velocity_ratio` of all rows: the velocity.
-    - r = 0 on a share `data_ratio` of the others: jumps to the data, which a sampler of one pass makes.
-    - r uniform in [0, t] on the rest: jumps between.
+    - r = 0 on a share `data_ratio` of the remaining rows: jumps to the data, for sampling in one pass.
+    - r uniform in [0, t] on all further rows: jumps between.
     """
 
     kind: Literal["jumps"] = "jumps"
-    of: OneTimeLaw = LogitNormal()  # of t
-    velocity_ratio: float = Field(default=0.5, ge=0, le=1)  # ours, as all shares here
+    # The distribution of t.
+    of: OneTimeLaw = LogitNormal()
+    velocity_ratio: float = Field(default=0.5, ge=0, le=1)
     data_ratio: float = Field(default=0.5, ge=0, le=1)
     both_ways: bool = Field(default=False, exclude_if=lambda both: not both)
 
@@ -231,8 +233,8 @@ class Jumps(TimeLaw):
         return t, r
 
     def moving(self, n: int) -> tuple[bool, ...]:
-        """Which of the first n rows may have r != t; all others have r = t."""
-        return tuple(not rests for rests in spread_evenly(n, self.velocity_ratio))
+        """Return which of the first n rows may have r != t; the remaining rows have r = t."""
+        return tuple(not is_velocity for is_velocity in spread_evenly(n, self.velocity_ratio))
 
     @property
     def moving_share(self) -> float:
@@ -250,14 +252,14 @@ class Jumps(TimeLaw):
         return self.both_ways
 
     def _places_by_kind(self, n: int) -> tuple[list[int], list[int], list[int]]:
-        """The places of the first n rows: those with r = t, those that jump to the data (r = 0), the other jumps."""
+        """Return the indices of the first n rows by kind: r = t, jumps to the data (r = 0), and other jumps."""
         jumps, rest = split_by_moving(self.moving(n))
         far, near = split_by_moving(spread_evenly(len(jumps), self.data_ratio))
         return rest, [jumps[i] for i in far], [jumps[i] for i in near]
 
 
 class Below(TimeLaw):
-    """t by a law, and r uniform from 0 to t: RCGM, whose r = t - U t (TwinFlow's code), and IMM."""
+    """t from a distribution, and r uniform in [0, t]: RCGM, with r = t - U t (TwinFlow's code), and IMM."""
 
     kind: Literal["below"] = "below"
     of: OneTimeLaw = Uniform()
@@ -269,17 +271,18 @@ class Below(TimeLaw):
 
 
 class Dyadic(TimeLaw):
-    """Steps of length 2^-k, k < levels, on one row of `every`; r = t on the others (shortcut models).
+    """Steps of length 2^-k, k < levels, on one row of `every`; r = t on the remaining rows (shortcut models).
 
-    A step of length 2^-k begins at a multiple of it. The code of Frans et al. (2025) gives every k as many rows
-    (`targets_shortcut.py`); here k is drawn, and the rows are evenly spread, so that any part of a batch has its share
-    of them (ours). On the other rows t is a multiple of 2^-levels, or has a law of its own (`flow`, ours).
+    A step of length 2^-k starts at a multiple of its length. The code of Frans et al. (2025) has the same number of
+    rows for every k (`targets_shortcut.py`); here k is drawn, and the rows are evenly spread (our choice). On the
+    remaining rows t is a multiple of 2^-levels, or has another distribution (`flow`, ours).
     """
 
     levels: ClassVar[int] = 7  # `denoise_timesteps` of its code, 128 = 2^7
     every: ClassVar[int] = 8  # `bootstrap_every`
     kind: Literal["dyadic"] = "dyadic"
-    flow: OneTimeLaw | None = None  # of t where r = t; None: on the finest grid
+    # The distribution of t if r = t; None means the finest grid.
+    flow: OneTimeLaw | None = None
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
         """t and r of n rows, both (n,)."""
@@ -292,7 +295,7 @@ class Dyadic(TimeLaw):
         return t, torch.where(jumps, t - step, t)
 
     def moving(self, n: int) -> tuple[bool, ...]:
-        """Which of the first n rows have r < t, by their place alone."""
+        """Return which of the first n rows have r < t, which depends on their position only."""
         return tuple(i % self.every == 0 for i in range(n))
 
     @property
