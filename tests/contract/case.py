@@ -38,7 +38,7 @@ def objectives(*, exact: bool = False, **fields: object) -> Iterator[Objective]:
         own = {name: value for name, value in fields.items() if name in cls.model_fields}
         if cls is Drift:
             own["size"] = 4  # of few rows
-        if "slope" not in cls.model_fields:
+        if "slope" not in cls.model_fields or cls.model_fields["slope"].default is None:
             yield cls(**own)
             continue
         for slope in members(Slope):

@@ -98,6 +98,19 @@ def test_two_times_are_trained_in_parts_and_jumped_between(here: Path, folder: P
 
 
 @pytest.mark.nightly
+def test_twinflow_has_adapters_and_a_sign(here: Path, folder: Path) -> None:
+    """One task on each row, the velocity of the frozen base, negative times and passes in bf16: as sd3-twinflow."""
+    words = ["train", "digits", *net(folder, "net.lora.rank=4"), *SHORT, "train.schedule.kind=constant"]
+    words += ["teacher={kind: base, guide: {scale: 5}}", "train.precision=bf16", "sample.solver={kind: restart}"]
+    words += ["objective={kind: twinflow, times: {kind: quarters}, drop: 0, guide: {zeta: 0}, order: 1}"]
+    words += ["objective.barron=0.001", "objective.slope={kind: dual}"]
+    whole = trained_in_parts(here, words)
+    assert whole["gap.negative"].any()
+    assert call("sample", "whole", "--nfe", "2").code == 0
+    assert call("show", "whole", "--check").code == 0
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize("coding", ["int8", "nf4"])
 def test_a_coded_base_is_trained_on_sampled_and_merged_as_it_is_stored(here: Path, folder: Path, coding: str) -> None:
     """Also gone on with, to the bit; on another coding, or on other weights, it is refused."""

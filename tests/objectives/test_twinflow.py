@@ -2,17 +2,20 @@
 
 from dataclasses import replace
 from itertools import product
-from math import inf
+from math import inf, pi
 
 import pytest
 import torch
 from torch import Tensor
 
+from dumo.error import UserError
 from dumo.flow.guide import Guide, Interval
+from dumo.flow.slope import DualSlope
+from dumo.flow.times import Quarters
 from dumo.objectives import TwinFlow
 from dumo.testing.exact import D, ExactNet, column, gaussian, growth
 from dumo.testing.properties import loss_of
-from dumo.types import Heads, NoisyBatch
+from dumo.types import Frozen, Heads, NoisyBatch
 from theory.exact import drawn, falls
 from theory.formula import Polynomial, agree, changed, guided, half
 
@@ -125,3 +128,100 @@ def test_samples_of_another_width_are_pulled_back(wide: float, sign: int) -> Non
     net.wide = wide
     (pull,) = torch.autograd.grad(loss_of(o, net, b).parts["rectify"].mean(), net.probe)
     assert pull[0, 1] * sign > 1e-2
+
+
+# ------------------------------------------------------------------------------------------- one task on each row
+
+
+def test_quarters_are_the_four_tasks_of_the_released_code() -> None:
+    t, r = Quarters()(4000, torch.Generator().manual_seed(0))
+    assert (t[0::4] == 1).all()
+    assert (r[0::4] == 0).all()
+    assert (r[1::4] >= 0.95 * t[1::4] - 1e-6).all()
+    assert (r[3::4] == t[3::4]).all()
+    share = r[2::4] / t[2::4]
+    assert (share.mean() - 0.5).abs() < 0.03
+    assert (share.std() - 12**-0.5).abs() < 0.02
+    assert Quarters().moving(8) == (True, True, True, False) * 2
+
+
+def released(o: TwinFlow, net: Polynomial, ref: Polynomial, b: NoisyBatch) -> Tensor:
+    """`training_step` of their `twinflow.py`, row by row, with the batch's random numbers."""
+
+    def weighed(error: Tensor) -> Tensor:
+        """`barron_reweighting_loss` or `l2_loss`, whose weight is held still."""
+        mse = (error**2).mean()
+        c = o.barron
+        return mse if c is None else mse * ((mse / (c**2 + 1e-8) + 1) ** -0.5).detach() / c
+
+    def predict(model: Polynomial, x: Tensor, c: Tensor, t: float, r: float) -> Tensor:
+        return model(x[None], c[None], t=torch.tensor([t], dtype=D), r=torch.tensor([r], dtype=D))[0][0]
+
+    jump_losses, gap_losses = list[Tensor](), list[Tensor]()
+    for i in range(len(b.t)):
+        x, z, c, null = b.x[i], b.z[i], b.c[i], b.null[i]
+        t, r, z_twin, t_twin = float(b.t[i]), float(b.r[i]), b.drawn["z_twin"][i].to(D), float(b.drawn["t_twin"][i])
+        if i % 4 == 3:  # adv
+            x = z_twin - predict(net, z_twin, c, 1.0, 0.0).detach()
+            error = predict(net, t * z + (1 - t) * x, c, -t, -t) - (z - x)
+            jump_losses.append(weighed(error))
+            continue
+        x_t = t * z + (1 - t) * x
+        v = z - x
+        if i % 4 and bool(b.kept[i]):
+            v_c, v_null = predict(ref, x_t, c, t, t), predict(ref, x_t, null, t, t)
+            v = (v + o.guide.zeta * (v_c - v_null)).detach()
+        u = predict(net, x_t, c, t, r)
+        if o.slope is not None:
+            du_dt = net.slope(0, x_t[None], torch.tensor([t], dtype=D), torch.tensor([r], dtype=D), v[None])[0]
+            residual = u + (t - r) * du_dt - v
+        else:
+            now, y, moved = max(t - 0.01, r), x_t - 0.01 * v, 0 * x
+            for k in range(o.order):
+                start, end = (now * (1 - j / o.order) + r * j / o.order for j in (k, k + 1))
+                f = predict(ref, y, c, start, end)
+                y, moved = y - (start - end) * f, moved + (start - end) * f
+            near = t < r + 0.01
+            residual = u - v if near else 100 * (t - r) * u - 100 * moved - v
+        error = u - (u - residual.clamp(-1, 1)).detach()
+        jump_losses.append(weighed(error) * (torch.tensor((1 - (t - r)) * pi / 2.5).tan() + 1))
+        if i % 4 == 0:  # e2e
+            sample = (z - u).detach()
+            x_twin = t_twin * z_twin + (1 - t_twin) * sample
+            g = predict(net, x_twin, c, -t_twin, -t_twin) - predict(net, x_twin, c, t_twin, t_twin)
+            gap_losses.append(weighed(u - (u - g.clamp(-1, 1)).detach()))
+    return torch.stack(jump_losses).mean() + o.match * torch.stack(gap_losses).mean()
+
+
+@pytest.mark.parametrize("zeta", [0.0, 0.8])
+@pytest.mark.parametrize("barron", [None, 1e-3])
+@pytest.mark.parametrize(("order", "slope"), [(1, None), (2, None), (1, DualSlope())])
+def test_the_loss_in_quarters_is_that_of_the_released_code(
+    zeta: float, barron: float | None, order: int, slope: DualSlope | None
+) -> None:
+    o = TwinFlow(times=Quarters(), guide=Guide(zeta=zeta), barron=barron, match=0.5, order=order, slope=slope, drop=0.3)
+    net, ref, b = Polynomial(1), Polynomial(1), drawn(o, 16)
+    if slope is None:
+        ref.a.data = ref.a.data.roll(1) / 2
+    loss = o.loss(net, Frozen(net if slope else ref), b).loss.mean()
+    theirs = released(o, net, net if slope else ref, b)
+    assert torch.allclose(loss, theirs, rtol=1e-6)
+    ours, wanted = (torch.autograd.grad(y, net.parameters()) for y in (loss, theirs))
+    for grad, right in zip(ours, wanted, strict=True):
+        assert torch.allclose(grad, right, rtol=1e-6, atol=1e-6 * float(right.abs().max()))
+
+
+def test_all_but_the_twin_rest_in_quarters_with_an_exact_slope() -> None:
+    """At the exact flow, row by row: no step is finite, so no error is left."""
+    o = changed(TwinFlow, clip=inf)(times=Quarters(), guide=Guide(), drop=0.0, slope=DualSlope())
+    parts = loss_of(o, ExactNet(gaussian(), o.needs), drawn(o, 128, teacher=True)).parts
+    at = torch.arange(128) % 4
+    assert parts["u"][(at == 1) | (at == 2)].max() < 1e-20
+    assert parts["rectify"].max() < 1e-20
+    assert parts["u"][at == 3].min() > 1e-6
+
+
+def test_a_batch_without_all_four_tasks_is_refused() -> None:
+    o = TwinFlow(times=Quarters())
+    with pytest.raises(UserError, match="multiples of 4"):
+        loss_of(o, Polynomial(1), drawn(o, 6))

@@ -309,6 +309,47 @@ class Dyadic(TimeLaw):
         return self.every
 
 
+class Quarters(TimeLaw):
+    """Four kinds of rows in turn, for four tasks of TwinFlow (`prepare_inputs` of its code for large models).
+
+    - t = 1, r = 0: the jump from noise to data.
+    - t uniform, r uniform in [0.95 t, t]: short jumps.
+    - t uniform, r uniform in [0, t]: jumps of any length.
+    - r = t, t uniform: the rows of the twin.
+
+    Their code cuts a batch into four blocks. Here neighbouring rows differ, so that any part of a batch that is a
+    multiple of four has as many rows of each kind.
+    """
+
+    size: ClassVar[int] = 4
+    near: ClassVar[float] = 0.05  # the longest short jump, as a share of t
+    kind: Literal["quarters"] = "quarters"
+
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
+        """t and r of n rows, both (n,)."""
+        t = torch.rand(n, generator=g)
+        t[0::4] = 1.0
+        length = torch.rand(n, generator=g)  # of the jump, as a share of t
+        length[0::4] = 1.0
+        length[1::4] *= self.near
+        length[3::4] = 0.0
+        return t, t - length * t
+
+    def moving(self, n: int) -> tuple[bool, ...]:
+        """Which of the first n rows may have r < t: all but those of the twin."""
+        return tuple(i % 4 != 3 for i in range(n))
+
+    @property
+    def moving_share(self) -> float:
+        """The share of rows that may have r < t."""
+        return 0.75
+
+    @property
+    def group(self) -> int:
+        """How many neighbouring rows belong together: one of each kind."""
+        return self.size
+
+
 class Groups(TimeLaw):
     """Neighbouring rows, `size` of them, share their times (IMM, Alg. 1)."""
 
@@ -343,6 +384,6 @@ class Grid(TimeLaw):
 
 
 Times = Annotated[
-    Arctan | Atom | Below | Beta | Dyadic | Groups | Jumps | Karras | LogitNormal | Pair | Uniform,
+    Arctan | Atom | Below | Beta | Dyadic | Groups | Jumps | Karras | LogitNormal | Pair | Quarters | Uniform,
     Field(discriminator="kind"),
 ]

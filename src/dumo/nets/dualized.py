@@ -46,7 +46,7 @@ from dumo.nets.lowpass import LowpassFit, MaskedLinear
 from dumo.nets.text_rows import Texts
 from dumo.nets.vp import DiffusionToVelocity
 from dumo.runtime import dist
-from dumo.types import Array, Cond, Heads, Sample, Time, UserError
+from dumo.types import Array, Cond, Heads, Rows, Sample, Time, UserError
 
 
 class Dualized(nn.Module):
@@ -70,6 +70,7 @@ class Dualized(nn.Module):
         lowpass_limit: float | None = None,
         diffusion: DiffusionToVelocity | None = None,
         gap: bool = False,
+        signed: bool = False,
     ) -> None:
         """Take over the model, which is changed in place. Every head begins as a copy of its last layer.
 
@@ -78,6 +79,7 @@ class Dualized(nn.Module):
         - `lowpass_limit`: in rad per unit of t, quicker waves of time are cut; None: none are
         - `diffusion`: turns the output of a model of a diffusion into a velocity; None: the model learned a velocity
         - `gap`: whether the net takes r, too, for which the model must have an embedder of time
+        - `signed`: whether times may be negative, which needs `gap`
 
         Raises UserError as `lora.adapt`.
         """
@@ -116,7 +118,7 @@ class Dualized(nn.Module):
         self.lowpass_fits = self._cut_quick_waves(embedder_paths, max_frequency, lowpass_limit)
         self.time_names = ("t", "r") if gap else ("t",)
         self.gap_path = embedder_paths[0] if gap else ""  # of the embedder that the gap's embedding is added to
-        self.gap = GapEmbedder(self._time_embedder, max_frequency) if gap else None
+        self.gap = GapEmbedder(self._time_embedder, max_frequency, signed=signed) if gap else None
 
         if family.mask_reader:
             model.get_submodule(family.mask_reader).register_forward_pre_hook(_with_readable_mask)
@@ -335,6 +337,11 @@ class Dualized(nn.Module):
 
     def _predict(self, x: Sample, c: Cond, t: Time, r: Time | None = None) -> Heads:
         """Return the heads, shaped like x (b, channels, h, w), of rows that may share a pass of the model."""
+        is_negative = None
+        if self.gap is not None and self.gap.negative is not None and r is not None:
+            is_negative = t < 0
+            t = torch.where(is_negative, -t, t)
+            r = torch.where(is_negative, -r, r)
         if self.diffusion:
             x_in, time, to_velocity = self.diffusion(x, t)
         else:
@@ -342,7 +349,7 @@ class Dualized(nn.Module):
             time = self._model_time(t)
             to_velocity = self._to_velocity
         inputs = self._inputs(x_in, c, time)
-        with self._with_unrounded_time(inputs), self._with_gap(t, r):
+        with self._with_unrounded_time(inputs), self._with_gap(t, r, is_negative):
             out = self.model(**self.family.arguments(inputs), return_dict=False)[0]
         if inputs.source is not None:  # its tokens are the last
             out = out[:, : inputs.x.shape[1]]
@@ -481,12 +488,12 @@ class Dualized(nn.Module):
             handle.remove()
 
     @contextmanager
-    def _with_gap(self, t: Time, r: Time | None) -> Generator[None, None, None]:
-        """Inside, the embedding of t - r is added to the model's own of t."""
+    def _with_gap(self, t: Time, r: Time | None, is_negative: Rows | None) -> Generator[None, None, None]:
+        """Inside, the embedding of t - r, and of rows at negative times, is added to the model's own of t."""
         if r is None or self.gap is None:
             yield
             return
-        gap_embedding = self.gap(t - r)
+        gap_embedding = self.gap(t - r, is_negative)
         handle = self._time_embedder.register_forward_hook(lambda _, args, out: out + gap_embedding.to(out.dtype))
         try:
             yield

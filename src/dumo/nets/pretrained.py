@@ -172,6 +172,7 @@ class Pretrained(PipelineSpec):
             lowpass_limit=self.lowpass,
             diffusion=self.diffusion,
             gap="r" in needs.names,
+            signed=needs.signed,
         )
         return net, weight_loaders(net, stored)
 
@@ -234,6 +235,10 @@ class Pretrained(PipelineSpec):
         if self.lowpass and not family.time_embedder:
             raise UserError(
                 f"{subject}, for whose embedding of time there is no low-pass: set net.lowpass=null, and an exact slope"
+            )
+        if needs.signed and "r" not in needs.names:
+            raise UserError(
+                f"{subject}, and objective with negative times and no r: take objective.kind=twinflow or dumo"
             )
         if "r" in needs.names and not family.time_embedder:
             raise UserError(

@@ -343,8 +343,8 @@ class Rows(Texts):
         return None if source is None else source.to(self.like)
 
     def lengths(self, c: Cond) -> tuple[int, ...] | None:
-        """Return the number of tokens of each row of c (b,), or None without a mask and on the meta device."""
-        if not self.has_mask or self.like.is_meta:
+        """Return the number of tokens of each row of c (b,), or None without a mask or if no rows are loaded."""
+        if not self.has_mask or self.store is None:
             return None
         rows = self._rows_of(c)
         return tuple(int(row["mask"].sum()) if "mask" in row else len(row["tokens"]) for row in rows)

@@ -15,7 +15,8 @@ multiply a sample. `mean_square`, `adaptive_l2`, `normalized_l2`, `huber` and `c
 `index`, and `dropout.rows` for networks with dropout.
 
 Random numbers: `Times` is the union of distributions of (t, r), such as `Pair`, `Jumps`, `Below`, `Grid`, `Groups`,
-`Beta`, `LogitNormal`, `Arctan` and `Uniform`; subclass `TimeLaw`, or `ToData` for t with r = 0, to add one.
+`Quarters`, `Beta`, `LogitNormal`, `Arctan` and `Uniform`; subclass `TimeLaw`, or `ToData` for t with r = 0, to add
+one.
 `Needs.laws` names further distributions: `Noise`, `Signs`, or a subclass of `Law` or `Number` (one number per row).
 
 Readings: `Readings` contains the functions that a solver calls; `mean_velocity`, `velocity_and_jump` and `jump_to_data`
@@ -56,6 +57,7 @@ from dumo.flow.times import (
     LogitNormal,
     Number,
     Pair,
+    Quarters,
     Times,
     ToData,
     Uniform,
@@ -111,6 +113,7 @@ __all__ = [
     "ObjectiveSpec",
     "Pair",
     "PerSample",
+    "Quarters",
     "Readings",
     "Sample",
     "Signs",

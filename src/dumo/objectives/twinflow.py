@@ -11,75 +11,219 @@ For the score is -(x_t + (1 - t) v) / t, so the gradient by x' of KL(samples || 
 by u, which has x' = z - u, along G. Both velocities agree where samples are distributed as the data alone, so without
 guidance the exact flow is at rest. Guided it is not: v(x_t, t) is then v*, which is not the velocity of its own samples
 diffused by new noise.
+
+With times.kind=quarters a row has one of four tasks, as in the code for large models (inclusionAI/TwinFlow at a109a71,
+`src/methodes/twinflow/twinflow.py`), and one pass with gradients serves all: the jump from noise, short jumps, jumps of
+any length, and the twin. Jumps that are longer weigh less, and errors are normalized row by row:
+
+    w = 1 + tan(72 degrees (1 - (t - r))),    1 on rows of the twin                           (4)
+    B(e) = m / (c sqrt(1 + m / (c^2 + 1e-8))),    m the mean square of e                      (5)
+    loss = mean of w B(u - u*) + match * mean of B(G) over the jumps from noise               (6)
+
+(5) is Barron's robust weight, held still. Otherwise every row has every task, as in their tutorial.
 """
 
 from dataclasses import replace
+from math import pi
 from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Int
+from pydantic import Field
+from torch import Tensor
 
 from dumo.objectives.base import (
+    Cond,
+    FromTeacher,
     Frozen,
     Needs,
     Net,
     Noise,
     NoisyBatch,
+    PerSample,
+    Quarters,
     Readings,
     Sample,
+    Slope,
     Terms,
     Uniform,
+    UserError,
+    adaptive_l2,
     clipped_share,
     descent_error,
+    dropout,
     frozen,
+    index,
+    lift,
     mean_square,
     mean_velocity,
     require_precise_passes,
 )
 from dumo.objectives.rcgm import RCGM
 
+# The rows of the first and the last kind of `Quarters`, by place.
+_FROM_NOISE = slice(0, None, 4)
+_TWIN = slice(3, None, 4)
+
 
 class TwinFlow(RCGM):
-    """RCGM on all rows, and at t = 1 and r = 0, the one-pass jump; flow matching; the twin and what it corrects.
+    """RCGM, also at t = 1 and r = 0, the one-pass jump; flow matching; the twin and what it corrects.
 
-    All terms are on all rows, of weight 1, as in the tutorial (`methodes.py`). But the noise z' of the twin is drawn
-    anew, as in `twinflow.py`. With the noise that the sample was made of, the velocity of the samples would be that of
-    straight lines from it, which is another distribution's, and not even the unguided flow would be at rest.
+    As in `twinflow.py`, the noise z' of the twin is drawn anew. The tutorial (`methodes.py`) takes the noise that the
+    sample was made of. The velocity of the samples would then be that of straight lines from it, which is another
+    distribution's, and not even the unguided flow would be at rest.
     """
 
     signed: ClassVar[bool] = True
     kind: Literal["twinflow"] = "twinflow"  # pyright: ignore[reportIncompatibleVariableOverride], which distinguishes it
+    # The weight of G's term, which is of the jump from noise alone: dist_match_cof; 0.5 in the code for large models.
+    match: float = Field(default=1.0, ge=0)
+    # c of (5), 1e-3 in the code for large models; None: mean squares.
+    barron: float | None = Field(default=None, gt=0)
+    # How du/dt is taken in place of RCGM's short step and its jumps, which 16 bits are too coarse for. In the limit of
+    # h = 0 (3) of `rcgm` is u + (t - r) du/dt - v*, whatever its order is. None: the short step.
+    slope: Slope | None = None
 
     @property
     def needs(self) -> Needs:
         """The needs of `RCGM`, the noise that diffuses samples for the twin and G, and the time of G (dist_match)."""
-        return replace(super().needs, laws={"z_twin": Noise(), "t_twin": Uniform()})
+        needs = replace(super().needs, laws={"z_twin": Noise(), "t_twin": Uniform()})
+        if isinstance(self.times, Quarters):
+            needs = replace(needs, teacher=FromTeacher(reads_v_t=False))
+        if self.slope is not None:
+            needs = replace(needs, slope=self.slope, amplifies=0.0, ref=None)
+        return needs
 
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """`training_step`. Raises UserError where passes are too coarse for its gain."""
-        require_precise_passes(b, self.gain, self.kind)
-        (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
+        if self.slope is None:
+            require_precise_passes(b, self.gain, self.kind)
+        if isinstance(self.times, Quarters):
+            return self._loss_in_quarters(net, ref, b)
+        return self._loss_of_all_rows(net, ref, b)
+
+    def _loss_of_all_rows(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
+        """Every task on every row, of weight 1 but for `match`."""
+        v_star = self._v_star(ref, b)
+        _, u_error, unclipped_error = self._jump(net, ref, b, v_star)
         (v_hat,) = net(b.x_t, b.c, t=b.t, r=b.t)
         at_noise = replace(b.at(1.0), r=torch.zeros_like(b.r))
-        (u_at_noise,) = net(at_noise.x_t, b.c, t=at_noise.t, r=at_noise.r)
+        u_at_noise, error_at_noise, _ = self._jump(net, ref, at_noise, self._v_star(ref, at_noise))
         x_sample = (at_noise.x_t - u_at_noise).detach()  # (1)
-        # without the teacher, whose velocity is that of the data
-        samples = replace(b, x=x_sample, z=b.drawn["z_twin"].to(b.z), teacher=None)
+        samples = self._diffused(b, x_sample, b.drawn["z_twin"])
         twin = samples.at(b.t)
         (v_twin,) = net(twin.x_t, b.c, t=-b.t, r=-b.t)
 
-        v_star = self._v_star(ref, b)
-        u_error, unclipped_error = self._residual(u_hat, ref, b, v_star)
-        error_at_noise, _ = self._residual(u_at_noise, ref, at_noise, self._v_star(ref, at_noise))
         g = self._velocity_gap(frozen(net), samples.at(b.drawn["t_twin"].to(b.t)))
         parts = {
-            "u": mean_square(u_error),
-            "flow": mean_square(v_hat - v_star),
-            "one": mean_square(error_at_noise),
-            "twin": mean_square(v_twin - twin.v_t),  # (2)
-            "rectify": mean_square(descent_error(u_at_noise, g)),  # (3)
+            "u": self._row_loss(u_error),
+            "flow": self._row_loss(v_hat - v_star),
+            "one": self._row_loss(error_at_noise),
+            "twin": self._row_loss(v_twin - twin.v_t),  # (2)
+            "rectify": self.match * self._row_loss(descent_error(u_at_noise, g)),  # (3)
         }
         loss = torch.stack([*parts.values()]).sum(0)
         return Terms(loss, parts, {"clipped_share": clipped_share(unclipped_error, self.clip)})
+
+    def _loss_in_quarters(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
+        """One task on each row (`Quarters`), and G on the jumps from noise."""
+        if len(b.t) % 4:
+            raise UserError(
+                f"{len(b.t)} rows: times.kind=quarters of objective '{self.kind}' gives neighbouring rows four tasks: "
+                "set train.batch and train.micro_batch to multiples of 4 on each rank"
+            )
+        device = b.t.device
+        places = range(len(b.t))
+        guided_places = [i for i in places if i % 4 in (1, 2)]
+        jump_places = [i for i in places if i % 4 != 3]
+        from_noise, guided = index(places[_FROM_NOISE], device), index(guided_places, device)
+        jumps, twin = index(jump_places, device), index(places[_TWIN], device)
+        twin_rows = b[_TWIN]
+
+        # Put samples of one jump, diffused by the row's own noise, in place of the data of the twin's rows.
+        with torch.no_grad(), dropout.rows(twin):
+            x_sample = self._sample(frozen(net), twin_rows.drawn["z_twin"].to(b.z), twin_rows.c)  # (1)
+        twin_rows = self._diffused(twin_rows, x_sample, twin_rows.z).at(twin_rows.t)
+        x_t = b.x_t.index_copy(0, twin, twin_rows.x_t)
+        target = b.v_t.index_copy(0, twin, twin_rows.v_t)  # (2)
+
+        # Guide the velocity to learn, but for the jump from noise.
+        with dropout.rows(guided):
+            v_star = self._taught_v_star(ref, b[guided_places])
+        target = target.index_copy(0, guided, v_star.to(target))
+
+        # Make the one pass with gradients, and compare its jumps with their targets.
+        sign = torch.ones_like(b.t).index_fill(0, twin, -1.0)
+        u_hat, error, unclipped_error = self._jump(net, ref, replace(b, x_t=x_t), target, sign=sign, jumps=jumps)
+
+        # (4) to (6)
+        weight = 1 + (2 * pi / 5 * (1 - (b.t - b.r))).tan()
+        u_loss = weight.index_fill(0, twin, 1.0) * self._row_loss(error)
+        samples = self._diffused(b, b.z - u_hat.detach(), b.drawn["z_twin"])[_FROM_NOISE]
+        with dropout.rows(from_noise):
+            g = self._velocity_gap(frozen(net), samples.at(samples.drawn["t_twin"].to(b.t)))
+        g = g.clamp(-self.clip, self.clip)
+        rectify = self._row_loss(descent_error(u_hat[from_noise], g))
+        # Its mean is over a quarter of the rows.
+        rectify = torch.zeros_like(u_loss).index_copy(0, from_noise, 4 * self.match * rectify.to(u_loss))
+        notes = {"clipped_share": clipped_share(unclipped_error, self.clip)}
+        return Terms(u_loss + rectify, {"u": u_loss, "rectify": rectify}, notes)
+
+    def _jump(
+        self,
+        net: Net,
+        ref: Frozen,
+        b: NoisyBatch,
+        v_star: Sample,
+        *,
+        sign: PerSample | None = None,
+        jumps: Int[Tensor, " k"] | None = None,
+    ) -> tuple[Sample, Sample, Sample]:
+        """Return u of one pass, u - u* with its gradient, and u - u* before it is clipped.
+
+        v_star: the velocity to learn, (b, ...).
+        sign: of the times of each row, (b,); None: all are positive.
+        jumps: the rows that jump from t to r; the error of the others is u - v_star. None: all rows jump.
+        """
+        t, r = (b.t, b.r) if sign is None else (sign * b.t, sign * b.r)
+        if self.slope is not None:
+            (u_hat,), along = self.slope(net, ref, b.x_t, b.c, t=t, r=r, toward=v_star, moving=b.moving)
+            with torch.no_grad():
+                (du_dt,) = along(v_star)
+                unclipped_error = u_hat - v_star + lift(b.t - b.r, b.x_t) * du_dt
+                u_star = u_hat - unclipped_error.clamp(-self.clip, self.clip)
+                if jumps is not None:
+                    u_star = v_star.index_copy(0, jumps, u_star[jumps].to(v_star))
+            return u_hat, u_hat - u_star, unclipped_error
+        (u_hat,) = net(b.x_t, b.c, t=t, r=r)
+        if jumps is None:
+            return u_hat, *self._residual(u_hat, ref, b, v_star)
+        # `_residual` is made of the rows that jump.
+        error = u_hat - v_star
+        with dropout.rows(jumps):
+            jump_error, unclipped_error = self._residual(u_hat[jumps], ref, b[jumps], v_star[jumps])
+        return u_hat, error.index_copy(0, jumps, jump_error), error.detach().index_copy(0, jumps, unclipped_error)
+
+    def _taught_v_star(self, ref: Frozen, b: NoisyBatch) -> Sample:
+        """The guided velocity at x_t, where a teacher's may replace that of the data."""
+        return self._v_star(ref, replace(b, v_t=b.velocity(b.x_t, b.t, b.v_t)))
+
+    def _sample(self, net: Frozen, z: Sample, c: Cond) -> Sample:
+        """The samples of one jump from noise z."""
+        t = z.new_ones(len(z))
+        (u,) = net(z, c, t=t, r=torch.zeros_like(t))
+        return z - u
+
+    def _diffused(self, b: NoisyBatch, x: Sample, z: Sample) -> NoisyBatch:
+        """The batch with samples x in place of the data, and noise z; without the teacher, which knows the data."""
+        return replace(b, x=x, z=z.to(b.z), teacher=None)
+
+    def _row_loss(self, error: Sample) -> PerSample:
+        """The mean square of each row, or (5)."""
+        if self.barron is None:
+            return mean_square(error)
+        floor = self.barron**2 + 1e-8
+        return floor**0.5 / self.barron * adaptive_l2(error, 0.5, floor, mean=True)
 
     def readings(self, net: Net) -> Readings:
         """Read the one head as `RCGM` does, also at r = t, where every row learns the velocity."""

@@ -1,6 +1,7 @@
 """A second time for pretrained nets: the old numbers at any r at the start, an exact step, what is trained and kept."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,6 +65,23 @@ def test_any_r_begins_as_the_model(folder: Saved, name: str) -> None:
         assert torch.equal(net(x, c, t=t, r=r)[0], old)
     moved(net)
     assert not torch.allclose(net(x, c, t=t, r=t / 3)[0], net(x, c, t=t, r=0 * t)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sd3", "z-image", "sd1"])
+def test_negative_times_begin_as_positive_ones(folder: Saved, name: str) -> None:
+    """u(x, -t, -r) = u(x, t, r) to the bit; with the trained vector it differs, and u(x, t, r) does not change."""
+    x, c, t = batch()
+    net = built(cut(folder(name), name), replace(TR, signed=True))
+    moved(net)
+    assert net.gap is not None
+    assert net.gap.negative is not None
+    with torch.no_grad():
+        net.gap.negative.zero_()
+        (at,), (below,) = net(x, c, t=t, r=t / 2), net(x, c, t=-t, r=-t / 2)
+        assert torch.equal(at, below)
+        net.gap.negative.fill_(0.1)
+        assert torch.equal(net(x, c, t=t, r=t / 2)[0], at)
+        assert not torch.allclose(net(x, c, t=-t, r=-t / 2)[0], at, rtol=1e-3)
 
 
 @pytest.mark.slow

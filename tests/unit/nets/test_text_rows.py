@@ -52,6 +52,7 @@ def test_a_prompt_edits_its_own_image() -> None:
 def test_random_rows_are_the_same_for_the_same_number_and_have_the_largest_sizes() -> None:
     sizes = TextSizes(20, 6, 3, has_mask=True, dtype=torch.float16)
     rows = Rows(sizes, 1000, (2, 4, 4))
+    assert rows.lengths(torch.tensor([3])) is None, "memory is counted before rows are loaded"
     rows.hold(RandomStore(sizes, (2, 4, 4)), on_device=False)
     c = torch.tensor([999, 3, 1000, 3])
     tokens, mask, pooled = rows(c)
