@@ -187,7 +187,7 @@ class TwinFlow(RCGM):
         """
         t, r = (b.t, b.r) if sign is None else (sign * b.t, sign * b.r)
         if self.slope is not None:
-            (u_hat,), along = self.slope(net, ref, b.x_t, b.c, t=t, r=r, toward=v_star, moving=b.moving)
+            (u_hat,), along = self.slope(net, ref, b.x_t, b.c, t=t, r=r, direction=v_star, moving=b.moving)
             with torch.no_grad():
                 (du_dt,) = along(v_star)
                 unclipped_error = u_hat - v_star + lift(b.t - b.r, b.x_t) * du_dt
