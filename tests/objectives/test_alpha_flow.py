@@ -14,6 +14,7 @@ from dumo.flow.times import Pair
 from dumo.objectives import AlphaFlow
 from dumo.testing.exact import APART, ExactFlow, ExactNet, column, exact_batch, gaussian, gradient
 from dumo.testing.properties import loss_of
+from dumo.types import frozen
 from theory.exact import PRODUCT, drawn
 from theory.formula import GUIDES, Polynomial, agree, changed, guided, half, passes, rows
 
@@ -37,6 +38,14 @@ def test_schedule() -> None:
     assert AlphaFlow(begin=0, end=0).alpha(0.0) == 0.0
     with pytest.raises(ValueError, match="begin"):
         AlphaFlow(begin=0.6, end=0.5)
+
+
+def test_the_target_of_a_step_is_bounded_by_4() -> None:
+    """The authors' clamp_utgt."""
+    objective = AlphaFlow(times=MIXED, **WIDE)
+    b = rows(objective)
+    far = 100 * b.v_t.sign()
+    assert torch.equal(objective._u_star(frozen(Polynomial(1)), b, far, 1.0), 4 * b.v_t.sign())
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.45, 0.55, 0.65, 1.0])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dumo.config.load import load
+from dumo.flow import dropout
 from dumo.objectives import TBSM
 from dumo.objectives.tbsm import direction_to
 from dumo.testing.exact import D, ExactFlow, ExactNet, column, gaussian
@@ -42,6 +43,25 @@ def test_agrees_with_the_ports(online: bool) -> None:
     loss = port_loss(projectile, b.x, negative.detach())
     agree(OBJECTIVE, net, b, loss, {"u": loss}, ref=net if online else ref)
     assert all(p.grad is None for p in ref.parameters())
+
+
+def test_the_negative_drops_nothing() -> None:
+    class Drops(Polynomial):
+        """The polynomial, in training with dropout."""
+
+        def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor) -> Heads:
+            keys = dropout.current(len(x))
+            (head,) = super().forward(x, c, t=t)
+            return (head if keys is None else dropout.drop(head, keys, 0.5),)
+
+    b = drawn(OBJECTIVE)
+    net, one = Drops(1), torch.ones_like(b.t)
+    with dropout.using(dropout.keys(0, 0, len(b.t))):
+        loss = loss_of(OBJECTIVE, net, b).loss
+        sample = b.drawn["x.z"] - net(b.drawn["x.z"], b.c, t=one)[0]
+    with dropout.off():
+        negative = b.drawn["n.z"] - net(b.drawn["n.z"], b.c, t=one)[0]
+    assert torch.allclose(loss, port_loss(sample, b.x, negative.detach()))
 
 
 def test_a_direction_has_one_length_whatever_the_distance() -> None:

@@ -258,10 +258,10 @@ def test_arctan_is_a_normal_level_as_an_angle() -> None:
     assert abs((linear > 0.95).double().mean() - 1.0e-2) < 1e-3
 
 
-@pytest.mark.parametrize("share", [0.15, 0.5])
-def test_an_atom_is_a_share_of_the_rows(share: float) -> None:
-    t, _ = draws(Atom(of=Uniform(), share=share, at=1.0))
-    there = t == 1
+@pytest.mark.parametrize(("share", "at"), [(0.15, 1.0), (0.5, 1.0), (0.15, 0.25)])
+def test_an_atom_is_a_share_of_the_rows(share: float, at: float) -> None:
+    t, _ = draws(Atom(of=Uniform(), share=share, at=at))
+    there = t == at
     assert abs(there.double().mean() - share) < 1e-5
     assert uniform(t[~there])
 

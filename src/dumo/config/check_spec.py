@@ -20,6 +20,7 @@ from dumo.flow import solver
 from dumo.flow.compatibility import (
     require_first_stage,
     require_guidable,
+    require_independent_noise,
     require_names,
     require_path,
     require_precision,
@@ -70,6 +71,8 @@ def check(run: "Run") -> None:
     # The objective needs formulas for the path, times that teach what it reads, a precision and a teacher.
     require_path(objective, run.path.kind)
     require_times(objective)
+    has_pairs = run.teacher is not None and bool(run.teacher.pairs)
+    require_independent_noise(objective, has_coupling=bool(train.coupling), has_pairs=has_pairs)
     if run.net.precondition != "none":
         _check_precondition(run)
     require_precision(train.precision, objective.needs.amplifies, objective.kind)

@@ -9,6 +9,7 @@ Each `require_...` raises a UserError that names the value, the rule, and the fi
     require_same_data                                                     a teacher of other data
     require_first_stage                                                   theta^- of a second stage
     require_labels                                                        objectives that compare rows of one label
+    require_independent_noise                                             objectives that noise tied to data biases
     require_conditions                                                    conditions without classes= or null=
     require_guidable, require_names                                       guidance and knobs while sampling
 
@@ -27,6 +28,7 @@ from dumo.flow.adapter import Condition, ConditionRows, Null, is_labels
 from dumo.flow.guide import CFG, GuidanceScale, Guide
 from dumo.flow.precision import HALVES, precision_of
 from dumo.flow.reading import available_readings
+from dumo.flow.times import Groups
 from dumo.runtime import dist
 from dumo.types import Needs, NoisyBatch, Objective, UserError
 
@@ -192,6 +194,28 @@ def require_labels(objective: Objective, *, has_coupling: bool) -> None:
         raise UserError(
             f"{subject} compares rows of one label, and c is not a label: pass labels and classes=, or use another "
             "objective without coupling="
+        )
+
+
+def require_independent_noise(objective: Objective, *, has_coupling: bool, has_pairs: bool = False) -> None:
+    """Refuse noise that is tied to data, if the objective would be biased by it.
+
+    - A coupling makes the rows of a group depend on each other. An objective that compares them takes the distance of
+      a sample from data that are near its noise for one of two distributions: on N(0, I) samples contract.
+    - Where the noise of a row belongs to its data, by a coupling or by a teacher's pairs, the velocity of the data is
+      another than that of samples diffused by fresh noise, although both have one distribution.
+    """
+    compares = objective.needs.compares_rows or isinstance(objective.times, Groups)
+    tie = ""
+    if has_coupling and (compares or objective.needs.diffuses_samples):
+        tie = "train.coupling"
+    elif has_pairs and objective.needs.diffuses_samples:
+        tie = "teacher.pairs"
+    if tie:
+        argument = "; in dumo.Flow leave out coupling=" if has_coupling else ""
+        raise UserError(
+            f"{tie} ties noise to data, and objective '{objective.kind}' compares samples and data as if it were "
+            f"independent, so they would not agree at the exact flow: set {tie}=null{argument}"
         )
 
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from numbers import Integral
+from threading import get_ident
 from typing import Any, cast, get_args
 
 import torch
@@ -46,7 +47,7 @@ from dumo.flow.noisy_batch import Coupling, Draws, add_noise, make_draws
 from dumo.flow.path import FlowPath, Linear
 from dumo.flow.precision import Precision, autocast, using
 from dumo.flow.reading import available_readings, readings_of, teacher_velocity
-from dumo.flow.sampling import eval_mode, join_batches, labels_in_turn, sample_batches
+from dumo.flow.sampling import copy_for_evaluation, eval_mode, join_batches, labels_in_turn, sample_batches
 from dumo.flow.slope import DualSlope, JvpSlope, Slope, slope_of
 from dumo.flow.solver import Solver, best_solver, solver_of
 from dumo.flow.trainable import inputs_of, require_loss_per_row, require_trainable, rows_to_try
@@ -60,6 +61,7 @@ from dumo.types import (
     Objective,
     Readings,
     Sample,
+    Spec,
     TeacherVelocity,
     Terms,
     Time,
@@ -89,7 +91,7 @@ _ROUNDING = 1e-6
 # How far adaptive ODE solvers may step past the interval of times, to interpolate.
 _OVERSHOOT = 0.25
 # The size of the extra state, which is constant because a checkpoint is loaded into a tensor of its shape.
-_NUM_STATE_BYTES = 512
+_NUM_STATE_BYTES = 4096
 
 
 class Flow(nn.Module):
@@ -211,6 +213,8 @@ class Flow(nn.Module):
         self.is_check_of_copy = False
         # Whether the network draws random numbers.
         self.net_draws = False
+        # The thread that made the last training loss.
+        self.training_thread: int | None = None
 
     # --------------------------------------------------------------------------------------------------------- the loss
 
@@ -252,6 +256,9 @@ class Flow(nn.Module):
         # Draw the random numbers of the step, and make the noisy batch. The largest batch of a rank decides its rows in
         # the global batch, so that a smaller last batch keeps them.
         self.shape = self.shape or tuple(x.shape[1:])
+        if self.training:
+            self.training_thread = get_ident()
+            self._require_no_growth(len(x))
         if is_counted:
             rows = len(x) if self.rows else int(dist.largest(len(x)))
             self.rows = max(self.rows, rows)
@@ -370,8 +377,16 @@ class Flow(nn.Module):
             )
         compatibility.require_conditions(c, self.classes, self.null, waits=True)
 
+        # The ranks agree on how many rows each has. A loss of one rank alone would be paired with another loss.
+        ranks = dist.all_values((self.training, len(x)))
+        if len({training for training, _ in ranks}) > 1:
+            raise UserError(
+                "the first loss is one of training on some ranks and one of validation on others: validate on all "
+                "ranks, or on one of them after the first step"
+            )
+        self.first_rows = max(rows for _, rows in ranks)
+
         # Make the noisy batch of a few rows, as a step does. Cloning converts inference tensors to normal ones.
-        self.first_rows = int(dist.largest(len(x)))
         num_tried = rows_to_try(self.objective)
         x = x[:num_tried].detach().clone()
         c = map_tensors(c, lambda rows: rows[:num_tried].clone())
@@ -420,6 +435,7 @@ class Flow(nn.Module):
         objective = self.objective
         compatibility.require_path(objective, self.path.kind)
         compatibility.require_times(objective)
+        compatibility.require_independent_noise(objective, has_coupling=self.coupling is not None)
         compatibility.require_teacher(objective, gives_velocity=self.teacher is not None)
         # A validation batch may have a single row.
         if self.prior is not None and self.training:
@@ -524,6 +540,9 @@ class Flow(nn.Module):
             self._require_guidable(guide)
         if isinstance(c, Integral):
             c = int(c)
+        if self._is_trained_by_another_thread:
+            other = self.with_net(copy_for_evaluation(unwrap(self.net)))
+            return other.sample(c, nfe=nfe, seed=seed, solver=solver, guidance=guidance, shape=shape)
         conditions, index = self._sample_conditions(c)
         net = self._net_for_objective(conditions, None)
         readings = self._readings(net, guide)
@@ -567,6 +586,12 @@ class Flow(nn.Module):
         return other
 
     @property
+    def _is_trained_by_another_thread(self) -> bool:
+        """Whether another thread trains the network now, for all that is known: its mode must stay as it is."""
+        is_of_another = self.training_thread not in (None, get_ident())
+        return is_of_another and any(part.training for part in self.net.modules())
+
+    @property
     def device(self) -> torch.device:
         """The device of the network's first parameter; the CPU if it has none."""
         parameter = next(unwrap(self.net).parameters(), None)
@@ -602,6 +627,20 @@ class Flow(nn.Module):
         if self.net_draws or self._ranks_differ(len(x), rows_per_rank, ranks):
             batch = replace(batch, moving=None)
         return batch, to_device(draws.keys, x.device)
+
+    def _require_no_growth(self, rows: int) -> None:
+        """Refuse a batch of training that has grown, if there are several ranks.
+
+        The rows of rank k are those from k times the largest batch so far, so the ranks would share random numbers, or
+        disagree on which rows are whose.
+        """
+        largest = self.rows or self.first_rows
+        rank, ranks = self.shard or (dist.rank(), dist.world())
+        if ranks > 1 and largest and rows > largest:
+            raise UserError(
+                f"a batch of {rows} rows on rank {rank} of {ranks}, after {largest} at most: the ranks would share "
+                "noise, so give the largest batch first"
+            )
 
     def _ranks_differ(self, rows: int, rows_per_rank: int, ranks: int) -> bool:
         """Whether ranks would make different passes: on one, all rows have r = t, or all r != t; on another, not.
@@ -709,6 +748,9 @@ class Flow(nn.Module):
 
     def _read(self, name: str, x: Tensor, c: Condition, *times: Moment) -> Sample:
         """Call the reading `name` on x at these times, in evaluation mode. Returns (b, ...)."""
+        if self._is_trained_by_another_thread:
+            other = self.with_net(copy_for_evaluation(unwrap(self.net)))
+            return other._read(name, x, c, *times)  # noqa: SLF001, it is this class
         compatibility.require_conditions(c, self.classes, self.null, may_be_null=True)
         index = self._condition_index(len(x), c, x.device)
         read = self._require_reading(name, self._net_for_objective(c, None))
@@ -727,24 +769,47 @@ class Flow(nn.Module):
     # -------------------------------------------------------------------------------------------------------- the state
 
     def get_extra_state(self) -> Tensor:
-        """Return step, seed, rows per rank, shape of a row and the chosen slope, as JSON in a uint8 tensor (512,)."""
+        """Return step, seed, rows per rank, shape of a row, the chosen slope and what is trained, as JSON in uint8."""
         fields = {
             "step": self.step,
             "seed": self.seed,
             "rows": self.rows,
             "shape": self.shape,
             "slope": self.chosen_slope and self.chosen_slope.model_dump(),
+            "trained": self._trained_facts(),
         }
         return torch.tensor(list(json.dumps(fields).encode().ljust(_NUM_STATE_BYTES)), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore the state that `get_extra_state` returned."""
+        """Restore the state that `get_extra_state` returned. Raises UserError for that of another objective or path."""
         fields = json.loads(bytes(state.tolist()))
+        facts = self._trained_facts()
+        differences: list[str] = []
+        for name in dict.fromkeys((*fields["trained"], *facts)):
+            before = fields["trained"].get(name)
+            if before != facts.get(name):
+                differences.append(f"{name} was {before}, and is {facts.get(name)}")
+        if differences:
+            raise UserError(
+                f"this state is of another flow: {'; '.join(differences)}. Make the flow as it was, or load weights "
+                "alone into flow.net"
+            )
         self.step = fields["step"]
         self.seed = fields["seed"]
         self.rows = fields["rows"]
         self.shape = fields["shape"] and tuple(fields["shape"])
         self.chosen_slope = fields["slope"] and TypeAdapter[Slope](Slope).validate_python(fields["slope"])
+
+    def _trained_facts(self) -> dict[str, Any]:
+        """What decides the meaning of the weights, by name, as values of JSON: objective, times and path."""
+        facts: dict[str, Any] = {"objective.kind": self.objective.kind}
+        if isinstance(self.objective, Spec):
+            exclude = None if self.has_explicit_slope else {"slope"}
+            for name, value in self.objective.model_dump(mode="json", exclude=exclude).items():
+                facts[f"objective.{name}"] = value
+        for name, value in self.path.model_dump(mode="json").items():
+            facts[f"path.{name}"] = value
+        return facts | {"time_scale": self.time_scale}
 
     def extra_repr(self) -> str:
         """Return the objective, the classes and the slope, for print(flow)."""

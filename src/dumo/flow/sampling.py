@@ -8,9 +8,11 @@ For a teacher's pairs, `sample_with_noise` returns the noise as well, and `sampl
 `labels_in_turn` assigns a class to each image.
 """
 
+import copy
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int, Int64
@@ -211,6 +213,12 @@ def eval_mode(net: nn.Module, *, training: bool = False) -> Generator[None, None
     finally:
         for module, was_training in modes:
             module.training = was_training
+
+
+def copy_for_evaluation(net: nn.Module) -> nn.Module:
+    """A copy of the network in evaluation mode, with the same parameters and buffers: they are not copied."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
+    return copy.deepcopy(net, memo).eval()
 
 
 @contextmanager

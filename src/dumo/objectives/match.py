@@ -51,7 +51,7 @@ class Match(Pull):
     @property
     def needs(self) -> Needs:
         """The needs of `Pull`, and noise and time of x'_t (`dumo.objectives.twinflow` explains the fresh noise)."""
-        return replace(super().needs, laws={"w.z": Noise(), "w.t": Uniform()})
+        return replace(super().needs, laws={"w.z": Noise(), "w.t": Uniform()}, diffuses_samples=True)
 
     def pull(self, net: Net, b: NoisyBatch, u: Sample) -> Terms:
         """Make one pass with gradients, or two with `alpha`."""

@@ -49,7 +49,7 @@ class RCGM(ObjectiveSpec):
     kind: Literal["rcgm"] = "rcgm"
     times: Times = Below(of=Uniform())  # prepare_inputs
     drop: float = Field(default=0.1, ge=0, le=1)  # ours: the tutorial has shuffled labels for none
-    guide: Guide = Guide(zeta=0.5)  # enhanced_ratio; 0.8 in its text-to-image configurations
+    guide: Guide = Guide(zeta=0.5)  # enhanced_ratio; 0.8, in two 4.0, for text to image
     # N: estimate_order; with 1 theta^- is the net itself, above an average of 0.99.
     order: int = Field(default=2, ge=1, le=BLOCKS)
 

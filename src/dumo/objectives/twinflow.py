@@ -87,7 +87,7 @@ class TwinFlow(RCGM):
     @property
     def needs(self) -> Needs:
         """The needs of `RCGM`, the noise that diffuses samples for the twin and G, and the time of G (dist_match)."""
-        needs = replace(super().needs, laws={"z_twin": Noise(), "t_twin": Uniform()})
+        needs = replace(super().needs, laws={"z_twin": Noise(), "t_twin": Uniform()}, diffuses_samples=True)
         if isinstance(self.times, Quarters):
             needs = replace(needs, teacher=FromTeacher(reads_v_t=False))
         if self.slope is not None:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 from secrets import token_hex
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ from torch.torch_version import TorchVersion
 
 from dumo.runtime import signals
 from dumo.types import UserError
+
+T = TypeVar("T")
 
 MIN_TORCH = "2.13"  # whose sharded weights and checkpoints were tried
 # How long ranks wait for each other, to meet and in a collective: as gloo by default, and a first step may compile
@@ -84,13 +86,18 @@ def all_reduce_max(x: Tensor) -> Tensor:
     return maximum
 
 
-def largest(value: float) -> float:
-    """The largest `value` of all ranks, in a training loop of any backend. Every rank must call it."""
+def all_values(value: T) -> list[T]:
+    """The `value` of each rank, in the order of ranks, in a training loop of any backend. Every rank must call it."""
     if world() == 1:
-        return value
+        return [value]
     values: list[Any] = [None] * world()
     torch.distributed.all_gather_object(values, value)
-    return max(values)
+    return values
+
+
+def largest(value: float) -> float:
+    """The largest `value` of all ranks, in a training loop of any backend. Every rank must call it."""
+    return max(all_values(value))
 
 
 def sharded_parts(net: nn.Module) -> list[Any]:

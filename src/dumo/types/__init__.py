@@ -205,6 +205,7 @@ class Needs:
     teacher: FromTeacher = FromTeacher()  # noqa: RUF009, a tuple
     group: int = 1  # the number of neighbouring rows that meet in the loss
     compares_rows: bool = False  # it compares samples with data of the same label, by their distances
+    diffuses_samples: bool = False  # it compares velocities of its samples, diffused by fresh noise, with the data's
     ref: float | None = None  # the decay of the average that is theta^- in its source; None: the weights in training
     scheduled: bool = False  # it changes with `NoisyBatch.progress`
     amplifies: float = 0.0  # by how much the rounding of the net is multiplied, at most (`dumo.flow.precision`)

@@ -106,6 +106,7 @@ UNLABELLED = ["data.images.labelled=false", "data.images.classes=0", "objective.
 CAPTIONS = 'data.captions={kind: templates, templates: ["{}"]}'
 READ = "net.texts={kind: learned, root: runs/texts/here}"
 PAIRS = ["teacher.source=somewhere", "teacher.pairs.count=100"]
+TIED = "teacher={source: somewhere, pairs: {count: 100}}"
 IN_BF16 = ["train.precision=bf16", "objective.slope.kind=central", "net.time_scale=1"]
 TO_DATA = "objective.times={kind: beta}"
 GUIDED_MEAN = ["objective.guide.zeta=0.5", "objective.drop=0.1", "sample.nfe=[1]", "evaluate.nfe=[1]"]
@@ -136,7 +137,9 @@ MISFITS = [
     ("digits-shortcut", ["train.batch=32"], "train.batch=4", "train.batch"),
     ("digits-imm", ["train.batch=48"], "train.batch=6", "train.batch"),
     ("digits", ["train.coupling.group=16"], "train.coupling.group=12", "train.batch"),
-    ("digits-imm", PAIRS, "train.coupling.group=4", "train.coupling"),
+    ("digits", PAIRS, "train.coupling.group=4", "train.coupling"),
+    *((f"digits-{kind}", [], "train.coupling.group=8", f"'{kind}'") for kind in ("drift", "imm", "match", "twinflow")),
+    *((f"digits-{kind}", [], TIED, "teacher.pairs") for kind in ("match", "twinflow")),
     ("digits-meanflow", GUIDED_MEAN, TO_DATA, "objective.guide"),
     ("digits-imf", [], TO_DATA, "du/dt"),
     ("digits-meanflow", [CLIMBING], "objective.kind=alpha_flow", "objective.times.both_ways"),

@@ -109,6 +109,17 @@ def test_the_deviation_of_no_difference_where_samples_have_other_shares() -> Non
     assert known == pytest.approx(stdev(values), rel=0.2)
 
 
+def test_the_deviation_of_no_difference_in_classes_of_two_rows() -> None:
+    """A row is half of the mean of its class, which takes half of the variance of what is left."""
+    d = torch.arange(60) // 2
+    known = gaussian_mmd_null_sd(d, torch.randn(60, 4, generator=stream("known")), 3.0, d)
+    values: list[float] = []
+    for i in range(300):
+        x, y = torch.randn(2, 60, 4, generator=stream("two rows", i))
+        values.append(gaussian_mmd(x, y, 3.0, d, d).value)
+    assert known == pytest.approx(stdev(values), rel=0.25)
+
+
 @pytest.mark.parametrize("large", [0, 200], ids=["small classes", "and a large one"])
 def test_the_deviation_of_no_difference_by_some_of_many_classes(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
     d = torch.cat([torch.arange(400) // 2, torch.full((large,), 200)])

@@ -116,6 +116,10 @@ def test_subsets_that_are_small_beside_the_parts_do_not_widen_the_spread() -> No
     assert null.scaled_to(N, M, subset_scale(25, 24))[1] == pytest.approx(sd, rel=0.25)
 
 
+def test_the_area_of_one_row_and_another_is_0_or_1() -> None:
+    assert auc_sd(2, 2) == 0.5
+
+
 @pytest.mark.nightly
 def test_an_area_scatters_about_a_half() -> None:
     areas = [two_sample_auc(rows(120, i), rows(200, -1 - i), stream("auc", i)) for i in range(100)]

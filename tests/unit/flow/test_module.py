@@ -1,6 +1,7 @@
 """What `dumo.Flow` must hold to, although nothing would look wrong if it did not: see the comment at each line."""
 
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ import dumo
 from contract.own import Perceptron, UNet
 from dumo.flow.guide import CFG
 from dumo.flow.module import Flow
+from dumo.flow.path import Linear, Trig
+from dumo.runtime import dist
 from dumo.types import Frozen, Net, NoisyBatch, Terms
 from unit.flow.test_flow import CASES, CLASSES, LABELS, TWO, flow_of, points
 from unit.flow.test_refusals import Around, X
@@ -143,3 +146,81 @@ def test_a_sharded_network_is_in_shards_again_after_samples() -> None:
     flow(points()).backward()
     flow.sample(2)
     assert all(isinstance(p, DTensor) for p in net.parameters())
+
+
+def test_a_batch_that_grows_on_one_rank_is_refused() -> None:
+    """Its rows would have the noise of the next rank's."""
+    flow = dumo.Flow(points(), shard=(0, 2))
+    flow(X)
+    flow(X[:4])
+    flow(X)
+    with pytest.raises(dumo.UserError, match="16 rows on rank 0 of 2, after 8"):
+        flow(torch.cat([X, X]))
+    with pytest.raises(dumo.UserError, match="16 rows"):
+        flow(torch.cat([X, X]), step=9)
+    alone = dumo.Flow(points())
+    alone(X)
+    alone(torch.cat([X, X]))
+    flow.eval()(torch.cat([X, X]), step=0)
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings", "name"),
+    [
+        ("flow_matching", {}, "objective.kind was dumo, and is flow_matching"),
+        ({"kind": "dumo", "beta": 0.2}, {}, "objective.beta was 0.7, and is 0.2"),
+        ("dumo", {"time_scale": 2.0}, "time_scale was 1.0, and is 2.0"),
+        ("dumo", {"path": Trig()}, "path.kind was linear, and is trig"),
+        ("dumo", {"path": Linear(sd=0.5)}, "path.sd was 1.0, and is 0.5"),
+    ],
+)
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_a_state_is_loaded_into_a_flow_that_learns_the_same_alone(
+    objective: str | dict[str, object], settings: dict[str, Any], name: str, is_trained: bool
+) -> None:
+    flow = dumo.Flow(points())
+    if is_trained:
+        flow(X)
+    state = flow.state_dict()
+    dumo.Flow(points(), guide=CFG(), seed=3).load_state_dict(state)
+    with pytest.raises(dumo.UserError, match=name):
+        dumo.Flow(points(), objective, **settings).load_state_dict(state)
+
+
+def test_a_buffer_that_holds_nan_is_named() -> None:
+    net = points()
+    net.register_buffer("scale", torch.tensor([1.0, torch.nan]))
+    with pytest.raises(dumo.UserError, match="'scale' holds NaN"):
+        dumo.Flow(net)(X)
+
+
+def test_samples_of_another_thread_leave_the_mode_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that trains would lose its dropout meanwhile."""
+    case = CASES["dropout"]
+    flow = case.flow()
+    assert isinstance(flow.net, UNet)
+    flow(case.x, case.c)
+    before = flow.net.dropout.training, flow.net.dropout.forward
+    seen: list[tuple[bool, bool]] = []
+
+    def drop(part: nn.Dropout, h: Tensor) -> Tensor:
+        seen.append((part.training, flow.net.dropout.training))
+        return nn.functional.dropout(h, part.p, part.training)
+
+    monkeypatch.setattr(nn.Dropout, "forward", drop)
+    with ThreadPoolExecutor(1) as pool:
+        samples = pool.submit(flow.sample, 2).result()
+        velocity = pool.submit(flow.velocity, case.x, 0.5, case.c).result()
+    assert {*seen} == {(False, True)}
+    assert flow.net.dropout.training == before[0]
+    assert torch.equal(samples, flow.sample(2))
+    assert torch.equal(velocity, flow.velocity(case.x, 0.5, case.c))
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_a_first_loss_that_one_rank_validates_alone_is_refused(
+    is_training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "all_values", lambda value: [value, (not value[0], value[1])])
+    with pytest.raises(dumo.UserError, match="validate on all ranks"):
+        dumo.Flow(points()).train(is_training)(X)

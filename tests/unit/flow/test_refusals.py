@@ -213,6 +213,7 @@ REFUSED: list[tuple[str, str, Callable[[], object]]] = [
     ("drift", "'drift'", learns(Numbers, X, NUMBERS, {"kind": "drift", "size": 4}, null=torch.zeros(3))),
     ("an own drift", "'drifts'", learns(Numbers, X, NUMBERS, Drifts(size=4), null=torch.zeros(3))),
     ("a coupling", "coupling=", learns(Numbers, X, NUMBERS, null=torch.zeros(3), coupling=Coupling(group=8))),
+    ("a coupling of rows that are compared", "'imm'", learns(Numbers, objective="imm", coupling=Coupling(group=8))),
     # data and conditions
     ("0 to 255", "x lies between", learns(x=127.5 * (X + 1))),
     ("0 to 16", "x lies between", learns(x=8 * (X.clamp(-1, 1) + 1))),
