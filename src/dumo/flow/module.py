@@ -28,6 +28,7 @@ from typing import Any, cast, get_args
 
 import torch
 from pydantic import TypeAdapter
+from pydantic_core import to_jsonable_python
 from torch import Tensor, nn
 
 from dumo.flow import compatibility, dropout
@@ -258,8 +259,8 @@ class Flow(nn.Module):
         self.shape = self.shape or tuple(x.shape[1:])
         if self.training:
             self.training_thread = get_ident()
-            self._require_no_growth(len(x))
         if is_counted:
+            self._require_no_growth(len(x))
             rows = len(x) if self.rows else int(dist.largest(len(x)))
             self.rows = max(self.rows, rows)
         at_step = self.step if step is None else step
@@ -803,12 +804,13 @@ class Flow(nn.Module):
     def _trained_facts(self) -> dict[str, Any]:
         """What decides the meaning of the weights, by name, as values of JSON: objective, times and path."""
         facts: dict[str, Any] = {"objective.kind": self.objective.kind}
-        if isinstance(self.objective, Spec):
-            exclude = None if self.has_explicit_slope else {"slope"}
-            for name, value in self.objective.model_dump(mode="json", exclude=exclude).items():
-                facts[f"objective.{name}"] = value
-        for name, value in self.path.model_dump(mode="json").items():
-            facts[f"path.{name}"] = value
+        parts: dict[str, object] = {"objective": self.objective, "path": self.path}
+        for part, spec in parts.items():
+            if isinstance(spec, Spec):  # an objective of a user's own may be none
+                for name, value in to_jsonable_python(dict(spec)).items():
+                    facts[f"{part}.{name}"] = value
+        if not self.has_explicit_slope:
+            facts.pop("objective.slope", None)
         return facts | {"time_scale": self.time_scale}
 
     def extra_repr(self) -> str:
