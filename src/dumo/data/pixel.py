@@ -9,6 +9,7 @@ colours), the first frame of an animation is used, and EXIF rotations are applie
 ADM and in references computed with it.
 """
 
+import struct
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ def load_upright(data: bytes) -> Image.Image:
         lock = _SERIAL_LOCK if is_large else nullcontext()
         with lock:
             image.load()
-            return ImageOps.exif_transpose(image)
+            return ImageOps.exif_transpose(image) if _has_readable_exif(image) else image.copy()
 
 
 def short_side(data: bytes) -> int:
@@ -115,7 +116,7 @@ def upright_size(data: bytes) -> Size:
         if image.format == "TIFF":
             image.load()
             return image.height, image.width
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        orientation = image.getexif().get(ExifTags.Base.Orientation) if _has_readable_exif(image) else None
         stored_height = image.height
         stored_width = image.width
         if orientation in SIDE_SWAPPING_ORIENTATIONS:
@@ -193,6 +194,15 @@ def _open_image(data: bytes) -> Generator[Image.Image]:
     except Exception as error:
         # Pillow's readers can raise any exception for damaged files.
         raise Unreadable(f"cannot be read as an image: {error}") from error
+
+
+def _has_readable_exif(image: Image.Image) -> bool:
+    """Whether pillow can read the EXIF tags, if there are any. Viewers ignore broken ones."""
+    try:
+        image.getexif()
+    except (SyntaxError, ValueError, OSError, struct.error):
+        return False
+    return True
 
 
 def _without_texts(data: bytes) -> bytes:

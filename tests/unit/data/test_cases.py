@@ -22,7 +22,7 @@ from dumo.config.load import dump, load
 from dumo.config.source import parse_text
 from dumo.data import Memory, rows
 from dumo.data.images import Source
-from dumo.data.pixel import ToSquare
+from dumo.data.pixel import ToSquare, upright_size
 from dumo.run.resolve import resolve
 from dumo.runtime.progress import bar
 from dumo.types import UserError
@@ -75,6 +75,17 @@ def test_pngs_with_large_texts_are_read(kind: str) -> None:
 
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_images_with_broken_exif_are_read_as_they_are_stored(kind: str) -> None:
+    image = Image.open(io.BytesIO(picture(3)))
+    plain, broken = io.BytesIO(), io.BytesIO()
+    image.save(plain, kind)
+    image.save(broken, kind, exif=b"Exif\0\0no tags")
+    to_pixels = ToSquare(SIDE, "adm")
+    assert torch.equal(to_pixels(broken.getvalue()), to_pixels(plain.getvalue()))
+    assert upright_size(broken.getvalue()) == upright_size(plain.getvalue())
 
 
 def test_the_clear_level_of_grey_of_16_bits_is_white() -> None:
