@@ -112,7 +112,7 @@ def edited(old: str, new: str) -> Callable[[str], str]:
 
 EDITS = [
     (edited("steps: 20", "steps: -20"), ("run/run.yaml", "train.steps", "-20")),
-    (edited("width: 32", "widht: 32"), ("run/run.yaml", "net.widht", "'width'")),
+    (edited("width: 32", "widht: 32"), ("run/run.yaml", "net.widht", "'net.width'")),
     (lambda text: text + "\n}", ("run/run.yaml", "YAML")),
     (lambda text: "", ("run/run.yaml", "names to values")),
 ]
