@@ -1,8 +1,8 @@
-"""What training a run costs, counted without weights, data or a GPU: memory by layout, disk, operations, hours.
+"""Estimate the memory, disk space, operations and hours of a training without weights, data or a GPU.
 
-`count_cost` is the entry point of `dumo show SOURCE --cost`. It counts the memory of each rank for the run as it is,
-and for each change of `layouts`. These take less memory and leave what the run learns as it is, but for the rounding of
-a frozen base in int8 or nf4.
+`count_cost` is the entry point of `dumo show SOURCE --cost`. It counts the memory per rank for the run and for each
+change of `layouts`. These changes save memory and do not affect training, except for the rounding of a frozen base in
+int8 or nf4.
 """
 
 from collections.abc import Iterator
@@ -25,44 +25,51 @@ from dumo.training.layout import share_of
 from dumo.training.micro_batch import rows_kept_together, split_batch
 from dumo.types import UserError
 
-# Of a GPU's peak, what training reaches: our estimate, where nothing was measured.
+# The fraction of a GPU's peak FLOPS that training reaches (our estimate), used if nothing was measured.
 USUAL_SHARE_OF_PEAK = 0.4
-# Codings of a frozen base with fewer bits than bfloat16, by the number of bits.
+# Bits per weight of the quantized formats of a frozen base.
 _CODINGS = {"int8": 8, "nf4": 4}
 
 
 @dataclass(frozen=True)
 class LayoutMemory:
-    """The bytes of each rank's memory in one layout of a run."""
+    """The memory of each rank in one layout of a run, in bytes."""
 
-    layout: str  # the field that is set, or "as is"
-    rows: int  # of the largest pass
+    # the field that is set, or "as is"
+    layout: str
+    # rows of the largest forward pass
+    rows: int
     weights: int
     gradients: int
     optimizer: int
     averages: int
-    activations: int  # with weights that are gathered from other ranks
-    texts: int  # captions' embeddings on the device, and encoders that run in training
+    # includes weights gathered from other ranks
+    activations: int
+    # caption embeddings on the device, and text encoders that run in training
+    texts: int
     total: int
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What training a run costs. `dumo show SOURCE --cost --json` prints the fields."""
+    """The cost of training a run. `dumo show SOURCE --cost --json` prints the fields."""
 
     ranks: int
     memory: list[LayoutMemory]
     checkpoint_bytes: int
-    flops: float  # of the whole training, two to a multiply-add, without validation
-    tflops: float | None  # of each GPU, in 10^12 operations per second
-    hours: float | None  # None if `tflops` is
+    # floating-point operations of the whole training without validation, two per multiply-add
+    flops: float
+    # speed of each GPU in 10^12 operations per second
+    tflops: float | None
+    # None if `tflops` is None
+    hours: float | None
 
 
 def count_cost(run: Run, ranks: int = 1, tflops: float | None = None, bar: Bar = no_bar) -> Cost:
-    """Count what a run costs on `ranks` ranks, whose GPUs make `tflops` 10^12 operations per second each.
+    """Count the cost of a run on `ranks` GPUs with `tflops` 10^12 operations per second each.
 
-    For published models this can take minutes; `bar` shows the layouts that are done. Raises UserError if
-    the run cannot be divided among this many ranks.
+    For published models this can take minutes; `bar` counts the finished layouts. Raise UserError if the batch cannot
+    be divided among the ranks.
     """
     check_ranks(run.train, run.objective, ranks)
     net = meta_net(run)
@@ -85,10 +92,10 @@ def count_cost(run: Run, ranks: int = 1, tflops: float | None = None, bar: Bar =
 
 
 def layouts(run: Run, ranks: int) -> Iterator[tuple[str, Run]]:
-    """Yield the run as it is, and with each change that is possible and takes less memory, by the text of the change.
+    """Yield the unchanged run, then each memory-saving change with the changed run.
 
-    These are a smaller micro-batch, recomputed blocks, a frozen base in fewer bits, and weights shared by all ranks.
-    Fewer bits need bitsandbytes, whose operators the count calls: without it they are left out.
+    The changes are a smaller micro-batch, activation checkpointing, a quantized base, and weights sharded over all
+    ranks. Quantized bases are counted only if bitsandbytes is installed, because the count calls its operators.
     """
     yield "as is", run
     micro_batch = _least_micro_batch(run, ranks)
@@ -106,7 +113,7 @@ def layouts(run: Run, ranks: int) -> Iterator[tuple[str, Run]]:
 
 
 def _changed(run: Run, change: str) -> Iterator[tuple[str, Run]]:
-    """Yield a change, a.b=c, and the run with it; nothing if it does not fit the run."""
+    """Yield a change such as a.b=c and the changed run, or nothing if the changed run is invalid."""
     tree = run.model_dump(mode="json")
     override(tree, [change])
     try:
@@ -117,7 +124,7 @@ def _changed(run: Run, change: str) -> Iterator[tuple[str, Run]]:
 
 
 def _least_micro_batch(run: Run, ranks: int) -> int:
-    """The fewest rows of a micro-batch, at most as many as now: one, unless the objective needs several together."""
+    """Return the smallest valid micro-batch, at most the current one: 1 unless the objective needs groups of rows."""
     rows = rows_kept_together(run.train, run.objective)
     while rows < most_rows(run, ranks):
         try:
@@ -130,13 +137,16 @@ def _least_micro_batch(run: Run, ranks: int) -> int:
 
 
 def most_rows(run: Run, ranks: int) -> int:
-    """The rows of the largest micro-batch on any of `ranks` ranks. Raises UserError if the batch cannot be divided."""
+    """Return the size of the largest micro-batch on any rank. Raise UserError if the batch cannot be divided."""
     micro_batches_by_rank = split_batch(run.train, run.objective, ranks)
     return max(rows.stop - rows.start for micro_batches in micro_batches_by_rank for rows in micro_batches)
 
 
 def _count_memory(name: str, run: Run, ranks: int) -> LayoutMemory:
-    """Count the bytes of each rank. For one rank the sum is an upper bound: gradients count as if they always exist."""
+    """Count the bytes of each rank.
+
+    On one rank the sum is an upper bound, because gradients count as if they existed throughout the step.
+    """
     train = run.train
     rows = most_rows(run, ranks)
     net = meta_net(run)
@@ -166,10 +176,10 @@ def _count_memory(name: str, run: Run, ranks: int) -> LayoutMemory:
 
 
 def text_bytes(run: Run) -> int:
-    """Bytes that texts take on each rank besides the network.
+    """Return the bytes of text encoders and caption embeddings on each rank.
 
-    These are encoders that run in training, if their size is known; and, if the captions are not known yet, their
-    embeddings on the device, at most. Else the network has the embeddings.
+    Encoders count if they run in training and their size is known. If the captions are not known yet, the embeddings
+    count with their upper limit; otherwise they are buffers of the network.
     """
     texts = run.net.texts
     captions = run.data.classes

@@ -1,7 +1,7 @@
 """Check that a run's network fits its data, path, pipeline and teacher, when the run is resolved for training.
 
-`check_built` builds the network on the meta device and reads the configs of its pipeline. What the values alone tell
-is checked before by `dumo.config.check_spec`.
+`check_built` builds the network on the meta device and reads the configs of its pipeline. `dumo.config.check_spec` has
+already checked everything that needs only the config values.
 """
 
 from dumo.config.check_spec import buckets_field, captions_field
@@ -31,7 +31,7 @@ def check_built(run: Run) -> None:
 
 
 def _check_editing(data: Data, net: Net) -> None:
-    """Images to edit need a model that edits, and such a model needs images."""
+    """Require source images if and only if the model edits images."""
     source = getattr(data.captions, "source", None)
     texts = net.texts
     family = texts.family if texts and texts.kind == "pipeline" else None
@@ -45,18 +45,22 @@ def _check_editing(data: Data, net: Net) -> None:
 
 
 def _check_positions(data: Data, patch: int, max_patches: int) -> None:
-    """A pretrained model has positions for so many patches along a side. Some models would take wrong ones beyond."""
+    """Refuse images with more patches per side than the positional embedding of the model.
+
+    Some models would silently use wrong positions.
+    """
     sides = [*data.shape[1:]]
     if isinstance(data, Images | Latents) and buckets_field(data):
         for shape in data.shapes:
             sides += shape[1:]
     patches = max(sides) // patch
     if patches > max_patches:
-        # In latents, a patch is several times as many pixels.
+        # A patch of latents covers more pixels than its side, by the downsampling factor of the codec.
         pixels_per_patch = patch * max(shown_data(data).shape[1:]) // max(data.shape[1:])
         field = "data.images.side" if isinstance(data, Latents) else "data.side"
         fix = f"set {field}={max_patches * pixels_per_patch} or less"
-        if max(data.shape[1:]) // patch <= max_patches:  # the longest bucket alone is too long
+        # If the square fits, only the longest bucket is too long.
+        if max(data.shape[1:]) // patch <= max_patches:
             fix = f"lower {buckets_field(data)}.ratio"
         raise UserError(
             f"pipeline has a model with positions for {max_patches} patches a side, and the images have {patches}: "
@@ -65,7 +69,7 @@ def _check_positions(data: Data, patch: int, max_patches: int) -> None:
 
 
 def _check_path(path: FlowPath, net: Net) -> None:
-    """A model of a diffusion takes its own path, and no other net takes that."""
+    """Require the diffusion path, with the schedule of the pipeline, if and only if the net is a diffusion model."""
     diffusion = net.diffusion if isinstance(net, Pretrained) else None
     if isinstance(path, Diffusion) and diffusion is None:
         raise UserError(
@@ -82,7 +86,7 @@ def _check_path(path: FlowPath, net: Net) -> None:
 
 
 def _check_base_teacher(path: FlowPath) -> None:
-    """The model under the adapters gives the velocity of the linear path alone."""
+    """Require the linear path with sd 1, because the base model under the adapters predicts its velocity."""
     if path.kind == "trig" or path.sd != 1:
         raise UserError(
             f"teacher.kind = base needs path 'linear' with sd 1, and this is path '{path.kind}' with sd {path.sd:g}: "

@@ -1,18 +1,18 @@
-"""The floating-point operations of a training step, counted from shapes.
+"""Count the floating-point operations of a training step on the meta device.
 
-    forward_flops    of a forward pass, per row
-    step_cost        of a training step, per row: operations, forward units, and how a dual slope is computed
-    forward_units    the units alone
-    teacher_passes   how often a step asks a teacher for a row's velocity, which the others do not count
-    exact_rows       the rows of the smallest batch that can be counted exactly
-    count_flops      of any work
-    count_by_depth   any count of a network, by its first few blocks
+    forward_flops    operations of a forward pass, per row
+    step_cost        operations, forward units and dual strategy of a training step, per row
+    forward_units    forward units of a training step, per row
+    teacher_passes   teacher evaluations of a training step, per row; the other counts exclude them
+    exact_rows       rows of the smallest batch that can be counted exactly
+    count_flops      operations of a function
+    count_by_depth   any count of a network, extrapolated from its first few blocks
 
 `dumo.run.memory` and `dumo.plan.cluster` count the bytes of the same steps.
 
-The unit is F, a forward pass; a backward pass is 2 F. Counts depend on shapes alone, so operations are counted on the
-meta device, without memory or arithmetic. Equal blocks cost the same, so a count is affine in the number of blocks of
-each run of equal blocks (`Stretch`), and the first few blocks give the count of all.
+The unit is F, a forward pass; a backward pass is 2 F. Counts depend only on shapes, so the meta device suffices. Equal
+blocks cost the same, so a count is affine in the number of blocks of each sequence of equal blocks (`Stretch`), and is
+extrapolated from the first few blocks.
 """
 
 import copy
@@ -43,9 +43,9 @@ from dumo.types import Cond, Frozen, Heads, Net, NoisyBatch, Objective, Sample, 
 from dumo.types.outside import name_of
 
 _NO_GUIDANCE = Guide()
-# Draws of times by which the share of rows inside the interval of guidance is measured.
+# Number of sampled times from which the share of rows inside the guidance interval is estimated.
 TIMES = 1_000_000
-# A network with more blocks is counted by a few of them.
+# The count of a network with more blocks is extrapolated from a few of them.
 MAX_BLOCKS_RUN = 6
 # theta^-: the network itself, or an average of its weights, as `Train.ref`.
 Theta = Literal["self"] | float
@@ -53,7 +53,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def forward_flops(net: nn.Module, objective: Objective, shape: Sequence[int]) -> float:
-    """Floating-point operations of one pass forward, per row of this shape (two per multiply-add)."""
+    """Count the floating-point operations of a forward pass per row of this shape, two per multiply-add."""
     rows = 2
 
     def count(net: nn.Module) -> int:
@@ -71,17 +71,20 @@ def forward_units(
     rows: int | None = None,
     ref: Theta = "self",
 ) -> float:
-    """The forward units of a training step. Takes and raises as `step_cost`, which counts them."""
+    """Return the forward units of a training step. See `step_cost` for the arguments."""
     return step_cost(net, objective, path, shape, rows=rows, ref=ref).units
 
 
 class StepCost(NamedTuple):
-    """What a training step costs per row, an image or a point."""
+    """The cost of a training step per row (an image or a point)."""
 
-    units: float  # floating-point operations over those of a forward pass
-    flops: float  # floating-point operations
-    pass_flops: float  # those of a forward pass
-    # How a dual slope computes du/dt in the first phase of the training; None without a dual slope.
+    # flops / pass_flops
+    units: float
+    # floating-point operations of the step
+    flops: float
+    # floating-point operations of a forward pass
+    pass_flops: float
+    # how a dual slope computes du/dt in the first phase of the training; None without a dual slope
     strategy: DualStrategy | None = None
 
 
@@ -96,9 +99,9 @@ def step_cost(
 ) -> StepCost:
     """Count a training step of `rows` rows of this shape: forward pass, targets and backward pass.
 
-    `rows` None takes the smallest batch that can be counted exactly. The passes of guidance count by the expected share
-    of the rows that need them. If the phases of a training cost differently (`Needs.phases`), the counts are means.
-    Raises UserError if the loss is not one number per row.
+    If `rows` is None, count the smallest batch that can be counted exactly. Guidance passes are weighted by the
+    expected share of rows that need them. If the phases of a training (`Needs.phases`) differ in cost, return the mean.
+    Raise UserError if the loss is not one number per row.
     """
     pass_flops = forward_flops(net, objective, shape)
     counter = _StepCounter(
@@ -116,7 +119,7 @@ def step_cost(
 
 
 def _guided_share(objective: Objective, guide: Guide) -> float:
-    """The expected share of the rows that need the passes of guidance: label kept, and time in the interval."""
+    """Return the expected share of rows that need guidance passes: label kept, and time in the interval."""
     t, _ = objective.times(TIMES, stream("cost"))
     return (1 - objective.drop) * guide.inside(t).double().mean().item()
 
@@ -127,10 +130,13 @@ class _StepCounter:
 
     net: nn.Module
     path: FlowPath
-    shape: Sequence[int]  # of a row
-    rows: int  # of a step
+    # shape of a row
+    shape: Sequence[int]
+    # batch size
+    rows: int
     ref: Theta
-    pass_flops: float  # floating-point operations of one pass forward, for a row
+    # floating-point operations of a forward pass per row
+    pass_flops: float
 
     def mean_units(self, objective: Objective) -> tuple[float, DualStrategy | None]:
         """Return the mean units of a step over the phases of the training, and the dual strategy in the first phase."""
@@ -153,7 +159,7 @@ class _StepCounter:
         return units, last_strategy
 
     def _units(self, objective: Objective, b: NoisyBatch) -> float:
-        """The units of a step on a batch."""
+        """Return the units of a step on a batch."""
 
         def count(net: nn.Module) -> int:
             meta_net, theta = meta_copies(net, self.ref)
@@ -163,7 +169,7 @@ class _StepCounter:
 
 
 def teacher_passes(net: nn.Module, objective: Objective, path: FlowPath, shape: Sequence[int]) -> float:
-    """How often a training step asks a teacher for the velocity of a row, as a mean over the parts of the training."""
+    """Return the teacher evaluations per row of a training step, as a mean over the phases of the training."""
     rows = exact_rows(objective)
     passes = 0.0
     for progress, share in objective.needs.phases:
@@ -175,7 +181,7 @@ def teacher_passes(net: nn.Module, objective: Objective, path: FlowPath, shape: 
 
 
 class _CountingTeacher:
-    """A teacher that returns v_t, and counts the rows that it is asked for."""
+    """A teacher that returns v_t and counts the rows of its calls."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -186,7 +192,7 @@ class _CountingTeacher:
 
 
 class _NotedSlope(DualSlope):
-    """A dual slope that uses the strategies of another, `slope`, and records them."""
+    """A dual slope that records the strategies that `slope` chooses."""
 
     slope: DualSlope
     strategies: list[DualStrategy] = Field(default_factory=list[DualStrategy])
@@ -198,7 +204,7 @@ class _NotedSlope(DualSlope):
 
 
 def exact_rows(objective: Objective) -> int:
-    """The fewest rows, at least 2, of which every share that an objective treats apart is a whole number."""
+    """Return the smallest batch size, at least 2, for which every share of rows of the objective is an integer."""
     times = objective.times
     moving = Fraction(times.moving_share).limit_denominator(1000)
     return lcm(2, times.group, moving.denominator, objective.needs.group)
@@ -206,7 +212,7 @@ def exact_rows(objective: Objective) -> int:
 
 @torch.no_grad()
 def _forward_pass(net: nn.Module, objective: Objective, shape: Sequence[int], rows: int) -> Heads:
-    """One pass on the meta device over `rows` rows."""
+    """Run a forward pass over `rows` rows on the meta device."""
     x, c = _meta_batch(rows, shape)
     inputs = {name: x.new_empty(rows) for name in objective.needs.names}
     with dropout.off():
@@ -214,7 +220,7 @@ def _forward_pass(net: nn.Module, objective: Objective, shape: Sequence[int], ro
 
 
 def step_function(net: nn.Module, ref: Frozen, objective: Objective, b: NoisyBatch) -> Callable[[], object]:
-    """A function that makes one step on a batch: forward pass, targets and backward pass, without dropout.
+    """Return a function that runs a step on a batch: forward pass, targets and backward pass, without dropout.
 
     It raises UserError if the loss is not one number per row.
     """
@@ -229,14 +235,14 @@ def step_function(net: nn.Module, ref: Frozen, objective: Objective, b: NoisyBat
 
 
 def without_dropout(net: nn.Module, b: NoisyBatch) -> AbstractContextManager[object]:
-    """A context in which passes over a batch route tokens as in training, and drop nothing: masks cost little."""
+    """Return a context in which tokens are routed as in training and dropout is off, because masks cost little."""
     is_routed = any(getattr(part, "is_routed", False) for part in net.modules())
     keys = dropout.keys(0, 0, len(b.t)).to(b.t.device) if is_routed else None
     return dropout.using(keys, drops=False)
 
 
 def meta_copies(net: nn.Module, ref: Theta) -> tuple[nn.Module, Frozen]:
-    """Copies of the net and of theta^- on the meta device."""
+    """Return copies of the net and of theta^- on the meta device."""
     net = copy.deepcopy(net).to("meta")
     return net, frozen(net) if ref == "self" else Frozen(copy_net(net))
 
@@ -244,7 +250,7 @@ def meta_copies(net: nn.Module, ref: Theta) -> tuple[nn.Module, Frozen]:
 def _draw_on_meta(
     objective: Objective, path: FlowPath, rows: int, shape: Sequence[int], teacher: TeacherVelocity = path_velocity
 ) -> NoisyBatch:
-    """A noised batch on the meta device. What depends on a row's place alone has its values."""
+    """Return a noisy batch on the meta device. Values that depend only on the row index are real."""
     x, c = _meta_batch(rows, shape)
     return draw(objective, path, x, c, c, seed=0, step=0, teacher=teacher)
 
@@ -259,12 +265,12 @@ def phases(objective: Objective, path: FlowPath, rows: int, shape: Sequence[int]
 
 
 def _meta_batch(rows: int, shape: Sequence[int]) -> tuple[Sample, Cond]:
-    """Samples (rows, *shape) and labels (rows,) on the meta device."""
+    """Return samples (rows, *shape) and labels (rows,) on the meta device."""
     return torch.empty(rows, *shape, device="meta"), torch.empty(rows, dtype=torch.long, device="meta")
 
 
 def empty_cpu_batch_like(b: NoisyBatch) -> NoisyBatch:
-    """A noised batch of the shapes of `b` on the CPU, its values undefined."""
+    """Return an uninitialized noisy batch on the CPU with the shapes of `b`."""
     tensors: dict[str, Tensor] = {}
     for field in fields(b):
         value = getattr(b, field.name)
@@ -275,36 +281,42 @@ def empty_cpu_batch_like(b: NoisyBatch) -> NoisyBatch:
 
 
 class Stretch(NamedTuple):
-    """Blocks that are alike and run one after another, and the path of the list that they are in."""
+    """A sequence of consecutive equal blocks, and the path of the ModuleList that contains them."""
 
     path: str
     blocks: list[nn.Module]
-    level: int | None = None  # in a UNet: how often its input is halved before; None: of no other stretch
+    # Number of downsamplings before a UNet block; None outside of UNets.
+    level: int | None = None
 
 
 def count_by_depth(net: M, count: Callable[[M], int], *, check: bool = False) -> int:
-    """Count something of a net by `count`: of all of it, or, where it is deep, by its first few blocks.
+    """Return `count(net)`, extrapolated from the first few blocks if the net is deep.
 
-    A deep net is counted with one block of each stretch, and again with one more of it, and the rest is added in
-    proportion. Stretches of a UNet on one level whose blocks are alike add the same for each block, so only one of
-    these is counted again with one more. Most UNets are first counted without any block.
+    A deep net is counted with one block per stretch, then once per stretch with one more block, and the count is
+    extrapolated linearly. Stretches of equal blocks on the same UNet level add the same count per block, so only one of
+    them is measured. Most UNets start from zero blocks.
 
-    `check`: start from two blocks per stretch, and also count with two more in every stretch. If that is not linear, or
-    some stretch adds nothing, count the whole net. It is for counts, as of bytes, in which the ends of a net may
-    outweigh a few blocks.
+    With `check`, start from two blocks per stretch, and also count with two more in every stretch. If the count is not
+    linear, or some stretch adds nothing, count the whole net. Use it for counts such as bytes, in which the first and
+    last layers of a net may outweigh a few blocks.
     """
     net_stretches = stretches(net)
     lengths = [len(stretch.blocks) for stretch in net_stretches]
-    num_first = 2 if check else 1  # blocks of each stretch in the first count
+    # blocks of each stretch in the first count
+    num_first = 2 if check else 1
+    # If the time embedding is trained, even the first block needs the gradient of its input, so all blocks cost the
+    # same.
     if is_unet(net) and _trains_time(net):
-        num_first = 0  # all blocks cost alike: through the embedding of time even the first has gradients of its input
+        num_first = 0
     if sum(lengths) <= MAX_BLOCKS_RUN or max(lengths) <= num_first:
         return count(net)
 
-    first = [num_first] * len(lengths)  # blocks of each stretch; `cut` takes all of a stretch that has fewer
+    # `cut` keeps a whole stretch that has fewer blocks.
+    first = [num_first] * len(lengths)
     first_count = count(cut(net, first))
-    added_by_stretch = [0] * len(lengths)  # what one block more of each stretch adds
-    added_by_kind: dict[object, int] = {}  # the same, by what stretches that add alike have in common
+    # the count of one more block, by stretch and by kind of stretch
+    added_by_stretch = [0] * len(lengths)
+    added_by_kind: dict[object, int] = {}
     for i, stretch in enumerate(net_stretches):
         if lengths[i] <= num_first:
             continue
@@ -326,18 +338,18 @@ def count_by_depth(net: M, count: Callable[[M], int], *, check: bool = False) ->
 
 
 class SampledNet(NamedTuple):
-    """A UNet with fewer blocks, in which one block of each kind stands for those that are left out."""
+    """A UNet with fewer blocks, in which one block of each kind represents the removed blocks."""
 
     net: nn.Module
-    left_out: dict[str, int]  # path of a block: the number of blocks left out that are as it is
+    # the number of removed blocks that a block represents, by its path
+    left_out: dict[str, int]
 
 
 def sample_blocks(net: nn.Module) -> SampledNet:
-    """A UNet with the first block of each stretch, and of each kind two more, in the last stretch of that kind.
+    """Return a UNet with the first block of each stretch, and two more blocks in the last stretch of each kind.
 
-    Blocks are of a kind if they are alike and on one level. The block of a kind that stands for those left out is
-    between two others, so its input and its output are blocks', as theirs are. All parts are shared, and `net` is left
-    as it is.
+    Blocks are of one kind if they are equal and on the same level. The block that represents the removed ones lies
+    between two blocks, as they do. Modules are shared with `net`, which is not changed.
     """
     net_stretches = stretches(net)
     stretches_by_kind: dict[object, list[int]] = {}
@@ -365,7 +377,7 @@ def sample_blocks(net: nn.Module) -> SampledNet:
 
 
 def cut(net: M, lengths: Sequence[int]) -> M:
-    """The net with this many first blocks of each stretch. All parts are shared, and the net is left as it is."""
+    """Return the net with only the first `lengths[i]` blocks of stretch i. Modules are shared with `net`."""
     lists: dict[str, list[nn.Module]] = {}
     for stretch, n in zip(stretches(net), lengths, strict=True):
         lists.setdefault(stretch.path, []).extend(stretch.blocks[:n])
@@ -373,10 +385,10 @@ def cut(net: M, lengths: Sequence[int]) -> M:
 
 
 def stretches(net: nn.Module) -> list[Stretch]:
-    """The stretches of a net: runs of alike blocks, of which some may be left out for a count.
+    """Return the stretches of a net: sequences of equal blocks, some of which may be removed for a count.
 
-    A pretrained net has stretches, and so has a net whose `blocks` are alike, but for the last and the routed ones.
-    Those of a UNet are in its transformers: its own blocks are not in a row, since each also feeds one on the way up.
+    Pretrained nets have stretches, and so do nets with equal `blocks`, except for the last block and routing. In a UNet
+    only transformer blocks form stretches, because its down blocks also feed the up blocks by skip connections.
     """
     if is_unet(net):
         return _stretches_of_unet(net)
@@ -400,17 +412,17 @@ def stretches(net: nn.Module) -> list[Stretch]:
 
 
 def is_unet(net: nn.Module) -> bool:
-    """Whether a net is a UNet of diffusers."""
+    """Whether a net is a diffusers UNet."""
     return isinstance(net, Dualized) and net.is_unet
 
 
 def _trains_time(unet: nn.Module) -> bool:
-    """Whether a UNet's embedding of time is trained, so that all of its blocks have gradients of their inputs."""
+    """Whether a UNet's time embedding is trained, so that all of its blocks need the gradients of their inputs."""
     return any(p.requires_grad for p in unet.get_submodule("model.time_embedding").parameters())
 
 
 def _stretches_of_unet(net: nn.Module) -> list[Stretch]:
-    """The stretches in a UNet's transformers, in the order of their paths."""
+    """Return the stretches of a UNet's transformers, in module order."""
     levels = len([*net.get_submodule("model.down_blocks").children()])
     stretches_in_order: list[Stretch] = []
     for path, part in net.named_modules():
@@ -428,30 +440,30 @@ def _stretches_of_unet(net: nn.Module) -> list[Stretch]:
 
 
 def _kind(block: nn.Module) -> tuple[object, ...]:
-    """What blocks that cost alike have in common: whether they are routed, and `_unrouted_kind`."""
+    """Return a key that is equal for blocks of equal cost: whether they are routed, and `_unrouted_kind`."""
     is_routed = getattr(block, "is_routed", False)
     return is_routed, *_unrouted_kind(block)
 
 
 def _unrouted_kind(block: nn.Module) -> tuple[object, ...]:
-    """What blocks that cost alike, but for routing, have in common: class, shapes, whether they are computed again."""
+    """Return a key that is equal for blocks of equal cost apart from routing: class, checkpointing, shapes."""
     is_recomputed = getattr(block, "is_recomputed", False)
     shapes = ((name, p.shape, p.requires_grad) for name, p in block.named_parameters())
     return type(block), is_recomputed, *shapes
 
 
 def count_flops(work: Callable[[], object]) -> int:
-    """Floating-point operations of all matrix products and convolutions that `work` makes, on any device."""
+    """Count the floating-point operations of the matrix products and convolutions in `work`, on any device."""
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes 0.2 s
 
     aten = torch.ops.aten
-    # What torch's table lacks. That a fused backward pass computes the scores again is not counted.
+    # Operators that torch's table lacks. The recomputation of scores in a fused backward pass is not counted.
     formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
         aten.addmm_: _addmm_flops,
         aten.baddbmm_: _addmm_flops,
-        # torch's own formula does not know of groups.
+        # torch's formula ignores groups.
         aten.convolution_backward: _convolution_backward_flops,
     }
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
@@ -460,7 +472,7 @@ def count_flops(work: Callable[[], object]) -> int:
 
 
 def _addmm_flops(_out: object, a: Sequence[int], b: Sequence[int], *_: object, **__: object) -> int:
-    """Operations of a product a @ b that is added to a tensor in place. Takes shapes."""
+    """Count the operations of an in-place addition of a @ b, from the shapes of a and b."""
     return 2 * prod(a) * b[-1]
 
 
@@ -478,9 +490,9 @@ def _convolution_backward_flops(
     mask: Sequence[bool],
     **_: object,
 ) -> int:
-    """Operations of a convolution's backward pass: its own for each gradient, of the input and of the weights.
+    """Count the operations of a convolution's backward pass: a forward pass for each gradient (input and weights).
 
-    Takes shapes: w is (out, in / groups, ...). `mask` says which gradients are wanted: of input, weights and bias.
+    The arguments are shapes: w is (out, in / groups, ...). `mask` selects the gradients of input, weights and bias.
     """
     positions = x if transposed else grad
     num_gradients = sum(mask[:2])
@@ -490,7 +502,7 @@ def _convolution_backward_flops(
 def _attention_backward_flops(
     _grad: object, q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: object, **__: object
 ) -> int:
-    """Operations of the backward pass of attention: two products for each of the forward pass."""
+    """Count the operations of the backward pass of attention: two products for each product of the forward pass."""
     return 2 * _attention_flops(q, k, v)
 
 

@@ -1,11 +1,10 @@
 """Build the evaluator of a run: open the data that its protocol compares samples with.
 
-`evaluator_of` is the entrance, for training and `dumo evaluate`; `sample_conditions` gives the conditions by which the
-samples are made that it judges. Others open the data alone, by `reference_data`, check by `require_likelihood` that a
-run has a likelihood, ask `missing_to_judge` whether a run can be judged, or show a bar of their own by
-`bar_while_reading`.
+`evaluator_of` is the entry point for training and `dumo evaluate`; `sample_conditions` returns the conditions of the
+samples to score. Other callers use `reference_data` to open only the data, `require_likelihood` and `missing_to_judge`
+to check that a run can be evaluated, and `bar_while_reading` for progress.
 
-Modules that only some protocols need are imported where they are needed.
+Modules that only some protocols need are imported inside functions.
 """
 
 from collections.abc import Callable, Generator
@@ -32,18 +31,18 @@ from dumo.types import UserError
 def evaluator_of(
     run: Run, evaluation: Evaluation, device: torch.device, bar: Bar, stored: Path | None = None
 ) -> Evaluator:
-    """The evaluator of a run by an evaluation's protocol, with a bar while it reads the data.
+    """Return the evaluator of a run for an evaluation's protocol, showing a progress bar while it reads the data.
 
-    `stored` is a file of features of the data (`dumo.evaluation.stored`). It is compared with only where the images are
-    not on this machine, and ignored where they are.
+    `stored` is a file of data features (`dumo.evaluation.stored`), used only if the images are not on this machine.
 
-    Raises UserError where data or weights that the protocol needs are missing or damaged, and where the protocol is one
-    of likelihood and the run has none. Raises Stopped after a signal.
+    Raise UserError if data or weights of the protocol are missing or damaged, or if the protocol needs a likelihood
+    that the run does not have. Raise Stopped after a signal.
     """
     data = run.data
 
     def open_captions() -> tuple[DataSource, Tensor, list[str]]:
-        images = squares(shown_data(data)).open()  # the images that people look at, cut to one size
+        # the decoded images, cropped to one size
+        images = squares(shown_data(data)).open()
         return images, sample_conditions(data, evaluation), _plain_texts(data)
 
     with bar_while_reading(bar) as tick:
@@ -69,9 +68,9 @@ def evaluator_of(
 
 
 def missing_to_judge(run: Run, num_images: int | None) -> str | None:
-    """What is missing to judge a run by its protocol, in words: a file, a field or images; None: nothing.
+    """Name the missing file, field or images without which the protocol cannot run. Return None if nothing is missing.
 
-    `num_images` are those of its data; None: they never end, or are not here.
+    `num_images` is the number of images in the data; None if it is infinite or the images are not on this machine.
     """
     protocol = run.evaluate.protocol
     if protocol.kind != "photos":
@@ -90,25 +89,25 @@ def _has_images_here(data: Data) -> bool:
 
 
 def sample_conditions(data: Data, evaluation: Evaluation) -> Tensor:
-    """The conditions of the samples to judge, (n,): the protocol's classes, or captions of these classes.
+    """Return the conditions (n,) of the samples to score: the protocol's classes, or captions of these classes.
 
-    `evaluate.captions` says which captions: those of training, or those that were held out.
+    `evaluate.captions` selects training captions or held-out captions.
     """
     labels = evaluation.protocol.labels(data.labels)
     return Conditions(data).of_labels(labels, held_out=evaluation.captions == "held")
 
 
 def _plain_texts(data: Data) -> list[str]:
-    """The texts of the data's captions, without hashes of images. Raises UserError where there are no captions."""
+    """Return the caption texts without image hashes. Raise UserError if the data have no captions."""
     from dumo.run.fill_caches import captions
 
     return [split_caption(caption)[0] for caption in captions(data)]
 
 
 def reference_data(data: Data, split: str | None) -> DataSource:
-    """The data that samples are judged against: those of the training, or another split of the same images.
+    """Open the reference data: the training data, or another split of the same images.
 
-    Raises UserError where the data have no splits, or the split is not on this machine.
+    Raise UserError if the data have no splits, or if the split is not on this machine.
     """
     if split is None:
         return data.originals()
@@ -120,7 +119,7 @@ def reference_data(data: Data, split: str | None) -> DataSource:
 
 
 def _originals_for_photos(data: Data) -> DataSource:
-    """The images of the data for protocol photos, which decodes no others than it reads where it reads some of them."""
+    """Open the images for the photos protocol without decoding all of them if it reads only a subset."""
     as_read = {"memory": 0.0}
     if isinstance(data, Latents):
         undecoded = data.model_copy(update={"images": data.images.model_copy(update=as_read)})
@@ -133,7 +132,7 @@ def _originals_for_photos(data: Data) -> DataSource:
 
 
 def trained_data(data: Data, split: str | None) -> Callable[[], DataSource] | None:
-    """What opens the data of the training, where samples are judged against a split that was held out; else None."""
+    """Return a function that opens the training data if samples are compared with a held-out split, else None."""
     images = shown_data(data)
     is_trained_on = isinstance(images, Images) and images.split == split and images.count is None
     if split is None or is_trained_on:
@@ -142,9 +141,9 @@ def trained_data(data: Data, split: str | None) -> Callable[[], DataSource] | No
 
 
 def require_likelihood(run: Run) -> None:
-    """Raise UserError where a run has no likelihood of the data that people look at.
+    """Raise UserError if a run has no likelihood of its data.
 
-    That is so for latents, for captions, under guidance, and where the solver cannot integrate from data to noise.
+    This is the case for latents, captions, guidance, and solvers that cannot integrate from data to noise.
     """
     from dumo.flow.likelihood import climb_of
 
@@ -154,14 +153,13 @@ def require_likelihood(run: Run) -> None:
         raise UserError("protocol likelihood knows classes, not captions: choose another protocol")
     if run.sample.guide.active:
         raise UserError("protocol likelihood is of the flow without guidance: set sample.guide.scale=1")
-    # raises UserError where the solver cannot read, off what the net was taught, the way from data to noise; the step
-    # that it returns is made again when samples are judged
+    # Raise UserError if the solver cannot integrate from data to noise with the functions that the net learned.
     climb_of(run.sample.solver, run.readings)
 
 
 @contextmanager
 def bar_while_reading(bar: Bar) -> Generator[Callable[[int, int], None]]:
-    """Yield a function `report_progress(images_read, total)`, with whose first call the bar begins.
+    """Yield a function `report_progress(images_read, total)`, which shows the bar at its first call.
 
     The function raises Stopped after a signal.
     """
@@ -170,7 +168,7 @@ def bar_while_reading(bar: Bar) -> Generator[Callable[[int, int], None]]:
 
         def report_progress(images_read: int, total: int) -> None:
             nonlocal advance_bar
-            signals.check()  # raises Stopped
+            signals.check()
             if advance_bar is None:
                 advance_bar = stack.enter_context(bar("looking at the data", total))
             advance_bar(images_read, "")

@@ -1,12 +1,11 @@
 """A trained run: `TrainedRun` holds a network with its weights, and samples it.
 
-`dumo.run.weights.load_run` opens one from a folder, from a run that ships with dumo, or from the Hub. Commands, Python,
-the page, the demo and the lab use it, and so does a run in training, for sheets and validation. Options of a sample are
-arguments: a TrainedRun never changes, so that its autoencoder is opened once.
+`dumo.run.weights.load_run` opens one from a folder, from a run that ships with dumo, or from the Hub. The trainer makes
+one for sheets and validation. A TrainedRun is immutable, so sampling options are arguments.
 
-`TrainedRun.sample` takes what a user types, classes by name or texts, and returns images. `make_batches`,
-`make_samples` and `make_file_rows` take conditions by number, which `conditions` finds. Sample i depends on the seed, i
-and its condition, not on ranks or batches.
+`TrainedRun.sample` takes class names or prompts and returns images. `make_batches`, `make_samples` and `make_file_rows`
+take condition numbers, which `conditions` returns. Sample i depends on the seed, i and its condition, not on ranks or
+batches.
 """
 
 import operator
@@ -45,8 +44,10 @@ from dumo.training.checkpoint import Checkpoint
 from dumo.training.settings import Train
 from dumo.types import Readings, Sample, UserError
 
-Decoded = Float[Tensor, "b *pixels"]  # images, or samples as the net makes them
-Labels = SupportsIndex | str | Iterable[SupportsIndex | str] | Tensor  # of classes: their numbers, or texts
+# Decoded images, or samples of a network without a codec.
+Decoded = Float[Tensor, "b *pixels"]
+# Class numbers or class names.
+Labels = SupportsIndex | str | Iterable[SupportsIndex | str] | Tensor
 Output = Literal["pt", "np", "pil"]
 _OUTPUTS: tuple[Output, ...] = get_args(Output)
 DEFAULT_COUNT = 100
@@ -54,36 +55,36 @@ DEFAULT_COUNT = 100
 
 @dataclass(frozen=True, repr=False, eq=False)
 class TrainedRun:
-    """A run with its weights. Python gets one that also evaluates, reports and exports (`dumo.cli.api.LoadedRun`).
+    """A run with its weights. `dumo.cli.api.LoadedRun` adds evaluation, reports and export for Python users.
 
-    spec: the run as it was trained, with the fields that were set to open it
-    run_folder: where it was read, or is being trained
-    net: the network that is sampled (the first average), in evaluation mode: `net(x, c, t=t)` gives its heads
+    spec: the config of the trained run, with the overrides applied
+    run_folder: the folder that it was read from, or is trained in
+    net: the network that is sampled (the first average), in evaluation mode: `net(x, c, t=t)` returns its heads
     step: the training step of its weights
 
-    The other fields say where the weights were read. A run in training does not have them.
+    The remaining fields record where the weights were read, and keep their defaults during training.
     """
 
     spec: Run
     run_folder: RunFolder
     net: nn.Module
     step: int = 0
-    # The file of the weights, or their part of a checkpoint, relative to the run's folder if it lies inside; its path.
+    # The weights file, or the part of a checkpoint: its name, relative to the run's folder if it lies inside, and path.
     weights: str = ""
     file: Path = Path()
-    # The last whole checkpoint, even if other weights were given.
+    # The newest whole checkpoint, even if another weights file was given.
     checkpoint: Checkpoint | None = None
-    # The SHA-256 of the weights that the checkpoint lists.
+    # The SHA-256 of the weights as listed in the checkpoint.
     listed_sha256: str | None = None
-    # What the run was opened with: fields a.b=c, and a file of weights.
+    # The arguments of `load_run`: fields a.b=c, and a weights file.
     overrides: tuple[str, ...] = ()
     given_weights: str | None = None
-    # For a run that is only read, because it ships with dumo or is on the Hub: where commands write, and what opens it.
+    # For a read-only run, which ships with dumo or is on the Hub: the output folder, and the name that opens it again.
     own_output: Path | None = None
     lasting_name: str | None = None
 
     def __repr__(self) -> str:
-        """One line."""
+        """Return a one-line summary."""
         run = self.spec
         parts = f"{run.objective.kind} on {run.data.kind}, net {run.net.kind}"
         return f"<dumo run {self.folder}: {parts}, step {self.step:,}, on {self.device}>"
@@ -92,7 +93,7 @@ class TrainedRun:
 
     @property
     def folder(self) -> Path:
-        """The folder that commands write into: the run's own; for a run that is only read, one in the current folder.
+        """The folder that commands write to: the run's folder, or for a read-only run one in the current folder.
 
         Files are read from `run_folder.path`.
         """
@@ -105,22 +106,22 @@ class TrainedRun:
 
     @property
     def source(self) -> str | Path:
-        """What opens this run again: its folder, or the name of a run that is only read."""
+        """The argument that opens this run again: its folder, or the name of a read-only run."""
         return self.lasting_name or self.run_folder.path
 
     def find_output(self, name: str) -> Path:
-        """The file of this name that a command wrote; if none did, the one in the run's folder."""
+        """Return the path of this file in `folder` if it exists, and otherwise in the run's folder."""
         file = self.folder / name
         return file if file.is_file() else self.run_folder.path / name
 
     @property
     def spec_as_saved(self) -> Run:
-        """The run as its folder has it, without the fields that were set to open it."""
+        """The config of the run in its folder, without overrides."""
         return self.run_folder.run or self.spec
 
     @property
     def data_sd(self) -> float | None:
-        """The standard deviation of the data, as training has measured it."""
+        """The standard deviation of the data, measured in training."""
         facts = recorded_facts(self.spec_as_saved)
         return facts.sd if facts else None
 
@@ -128,7 +129,7 @@ class TrainedRun:
     def sha256(self) -> str:
         """The SHA-256 of the weights.
 
-        If the checkpoint lists it, it is known even after a concurrent training has removed the checkpoint.
+        The hash listed in the checkpoint stays available after a concurrent training has removed the checkpoint.
         """
         return self.listed_sha256 or sha256(self.file)
 
@@ -141,12 +142,12 @@ class TrainedRun:
 
     @cached_property
     def flow(self) -> Flow:
-        """The network and the objective, with the guidance, the knobs and the precision of the run's samples."""
+        """The network and the objective, with the guidance, knobs and precision for sampling."""
         run = self.spec
         return Flow(
             self.net,
             run.objective,
-            # The network is one of dumo's, so it is called without an adapter.
+            # dumo networks need no adapter.
             direct=True,
             classes=run.data.classes,
             path=run.path,
@@ -157,37 +158,34 @@ class TrainedRun:
 
     @cached_property
     def readings(self) -> Readings:
-        """What a solver calls, on the run's device; None for what the objective does not teach.
+        """The functions that a solver calls, on the run's device; None for those that the objective does not train.
 
         `velocity(x_t, t, c)` is dx_t/dt, `endpoint(x_t, t, c)` is x_0, `flow_map(x_t, t, s, c)` is x_s, all in units
-        of `spec.path.sd`. Knobs and guidance are those of `spec.sample`; gradients are recorded.
+        of `spec.path.sd`. Knobs and guidance come from `spec.sample`; gradients are recorded.
         """
         return self.flow.readings()
 
     @cached_property
     def codec(self) -> LoadedCodec | None:
-        """The autoencoder that decodes latents; None if the network makes images or points itself.
+        """The autoencoder that decodes latents; None if the network generates images or points directly.
 
-        Raises UserError if its weights are missing, or are not those that the run was trained with.
+        Raises UserError if its weights are missing or differ from those used in training.
         """
         data = self.spec.data
         return data.codec.open(self.device) if isinstance(data, Latents) else None
 
     def decode(self, x: Sample) -> Decoded:
-        """What the network makes, as images in [-1, 1] on the CPU; x itself if there is no codec. Raises as `codec`."""
+        """Decode latents to images in [-1, 1] on the CPU; return x itself if there is no codec."""
         return x if self.codec is None else self.codec.decode(x).cpu()
 
     @property
     def rows_per_pass(self) -> int:
-        """How many rows a pass that makes samples takes, at most: no more than one in training."""
+        """The maximum batch size for sampling, at most that of training."""
         return max_rows_per_pass(self.spec.train)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes, by number, as `labels` of `sample` takes them; () where the run has none.
-
-        Of a run by captions they are the captions.
-        """
+        """The class names (or captions) by number, as accepted by `sample(labels=...)`; () if the run has none."""
         conditions = self.spec.conditions
         return conditions.words or tuple(str(number) for number in range(conditions.count))
 
@@ -197,7 +195,7 @@ class TrainedRun:
         return len(self.spec.shown_shape) == 3
 
     def pil(self, images: Sample) -> list[Image.Image]:
-        """Images (n, 1 or 3, height, width) in [-1, 1] as PIL's, grey or RGB. Raises UserError for anything else."""
+        """Convert images (n, 1 or 3, height, width) in [-1, 1] to PIL images. Raise UserError for points."""
         if not self.makes_images:
             kind = self.spec.data.kind
             raise UserError(f"data '{kind}' has points of shape {self.spec.shown_shape}, not images: plot them instead")
@@ -226,22 +224,22 @@ class TrainedRun:
         output: Output = "pt",
         bar: Bar = no_bar,
     ) -> Any:  # noqa: ANN401, by `output`
-        """Make `count` samples: images, or points.
+        """Generate `count` samples: images or points.
 
-        `labels` are classes, taken in turn (None: all of them): an int is a class's number, a text its name, or its
-        number if no class has that name. Or give `prompts`, texts, to a run that was trained on captions, and the image
-        file `source` that they edit, to a run that was trained on edits. `count` is as many as are given, else 100.
-        `nfe` is the number of function evaluations, `guidance` the scale w, 1 for none; they, the seed and the solver
-        are the run's own unless given. Sample i depends on seed, class and i alone. `noise` (n, *shape of the data) is
-        what samples start from instead, and a `generator` draws a seed. `size`, "320x192", width x height, is one of
-        the buckets that the run was trained on; None: the square. Under several ranks each must call it, and rank 0
-        alone gets the samples.
+        `labels` are class numbers or names, used in turn; None means all classes. A str that names no class is read as
+        a class number. For a run trained on captions, pass `prompts` instead, and for a run trained on edits also the
+        image file `source` to edit. `count` defaults to the number of labels or prompts, or to 100. `nfe` is the number
+        of function evaluations, and `guidance` the scale w (1 disables it); these, the seed and the solver default to
+        those of the run. Sample i depends only on the seed, its class and i. `noise` (n, *data shape) replaces the
+        initial noise, and a `generator` draws the seed. `size`, such as "320x192" (width x height), is one of the
+        buckets that the run was trained on; None means the square. Every rank must call it, and only rank 0 gets the
+        samples.
 
             output="pt"     float32 on the CPU: images (n, channels, height, width) in [-1, 1], or points (n, d)
             output="np"     a numpy array: images (n, height, width, channels) in [0, 1], or points
             output="pil"    a list of PIL images
 
-        Raises UserError for arguments that contradict each other or the run.
+        Raise UserError if the arguments contradict each other or the run.
         """
         if output not in _OUTPUTS:
             raise UserError(f"output '{output}': there is {', '.join(_OUTPUTS)}")
@@ -286,15 +284,15 @@ class TrainedRun:
         prompts: str | Sequence[str] | None = None,
         source: str | Path | None = None,
     ) -> Int64[Tensor, " n"]:
-        """The condition of each sample, its number, from `labels`, `count`, `prompts` and `source` of `sample`.
+        """Return the condition number of each sample. The arguments are those of `sample`.
 
-        The numbers of prompts are theirs as long as the run is open. Raises UserError as `sample`.
+        Prompts keep their numbers as long as the run is open.
         """
         if prompts is not None and labels is not None:
             raise UserError("prompts and labels exclude each other: give one of them")
         if source is not None and prompts is None:
             raise UserError("source is edited by a text: give prompts, too")
-        # What is taken in turn; without it all classes are.
+        # The samples cycle through these labels or prompts, or through all classes if it is empty.
         given: list[Any] = []
         if prompts is not None:
             given = [prompts] if isinstance(prompts, str) else [*prompts]
@@ -314,13 +312,13 @@ class TrainedRun:
         return conditions.in_turn(count, numbers)
 
     def names_of_conditions(self, c: Int64[Tensor, " n"]) -> list[str]:
-        """What each of these conditions is called: a class's name, a caption, or a prompt."""
+        """Return the class name, caption or prompt of each condition."""
         return names_of_conditions(self.net, self.spec.data, c)
 
     def guide_of(self, scale: object) -> CFG:
-        """The run's guidance with another scale, as a user gave it.
+        """Return the run's guidance with another scale.
 
-        Raises UserError if it is not a scale, or the network cannot be guided.
+        Raise UserError if the scale is invalid or the network cannot be guided.
         """
         run = self.spec
         guide_fields = run.sample.guide.model_dump()
@@ -330,7 +328,8 @@ class TrainedRun:
         try:
             guide = parse(Sampling, fields).guide
         except UserError as error:
-            raise UserError(str(error).replace("guide.scale", "guidance")) from error  # as the user knows it
+            # Name the argument of `sample` instead of the field.
+            raise UserError(str(error).replace("guide.scale", "guidance")) from error
         check_guidance(guide, run.data, run.objective, run.training_guidance, "guidance")
         return guide
 
@@ -347,12 +346,12 @@ class TrainedRun:
         indices: Sequence[int] | None = None,
         decodes: bool = True,
     ) -> Iterator[sampling.Batch]:
-        """One sample per condition, batch by batch: those numbered `indices`, or this rank's share of all.
+        """Yield batches of samples, one sample per condition: those numbered `indices`, or by default this rank's.
 
-        All ranks make equally many, as ranks that share weights must: one more than it yields on some of them.
-        Seed, solver and guidance are the run's own unless given. Image i always comes from stream (seed, i), and begins
-        with row i of `noise` (n, *shape), if that is given. With `decodes` latents become images. Raises UserError for
-        a class out of range, and as the solver does.
+        All ranks generate the same number of samples, as sharded weights require; surplus samples are not yielded.
+        Seed, solver and guidance default to those of the run. Sample i always uses stream (seed, i), and starts from
+        row i of `noise` (n, *shape) if given. With `decodes`, latents are decoded to images. Raise UserError if a class
+        is out of range.
         """
         self._require_known(c)
         if indices is None:
@@ -394,9 +393,9 @@ class TrainedRun:
         size: Size | None = None,
         bar: Bar = no_bar,
     ) -> sampling.Samples:
-        """One sample per condition, decoded. Takes and raises as `make_batches`.
+        """Generate one decoded sample per condition. The arguments are those of `make_batches`.
 
-        Several ranks share the work, and each must call it. Rank 0 gets all samples, the others none: x (0, *pixels).
+        Every rank must call it. Rank 0 gets all samples, and the other ranks get x of shape (0, *pixels).
         """
         solver = solver or self.spec.sample.solver
         batches = self.make_batches(c, nfe=nfe, seed=seed, solver=solver, guide=guide, noise=noise, size=size)
@@ -413,9 +412,9 @@ class TrainedRun:
         size: Size | None = None,
         bar: Bar = no_bar,
     ) -> PixelRows | Points:
-        """One sample per condition as `to_file_rows`, gathered as `make_samples` does.
+        """Generate one sample per condition in the format of `to_file_rows`, gathered as in `make_samples`.
 
-        Of images no more than a batch is held as floats. Raises UserError as `make_batches` and `to_file_rows`.
+        Each batch is converted at once, so that only one batch of images is held in float32.
         """
         solver = solver or self.spec.sample.solver
         no_rows = self.to_file_rows(torch.zeros(0, *_shown_shape(self.spec, size)))
@@ -428,14 +427,14 @@ class TrainedRun:
         return _gather_in_order(indices, rows, no_rows)
 
     def to_file_rows(self, x: Decoded) -> PixelRows | Points:
-        """Samples as files hold them: images as colours (n, h, w, 3), points as they are.
+        """Convert samples to their file format: images to uint8 (n, h, w, 3); points are unchanged.
 
-        Raises UserError for what has no colour.
+        Raise UserError for images that are neither grey nor RGB.
         """
         return x if len(self.spec.shown_shape) == 1 else picture.to_rows(x)
 
     def _require_known(self, c: Int64[Tensor, " n"]) -> None:
-        """Raise UserError for a condition that is no class, not the number that stands for none, and no prompt."""
+        """Raise UserError for a condition that is neither a class, the unconditional number, nor a prompt."""
         num_classes = self.spec.data.classes
         texts = texts_of(self.net)
         highest = max(texts.prompts.values(), default=num_classes) if texts else num_classes
@@ -452,9 +451,9 @@ class TrainedRun:
 
 
 def choose_solver(spec: Sampling, solver: Solver | str | None) -> Solver:
-    """The spec's own solver if `solver` is None or its name; of another name that with its defaults; else `solver`.
+    """Resolve a solver or its name. The spec's solver is used for None and for its name, defaults for other names.
 
-    Raises UserError for an unknown name.
+    Raise UserError for an unknown name.
     """
     if solver in (None, spec.solver.kind):
         return spec.solver
@@ -464,9 +463,9 @@ def choose_solver(spec: Sampling, solver: Solver | str | None) -> Solver:
 
 
 def parse_size(data: Data, text: str | None) -> Size | None:
-    """The height and width that a text such as '320x192', width x height in pixels, asks for; None: the square.
+    """Parse a size such as '320x192' (width x height in pixels); None stands for the square.
 
-    Raises UserError for a size that the net was not trained on.
+    Raise UserError for a size that the net was not trained on.
     """
     if text is None:
         return None
@@ -482,26 +481,27 @@ def parse_size(data: Data, text: str | None) -> Size | None:
 
 
 def require_count(count: int, conditions: Sequence[object], noun: str) -> None:
-    """Raise UserError if `count` samples leave out some of the conditions that a user gave, `noun`."""
+    """Raise UserError if `count` is less than the number of conditions. `noun` names them in the message."""
     if count < len(conditions):
         raise UserError(f"count = {count} is less than the {len(conditions)} {noun}: raise count, or give fewer {noun}")
 
 
 def net_shape(data: Data, size: Size | None) -> tuple[int, ...]:
-    """The shape of what a network makes for images of this size; None: the square."""
+    """Return the shape of a network's samples for images of this size; None stands for the square."""
     if size is None:
         return data.shape
     return data.codec.shape(*size) if isinstance(data, Latents) else (3, *size)
 
 
 def _shown_shape(run: Run, size: Size | None) -> tuple[int, ...]:
-    """The shape of what is shown: a decoded image of this size (None: the square), or a sample of the network."""
+    """Return the shape of decoded samples of this size; None stands for the square."""
     return run.shown_shape if size is None else (3, *size)
 
 
 def as_several(values: Any) -> Iterable[Any]:  # noqa: ANN401, one of what it holds, or many
-    """Several values as they are, and one as the only one of a list: a text, too, and a tensor of one number."""
-    is_one_number = getattr(values, "ndim", None) == 0  # iterable by its class, though it cannot be iterated over
+    """Return an iterable of values as it is, and a single value (also a str or a 0-d tensor) as a list of one."""
+    # A 0-d tensor is an instance of Iterable, but iterating over it fails.
+    is_one_number = getattr(values, "ndim", None) == 0
     if isinstance(values, str) or is_one_number or not isinstance(values, Iterable):
         return [values]
     return values
@@ -511,21 +511,21 @@ def as_several(values: Any) -> Iterable[Any]:  # noqa: ANN401, one of what it ho
 
 
 def max_rows_per_pass(train: Train) -> int:
-    """How many rows a pass that makes samples takes, at most: no more than one in training."""
+    """Return the maximum batch size for sampling, at most that of training."""
     return min(sampling.BATCH, train.micro_batch or train.batch)
 
 
 def rank_indices(count: int) -> range:
-    """The numbers of the samples, of `count`, that this rank makes.
+    """Return the indices, among `count` samples, that this rank generates.
 
-    All ranks make equally many, so the last number may be beyond them.
+    All ranks generate the same number of samples, so the last index may exceed `count - 1`.
     """
     rounds = -(-count // dist.world())
     return range(dist.rank(), rounds * dist.world(), dist.world())
 
 
 def _with_progress(batches: Iterable[sampling.Batch], bar: Bar, label: str, count: int) -> Iterator[sampling.Batch]:
-    """Yield this rank's batches, and show how many of the `count` samples are done, if the other ranks are as far."""
+    """Yield this rank's batches, and show progress out of `count`, assuming that all ranks are equally fast."""
     num_done = 0
     with bar(label, count) as tick:
         for batch in batches:
@@ -535,9 +535,9 @@ def _with_progress(batches: Iterable[sampling.Batch], bar: Bar, label: str, coun
 
 
 def gather_samples(own_batches: Sequence[sampling.Batch], pixels: Sequence[int]) -> sampling.Samples:
-    """What all ranks made, on rank 0, in the order of their numbers; some may have made none. The others get no rows.
+    """Gather the samples of all ranks on rank 0, in the order of their indices. The other ranks get no rows.
 
-    Every rank must call it. `pixels` is the shape of a sample.
+    Every rank must call it, even if it has no batches. `pixels` is the shape of a sample.
     """
     indices = [batch.index for batch in own_batches]
     x = _gather_in_order(indices, [batch.x for batch in own_batches], torch.zeros(0, *pixels))
@@ -547,10 +547,11 @@ def gather_samples(own_batches: Sequence[sampling.Batch], pixels: Sequence[int])
 
 
 def _gather_in_order(own_indices: Sequence[Tensor], own_rows: Sequence[Tensor], no_rows: Tensor) -> Tensor:
-    """The rows of all ranks' batches on rank 0, in the order of their numbers; `no_rows` (0, ...) on the others."""
+    """Gather the rows of all ranks on rank 0, in the order of their indices; return `no_rows` on the other ranks."""
     rows = torch.cat([no_rows, *own_rows])
     if dist.world() == 1:
-        return rows  # its numbers rise; a sorted copy would take as much memory again
+        # The indices are sorted already, and a sorted copy would double the memory.
+        return rows
     no_index = torch.zeros(0, dtype=torch.long)
     index = torch.cat([no_index, *own_indices])
     index = torch.cat([no_index, *dist.gather(index)])

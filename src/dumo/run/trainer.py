@@ -3,20 +3,20 @@
     with open_trainer(run, folder) as trainer:
         trainer.train()
 
-This file reads in the order of events. `Trainer.__init__` builds everything, or restores it from the newest whole
-checkpoint, and refuses what cannot be trained. It writes nothing but missing caches. `train` brings the folder to the
+The file follows the order of events. `Trainer.__init__` builds everything, or restores it from the newest whole
+checkpoint, and rejects runs that cannot be trained. It writes only missing caches. `train` rewinds the folder to the
 step of the checkpoint, then takes steps (`train_step`) and calls hooks (`dumo.run.hooks`) until the run's duration is
 over.
 
-On several ranks, every rank runs every line. Rank 0 alone locks the folder, writes and prints. What may fail on one
-rank while the run is opened, a checkpoint is saved or samples are scored runs inside `agreement`, so that it fails on
-all of them; inside a step torchrun stops the others.
+Every rank runs every line, but only rank 0 locks the folder, writes and prints. Operations that may fail on one rank
+while a run is opened, a checkpoint is saved or samples are scored run inside `agreement`, so that they fail on all
+ranks; inside a step torchrun stops the other ranks.
 
-A batch and its random numbers depend on the number of the step alone. So N steps, a stop and M more steps equal N + M
-steps, skipped ones included, and both may be made ahead of the step, by any thread. The gradient is that of the mean
-loss over the global batch: each micro-batch adds the gradient of its sum times ranks / batch, and gradients are
-averaged over ranks after the last one. So the split changes rounding only, and two ranks equal one rank with two
-micro-batches to the bit.
+A batch and its random numbers depend only on the step number. They can therefore be prefetched by any thread, and N
+steps, a stop and M more steps equal N + M steps, including skipped steps. The gradient is that of the mean loss over
+the global batch: each micro-batch adds the gradient of its summed loss times ranks / batch, and gradients are averaged
+over ranks after the last micro-batch. The split therefore affects only rounding, and two ranks are bit-identical to
+one rank with two micro-batches.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -78,7 +78,7 @@ from dumo.training.state import Diverged, State, begin
 from dumo.types import Terms, Time, UserError, marks_of
 from dumo.types.batch_rows import pin, to_device
 
-# This rank's rows of a batch: (x, c); with their noise (x, c, z); with points between both (x, c, z, between).
+# This rank's rows of a batch: (x, c), (x, c, z) with paired noise, or (x, c, z, between) with points between x and z.
 Batch = Sequence[Tensor]
 
 
@@ -96,11 +96,11 @@ def open_trainer(
 ) -> "Generator[Trainer, None, None]":
     """Join the ranks, lock the run's folder at `path`, and open a `Trainer` in it. Every rank must enter it.
 
-    - `run`: what to train; None: the run that the folder holds, with `changes` (each `a.b=c`).
-    - `origin`, `device`, `print_line`, `bar`, `began`: as `Trainer` takes them.
+    - `run`: the run to train; None means the run in the folder, with `changes` (each `a.b=c`).
+    - `origin`, `device`, `print_line`, `bar`, `began`: see `Trainer`.
 
-    The ranks meet before the folder is locked, so that all of them hear if it is refused, and the folder is locked
-    before anything in it is read.
+    The process group is initialized before the folder is locked, so that a failure to lock is raised on all ranks. The
+    folder is locked before anything in it is read.
     """
     began = stopwatch.wall_clock() if began is None else began
     with dist.join(), RunFolder(path).lock() as folder, restored_threads():
@@ -113,16 +113,16 @@ def open_trainer(
 
 
 class Trainer:
-    """One training run: data, network, objective, optimizer and averages, and the folder that they are saved in.
+    """A training run: its data, network, objective, optimizer and averages, and its folder.
 
-    - `run`: what to train.
+    - `run`: the run to train.
     - `folder`: the run's folder, locked. Training resumes from its newest whole checkpoint, if there is one.
-    - `origin`: the checkpoint of another run that a new run begins from; None: the one that run.yaml names.
+    - `origin`: the checkpoint of another run to start from; None means the one recorded in run.yaml.
     - `print_line`: called with lines for the user, on rank 0.
     - `bar`: shows progress, on rank 0.
-    - `began`: when `train.minutes` began to count, in seconds of `stopwatch.wall_clock`.
+    - `began`: the start of `train.minutes`, in seconds of `stopwatch.wall_clock`.
 
-    Raises UserError if the run does not fit the machine or its ranks, if the folder holds another run, if the data have
+    Raise UserError if the run does not fit the machine or its ranks, if the folder holds another run, if the data have
     changed, or if the configured du/dt deviates from the exact derivative.
     """
 
@@ -143,8 +143,7 @@ class Trainer:
         self.device = choose_device(device)
         require_same_on_all_ranks(run)
 
-        # Download what the run names on the Hub, on rank 0, from whose cache the others read. This does not count
-        # towards train.minutes.
+        # Download Hub files on rank 0; the other ranks read its cache. This does not count towards train.minutes.
         recorded_run = folder.run if folder.text and folder.text.hash else None
         fetching_began = stopwatch.wall_clock()
         commits = agreement.on_main_rank(lambda: find_commits(run, recorded_run))
@@ -152,7 +151,7 @@ class Trainer:
         agreement.on_main_rank(lambda: fetch_files(pinned_run), is_long=True)
         began += stopwatch.wall_clock() - fetching_began
 
-        # Fill in what only files know: classes, captions, hashes. Check the network, the memory and the ranks.
+        # Read classes, captions and hashes from the data files. Check the network, the memory and the ranks.
         run = resolve(with_absolute_paths(pinned_run))
         self.meta_net = meta_net(run)
         world_size = dist.world()
@@ -163,7 +162,7 @@ class Trainer:
         self.run = run = with_hashes(run, recorded_run)
         self.config = config = run.train
 
-        # Choose the newest whole checkpoint. A new run from a checkpoint of another (--from) takes that one.
+        # Choose the newest whole checkpoint, or for a new run the one given by --from.
         agreement.on_main_rank(lambda: folder.require_resumable(origin))
         checkpoint = folder.newest_checkpoint()
         self.origin = None
@@ -172,7 +171,7 @@ class Trainer:
         if self.origin:
             checkpoint = folder.origin_checkpoint(self.origin)
 
-        # Refuse another run, and a duration shorter than what is trained already, before anything expensive is done.
+        # Refuse a different run, or a duration shorter than the checkpoint's, before any expensive work.
         own_checkpoint = None if self.origin else checkpoint
         agreement.on_each_rank(lambda: folder.require_same_config(run, own_checkpoint))
         recorded = recorded_run.train if recorded_run else None
@@ -189,8 +188,8 @@ class Trainer:
         # Compare du/dt with the derivative in float64, on a small network with random weights.
         examination.examine(run, self.device).require()
 
-        # Build the network with the weights of another run or of a published file (`start`), else with those of its
-        # seed. The low-pass of a published model is fitted once, before the first step.
+        # Build the network with weights from another run or a published file (`start`), or initialize it from the
+        # seed. The low-pass filter of a published model is fitted once, before the first step.
         with low_memory_heap():
             if run.start and not run.has_subject and checkpoint is None:
                 net, loaders = init_from(run, run.start)
@@ -199,8 +198,7 @@ class Trainer:
             if isinstance(net, Dualized) and not run.start and checkpoint is None:
                 net.refit()
 
-            # Make its averages and the optimizer, each rank its part. Load the checkpoint; if a value of it is not
-            # finite, the one before.
+            # Create the averages and the optimizer, sharded over ranks. Load the newest checkpoint with finite values.
             self.state = begin(net, config, self.device, loaders, restored=checkpoint is not None)
             self.resumed_from = None
             if checkpoint:
@@ -210,15 +208,15 @@ class Trainer:
         timing = self.state.duration.timing
         self.clock = Clock(timing, began) if timing else None
 
-        # From here on the network computes, with as many threads as its checkpoint was trained with.
+        # From here on use the number of threads with which the checkpoint was trained.
         self.threads = set_threads(self.state.net, self.device, facts.threads if facts else None)
 
-        # Compare the data with those of the checkpoint.
+        # Check that the data have not changed since the checkpoint.
         compare_data(run.data, self.data, folder.path, self.resumed_from)
         if self.resumed_from and recorded_run and not self.origin:
             agreement.on_each_rank(lambda: require_same_fingerprint(recorded_run, self.data, folder.path))
 
-        # Join network and objective. A teacher's velocity replaces that of the data.
+        # Combine network and objective. A teacher's velocity replaces the velocity target of the data.
         self.teacher = None
         if run.teacher:
             spec = run.teacher
@@ -229,7 +227,7 @@ class Trainer:
         self.rows, self.micro_batches = rows_of_rank(config, run.objective)
         self.loss: Loss = run.objective.loss
 
-        # Make the hooks, in the order in which they are called (`dumo.run.hooks`).
+        # Create the hooks in the order in which they are called (`dumo.run.hooks`).
         self.show_progress = ShowProgress(self)
         validation = Validation.open(self)
         self.write_log = WriteLog(validation)
@@ -242,17 +240,17 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------------------- train
 
     def train(self) -> State:
-        """Train to the last step, or until the time is over; return the state at the end. Every rank must call it.
+        """Train until the last step or the time limit, and return the final state. Every rank must call it.
 
-        Raises Diverged after `train.max_skips` steps in a row whose loss or gradient is not finite; Stopped after a
-        signal, once a checkpoint is saved; OSError if the disk is full.
+        Raise Diverged after `train.max_skips` consecutive steps with a non-finite loss or gradient, Stopped after a
+        signal once a checkpoint is saved, and OSError if the disk is full.
         """
         state = self.state
         config = self.config
         for line in self.describe():
             self.print_line(line)
 
-        # Bring the folder to this step, once every rank has read what it holds. Make the pairs of a teacher.
+        # Rewind the folder to this step once every rank has read it. Generate the pairs of a teacher.
         dist.barrier()
         for line in agreement.on_main_rank(self._begin_in_folder, is_long=True):
             self.print_line(line)
@@ -261,7 +259,7 @@ class Trainer:
         for hook in self.hooks:
             hook.before_training(self)
 
-        # Compile the loss, and start the threads that read batches and draw noise ahead of the step.
+        # Compile the loss, and start the threads that prefetch batches and random numbers.
         if config.compile != "none":
             self.loss = compile_loss(state.net, self.flow.objective, config.compile)
         last_step = config.steps if config.minutes is None else STEPS
@@ -272,7 +270,7 @@ class Trainer:
             self.show_progress.shown(self),
             product_precision(config.precision, self.device),
         ):
-            # Take steps. After the hooks, one of which saves checkpoints, end if the run diverged or was asked to stop.
+            # Take steps. Stop on divergence or a signal only after the hooks, because one of them saves checkpoints.
             while not state.is_over:
                 batch = [to_device(part, self.device) for part in batches(state.step)]
                 step_draws = draws(state.step)
@@ -289,7 +287,7 @@ class Trainer:
                 if metrics.received_signal is not None and not state.is_over:
                     raise Stopped(metrics.received_signal)
 
-        # Say how it ended.
+        # Report the end of the training.
         for hook in self.hooks:
             hook.after_training(self)
         if self.clock and self.clock.late_seconds is not None:
@@ -300,7 +298,7 @@ class Trainer:
         return state
 
     def describe(self) -> list[str]:
-        """Lines that say what is trained on what. Every rank must call it."""
+        """Return lines that describe the training. Every rank must call it."""
         state = self.state
         lines = [
             training_summary(
@@ -328,7 +326,7 @@ class Trainer:
         return lines
 
     def restart_hint(self) -> str:
-        """What to type after a training that diverged: a new run from the last good checkpoint, at half the rate.
+        """Return the command that restarts a diverged run from its last good checkpoint at half the learning rate.
 
         Every rank must call it.
         """
@@ -344,8 +342,8 @@ class Trainer:
         return f"{start} at half the learning rate:  {command}"
 
     def _begin_in_folder(self) -> list[str]:
-        """Bring the folder to the step, on rank 0, and record run and data. Returns lines that say what changed."""
-        # A run that begins measures its data: what run.yaml has of them may be of a start that was killed.
+        """Rewind the folder to the step on rank 0, and record run and data. Return lines that describe the changes."""
+        # A new run measures its data again, because run.yaml may come from an attempt that was killed.
         recorded = self.folder.run if self.resumed_from and not self.origin else None
         run = with_data_facts(self.run, recorded, self.data)
         lines = [*self.folder.begin_at(run, self.resumed_from, self.state.step, self.origin)]
@@ -354,16 +352,16 @@ class Trainer:
         return [*lines, *advice(run, facts.sd if facts else None)]
 
     def read_batch(self, step: int) -> Batch:
-        """Read this rank's rows of the batch of a step; for a GPU in pinned memory. Any thread may call it."""
+        """Read this rank's rows of a step's batch, into pinned memory for a GPU. Any thread may call it."""
         parts = self.source.batch(step, self.config.batch, self.config.seed, self.rows)
         return [pin(part) for part in parts] if self.device.type == "cuda" else parts
 
     def make_draws(self, step: int) -> Draws:
-        """Draw this rank's random numbers of a step; for a GPU in pinned memory. Any thread may call it."""
+        """Draw this rank's random numbers of a step, into pinned memory for a GPU. Any thread may call it."""
         shape = self.run.data.shape
         if isinstance(self.source, Bucketed):
             shape = self.source.shape(step, self.config.batch, self.config.seed)
-        # A teacher's pairs have their noise.
+        # Pairs of a teacher include the noise.
         draws_z = not isinstance(self.source, TeacherPairs)
         draws = self.flow.make_draws(step, shape, batch=self.config.batch, rows=self.rows, z=draws_z)
         return draws.pin() if self.device.type == "cuda" else draws
@@ -373,14 +371,14 @@ class Trainer:
     def train_step(
         self, batch: Batch, draws: Draws, *, timing: Timing | None = None, checkpoint_due: bool = False
     ) -> StepMetrics:
-        """Take one optimizer step, and return what was measured. Every rank must call it.
+        """Take one optimizer step and return its metrics. Every rank must call it.
 
         - `batch`: this rank's rows of the global batch, on the device of the network.
         - `draws`: their random numbers.
-        - `timing`, `checkpoint_due`: how far a run by the clock is, and whether a checkpoint is due by it. Those of
-          rank 0 count, and the metrics carry them to all ranks.
+        - `timing`, `checkpoint_due`: the progress of a run with a time limit, and whether the clock makes a checkpoint
+          due. The values of rank 0 are distributed to all ranks with the metrics.
 
-        A step whose loss or gradient norm is not finite is counted and not applied, on all ranks.
+        If the loss or gradient norm is not finite, the step is counted but not applied, on all ranks.
         """
         state = self.state
         config = self.config
@@ -388,7 +386,7 @@ class Trainer:
         z = paired[0] if paired else None
         between = paired[1] if len(paired) > 1 else None
 
-        # Accumulate the gradients of the micro-batches. Ranks average theirs in the last one.
+        # Accumulate the gradients of the micro-batches. The last one averages them over ranks.
         state.net.train()
         state.optimizer.zero_grad()
         dropout_keys = to_device(draws.keys, x.device)
@@ -410,7 +408,7 @@ class Trainer:
             times.append(noisy_batch.t)
             terms_of_micro_batches.append(terms.detach())
 
-        # Reduce all measurements over ranks at once. This is the only wait for the device.
+        # Reduce all metrics over ranks at once. This is the only synchronization with the device.
         parameters = list(state.net.parameters())
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         learning_rate = config.optimizer.lr * state.duration.rate_factor(config.schedule, state.step)
@@ -427,19 +425,19 @@ class Trainer:
             timing=timing,
         )
 
-        # Count the step, skipped or not, so that later batches and random numbers do not depend on it.
+        # Count the step even if it is skipped, so that later batches and random numbers do not depend on skips.
         state.step = metrics.step
         state.images = metrics.images
         if metrics.timing:
             state.duration = replace(state.duration, timing=metrics.timing)
         if not metrics.is_finite:
             state.skips += 1
-            # A stop that is asked for meanwhile waits until the checkpoint of this step is saved.
+            # A signal received meanwhile takes effect once the checkpoint of this step is saved.
             with uninterrupted():
                 return replace(metrics, skipped=find_bad_rows(metrics, t, c, terms))
         state.skips = 0
 
-        # Update the weights, then their averages. A network may bring its weights back to a norm after each update.
+        # Update the weights, then their averages. Some networks normalize their weights after each update.
         if config.clip is not None:
             clip_grads_with_norm_(parameters, config.clip, norm)
         for group in state.optimizer.param_groups:
@@ -457,7 +455,7 @@ class Trainer:
 def open_data(data: Data) -> DataSource:
     """Open the data on every rank.
 
-    Raises UserError on all ranks if one cannot open them, or if they see different numbers of rows.
+    Raise UserError on all ranks if one rank cannot open the data, or if the ranks see different numbers of rows.
     """
     source = agreement.on_each_rank(data.open)
     sizes = agreement.gather_results(lambda: source.size)
@@ -468,7 +466,7 @@ def open_data(data: Data) -> DataSource:
 
 
 def train_more_hint(path: Path, run: Run) -> str:
-    """A line that says that a run has ended, and what to type to train it for longer."""
+    """Return a line that reports the end of a run, and the command to train it longer."""
     command = f"dumo train {shell_path(path)}"
     steps = run.train.steps
     minutes = run.train.minutes
@@ -478,9 +476,9 @@ def train_more_hint(path: Path, run: Run) -> str:
 
 
 def require_same_on_all_ranks(run: Run) -> None:
-    """Raise UserError, on all ranks, if one is asked for another run than rank 0. Every rank must call it.
+    """Raise UserError on all ranks if a rank has another run than rank 0. Every rank must call it.
 
-    Paths may differ: what lies there is compared by its hash.
+    Paths may differ, because file contents are compared by hash.
     """
 
     def requested_values() -> dict[str, object]:
@@ -499,7 +497,7 @@ def require_same_on_all_ranks(run: Run) -> None:
 
 
 def _values_of(spec: BaseModel, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """The fields of a spec that are no paths, by dotted path, as JSON values. `prefix` stands before each path."""
+    """Yield the dotted names and JSON values of a spec's fields, except for paths. `prefix` precedes each name."""
     for name, field in type(spec).model_fields.items():
         value = getattr(spec, name)
         if marks_of(field).get("where"):

@@ -1,10 +1,10 @@
-"""A run judged while it trains: the leading score of a few samples of the sampled weights, by the run's protocol.
+"""Validation during training: score a few samples by the run's evaluation protocol.
 
-`Validation.open` opens what it needs before the first step. The hook makes samples every `evaluate.every` steps, scores
-them, prints a line, and lets `RunFolder` keep the best weights.
+`Validation.open` opens the protocol and its data before the first step. Every `evaluate.every` steps the hook generates
+samples from the averaged weights on all ranks, scores them, prints a line, and lets `RunFolder` keep the best weights.
 
-Random streams are separate (`dumo.runtime.random`), and the net's mode is restored, so training is bit-identical with
-or without it. Ranks share the sampling.
+Random streams are separate (`dumo.runtime.random`) and the net's mode is restored, so training is bit-identical with
+and without validation.
 """
 
 from collections.abc import Generator
@@ -32,24 +32,24 @@ if TYPE_CHECKING:
 
 
 class Validation(Hook):
-    """Scores a run every `evaluate.every` steps, and keeps its best weights. `open` makes it."""
+    """Scores a run every `evaluate.every` steps and keeps its best weights. Create it with `open`."""
 
     def __init__(self, trainer: "Trainer", *, trained: TrainedRun, evaluator: Evaluator, conditions: Cond) -> None:
-        """`conditions` (n, ...) are those of the samples that are scored. For the others see `open`."""
+        """Take the conditions (n, ...) of the samples to score, and what `open` opened."""
         self.trainer = trainer
         self.settings = trainer.run.evaluate.validation
         self.trained = trained
         self.evaluator = evaluator
         self.conditions = conditions
-        # The leading score of the last step and, if it has one, its `_sd`; {} if it was not scored.
+        # The leading score of the last step, with its `_sd` if available; {} if the step was not scored.
         self.scores: Scores = {}
 
     @classmethod
     def open(cls, trainer: "Trainer") -> "Validation | None":
-        """Open the protocol and its data; nothing is written. None: no step is left that is scored.
+        """Open the protocol and its data without writing anything. Return None if no remaining step is scored.
 
-        Every rank must call it. Raises UserError if the protocol or the codec cannot be opened, or if the best weights
-        of the folder up to this step are not what this run wrote.
+        Every rank must call it. Raise UserError if the protocol or the codec cannot be opened, or if this run did not
+        write the best weights in the folder.
         """
         run = trainer.run
         state = trainer.state
@@ -62,14 +62,15 @@ class Validation(Hook):
         trained = TrainedRun(run, trainer.folder, state.sampled_net, state.step)
         conditions = agreement.on_each_rank(lambda: sample_conditions(run.data, settings))
         evaluator = agreement.on_each_rank(lambda: evaluator_of(run, settings, trained.device, no_bar))
-        agreement.on_each_rank(lambda: trained.codec)  # loaded now, because its weights may be missing
+        # Load the codec now, so that missing weights fail before training.
+        agreement.on_each_rank(lambda: trained.codec)
         agreement.on_main_rank(lambda: trainer.folder.find_best(run, state.step))
         return cls(trainer, trained=trained, evaluator=evaluator, conditions=conditions)
 
     def after_step(self, trainer: "Trainer", metrics: StepMetrics) -> None:
-        """Score the weights after this step if it is due, and keep them if they are the best.
+        """Score the weights if validation is due after this step, and keep them if they are the best.
 
-        If the samples cannot be scored, as of weights that have diverged, print a warning and continue without a score.
+        If the samples cannot be scored, for example after divergence, print a warning and continue without a score.
         """
         self.scores = {}
         if metrics.step % trainer.run.evaluate.every:
@@ -91,7 +92,7 @@ class Validation(Hook):
             )
 
     def after_training(self, trainer: "Trainer") -> None:
-        """Print which weights were the best."""
+        """Print the best score and its weights file."""
         if not trainer.run.evaluate.best:
             return
         best = agreement.on_main_rank(lambda: trainer.folder.find_best(trainer.run))
@@ -101,8 +102,9 @@ class Validation(Hook):
             )
 
     def _score(self, step: int) -> Scores:
-        """Make samples and score them. A stop that is asked for meanwhile waits: only this step can make this score."""
-        started = wall_clock()  # that of `speed.Meter`, which excludes these seconds
+        """Generate samples and score them. Signals wait until the end, because the score cannot be computed later."""
+        # Exclude this time from the training speed, with the clock of `speed.Meter`.
+        started = wall_clock()
         samples = self.samples()
         try:
             with (
@@ -113,7 +115,7 @@ class Validation(Hook):
                 try:
                     all_scores = self.evaluator.score(samples)
                 except BaseException as error:
-                    # Tell the other ranks, which wait for this one's next batch.
+                    # Raise the error on the other ranks, which wait for this rank's next batch.
                     samples.throw(error)
                     raise
         except UserError as error:
@@ -129,10 +131,10 @@ class Validation(Hook):
         return scores
 
     def samples(self) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """This rank's samples with their numbers, decoded.
+        """Yield this rank's decoded samples with their indices.
 
-        Ranks meet at each batch, and once more when all have judged their last one. So an error of one rank, while it
-        makes a batch or while it judges one and throws the error in here, is raised on all.
+        Ranks synchronize at each batch and after the last one. An error on one rank, in generating a batch or thrown
+        into this generator while scoring one, is therefore raised on all ranks.
         """
         batches = self.trained.make_batches(self.conditions, nfe=self.settings.nfe[0], seed=self.settings.seed)
         batch: sampling.Batch | None = None

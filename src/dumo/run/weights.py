@@ -1,9 +1,9 @@
-"""A run's net with its weights: drawn, of its own folder, of another run, or of a published file.
+"""Build a run's net with weights: random, from its own folder, from another run, or from a published file.
 
-To sample or judge, `load_run` reads a run's folder. To train, `build_deferred` makes the net at step 0 and leaves the
-weights of a pipeline in their files, to be read one by one when they are needed (`dumo.io.deferred`); `init_from` gives
-it the weights that `start` names. `build` makes the net at step 0 with all its weights; `init_on_device` does so
-without asking for room.
+For sampling and evaluation, `load_run` reads a run's folder. For training, `build_deferred` builds the net at step 0
+and leaves pipeline weights in their files until they are needed (`dumo.io.deferred`); `init_from` also loads the
+weights that `start` names. `build` builds the net at step 0 with all weights; `init_on_device` does the same without
+checking the free memory.
 """
 
 import shlex
@@ -45,13 +45,13 @@ from dumo.training.checkpoint import (
 from dumo.training.settings import Train
 from dumo.types import Spec, UserError
 
-# Weights that an objective asks for: the net of another may lack them.
+# Weights that depend on the objective, so a net trained with another objective may lack them.
 _OPTIONAL_PREFIXES = ("heads.", "gauges.", "scalars.", "own.", "gap.")
-# Weights of heads: a subject's run must have those of its few-step run.
+# Head weights, which a subject's run must share with its few-step run.
 _HEAD_PREFIXES = ("heads.", "gap.")
-# Fields of a net that leave it the same function.
+# Net fields that do not change the function it computes.
 _SAME_FUNCTION_FIELDS = ("net.checkpoint", "net.dropout", "net.route", "net.route.share", "net.texts.drop")
-# Fields of a net in which a subject's run may differ from its few-step run.
+# Net fields in which a subject's run may differ from its few-step run.
 _SUBJECT_FIELDS = ("net.lora.subject", "net.lora.frozen", "net.texts.identity")
 
 
@@ -63,12 +63,12 @@ def load_run(
     device: str = "auto",
     reads_weights: bool = True,
 ) -> TrainedRun:
-    """Open a run's folder, or by name a run that comes with dumo or is on the Hub, to sample or judge it.
+    """Load a run for sampling or evaluation from its folder, or by name from dumo's bundled runs or the Hub.
 
-    `weights` is a file, or a part of a checkpoint, to open instead of the last checkpoint's sampled weights. If reading
-    fails because a training replaced the checkpoint meanwhile, the newest one is opened. With `reads_weights` False the
-    files are checked, but no trained weights are loaded. Raises UserError if `source` is not a run's folder, or has no
-    complete checkpoint and no `weights` are given.
+    `weights` is a file or a part of a checkpoint, and defaults to the sampled weights of the newest checkpoint. If a
+    concurrent training replaces that checkpoint while it is read, the new one is loaded. With `reads_weights=False`,
+    files are checked but trained weights are not loaded. Raise UserError if `source` is not a run's folder, or if it
+    has no whole checkpoint and `weights` is None.
     """
     from dumo.run import read_only
 
@@ -94,12 +94,13 @@ def load_run(
                 lasting_name=read_only.lasting_name(source),
             )
         except (UserError, OSError):
-            if run_folder.checkpoints.steps() == steps_before:  # else a training has removed what was read
+            # Retry if a concurrent training has replaced the checkpoint.
+            if run_folder.checkpoints.steps() == steps_before:
                 raise
 
 
 def _require_trained(run_folder: RunFolder, run: Run) -> None:
-    """Raise UserError where a run is opened with other fields than may be set, or its images lie where others are."""
+    """Raise UserError if an override changes a field that is fixed by training, or `data` points to other images."""
     trained_run = run_folder.run
     assert trained_run, "a run's folder has a run.yaml"
     differing_fields = [str(difference) for difference in differences(trained_run, run) if not difference.is_free]
@@ -113,9 +114,9 @@ def _require_trained(run_folder: RunFolder, run: Run) -> None:
 
 
 def require_trained_images(trained: TrainedRun) -> None:
-    """Raise UserError where the images of a run in pixels are others than it was trained on, by names and sizes.
+    """Raise UserError if the images of a pixel-space run have other names or sizes than in training.
 
-    Images that are not here, and those of a run that is only read, are not looked at.
+    Images that are not on this machine, and images of read-only runs, are not checked.
     """
     images = trained.spec.data
     if isinstance(images, Images) and images.is_here and not trained.is_only_read:
@@ -123,10 +124,11 @@ def require_trained_images(trained: TrainedRun) -> None:
 
 
 def _require_trained_images(run_folder: RunFolder, run: Run) -> None:
-    """Raise UserError where the run's data are images, and others than those that its folder notes."""
+    """Raise UserError if the data are images with another fingerprint than the folder records."""
     if not isinstance(run.data, Images):
         return
-    undecoded = run.data.model_copy(update={"memory": 0.0, "buckets": None})  # its images are not decoded
+    # Open the images without decoding them.
+    undecoded = run.data.model_copy(update={"memory": 0.0, "buckets": None})
     facts = recorded_facts(run_folder.run) if run_folder.run else None
     trained_fingerprint = facts.fingerprint if facts else None
     fingerprint = undecoded.open().fingerprint()
@@ -140,8 +142,8 @@ def _require_trained_images(run_folder: RunFolder, run: Run) -> None:
 def _open_weights(
     run: Run, run_folder: RunFolder, weights: str | None, device: torch.device, *, reads_weights: bool
 ) -> TrainedRun:
-    """The run with the weights of its last checkpoint or export, or of the file `weights`. Raises as `load_run`."""
-    # find the file
+    """Load a run with the weights of its newest checkpoint or export, or of the file `weights`."""
+    # Find the weights file.
     folder = run_folder.path
     sampled = sampled_part(run.train)
     last = run_folder.checkpoints.latest({sampled} if weights is None else ())
@@ -163,7 +165,7 @@ def _open_weights(
         run_folder.require_same_config(run, last)
     else:
         file = Path(weights)
-        # A file in a part of a checkpoint may hold one rank's rows, so the whole part is taken.
+        # A file inside a part of a checkpoint may hold only one rank's shard, so load the whole part.
         if (file.parent.parent / STATE_FILE).is_file():
             file = file.parent
         file_name = str(file)
@@ -173,12 +175,12 @@ def _open_weights(
             raise UserError(f"{fault}: take other weights")
         run_folder.require_own_weights(run, file)
 
-    # load it, and compare with what the checkpoint lists
+    # Load the weights, and compare the frozen ones with the digest in the checkpoint.
     if reads_weights:
         net = load_net(run, file, device)
         frozen_digest = frozen.digest(net)
     else:
-        # Only the digest of frozen weights needs values.
+        # Only the digest of frozen weights needs their values.
         net, loaders = meta_net(run), {}
         if frozen.frozen_weights(net):
             net, loaders = deferred_net(run)
@@ -208,14 +210,14 @@ def _open_weights(
 
 
 def sampled_part(train: Train) -> str:
-    """The part of a checkpoint that is sampled and judged: the first average, or the net without any."""
+    """Return the part of a checkpoint used for sampling: the first average, or the net if there are no averages."""
     return f"ema-{train.ema[0].key}" if train.ema else "net"
 
 
 def load_net(run: Run, file: Path, device: torch.device) -> nn.Module:
-    """A run's net on a device, with what was trained from a file or a part of a checkpoint.
+    """Build a run's net on a device, with trained weights from a file or a part of a checkpoint.
 
-    Raises UserError where it does not fit.
+    Raise UserError if the weights do not match the net.
     """
     require_room(run, device)
     net, loaders = build_deferred(run)
@@ -225,15 +227,15 @@ def load_net(run: Run, file: Path, device: torch.device) -> nn.Module:
 
 
 def _require_fit(file: Path, net: nn.Module) -> None:
-    """Raise UserError unless a file has the trained weights of a net."""
-    # What is trained in 16 bits is sampled in float32.
+    """Raise UserError unless a file contains exactly the trained weights of a net."""
+    # Weights trained in 16 bits are sampled in float32.
     file_weights = {name: to_float32(x) for name, x in header(file).items()}
     compare(file, file_weights, frozen.trained_state_dict(net), "the run", FIX)
 
 
 @torch.no_grad()
 def _take_weights(net: nn.Module, loaders: Loaders, tensors: Mapping[str, Tensor]) -> Loaders:
-    """Copy tensors into a net by name. For parameters on the meta device, returns loaders that copy them later."""
+    """Copy tensors into a net by name. Return loaders that copy the parameters on the meta device later."""
     taken: dict[str, Callable[[], Tensor]] = dict(loaders)
     weights = net.state_dict()
     for name, x in tensors.items():
@@ -245,24 +247,25 @@ def _take_weights(net: nn.Module, loaders: Loaders, tensors: Mapping[str, Tensor
 
 
 def build(run: Run, device: torch.device | str = "cpu") -> nn.Module:
-    """The net at step 0, its weights keyed by the run's seed: the same on every device.
+    """Build the net at step 0, with weights that depend on the run's seed but not on the device.
 
-    Raises UserError, before it is made, if the device has less memory than that.
+    Raise UserError if the net does not fit into the device's memory.
     """
     require_room(run, device)
     return init_on_device(run, device)
 
 
 def init_on_device(run: Run, device: torch.device | str) -> nn.Module:
-    """The net as `build` makes it, for a caller that knows that the device has room for it."""
+    """Build the net as `build` does, without checking the device's memory."""
     net, loaders = build_deferred(run)
     return load_parameters(net, loaders, device).to(device)
 
 
 def build_deferred(run: Run) -> tuple[nn.Module, Loaders]:
-    """The net at step 0 on the CPU, and what reads the weights of its pipeline, which are on the meta device.
+    """Build the net at step 0 on the CPU.
 
-    Any other net has all weights. Raises UserError as `few_step_run`.
+    Return it and the loaders of its pipeline weights, which stay on the meta device. Nets without a pipeline have all
+    weights and no loaders.
     """
     net, loaders = deferred_net(run)
     if run.has_subject:
@@ -271,9 +274,9 @@ def build_deferred(run: Run) -> tuple[nn.Module, Loaders]:
 
 
 def few_step_run(run: Run) -> TrainedRun:
-    """The few-step run under adapters for a subject, its weights not read yet.
+    """Open the few-step run that a subject's adapters are trained on, without its weights.
 
-    Raises UserError where it is none, has another net, or other weights than when the subject's run began.
+    Raise UserError if it has another net, or if its weights have changed since the subject's run began.
     """
     start = run.start
     assert start, "a run without one has no subject"
@@ -288,9 +291,9 @@ def few_step_run(run: Run) -> TrainedRun:
 
 
 def _load_few_step_run(run: Run, net: nn.Module, loaders: Loaders) -> Loaders:
-    """Load what the few-step run trained into a net (`net.lora.subject`). Returns what reads the parameters on meta.
+    """Load the trained weights of the few-step run into a net (`net.lora.subject`).
 
-    Raises UserError as `few_step_run`, and where that run has other heads, or tuned other weights than the net has.
+    Return the loaders of parameters on the meta device. Raise UserError if the runs differ in heads or frozen weights.
     """
     source = few_step_run(run)
     source_weights = frozen.trained_state_dict(source.net)
@@ -315,12 +318,11 @@ def _load_few_step_run(run: Run, net: nn.Module, loaders: Loaders) -> Loaders:
 
 
 def init_from(run: Run, start: Start) -> tuple[nn.Module, Loaders]:
-    """A run's net with other weights, by name; a head, as `start.heads` says, with another head's.
+    """Build a run's net with the weights of `start`, matched by name; `start.heads` maps heads to source heads.
 
-    Returns what reads the parameters on the meta device, too.
-
-    What the source lacks of heads, gauges and embeddings of inputs stays as drawn. Raises UserError where it has not
-    the rest, or not in these shapes, and where the same weights make another function there: another net or path.
+    Return the net and the loaders of parameters on the meta device. Heads, gauges and input embeddings that the source
+    lacks keep their initialization. Raise UserError if other weights are missing or differ in shape, or if the source
+    has another net or path, so that the same weights would compute another function.
     """
     net, loaders = build_deferred(run)
     if start.kind == "run":
@@ -331,7 +333,7 @@ def init_from(run: Run, start: Start) -> tuple[nn.Module, Loaders]:
         source_weights = published.read(start, run.net, run.path, net)
     _require_source_heads(start, source_weights)
 
-    # take what fits
+    # Match the weights by name and shape.
     frozen_names = frozen.frozen_weights(net).keys() & loaders.keys()
     weights = {name: x for name, x in net.state_dict().items() if name not in frozen_names}
     taken: dict[str, Tensor] = {}
@@ -354,7 +356,7 @@ def init_from(run: Run, start: Start) -> tuple[nn.Module, Loaders]:
 
 
 def _require_source_heads(start: Start, source_weights: Mapping[str, Tensor]) -> None:
-    """Raise UserError where a head is to begin as one that the source does not have (`start.heads`)."""
+    """Raise UserError if `start.heads` names a head that the source does not have."""
     source_heads = dict.fromkeys(name.split(".")[1] for name in source_weights if name.startswith("heads."))
     for source_head in start.heads.values():
         if any(name.startswith(f"heads.{source_head}.") for name in source_weights):
@@ -365,7 +367,7 @@ def _require_source_heads(start: Start, source_weights: Mapping[str, Tensor]) ->
 
 
 def _source_name(name: str, heads: Mapping[str, str]) -> str:
-    """The name that a weight has in the source, where heads begin as others: `heads` is `start.heads`."""
+    """Return the name of a weight in the source. `heads` is `start.heads`."""
     for head, source_head in heads.items():
         prefix = f"heads.{head}."
         if name.startswith(prefix):
@@ -374,9 +376,9 @@ def _source_name(name: str, heads: Mapping[str, str]) -> str:
 
 
 def _open_source_weights(start: Start, run: Run, net: nn.Module, loaders: Loaders) -> dict[str, Tensor]:
-    """The weights of another run, without frozen ones of its pipeline, which are this run's.
+    """Read the weights of another run, except for the frozen pipeline weights, which both runs share.
 
-    Raises UserError where they make another function of this run's net, or on this path.
+    Raise UserError if that run has another net, path or frozen weights.
     """
     source = load_run(start.source, device="cpu", reads_weights=False)
     _require_net(source.spec, start, run.net, run.path, _SAME_FUNCTION_FIELDS)
@@ -387,14 +389,16 @@ def _open_source_weights(start: Start, run: Run, net: nn.Module, loaders: Loader
 
 
 def _require_net(source: Run, start: Start, net: Net, path: FlowPath, free_fields: tuple[str, ...]) -> None:
-    """Raise UserError where a run has another net or path, in other fields than `free_fields`."""
-    if "r" not in source.objective.needs.names:  # no block of its net reads r, whatever net.late says
+    """Raise UserError if the net or path of a run differs in fields other than `free_fields`."""
+    # Without input r, net.late has no effect.
+    if "r" not in source.objective.needs.names:
         free_fields = (*free_fields, "net.late")
     all_differences = [*_part_differences("net", source.net, net), *_part_differences("path", source.path, path)]
     mismatches = [difference for difference in all_differences if difference.field not in free_fields]
     if mismatches:
         lines = "; ".join(map(str, mismatches))
-        if any(difference.field in ("net", "path") for difference in mismatches):  # another kind, maybe of other data
+        # Another kind of net or path cannot be fixed by setting fields.
+        if any(difference.field in ("net", "path") for difference in mismatches):
             fix = "take a run that has the same kind of it,"
         else:
             fields = shlex.join(f"{difference.field}={yaml_text(difference.was)}" for difference in mismatches)
@@ -405,7 +409,7 @@ def _require_net(source: Run, start: Start, net: Net, path: FlowPath, free_field
 
 
 def _part_differences(part_name: str, was: Spec, now: Spec) -> list[Difference]:
-    """The fields in which two parts of a run of this name differ."""
+    """Return the differing fields of two specs (`net` or `path`), or one difference if their kinds differ."""
     if type(was) is type(now):
         return [difference for difference in differences(was, now, f"{part_name}.") if not difference.is_free]
     return [Difference(part_name, was.model_dump(mode="json"), now.model_dump(mode="json"))]
