@@ -1,14 +1,14 @@
-"""Whether the du/dt of a run is the derivative on this machine, by the comparison of `dumo.flow.derivative`.
+"""Check that the du/dt of a run equals the derivative on this machine, using `dumo.flow.derivative`.
 
-`examine` compares on a new network cut to two blocks, with random weights, before the first step; `examine_weights` on
-the weights in training, before the first checkpoint. Both
+Before the first step, `examine` tests a network of two blocks with random weights. Before the first checkpoint,
+`examine_weights` tests the weights in training. Both
 
 1. draw the rows of an `ExamplePoint` (`example_point`);
-2. take the configured slope there, in its precision and on its device, and compare it with the derivative in float64
+2. compute the configured slope in its precision and on its device, and compare it with the derivative in float64
    (`slope_errors`);
-3. return an `Examination`, whose `require` raises if the error of a head is above the limit.
+3. return an `Examination`, whose `require` raises UserError if the error of a head exceeds the limit.
 
-Weights are random because the last layers of a new network are zero, so u = du/dt = 0, and any slope would pass.
+Weights are random because the last layers of a new network are zero, so u = du/dt = 0 and any slope would pass.
 """
 
 import gc
@@ -41,43 +41,52 @@ from dumo.training import agreement, layout
 from dumo.training.state import State
 from dumo.types import Cond, Frozen, Objective, Sample, Time, UserError
 
-_ROWS_RANDOM = 4  # rows on random weights, so t = 1/4, 1/2, 3/4 and 1: ours
-_ROWS_IN_TRAINING = 2  # rows on the weights in training, where the memory of a pass counts: ours
+# Number of rows for random weights, so t = 1/4, 1/2, 3/4 and 1.
+_ROWS_RANDOM = 4
+# Number of rows for the weights in training; small because memory is limited.
+_ROWS_IN_TRAINING = 2
 
 
 @dataclass(frozen=True)
 class ExamplePoint:
-    """Rows on which a slope is compared, and the direction in which they move."""
+    """Inputs at which a slope is compared, and the direction of the derivative."""
 
-    x_t: Sample  # (b, *d)
-    direction: Sample  # (b, *d), dx_t/dt
-    c: Cond  # (b,)
-    inputs: dict[str, Time]  # (b,) each: t, and what else the net takes
+    # (b, *d)
+    x_t: Sample
+    # dx_t/dt, (b, *d)
+    direction: Sample
+    # (b,)
+    c: Cond
+    # t and the other scalar inputs of the net, each (b,)
+    inputs: dict[str, Time]
 
     def to(self, device: torch.device) -> "ExamplePoint":
-        """A copy on this device."""
+        """Return a copy on this device."""
         inputs = {name: value.to(device) for name, value in self.inputs.items()}
         return ExamplePoint(self.x_t.to(device), self.direction.to(device), self.c.to(device), inputs)
 
 
 @dataclass(frozen=True)
 class Examination:
-    """How far a slope is from the derivative: the relative l2 error of d/dt, by head."""
+    """The relative l2 error of d/dt for each head."""
 
-    slope: str | None  # None: the objective takes no derivative
+    # None if the objective takes no derivative
+    slope: str | None
     precision: str
     time_scale: float
-    weights: str  # a label: which weights were examined
-    errors: Mapping[str, float]  # by head
+    # a label for the examined weights
+    weights: str
+    # by head
+    errors: Mapping[str, float]
     limit: float = MAX_SLOPE_ERROR
 
     @property
     def passed(self) -> bool:
-        """Whether the error of every head is within the limit; NaN is not."""
+        """Whether the error of every head is within the limit. NaN fails."""
         return all(error <= self.limit for error in self.errors.values())
 
     def __str__(self) -> str:
-        """What was measured, in a line."""
+        """Return the result in a line."""
         if self.slope is None:
             return "nothing to examine: this objective takes no derivative"
         head_errors = ", ".join(f"{head} {100 * error:.2g} %" for head, error in self.errors.items())
@@ -88,7 +97,7 @@ class Examination:
 
     @property
     def fix(self) -> str:
-        """What to try where the examination failed."""
+        """Settings to try if the examination failed."""
         other_slope = "jvp" if self.slope == "dual" else "dual"
         fixes = [f"objective.slope.kind={other_slope}"]
         if self.precision != "fp32":
@@ -100,16 +109,16 @@ class Examination:
         return "train with " + ", or ".join(fixes)
 
     def require(self) -> None:
-        """Raise UserError, with what to try, where the examination failed."""
+        """Raise UserError with a suggested fix if the examination failed."""
         if not self.passed:
             raise UserError(f"{self}. Training on that is training on noise: {self.fix}")
 
 
 def examine(run: Run, device: torch.device) -> Examination:
-    """Examine the run's slope on a fresh net cut to two blocks, with random weights. Every rank must call it.
+    """Examine the run's slope on a net of two blocks with random weights. Every rank must call it.
 
-    Call `require` on the result. A user's own net or loss is tried first (`dumo.run.contract`). Raises UserError where
-    it breaks the contract, and where the slope cannot be taken.
+    Call `require` on the result. A user-defined net or loss is checked first (`dumo.run.contract`). Raise UserError if
+    it violates the contract, or if the slope cannot be computed.
     """
     net = random_net(short_run(run), device)
     if has_own_parts(run):
@@ -123,7 +132,7 @@ def examine(run: Run, device: torch.device) -> Examination:
 def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examination:
     """Examine the run's slope on a net in training, which must not be sharded. Every rank must call it.
 
-    Call `require` on the result. The net is not changed. Raises UserError where the slope cannot be taken.
+    Call `require` on the result. The net is not changed. Raise UserError if the slope cannot be computed.
     """
     point = example_point(run.objective, run.path, run.data, run.train.seed, _ROWS_IN_TRAINING)
     return _compare(float64.copy_sharing_weights(net), run, point, device, "the weights in training")
@@ -132,15 +141,15 @@ def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examinati
 def examine_in_training(run: Run, state: State, device: torch.device, print_line: Callable[[str], object]) -> bool:
     """Examine the run's slope on the weights in training. Every rank must call it.
 
-    Returns False if nothing is examined: the objective takes no du/dt, or the device has no room for copies of the
-    weights, which `print_line` is told. Raises UserError if the slope is not the derivative.
+    Return False if nothing is examined, because the objective has no du/dt, or because copies of the weights do not fit
+    into memory, which `print_line` reports. Raise UserError if the slope deviates from the derivative.
     """
     if run.objective.needs.slope is None:
         return False
     net_without_values = meta_net(run)
     copies_bytes = weight_bytes(net_without_values) + float64.copied_bytes(net_without_values)
     if dist.world() > 1:
-        # Ranks may share the weights, but each examines all of them.
+        # Weights may be sharded, but each rank examines all of them.
         copies_bytes += weight_bytes(net_without_values)
     device_bytes = agreement.on_main_rank(lambda: total_memory(device))
     if copies_bytes > device_bytes:
@@ -152,22 +161,23 @@ def examine_in_training(run: Run, state: State, device: torch.device, print_line
     with low_memory_heap():
         net = layout.gather_net(state.net, partial(build, run))
         examine_weights(run, net, device).require()
-        # The hooks of the copy in float64 are in reference cycles, which hold the network.
+        # Collect reference cycles: the hooks of the float64 copy keep the network alive.
         del net
         gc.collect()
     return True
 
 
 def example_point(objective: Objective, path: FlowPath, data: Data, seed: int, rows: int) -> ExamplePoint:
-    """Draw the rows on which a slope is examined, by the seed.
+    """Draw the rows at which a slope is examined from the seed.
 
-    t goes from 1 / rows to 1 in equal steps, and other times from t, in the first row, to 0, in the last. Knobs have
-    their default values.
+    t increases from 1 / rows to 1 in equal steps; other times decrease from t in the first row to 0 in the last. Knobs
+    have their default values.
     """
     needs = objective.needs
     generator = stream(seed, "examination")
     x, z = torch.randn(2, rows, *data.shape, generator=generator).unbind()
-    c = torch.randint(data.classes + 1, (rows,), generator=generator)  # the null class, too
+    # Include the null class.
+    c = torch.randint(data.classes + 1, (rows,), generator=generator)
     t = torch.linspace(0, 1, rows + 1)[1:]
     inputs: dict[str, Time] = {}
     for name in needs.names:
@@ -179,10 +189,9 @@ def example_point(objective: Objective, path: FlowPath, data: Data, seed: int, r
 
 
 def _compare(net: nn.Module, run: Run, point: ExamplePoint, device: torch.device, weights_label: str) -> Examination:
-    """Compare the slope, used as training uses it, with the derivative in float64. Every rank must call it.
+    """Compare the slope, computed as in training, with the derivative in float64. Every rank must call it.
 
-    Errors are averaged over ranks, so that all ranks reach the same verdict. The mode of `net`, training or evaluation,
-    is changed.
+    Errors are averaged over ranks, so that all ranks reach the same result. The training mode of `net` is changed.
     """
     objective = run.objective
     train = run.train
@@ -194,17 +203,17 @@ def _compare(net: nn.Module, run: Run, point: ExamplePoint, device: torch.device
         )
     point = point.to(device)
 
-    # dumo's nets compute the same function in both modes but for dropout, so they are compared without it
+    # dumo's nets differ between training and evaluation mode only by dropout, so compare in evaluation mode.
     net.eval()
     mask_keys = None
 
-    # A user's own net may do more in training: it is compared in that mode, with the dropout masks of a step. On MPS it
-    # cannot be, because float64 is computed on the CPU, and the keys of the masks lie on the GPU.
+    # A user-defined net may differ in other ways, so compare it in training mode with the dropout masks of a step. This
+    # is impossible on MPS, where float64 is computed on the CPU and the keys of the masks are on the GPU.
     if has_own_net(run) and device.type != "mps":
         net.train()
         mask_keys = dropout.keys(train.seed, 0, len(point.x_t)).to(device)
 
-    # theta^-: the net itself in its mode, or an average of its weights, which is in evaluation mode in training, too
+    # theta^- is the net itself in its mode, or an average of its weights, which is always in evaluation mode.
     target_module = net
     if train.ref != "self":
         target_module = float64.copy_sharing_weights(net).eval()
@@ -225,19 +234,19 @@ def _compare(net: nn.Module, run: Run, point: ExamplePoint, device: torch.device
 
 
 def slope_errors(objective: Objective, net: nn.Module, ref: Frozen, point: ExamplePoint) -> dict[str, Tensor]:
-    """The relative l2 error of the objective's slope at a point, by head, against d/dt of `ref` in float64.
+    """Compute the relative l2 error, by head, of the objective's slope at a point against d/dt of `ref` in float64.
 
-    The slope is taken in the precision that is set around the call.
+    The slope is computed in the caller's autocast precision.
     """
     slope = slope_of(objective)
     assert slope is not None
     rows = point.x_t, point.direction, point.c
     if float64.is_from_dumo(ref.module):
-        # Exact, and one pass. Pretrained models embed times in float32, so differences of theirs are 2 % off.
+        # Exact in one pass. Pretrained models embed times in float32, so their finite differences are off by 2 %.
         exact = float64.exact_derivative(ref.module, *rows, **point.inputs)
     else:
         exact, _ = derivative.central_difference(ref.module, *rows, point.inputs)
     errors = derivative.slope_errors(slope, net, ref, *rows, point.inputs, exact)
-    # A network may return gauges after its heads, which do not count.
+    # Ignore gauges, which a network may return after its heads.
     heads = objective.needs.heads
     return dict(zip(heads, errors[: len(heads)], strict=True))

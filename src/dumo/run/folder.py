@@ -1,20 +1,20 @@
-"""A run's folder: `RunFolder` reads and writes what training keeps there.
+"""A run's folder: `RunFolder` reads and writes the files of a training.
 
-    run.yaml           the present run, a hash of the fields that decide training, and where it began from (`Origin`)
+    run.yaml           the config, a hash of the fields that affect training, and the run's `Origin`, if any
     changes.jsonl      a line for each permitted change of a field; nothing reads it
-    checkpoints/       the state after some steps, each with the run.yaml of its step
-    milestones/ best/  the sampled weights after some steps, and those with the best validation score
+    checkpoints/       training states, each with the run.yaml of its step
+    milestones/ best/  the sampled weights at chosen steps, and those with the best validation score
     metrics.jsonl      the log
-    images.ledger      what the images were when they were read
+    images.ledger      hashes of the images at the time they were read
     .training.lock     exists, and is locked, while a process trains in the folder
-    .saved             a checkpoint was written: if there is none now, it was lost
+    .saved             marks that a checkpoint was written, so that lost checkpoints are noticed
 
-Other parts of a run add teacher.json and pairs/ (`dumo.run.teacher`), speed.jsonl, sheets/, tracker-id, and what
-commands make, such as samples/ and report.html.
+Other modules add teacher.json and pairs/ (`dumo.run.teacher`), speed.jsonl, sheets/ and tracker-id, and commands add
+outputs such as samples/ and report.html.
 
-A training locks the folder, compares the run with what is there (`require_resumable`, `require_same_config`), and then
-brings the folder to the step from which it resumes (`begin_at`). Until then nothing is written but the lock. A run that
-begins from a checkpoint of another run is built from that run's folder, and `begin_at` copies the checkpoint.
+Training locks the folder, compares the run with its files (`require_resumable`, `require_same_config`), and then
+rewinds it to the step from which it resumes (`begin_at`). Until then only the lock is written. A run that starts from a
+checkpoint of another run reads it in that run's folder, and `begin_at` copies it.
 """
 
 import json
@@ -61,7 +61,7 @@ CHANGES_FILE = "changes.jsonl"
 BEST_FOLDER = "best"
 # The weights of an exported run (`dumo.export.dumo_run`), which has no checkpoints.
 EXPORTED_WEIGHTS = "model.safetensors"
-# What a file of the best weights says of itself.
+# Metadata of a file of best weights: its kind, and the key of its score.
 _BEST_KIND = "best weights"
 _SCORE = "score"
 # Packages whose versions change how a step rounds.
@@ -70,24 +70,24 @@ _PACKAGES = ("dumo", "torch")
 
 @dataclass(frozen=True)
 class BestWeights:
-    """A file in best/, and the score of its weights."""
+    """A weights file in best/ and its score."""
 
     file: Path
     step: int
     metric: str
     value: float
-    # The name of the protocol that measured it, and the NFE of the samples.
+    # The name of the evaluation protocol, and the NFE of the samples.
     protocol: str
     nfe: int
 
 
 class RunFolder:
-    """A run's folder. What it holds is read when it is first asked for, and then kept."""
+    """A run's folder. Its files are read lazily and cached."""
 
     def __init__(self, path: Path) -> None:
-        """Take the folder at `path`, which need not exist; nothing is read yet."""
+        """Set the path of the folder, which need not exist."""
         self.path = path
-        # The text of run.yaml as it was written last, of which each checkpoint has a copy; "" on ranks other than 0.
+        # The text of run.yaml as last written, which each checkpoint copies; "" on ranks other than 0.
         self.written_text = ""
         self.checkpoints = Checkpoints(path / "checkpoints")
 
@@ -95,18 +95,18 @@ class RunFolder:
 
     @cached_property
     def text(self) -> RunText | None:
-        """What run.yaml says; None if there is none."""
+        """The parsed text of run.yaml; None if it does not exist."""
         file = self.path / RUN_FILE
         return read_file(file) if file.is_file() else None
 
     @cached_property
     def run(self) -> Run | None:
-        """The run of run.yaml; None if there is none."""
+        """The run of run.yaml; None if it does not exist."""
         return run_of(self.text) if self.text else None
 
     @property
     def origin(self) -> Origin | None:
-        """The checkpoint of another run that this one began from."""
+        """The checkpoint of another run from which this run started; None if there is none."""
         return self.text.origin if self.text else None
 
     @property
@@ -117,25 +117,25 @@ class RunFolder:
 
     @property
     def _weight_folders(self) -> list[Path]:
-        """The folders that hold weights by step: checkpoints, milestones and the best weights."""
+        """The folders that contain weights by step: checkpoints, milestones and best weights."""
         return [self.checkpoints.folder, self.path / "milestones", self.path / BEST_FOLDER]
 
     @property
     def log_file(self) -> Path:
-        """The log of training."""
+        """The path of the training log."""
         return self.path / LOG_FILE
 
     # ---------------------------------------------------------------------------------------------- before training
 
     @contextmanager
     def lock(self) -> Generator["RunFolder", None, None]:
-        """Create the folder if it is missing, and keep every other training out of it. Every rank must enter it.
+        """Create the folder if it is missing, and lock it against other trainings. Every rank must enter it.
 
-        Rank 0 holds the lock. Files that a killed training left half-written are removed. While inside, writes are
-        refused once the folder, or one of its folders on another disk, was moved or unmounted. A folder that was
-        created and is empty at the end is removed.
+        Rank 0 holds the lock. Partially written files of a killed training are removed. Inside the context, writes fail
+        once the folder, or a subfolder on another disk, was moved or unmounted. A new folder that is empty at the end
+        is removed.
 
-        Raises UserError if another process trains there, or if the folder holds files that are not a run's.
+        Raise UserError if another process trains in the folder, or if it contains files but no run.
         """
         with ExitStack() as stack:
             agreement.on_main_rank(lambda: stack.enter_context(self._locked()))
@@ -154,13 +154,13 @@ class RunFolder:
                 with self._guarded():
                     yield
         finally:
-            # A folder that something was written to is not empty, and stays.
+            # rmdir keeps folders that are not empty.
             with suppress(OSError):
                 for new_folder in new_folders:
                     new_folder.rmdir()
 
     def require_free(self) -> None:
-        """Raise UserError if the folder holds files, but no run. What a killed training left does not count."""
+        """Raise UserError if the folder contains files but no run. Leftovers of a killed training do not count."""
         if (self.path / RUN_FILE).exists() or not self.path.is_dir():
             return
         for path in self.path.iterdir():
@@ -168,7 +168,7 @@ class RunFolder:
                 raise UserError(f"{self.path} is not empty and holds no {RUN_FILE}: give another folder with --out")
 
     def _remove_half_written(self) -> None:
-        """Remove what a killed training left half-written."""
+        """Remove partially written files of a killed training."""
         half_written = [path for path in self.path.iterdir() if _is_half_written(path)]
         for place in self._weight_folders:
             half_written += place.glob(".step-*.tmp")
@@ -177,7 +177,7 @@ class RunFolder:
 
     @contextmanager
     def _guarded(self) -> Generator[None, None, None]:
-        """Refuse writes into the folder, and its folders on other disks, once it was moved or unmounted."""
+        """Make writes fail once the folder, or a subfolder on another disk, was moved or unmounted."""
         guarded = [self.path]
         for place in self._weight_folders:
             if is_on_other_disk(place, self.path):
@@ -194,16 +194,16 @@ class RunFolder:
                 raise
 
     def origin_checkpoint(self, origin: Origin) -> Checkpoint:
-        """The checkpoint of another run that this run begins from. Every rank must call it, and they share the hashing.
+        """Read the checkpoint of another run from which this run starts. Every rank must call it and hashes a share.
 
-        Raises UserError, on all ranks, if it is missing or damaged.
+        Raise UserError on all ranks if the checkpoint is missing or damaged.
         """
         source = RunFolder(Path(origin.run))
         checkpoint = agreement.on_each_rank(lambda: source.checkpoint_at(origin.step))
         fault = source.checkpoints.find_fault(origin.step, together=True)
         if fault:
             raise UserError(f"{fault}: begin from another step")
-        # The log and the record of images are those of the other run.
+        # Drop the log and the ledger of the other run.
         facts = checkpoint.facts.model_copy(update={"log": None, "ledger": None})
         return replace(checkpoint, facts=facts)
 
@@ -220,7 +220,7 @@ class RunFolder:
         files.commit(temp_path, target, durable=True)
 
     def checkpoint_at(self, step: int) -> Checkpoint:
-        """The checkpoint of a step. Raises UserError if there is none."""
+        """Read the checkpoint of a step. Raise UserError if it does not exist."""
         steps = self.checkpoints.steps()
         if step not in steps:
             existing = ", ".join(map(str, steps)) or "none"
@@ -228,9 +228,9 @@ class RunFolder:
         return self.checkpoints.read(step)
 
     def newest_checkpoint(self) -> Checkpoint | None:
-        """The newest whole checkpoint; None if there is none. Every rank must call it, and they share the hashing.
+        """Return the newest whole checkpoint, or None without checkpoints. Every rank must call it and hashes a share.
 
-        Raises UserError, on all ranks, if they see different checkpoints, or none of them is whole.
+        Raise UserError on all ranks if the ranks see different checkpoints, or if all checkpoints are damaged.
         """
         steps_by_rank = agreement.gather_results(self.checkpoints.steps)
         texts = [", ".join(map(str, steps)) or "none" for steps in steps_by_rank]
@@ -243,9 +243,9 @@ class RunFolder:
         return self.checkpoints.latest(together=True)
 
     def require_resumable(self, origin: Origin | None = None) -> None:
-        """Raise UserError if the folder has lost its checkpoints, or is an export, which never had any.
+        """Raise UserError if the folder has lost its checkpoints or is an export, which has no training state.
 
-        Also if it holds a run that did not begin from `origin`, where one is given.
+        Also raise it if `origin` is given and the folder contains a run with another origin.
         """
         if origin and self.text and self.origin != origin:
             raise UserError(
@@ -267,13 +267,13 @@ class RunFolder:
 
     @property
     def _has_saved(self) -> bool:
-        """Whether a checkpoint was written. If the log is gone, too, the user has cleared the run."""
+        """Whether a checkpoint was written. If the log is missing as well, the user has cleared the run."""
         return self.log_file.exists() and (self.path / CHECKPOINT_MARK).exists()
 
     def require_same_config(self, run: Run, checkpoint: Checkpoint | None, place: Path | None = None) -> None:
-        """Raise UserError unless `run` has the fields and the code that decided the training up to a checkpoint.
+        """Raise UserError if `run` differs from a checkpoint in code or in fields that affect training.
 
-        Without a checkpoint it is compared with run.yaml. `place` is the part of the checkpoint to name.
+        Without a checkpoint, `run` is compared with run.yaml. `place` is the path to name in the message.
         """
         text = self.text
         if checkpoint:
@@ -300,14 +300,14 @@ class RunFolder:
     def begin_at(
         self, run: Run, checkpoint: Checkpoint | None, step: int, origin: Origin | None = None
     ) -> Iterator[str]:
-        """Bring the folder to a step: undo what lies after it, and write run.yaml. Rank 0 alone calls it.
+        """Rewind the folder to a step: remove later rows and weights, and write run.yaml. Only rank 0 calls it.
 
-        - `checkpoint`: the one that is resumed; None: training begins.
-        - `origin`: where it is, if it is of another run; it is copied.
+        - `checkpoint`: the checkpoint to resume from; None for a new run.
+        - `origin`: the location of the checkpoint if it belongs to another run; it is then copied.
 
-        Yields lines for the user.
+        Yield lines for the user.
         """
-        # Remove the rows of the log after the step: they are logged again.
+        # Remove the log rows after the step, because these steps are logged again.
         if step == 0 and self.log_file.exists() and any(row["step"] for row in log.read_log(self.log_file)):
             yield f"{self.path} has no checkpoint, so it starts again from step 0"
         log.rewind(self.log_file, step)
@@ -317,15 +317,15 @@ class RunFolder:
                 f"{self.log_file} is not what was logged up to step {step:,}: weights do not depend on it, curves do"
             )
 
-        # Remove the weights after the step: other steps may lead elsewhere. Checkpoints after it are damaged: each
-        # stays, since it may be repaired, until a new one of its step replaces it.
+        # Remove the weights after the step, because the repeated steps may produce other weights. Later checkpoints
+        # are damaged; they are kept for repair until a new checkpoint of the same step replaces them.
         for name in ("milestones", BEST_FOLDER):
             for file_step, file in paths_by_step(self.path / name, ".safetensors").items():
                 if file_step > step:
                     file.unlink()
 
-        # Write the run, and then copy the checkpoint that it begins from: a start that is killed in between begins
-        # from it again.
+        # Write the run before copying the checkpoint it starts from, so that a training killed in between starts from
+        # that checkpoint again.
         yield from self._record_changes(run, step)
         self.write_run(run, origin or self.origin)
         if origin and checkpoint:
@@ -335,7 +335,7 @@ class RunFolder:
         else:
             self.mark_checkpoint_written()
 
-        # Name packages that round differently.
+        # Report changed package versions, which may round differently.
         versions_before = checkpoint.facts.versions if checkpoint else {}
         for name in _PACKAGES:
             version = software_versions()[name]
@@ -344,12 +344,12 @@ class RunFolder:
                 yield f"{name} is {version}, and was {version_before} up to step {step:,}: it may round differently"
 
     def _record_changes(self, run: Run, step: int) -> Iterator[str]:
-        """Append the fields in which `run` differs from run.yaml to changes.jsonl. Yields a line for each."""
+        """Append the fields in which `run` differs from run.yaml to changes.jsonl. Yield a line for each."""
         if self.run is None or step == 0:
             return
         rows: list[str] = []
         for difference in differences(self.run, run):
-            # A deciding field is as in the checkpoint; run.yaml may have been edited meanwhile.
+            # Fields that affect training match the checkpoint; only run.yaml may have been edited.
             if difference.decides or difference.field.split(".")[0] == "resolved":
                 continue
             row = {"step": step, "field": difference.field, "was": difference.was, "now": difference.now}
@@ -361,7 +361,7 @@ class RunFolder:
                 changes.writelines(rows)
 
     def write_run(self, run: Run, origin: Origin | None = None) -> None:
-        """Write run.yaml, and wait until it is on the disk."""
+        """Write run.yaml and flush it to disk."""
         header: dict[str, object] = {HASH_KEY: config_hash(run)}
         if origin:
             header[ORIGIN_KEY] = origin.model_dump()
@@ -372,9 +372,9 @@ class RunFolder:
         self.run = run
 
     def mark_checkpoint_written(self) -> None:
-        """Mark that the run has a checkpoint: from now on one that is not there was lost.
+        """Mark that the run has a checkpoint, so that missing checkpoints are reported as lost.
 
-        Raises UserError if the folder is no longer in its place (`require_in_place`).
+        Raise UserError if the folder was moved (`require_in_place`).
         """
         mark = self.path / CHECKPOINT_MARK
         require_in_place(mark)
@@ -385,9 +385,9 @@ class RunFolder:
     # ------------------------------------------------------------------------------------------------- best weights
 
     def find_best(self, run: Run, max_step: int | None = None) -> BestWeights | None:
-        """The newest of the best weights up to step `max_step`, or None if there are none.
+        """Return the newest best weights up to step `max_step`, or None if there are none.
 
-        Raises UserError if `run` did not write them.
+        Raise UserError if `run` did not write them.
         """
         files_by_step = paths_by_step(self.path / BEST_FOLDER, ".safetensors")
         steps = [step for step in files_by_step if max_step is None or step <= max_step]
@@ -400,11 +400,11 @@ class RunFolder:
         return BestWeights(file, step, score["name"], score["value"], score["protocol"], score["nfe"])
 
     def save_if_best(self, run: Run, state: State, *, metric: str, value: float, protocol: str, nfe: int) -> None:
-        """Write the sampled weights if their score is finite and the best of those that were measured alike.
+        """Write the sampled weights if their score is finite and the best for this metric, protocol and NFE.
 
-        Every rank must call it with the same score. Raises UserError if the weights in the folder are another run's.
+        Every rank must call it with the same score. Raise UserError if the folder contains best weights of another run.
         """
-        # Weights of another run are refused whatever the score is, so they are read first.
+        # Refuse best weights of another run whatever the score is.
         previous = agreement.on_main_rank(lambda: self.find_best(run))
         if not isfinite(value):
             return
@@ -417,10 +417,10 @@ class RunFolder:
         save_weights(folder, state, state.sampled_net, _BEST_KIND, config_hash(run), **{_SCORE: score})
 
     def remove_older_best(self, checkpoint_steps: Collection[int]) -> None:
-        """Remove the best weights that no resumed run needs, once a checkpoint is written.
+        """Remove best weights that no resumed run needs. Called after a checkpoint is written.
 
-        A run that resumes from one of the checkpoints needs the last weights up to its step. Weights newer than the
-        last checkpoint are kept; a resumed run removes them.
+        A run that resumes from a checkpoint needs the last best weights up to its step. Weights newer than the last
+        checkpoint are kept; a resumed run removes them.
         """
         files_by_step = paths_by_step(self.path / BEST_FOLDER, ".safetensors")
         kept_steps = {step for step in files_by_step if step > max(checkpoint_steps)}
@@ -434,7 +434,7 @@ class RunFolder:
     # ----------------------------------------------------------------------------------------- weights of other files
 
     def require_own_weights(self, run: Run, place: Path) -> None:
-        """Raise UserError if weights, such as a milestone or a part of another checkpoint, are another run's."""
+        """Raise UserError if a weights file or a part of a checkpoint belongs to another run."""
         owner = facts_of(place).get("run")
         for folder in (place, place.parent):
             if not (folder / STATE_FILE).is_file():
@@ -449,7 +449,7 @@ class RunFolder:
 
 
 def require_own_file(file: Path, run: Run, kind: str, step: int) -> None:
-    """Raise UserError if a file of weights is of another run, or is not what its place in the folder says."""
+    """Raise UserError if a weights file belongs to another run, or does not match its folder and step."""
     facts: Mapping[str, object] = facts_of(file)
     if facts.get("run") != config_hash(run):
         raise UserError(
@@ -462,10 +462,10 @@ def require_own_file(file: Path, run: Run, kind: str, step: int) -> None:
 
 
 def is_on_other_disk(place: Path, folder: Path) -> bool:
-    """Whether `place`, a folder in a run's folder, is on another disk than `folder`, through a link or a mount."""
+    """Whether the subfolder `place` is on another disk than `folder`, by a link or a mount."""
     return place.is_dir() and place.stat().st_dev != folder.stat().st_dev
 
 
 def _is_half_written(path: Path) -> bool:
-    """Whether a path at the top of a run's folder is a file that a killed training left half-written."""
+    """Whether a path at the top of a run's folder is a partially written file."""
     return path.name.startswith((f".{RUN_FILE}.", f".{LOG_FILE}.")) and not path.is_dir()

@@ -1,15 +1,15 @@
-"""Resolve what only files can tell of a run (classes, captions, hashes), and record it in run.yaml as `resolved`.
+"""Fill in the values of a run that depend on files (classes, captions, hashes), and record them as `resolved`.
 
 When a run is opened for training, `Trainer.__init__` calls:
 
-1. `find_commits` and `with_commits`, which write the commit into names on the Hub, `fetch_files`, which downloads what
-   training reads there, and `with_absolute_paths`, which writes out where things lie
+1. `find_commits` and `with_commits`, which pin Hub names to commits, `fetch_files`, which downloads the files for
+   training, and `with_absolute_paths`
 2. `resolve`, which fills in classes, captions, schedule and code hashes, and checks the net
-3. `with_hashes`, which adds hashes of what samples depend on besides data: autoencoder, pipeline, text encoder, and the
-   few-step run under a subject's adapters
+3. `with_hashes`, which adds hashes of everything but the data that samples depend on: autoencoder, pipeline, text
+   encoder, and the few-step run under a subject's adapters
 
-So a run.yaml is complete by itself. For a reader on another machine, `without_paths` leaves the last part of each
-absolute path.
+The run.yaml is then complete. For readers on other machines, `without_paths` shortens each absolute path to its last
+component.
 """
 
 import os
@@ -42,14 +42,14 @@ from dumo.run.weights import few_step_run
 from dumo.types import Spec, UserError
 
 S = TypeVar("S", bound=Spec)
-Pin = str | dict[str, str] | None  # the hash of a file, or the facts of a pipeline; None: not known
+# The hash of a file, or the facts of a pipeline; None if unknown.
+Pin = str | dict[str, str] | None
 
 
 def load_resolved(source: str | RunText, changes: Sequence[str] = (), *, fetches: bool = False) -> Run:
-    """Load a run with these changes, each a.b=c, and resolve it, for work that does not train it.
+    """Load a run with changes such as a.b=c and resolve it, for commands that do not train.
 
-    Where they are of its data, what was found on its old data is left out. With `fetches`, what the run names on the
-    Hub is downloaded first. Raises UserError as `load` and `resolve`.
+    If the data change, the resolved values of the old data are dropped. With `fetches`, Hub files are downloaded first.
     """
     text = source if isinstance(source, RunText) else read(source)
     if any(field_of(change).split(".")[0] == "data" for change in changes):
@@ -62,11 +62,11 @@ def load_resolved(source: str | RunText, changes: Sequence[str] = (), *, fetches
 
 
 def resolve(run: Run) -> Run:
-    """Fill in what only files can tell, and record it under `resolved`.
+    """Fill in the values that depend on files, and record them under `resolved`.
 
-    That is: classes, names and captions' digest of the data, the pipeline's schedule, and a hash of the code of every
-    class from outside. What is not there yet is skipped, and a resolved run, as one read from its folder, is returned
-    as it is. Raises UserError if what is found contradicts the spec, or the network does not fit.
+    These are the classes, class names and caption digest of the data, the schedule of the pipeline, and a hash of the
+    code of every user-defined class. Missing files are skipped, and a run that is already resolved is returned
+    unchanged. Raise UserError if the files contradict the spec, or if the network does not fit the run.
     """
     data = run.data
     path = run.path
@@ -94,7 +94,7 @@ def resolve(run: Run) -> Run:
 
 
 def _new_facts(run: Run, resolved_run: Run) -> dict[str, object]:
-    """What resolving a run has changed, by field."""
+    """Return the fields that resolving a run has changed, with their new values."""
     facts: dict[str, object] = {}
     for difference in differences(run, resolved_run):
         if difference.decides:
@@ -109,15 +109,15 @@ def _new_facts(run: Run, resolved_run: Run) -> dict[str, object]:
 
 
 def _titles_of(data: Data) -> tuple[str, ...]:
-    """What the files of the data call classes of which the spec gives the number alone; () where they do not say."""
+    """Return the class names from the data files if the spec gives only the number of classes; () if unknown."""
     images = shown_data(data)
     return images.titles if isinstance(images, Images) else ()
 
 
 def data_with_facts(data: Data) -> Data:
-    """The data with what their files say of them: classes, names, captions.
+    """Return the data with classes, names and captions read from their files.
 
-    Raises UserError, which names the field of the images, where the files contradict the spec.
+    Raise UserError, naming the field of the images, if the files contradict the spec.
     """
     if not isinstance(data, Images | Latents):
         return data
@@ -131,11 +131,11 @@ def data_with_facts(data: Data) -> Data:
 
 
 def find_commits(spec: Spec, before: Spec | None = None) -> dict[str, str]:
-    """For each field that names something on the Hub, the name with its commit: the newest, or that of `before`.
+    """Return the pinned name (with its commit) of each field that names a Hub repository.
 
-    `before` is the run that `spec` goes on with. A data set of which there is a local copy is left out. Before the Hub
-    is asked, a run is checked by the configs that ship with dumo and the images that are here: a download may take
-    hours.
+    The commit is the one in `before`, the run that is resumed, or else the newest. Data sets with a local copy are
+    skipped. Before the Hub is queried, the run is checked with bundled configs and local images, because a download may
+    take hours.
     """
     places_before = dict(places(before)) if before else {}
     commits: dict[str, str] = {}
@@ -158,12 +158,12 @@ def find_commits(spec: Spec, before: Spec | None = None) -> dict[str, str]:
 
 
 def with_commits(spec: S, commits: Mapping[str, str]) -> S:
-    """The spec with these names in its fields, as `find_commits` returns them."""
+    """Return the spec with the pinned names from `find_commits`."""
     return _with_places(spec, commits)
 
 
 def fetch_files(run: Run) -> None:
-    """Download what training reads of the Hub before it begins: images that are not encoded yet, and the pipeline."""
+    """Download the Hub files that training needs: images that are not encoded yet, and the pipeline."""
     data = run.data
     if isinstance(data, Images):
         data.fetch()
@@ -174,12 +174,12 @@ def fetch_files(run: Run) -> None:
 
 
 def with_absolute_paths(run: Run) -> Run:
-    """The run with absolute paths in fields that say where something lies. A name for which no path exists stays."""
+    """Return the run with absolute paths in its path fields. Names without an existing path are kept."""
     return _with_places(run, {field: _absolute_place(text, extra) for field, text, extra in _places(run)})
 
 
 def _absolute_place(place: str, extra: JsonDict) -> str:
-    """The absolute path of a place, of a field with this `json_schema_extra`; words that are no place as they are."""
+    """Return the absolute path of a field's value, given the field's `json_schema_extra`. Names are kept."""
     names = cast(list[str], extra.get("names", ()))
     if place in names:
         return place
@@ -190,7 +190,7 @@ def _absolute_place(place: str, extra: JsonDict) -> str:
 
 
 def without_paths(run: Run) -> Run:
-    """The run for readers on other machines: of each path the last part alone. Names stay."""
+    """Return the run with each path shortened to its last component, for other machines. Names are kept."""
     texts = {
         field: Path(text).name if extra["where"] == "always" else without_path(text)
         for field, text, extra in _places(run)
@@ -199,17 +199,17 @@ def without_paths(run: Run) -> Run:
 
 
 def without_path(place: str) -> str:
-    """The last part of an absolute path; another place as it is."""
+    """Return the last component of an absolute path, and any other text unchanged."""
     return Path(place).name if Path(place).is_absolute() else place
 
 
 def places(spec: Spec) -> list[tuple[str, str]]:
-    """The fields that say where something lies, and what they say."""
+    """Return the dotted names and values of a spec's path fields."""
     return [(field, text) for field, text, _ in _places(spec)]
 
 
 def _places(part: Spec, prefix: str = "") -> Iterator[tuple[str, str, JsonDict]]:
-    """Yield each of a spec's places, at any depth: the dotted field, its text, and its `json_schema_extra`."""
+    """Yield the dotted name, value and `json_schema_extra` of each path field of a spec, at any depth."""
     for name, field in type(part).model_fields.items():
         value = getattr(part, name)
         extra = field.json_schema_extra
@@ -220,7 +220,7 @@ def _places(part: Spec, prefix: str = "") -> Iterator[tuple[str, str, JsonDict]]
 
 
 def _with_places(part: S, texts: Mapping[str, str], prefix: str = "") -> S:
-    """The spec with these texts in its places, by dotted field."""
+    """Return the spec with these values in its path fields, by dotted name."""
     changes: dict[str, object] = {}
     for name in type(part).model_fields:
         value = getattr(part, name)
@@ -236,28 +236,26 @@ def _with_places(part: S, texts: Mapping[str, str], prefix: str = "") -> S:
 
 
 def absolute_path(text: str, *, maybe: bool = False) -> str:
-    """A place as an absolute path, with the values of variables; as it is where a variable is not set.
+    """Return an absolute path with expanded variables, or the unchanged text if a variable is not set.
 
-    A file that comes with dumo keeps its name, dumo:NAME/FILE, wherever dumo is installed.
-
-    `maybe`: the text may be a name, and stays as it is where no file has that path.
+    A file that ships with dumo keeps its name, dumo:NAME/FILE. With `maybe`, the text may be a name, and is kept if no
+    such path exists.
     """
     shipped_path = run_places.path_in(text)
     if shipped_path is not None and shipped_path.is_file():
         return text
     try:
         path = user_path(text, "")
-    except UserError:  # said when it is opened
+    except UserError:
+        # Opening the path reports the error.
         return text
     return os.path.abspath(path) if path.exists() or not maybe else text
 
 
 def with_hashes(run: Run, before: Run | None = None) -> Run:
-    """The run with hashes of what samples depend on besides data.
+    """Return the run with hashes of its codec, pipeline, text encoder and the run under a subject's adapters.
 
-    These are of the codec, the pipeline, the text encoder, and the run under a subject's adapters.
-
-    Of the run `before`, which it resumes, all of them are kept as they are, so that it stays the same run.
+    Hashes of `before`, the run that is resumed, are kept.
     """
     pins_before = _pins(before) if before else {}
     new_pins: dict[str, Pin] = {}
@@ -275,16 +273,16 @@ def with_hashes(run: Run, before: Run | None = None) -> Run:
 
 
 class _PinField(NamedTuple):
-    """A field for a hash."""
+    """A field that contains a hash: its value, and a function that computes the hash."""
 
-    known: Pin  # its value
-    take: Callable[[], Pin]  # takes the hash now
+    known: Pin
+    take: Callable[[], Pin]
 
 
 def _pins(run: Run) -> dict[str, _PinField]:
-    """The fields that a run has for hashes, by their dotted paths.
+    """Return the hash fields of a run by dotted name.
 
-    The hash of a codec that is not on this machine is read from the cache of latents.
+    If the codec is not on this machine, its hash is read from the cache of latents.
     """
     pins_by_field: dict[str, _PinField] = {}
     data = run.data
