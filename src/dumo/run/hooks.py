@@ -1,18 +1,18 @@
-"""Hooks: the work around optimizer steps, such as progress, scores, the log, checkpoints and sheets of samples.
+"""Training hooks: progress, validation, the log, checkpoints and sheets of samples.
 
-`Trainer` calls every hook before its first step, after each step, and after its last one, in this order:
+`Trainer` calls every hook before the first step, after each step, and after the last step, in this order:
 
 1. `ShowProgress` shows the step before slower hooks run, and writes speed.jsonl.
-2. `Validation` (`dumo.run.validation`): its score belongs to the row of the log, and its best weights must exist before
-   the checkpoint, because a run that resumes at this step does not score it again.
-3. `WriteLog`: a checkpoint lists the size and digest of the log, up to this row.
+2. `Validation` (`dumo.run.validation`): the log row includes its score, and the best weights must exist before the
+   checkpoint, because a run that resumes at this step does not score it again.
+3. `WriteLog`: a checkpoint lists the size and digest of the log, including this row.
 4. `SaveMilestones`.
-5. `SaveCheckpoints`, after all work of this step that a resumed run would not repeat.
-6. `RenderSheets` (`dumo.run.sheet`): slow, and redrawn by a resumed run. A thread writes the checkpoint meanwhile.
+5. `SaveCheckpoints`, after all work of this step that a resumed run does not repeat.
+6. `RenderSheets` (`dumo.run.sheet`): slow, and repeated by a resumed run. A thread writes the checkpoint meanwhile.
 7. Further hooks, such as a tracker (`dumo.report.tracker`) and the callbacks of `dumo.train`.
 
-Every rank has the same hooks and calls each method alike. A hook decides by values that all ranks agree on, because a
-rank that returned before a collective operation would leave the others waiting.
+Every rank has the same hooks and calls the same methods. A hook must branch only on values that are equal on all ranks:
+a rank that skips a collective operation would block the other ranks.
 """
 
 import time
@@ -41,20 +41,20 @@ if TYPE_CHECKING:
 
 
 class Hook:
-    """Work around the steps of a training; a subclass overrides the methods that it needs."""
+    """Base class of hooks. Subclasses override the methods that they need."""
 
     def before_training(self, trainer: "Trainer") -> None:
         """Called once, before the first step."""
 
     def after_step(self, trainer: "Trainer", metrics: StepMetrics) -> None:
-        """Called after each step, with what it measured; `trainer.state` is the state after it."""
+        """Called after each step with its metrics; `trainer.state` is the state after the step."""
 
     def after_training(self, trainer: "Trainer") -> None:
-        """Called once the last step is done, not after an error."""
+        """Called once after the last step, but not after an error."""
 
 
 class ShowProgress(Hook):
-    """Moves a bar after each step, and adds rows to speed.jsonl."""
+    """Updates the progress bar after each step, and writes speed.jsonl."""
 
     def __init__(self, trainer: "Trainer") -> None:
         run = trainer.run
@@ -66,7 +66,7 @@ class ShowProgress(Hook):
 
     @contextmanager
     def shown(self, trainer: "Trainer") -> Generator[None, None, None]:
-        """Show the bar while inside: it counts steps, or seconds of a run by the clock."""
+        """Show the bar inside the context. It counts steps, or seconds if the run has a time limit."""
         state = trainer.state
         timing = state.duration.timing
         title = f"training {trainer.folder.path.name}"
@@ -86,7 +86,7 @@ class ShowProgress(Hook):
             yield
 
     def after_step(self, trainer: "Trainer", metrics: StepMetrics) -> None:
-        """Measure the step, and show its loss and speed."""
+        """Measure the speed, and show it with the loss."""
         note = self.meter.note(metrics)
         if trainer.state.duration.timing:
             note = f"step {metrics.step:,}, {note}"
@@ -94,22 +94,22 @@ class ShowProgress(Hook):
 
 
 def _units_done(state: State) -> int:
-    """The steps that are done, or the seconds of a run by the clock."""
+    """Return the number of steps done, or the seconds of a run with a time limit."""
     timing = state.duration.timing
     return state.step if timing is None else round(timing.seconds)
 
 
 class WriteLog(Hook):
-    """Adds rows to the log: every `log_every` steps, and at a step that was scored or skipped."""
+    """Writes log rows every `log_every` steps, and for scored or skipped steps."""
 
     def __init__(self, validation: "Validation | None") -> None:
-        """`validation` has scored the step, if it was due."""
+        """Take the validation hook, which is called before this one."""
         self.validation = validation
-        # The row of the last step; None if it has none, and on ranks other than 0.
+        # The row of the last step; None if no row was written, and on ranks other than 0.
         self.row: log.Row | None = None
 
     def after_step(self, trainer: "Trainer", metrics: StepMetrics) -> None:
-        """Write the row of this step if one is due, and print a line for a skipped step."""
+        """Write a log row if it is due, and print a line for a skipped step."""
         self.row = None
         scores = self.validation.scores if self.validation else {}
         is_scheduled = metrics.step % trainer.config.log_every == 0
@@ -133,7 +133,7 @@ class WriteLog(Hook):
 
 
 def slope_of_time_embedding(state: State) -> float | None:
-    """The slope of the network's time embedding (`Scalars.slope`); None without one. Every rank must call it."""
+    """Return the slope of the network's time embedding (`Scalars.slope`), or None. Every rank must call it."""
     for module in state.net.modules():
         if isinstance(module, Scalars) and "t" in module.names:
             weights = {name: layout.full_tensor(weight.detach()) for name, weight in module.named_parameters()}
@@ -142,7 +142,7 @@ def slope_of_time_embedding(state: State) -> float | None:
 
 
 def _with_image_numbers(skipped: Skipped, trainer: "Trainer", step: int) -> list[dict[str, Any]]:
-    """The bad rows of a skipped step, with their numbers in the data set in place of those in the batch."""
+    """Return the bad rows of a skipped step, with data set indices instead of batch indices."""
     if not skipped.rows:
         return []
     numbers = trainer.source.numbers(step - 1, trainer.config.batch, trainer.config.seed)
@@ -155,7 +155,7 @@ def _with_image_numbers(skipped: Skipped, trainer: "Trainer", step: int) -> list
 
 
 def _describe_row(row: dict[str, Any]) -> str:
-    """Describe a bad row in some words."""
+    """Describe a bad row for the user."""
     words: list[str] = []
     if row["image"] is not None:
         words.append(f"image {row['image']}")
@@ -166,17 +166,17 @@ def _describe_row(row: dict[str, Any]) -> str:
 
 
 class SaveMilestones(Hook):
-    """Writes the sampled weights after the steps of `train.milestones`, to milestones/."""
+    """Writes the sampled weights to milestones/ after the steps of `train.milestones`."""
 
     def before_training(self, trainer: "Trainer") -> None:
-        """Write a milestone of the present step that is missing, such as that of step 0."""
+        """Write the milestone of the current step, such as step 0, if it is missing."""
         folder = trainer.folder.path / "milestones"
-        # Rank 0 looks for all: it may write before a slower rank has looked.
+        # Only rank 0 looks for the file, because it may write it before a slower rank has looked.
         if agreement.on_main_rank(lambda: trainer.state.step not in milestone.milestones(folder)):
             self._save_if_due(trainer)
 
     def after_step(self, trainer: "Trainer", metrics: StepMetrics) -> None:
-        """Write a milestone if this step is one."""
+        """Write a milestone if it is due."""
         self._save_if_due(trainer)
 
     def _save_if_due(self, trainer: "Trainer") -> None:
@@ -186,25 +186,25 @@ class SaveMilestones(Hook):
 
 
 class SaveCheckpoints(Hook):
-    """Saves a checkpoint when one is due by step or clock, after a signal, and at the end.
+    """Saves checkpoints at regular steps and times, after a signal, and at the end.
 
-    Up to the first checkpoint that is due by its step (`Train.first_saved_step`), du/dt is compared with the derivative
-    at the weights before they are saved.
+    Until the first regular step (`Train.first_saved_step`), du/dt is compared with the derivative at the current
+    weights before they are saved.
     """
 
     def __init__(self, ledger: Ledger | None) -> None:
-        """`ledger` records what the images were when they were read; None: the data are no images."""
+        """`ledger` records the hashes of images as they are read; None if the data are not images."""
         self.ledger = ledger
         self.is_slope_examined = False
         self.has_saved = False
-        # When training began or the last checkpoint was taken, in seconds of the monotonic clock.
+        # The time of the last checkpoint, or of the start of training, in seconds of the monotonic clock.
         self.last_saved = time.monotonic()
 
     def is_due_by_clock(self, trainer: "Trainer") -> bool:
         """Whether a checkpoint is due by this rank's clock, or the last one could not be written.
 
-        All ranks share a failure, so rank 0 brings all of them to the save that raises it. A run by the clock saves its
-        first checkpoint early, to measure how long that takes.
+        After a failed write the next save raises its error on all ranks. A run with a time limit saves its first
+        checkpoint early, to measure the duration of a save.
         """
         if trainer.folder.checkpoints.has_failed:
             return True
@@ -214,9 +214,9 @@ class SaveCheckpoints(Hook):
         return minutes is not None and time.monotonic() - self.last_saved >= SECONDS_PER_MINUTE * minutes
 
     def before_training(self, trainer: "Trainer") -> None:
-        """Redo what an interrupted run missed: the comparison of du/dt, and the last checkpoint if no step is left.
+        """Complete an interrupted run: examine du/dt, and save the final checkpoint if no step is left.
 
-        Raises Stopped if a rank has received a signal already: there is nothing to save.
+        Raise Stopped if a rank has already received a signal, because there is nothing to save.
         """
         self.last_saved = time.monotonic()
         for signal_number in agreement.gather_results(signals.poll):
@@ -224,20 +224,20 @@ class SaveCheckpoints(Hook):
                 raise signals.Stopped(signal_number)
         if 0 < trainer.state.step <= trainer.config.first_saved_step:
             self._examine_slope(trainer)
-        # Saving also removes checkpoints beyond the last `train.keep`.
+        # Saving also removes all but the last `train.keep` checkpoints.
         if trainer.state.is_over:
             self._save(trainer)
             trainer.folder.checkpoints.wait()
 
     def after_step(self, trainer: "Trainer", metrics: StepMetrics) -> None:
-        """Save a checkpoint if one is due. After a signal and at the end, wait until it is written."""
+        """Save a checkpoint if it is due. After a signal and at the end, wait until it is written."""
         state = trainer.state
         is_asked_to_stop = metrics.received_signal is not None
         is_due = metrics.checkpoint_due or state.step % trainer.config.save_every == 0
         if not (is_due or state.is_over or is_asked_to_stop):
             return
         trainer.folder.checkpoints.wait()
-        # After a signal somebody waits for the run to stop. A run by the clock takes the time for it only once.
+        # Skip the examination after a signal, to stop soon, and after the first one of a run with a time limit.
         skips_examination = is_asked_to_stop or (trainer.clock is not None and self.is_slope_examined)
         if state.step <= trainer.config.first_saved_step and not skips_examination:
             self._examine_slope(trainer)
@@ -250,7 +250,7 @@ class SaveCheckpoints(Hook):
         self.is_slope_examined = self.is_slope_examined or is_examined
 
     def _save(self, trainer: "Trainer") -> None:
-        """Save a checkpoint of this step in a thread, after the log up to it, while training continues."""
+        """Save a checkpoint of this step in a thread, after flushing the log, while training continues."""
         folder = trainer.folder
         clock = trainer.clock
         began = clock.seconds() if clock else 0.0

@@ -1,20 +1,20 @@
-"""Bytes that training takes, counted from shapes before anything is made: between steps and in a step.
+"""Count the bytes of training from shapes alone, between steps and within a step.
 
     weights        parameters and buffers
-    gradients      of the weights that are trained
-    optimizer      its state, which is made by its first update
-    averages       of the weights (EMA), but for what they share with the network
-    activations    the peak of a step beyond weights and gradients: what the backward pass needs, targets
+    gradients      gradients of the trained weights
+    optimizer      the optimizer state, which is created by the first update
+    averages       moving averages of the weights, without tensors shared with the network
+    activations    the peak of a step beyond weights and gradients: saved tensors, targets
 
-`held_bytes` counts the first four, which stay between steps, and `activation_bytes` the last. `step_bytes` counts a
-step for a benchmark; `allocated_bytes` measures one on a GPU. `dumo.plan.cluster` counts a step of several ranks, and
-`dumo.plan.cost` puts the parts together.
+`held_bytes` counts the first four, which persist between steps, and `activation_bytes` the last. `step_bytes` counts a
+step for a benchmark; `allocated_bytes` measures a step on a GPU. `dumo.plan.cluster` counts a step on several ranks,
+and `dumo.plan.cost` adds everything up.
 
-Networks are on the meta device: they have shapes and dtypes, and no values. A step is run on fake tensors, and each
-storage is followed from the operation that makes it until it is freed (`dumo.run.storages`). Fake tensors have no
-values either, but they are on the CPU, so that the operations are those of a device: on meta, attention keeps all its
-scores, which no fused kernel does. A deep network is followed with a few of its blocks, and the others are added
-(`cost.count_by_depth`; `_unet_peak` for a U-Net of diffusers).
+Networks are on the meta device, with shapes and dtypes but no values. A step runs on fake tensors, and each storage is
+tracked from its creation until it is freed (`dumo.run.storages`). Fake tensors have no values either, but they are on
+the CPU, so that device kernels are traced: on meta, attention would keep all of its scores, unlike fused kernels. Deep
+networks are traced with a few blocks, and the result is extrapolated (`flops.count_by_depth`; `_unet_peak` for a
+diffusers U-Net).
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -39,7 +39,7 @@ from dumo.types import NoisyBatch, Objective
 
 @dataclass(frozen=True)
 class HeldBytes:
-    """What training holds between steps, if each rank holds all of it."""
+    """The bytes that persist between training steps, without sharding."""
 
     weights: int
     gradients: int
@@ -48,11 +48,11 @@ class HeldBytes:
 
     @property
     def total(self) -> int:
-        """Bytes of all four together."""
+        """The sum of all four."""
         return self.weights + self.gradients + self.optimizer + self.averages
 
     def per_rank(self, num_shards: int) -> "HeldBytes":
-        """The bytes of each rank, if `num_shards` ranks hold one copy of everything between them. Rounded up."""
+        """Return the bytes of each rank if everything is sharded over `num_shards` ranks, rounded up."""
         return HeldBytes(
             weights=ceil(self.weights / num_shards),
             gradients=ceil(self.gradients / num_shards),
@@ -62,26 +62,26 @@ class HeldBytes:
 
 
 class StepBytes(NamedTuple):
-    """Bytes of the tensors that some work uses."""
+    """The bytes of tensors that exist before a function call, and the peak of the bytes that it adds."""
 
-    preexisting: int  # of those that were there before it
-    peak: int  # of those that it makes, the most at one time
+    preexisting: int
+    peak: int
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of all tensors together."""
+    """Return the total bytes of tensors."""
     return sum(x.nbytes for x in tensors)
 
 
 def weight_bytes(net: nn.Module) -> int:
-    """Bytes of a network's parameters and buffers, on any device."""
+    """Return the bytes of a network's parameters and buffers, on any device."""
     return tensor_bytes(_tensors(net))
 
 
 def held_bytes(net: nn.Module, train: Train) -> HeldBytes:
-    """What training holds between steps. `net` is on the meta device, and stays as it is."""
+    """Count the bytes that persist between steps. `net` is on the meta device and is not changed."""
     net = deepcopy(net)
-    # Averages begin as copies of the weights before these are rounded to 16 bits.
+    # Averages start as copies of the weights before those are rounded to 16 bits.
     averages = [MovingAverage(ema, net) for ema in train.ema]
     is_trained = any(p.requires_grad for p in net.parameters())
     num_average_bytes = tensor_bytes(average_tensors(averages, net))
@@ -95,21 +95,21 @@ def held_bytes(net: nn.Module, train: Train) -> HeldBytes:
 
 
 def net_in_training(net: nn.Module, train: Train) -> nn.Module:
-    """A copy of a network on the meta device whose weights have the dtypes of training."""
+    """Copy a network on the meta device and convert its weights to the dtypes of training."""
     copy = deepcopy(net)
     _use_trained_dtypes(copy, train)
     return copy
 
 
 def _use_trained_dtypes(net: nn.Module, train: Train) -> None:
-    """Give the trained weights of a network their dtype in training, in place."""
+    """Convert the trained weights of a network to their dtype in training, in place."""
     layout.shard(net, None, reshard=False, in_bfloat16=train.weights == "bfloat16")
 
 
 def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's state, which is made by its first update; its parameters are on the meta device.
+    """Return the bytes of an optimizer's state after its first update; its parameters are on the meta device.
 
-    Parameters of one group, shape and dtype have equal states, so the first of them is updated, and counts for all.
+    Parameters of equal group, shape and dtype have equal states, so only the first of them is updated.
     """
     parameters_by_kind: dict[object, list[Tensor]] = {}
     for group_index, group in enumerate(optimizer.param_groups):
@@ -126,7 +126,7 @@ def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def average_tensors(averages: Iterable[MovingAverage], net: nn.Module) -> list[Tensor]:
-    """The tensors of averages of a network, but for those that they share with it. No two averages share others."""
+    """Return the tensors of averages that they do not share with the network. Averages share no other tensors."""
     tensors_of_net = {id(x) for x in _tensors(net)}
     tensors: list[Tensor] = []
     for average in averages:
@@ -135,12 +135,12 @@ def average_tensors(averages: Iterable[MovingAverage], net: nn.Module) -> list[T
 
 
 def _tensors(net: nn.Module) -> tuple[Tensor, ...]:
-    """A network's parameters and buffers."""
+    """Return a network's parameters and buffers."""
     return (*net.parameters(), *net.buffers())
 
 
 def checkpoint_bytes(net: nn.Module, held: HeldBytes) -> int:
-    """Bytes of a checkpoint on disk: all but gradients and frozen weights."""
+    """Return the bytes of a checkpoint on disk, which excludes gradients and frozen weights."""
     frozen_bytes = tensor_bytes(p for p in net.parameters() if not p.requires_grad)
     return held.weights + held.optimizer + held.averages - frozen_bytes
 
@@ -155,10 +155,10 @@ def activation_bytes(
     ref: flops.Theta = "self",
     precision: Precision = "fp32",
 ) -> int:
-    """Peak bytes of a step over `rows` rows, beyond weights, gradients and batch, on a CPU.
+    """Return the peak bytes of a step over `rows` rows on a CPU, beyond weights, gradients and batch.
 
-    Of the phases of a training the one that takes the most counts. `net` is on the meta device, with the dtypes of
-    training (`net_in_training`), and stays as it is.
+    The result is the maximum over the phases of the training. `net` is on the meta device, with the dtypes of training
+    (`net_in_training`), and is not changed.
     """
     peaks: list[int] = []
     for noised, _ in flops.phases(objective, path, rows, shape):
@@ -176,11 +176,10 @@ def step_bytes(
     ref: flops.Theta = "self",
     precision: Precision = "fp32",
 ) -> StepBytes:
-    """Bytes of a step over `rows` rows on a CPU: net and batch before it; activations, gradients, targets in it.
+    """Count the bytes of a step over `rows` rows on a CPU: net and batch, and the peak that the step adds.
 
-    Gradients count in the step, and the whole network is followed. Of the phases of a training the one that takes the
-    most counts.
-    `net` is on the meta device, and stays as it is.
+    The peak includes gradients, activations and targets. The whole network is traced, and the phase of the training
+    with the highest peak is returned. `net` is on the meta device and is not changed.
     """
     phase_bytes: list[StepBytes] = []
     for noised, _ in flops.phases(objective, path, rows, shape):
@@ -190,7 +189,7 @@ def step_bytes(
 
 
 def allocated_bytes(work: Callable[[], object], device: torch.device) -> StepBytes:
-    """Bytes that a GPU's allocator hands out before some work, and more while it runs."""
+    """Measure the bytes allocated on a GPU before a function call, and the peak that it adds."""
     torch.cuda.reset_peak_memory_stats(device)
     preexisting = torch.cuda.memory_allocated(device)
     work()
@@ -200,26 +199,25 @@ def allocated_bytes(work: Callable[[], object], device: torch.device) -> StepByt
 def _activation_peak(
     net: nn.Module, objective: Objective, noised: NoisyBatch, ref: flops.Theta, precision: Precision
 ) -> int:
-    """Peak bytes of a step on a noised batch, beyond weights, gradients and batch; of a deep net by a few blocks."""
+    """Return the peak bytes of a step beyond weights, gradients and batch, extrapolated if the net is deep."""
 
     def follow(part: nn.Module, watched: Collection[str] = ()) -> LiveStorages:
         return _follow_step(part, objective, noised, ref, precision, has_gradients=True, watched=watched)
 
     if flops.is_unet(net):
         return _unet_peak(net, follow)
-    # The ends of a net may take more than a few blocks: `check` makes sure that its blocks add to the peak.
+    # The first and last layers may outweigh a few blocks, so `check` that blocks contribute to the peak.
     return flops.count_by_depth(net, lambda part: follow(part).peak, check=True)
 
 
 def _unet_peak(net: nn.Module, follow: Callable[[nn.Module, Collection[str]], LiveStorages]) -> int:
-    """Peak bytes of a step of a UNet, by a few of the blocks in its transformers.
+    """Return the peak bytes of a step of a UNet, extrapolated from a few of its transformer blocks.
 
-    `follow` follows a step of a net, and watches the blocks at some paths.
+    `follow` traces a step of a net, and watches the blocks at some paths.
 
-    One watched block stands for others like it that are left out (`cost.sample_blocks`). Each of those would leave
-    behind as many bytes in the forward pass as it does. If all of them are still alive at the peak, each block that was
-    left out adds these bytes to the peak. It adds no more than these at any other time, so the peak stays at the same
-    operation. If some are gone at the peak, this does not hold, and the whole net is followed.
+    Each watched block represents equal blocks that were removed (`flops.sample_blocks`), which would leave behind as
+    many bytes in the forward pass. If these bytes are all alive at the peak, each removed block adds them to the peak.
+    It adds no more at any other time, so the peak stays at the same operation. Otherwise the whole net is traced.
     """
     sampled = flops.sample_blocks(net)
     if not sampled.left_out:
@@ -244,14 +242,15 @@ def _follow_step(
     has_gradients: bool,
     watched: Collection[str] = (),
 ) -> LiveStorages:
-    """Follow one step on fake tensors. `net` stays as it is.
+    """Trace a step on fake tensors. `net` is not changed.
 
-    `noised` is a batch on the meta device. `has_gradients`: gradients exist before the step, so they do not count in
-    it. `watched`: paths of the blocks to count apart.
+    `noised` is a batch on the meta device. With `has_gradients`, gradients exist before the step and are not counted.
+    `watched` are the paths of blocks to count separately.
     """
     net, theta = flops.meta_copies(net, ref)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        modules = {net, theta.module}  # one where theta is the net itself
+        # theta may be the net itself.
+        modules = {net, theta.module}
         for module in modules:
             module.to_empty(device="cpu")
         frozen.share_frozen(theta.module, net)

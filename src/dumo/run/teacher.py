@@ -1,11 +1,11 @@
-"""A teacher at work: its velocity in place of the data's, or pairs of noise and data that its flow joins.
+"""Load a teacher, which provides the velocity target, or pairs of noise and data on trajectories of its flow.
 
-1. `open_teacher` opens it: a run's folder, a function of the user's, or the net in training with its adapters off.
-2. `LoadedTeacher.require_same` compares it with the one that the run's folder began with.
-3. `LoadedTeacher.training_source` notes it in teacher.json. Where its spec asks for pairs, `make_pairs` makes them, a
-   table on disk (`dumo.io.table`) in the run's folder, and `TeacherPairs` is the source of batches that reads it.
+1. `open_teacher` opens a run's folder, a user-defined function, or the net in training without its adapters.
+2. `LoadedTeacher.require_same` checks that the teacher has not changed since the run began.
+3. `LoadedTeacher.training_source` writes teacher.json. If the spec asks for pairs, `make_pairs` generates them as a
+   table (`dumo.io.table`) in the run's folder, and `TeacherPairs` reads batches from it.
 
-`base_flow` and `BaseNet` are a net with its adapters off, as a teacher.
+`base_flow` and `BaseNet` use a net without its adapters as a teacher.
 """
 
 import importlib
@@ -48,29 +48,33 @@ from dumo.training.state import State
 from dumo.types import Cond, Heads, Needs, Readings, Sample, TeacherVelocity, Time, Trail, UserError
 
 FILE = "teacher.json"
-_PAIRS_FOLDER = "pairs"  # in the run's folder
+# The subfolder of the run's folder for pairs.
+_PAIRS_FOLDER = "pairs"
 _CODEC_HASH = "data.codec.sha256"
-SHARD_ROWS = 1024  # pairs to a shard, which a stop may lose: ours
+# Pairs per shard; an interruption loses at most one shard.
+SHARD_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class LoadedTeacher:
-    """A teacher ready to teach, guided as its spec says."""
+    """A loaded teacher with the guidance of its spec."""
 
     spec: Teacher
     readings: Readings
-    velocity: TeacherVelocity | None  # to learn; None where pairs are all that is learned from
-    record: dict[str, str]  # what teacher.json says of it: its source, and its SHA-256
+    # The velocity target; None if the run learns only from pairs.
+    velocity: TeacherVelocity | None
+    # The content of teacher.json: the source and its SHA-256.
+    record: dict[str, str]
 
     def require_same(self, folder: Path) -> None:
-        """Raise UserError where another teacher taught what is in this folder, or its pairs have changed."""
+        """Raise UserError if the folder was trained with another teacher, or if its pairs have changed."""
         file = folder / FILE
         pairs_folder = folder / _PAIRS_FOLDER
         has_taught = (folder / "checkpoints").is_dir() or any(pairs_folder.glob("shard-*"))
         if not has_taught or not file.is_file():
             return
 
-        # compare by the hash: the teacher may have been moved
+        # Compare hashes, because the teacher may have been moved.
         record_before = read_json(file)
         if not isinstance(record_before, dict) or record_before.get("sha256") != self.record["sha256"]:
             raise UserError(
@@ -78,7 +82,7 @@ class LoadedTeacher:
                 "as it was, or start anew in another folder"
             )
 
-        # compare its pairs
+        # Check the pairs.
         index = table.read_index(pairs_folder, PairsIndex)
         if index is None:
             return
@@ -87,16 +91,16 @@ class LoadedTeacher:
             raise UserError(f"{pairs_folder} are another teacher's: {PairsIndex.remake_hint}")
 
     def write_record(self, folder: Path) -> None:
-        """Write teacher.json; only the main process does."""
+        """Write teacher.json on rank 0."""
         if dist.is_main():
             write_json(folder / FILE, self.record)
 
     def training_source(
         self, source: DataSource, run: Run, folder: Path, device: torch.device, bar: Bar
     ) -> "DataSource | TeacherPairs":
-        """Write teacher.json, and return what to train on: the run's own source, or the teacher's pairs, made now.
+        """Write teacher.json, and return the training data: `source`, or newly generated pairs of the teacher.
 
-        Every rank must call it. Raises UserError as `make_pairs` does.
+        Every rank must call it.
         """
         self.write_record(folder)
         pairs = self.spec.pairs
@@ -108,10 +112,10 @@ class LoadedTeacher:
 
 
 def open_teacher(teacher: Teacher, run: Run, state: State, device: torch.device) -> LoadedTeacher:
-    """Open a run's teacher, guided as its spec says.
+    """Open a run's teacher with the guidance of its spec.
 
-    `state` holds the net in training, which is the teacher where `teacher.kind` is base. Raises UserError where the
-    teacher cannot be opened, knows other data, or has no velocity.
+    `state` contains the net in training, which is the teacher if `teacher.kind` is base. Raise UserError if the teacher
+    cannot be opened, was trained on other data, or has no velocity.
     """
     match teacher.kind:
         case "run":
@@ -128,10 +132,9 @@ def open_teacher(teacher: Teacher, run: Run, state: State, device: torch.device)
 
 
 def base_flow(teacher: Teacher, run: Run, net: nn.Module) -> Flow:
-    """The flow of the model under a net's adapters: an untuned pipeline's, or a few-step run's under a subject.
+    """Return the flow of the model under a net's adapters: the original pipeline, or a subject's few-step run.
 
-    A few-step run is read by the objective in its own run.yaml. Raises UserError where it cannot be guided as
-    `teacher.guide` says.
+    A few-step run uses the objective in its own run.yaml. Raise UserError if it does not support `teacher.guide`.
     """
     base_net = BaseNet(net, run.train.precision)
     if not (run.start and run.has_subject):
@@ -149,10 +152,10 @@ def base_flow(teacher: Teacher, run: Run, net: nn.Module) -> Flow:
 
 
 class BaseNet(nn.Module):
-    """A net with its adapters off, the model that it began as, in a precision. The net offers `base()`.
+    """The model under a net's adapters, evaluated in a precision. The net must have a context manager `base()`.
 
-    It is called between the passes of a step, even within its loss. So it only switches, and switches back: no weight
-    is changed, no gradient recorded, and every part of the net is in its own mode again.
+    It is called between the passes of a step, even inside the loss. It therefore restores adapters and training modes,
+    changes no weights and records no gradients.
     """
 
     def __init__(self, net: nn.Module, precision: Precision) -> None:
@@ -162,14 +165,14 @@ class BaseNet(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
-        """The heads of the net with its adapters off, each (b, *shape), without gradients and dropout."""
+        """Return the heads of the net without its adapters, each (b, *shape), without gradients and dropout."""
         off = cast(Callable[[], AbstractContextManager[None]], self.net.base)
         with sampling.eval_mode(self.net), off(), autocast(self.precision, x.device):
             return self.net(x, c, **inputs)
 
 
 class _BaseVelocity(nn.Module):
-    """The model of a pipeline, at the base of a net, as a net of one head: where r = t, each head is the velocity."""
+    """A pipeline's model as a net with one head, the velocity: at r = t each head equals the velocity."""
 
     def __init__(self, base: BaseNet, needs: Needs) -> None:
         super().__init__()
@@ -177,21 +180,22 @@ class _BaseVelocity(nn.Module):
         self.needs = needs
 
     def forward(self, x: Sample, c: Cond, /, *, t: Time) -> Heads:
-        """The velocity (b, *shape), as the only head."""
+        """Return the velocity (b, *shape) as the only head."""
         times = [name for name in self.needs.names if name not in self.needs.knobs]
         return bind_knobs(self.base, **self.needs.knobs)(x, c, **dict.fromkeys(times, t))[:1]
 
 
 def _run_flow(teacher: Teacher, data: Data, path: FlowPath, device: torch.device) -> tuple[Flow, str]:
-    """The flow of another run, and the SHA-256 of its weights.
+    """Return the flow of another run and the SHA-256 of its weights.
 
-    Raises UserError where it knows other data, or cannot be guided as `teacher.guide` says.
+    Raise UserError if it was trained on other data, or does not support `teacher.guide`.
     """
     trained = load_run(teacher.source, device=str(device))
     teacher_run = trained.spec
     teacher_facts = _facts(teacher_run.data, teacher_run.path)
     facts = _facts(data, path)
-    if None in (teacher_facts[_CODEC_HASH], facts[_CODEC_HASH]):  # one of them has not read its codec yet
+    # A hash is None if the codec was not read yet.
+    if None in (teacher_facts[_CODEC_HASH], facts[_CODEC_HASH]):
         facts.pop(_CODEC_HASH)
     require_same_data(f"the teacher {teacher.source}", teacher_facts, facts)
     check_guidance(
@@ -207,7 +211,7 @@ def _run_flow(teacher: Teacher, data: Data, path: FlowPath, device: torch.device
 
 
 def _facts(data: Data, path: FlowPath) -> dict[str, object]:
-    """What a teacher and the run that it teaches must agree on, by field."""
+    """Return the fields in which a teacher and its student must agree."""
     codec = data.codec if isinstance(data, Latents) else None
     return {
         "data.shape": data.shape,
@@ -220,9 +224,9 @@ def _facts(data: Data, path: FlowPath) -> dict[str, object]:
 
 
 def _call_user_function(teacher: Teacher, run: Run, device: torch.device) -> tuple[Readings, str]:
-    """Call the user's function; return its readings, tried on two rows, and the SHA-256 of its source code.
+    """Call a user-defined function; return its readings, tested on two rows, and the SHA-256 of its source code.
 
-    What the function calls is not in the hash. Raises UserError if its velocity has another shape than x.
+    The hash does not cover functions that it calls. Raise UserError if the shape of its velocity differs from x.
     """
     module, _, name = teacher.source.partition(":")
     trust.require([teacher.source], "teacher.source of this run")
@@ -230,7 +234,8 @@ def _call_user_function(teacher: Teacher, run: Run, device: torch.device) -> tup
         print_line(f"teacher.source: this run executes {teacher.source}")
     x = noise(0, range(2), 0, run.data.shape).to(device)
     t = torch.full((2,), 0.5, device=device)
-    c = torch.tensor([0, run.data.classes], device=device)  # the null class, too
+    # Include the null class.
+    c = torch.tensor([0, run.data.classes], device=device)
     with _importable(Path.cwd()):
         function = getattr(importlib.import_module(module), name)
         readings = cast(Readings, function(run, device))
@@ -251,7 +256,7 @@ def _call_user_function(teacher: Teacher, run: Run, device: torch.device) -> tup
 
 @contextmanager
 def _importable(folder: Path) -> Generator[None]:
-    """Let modules of this folder be imported, as `python -m` does and an installed command does not."""
+    """Add a folder to the import path, as `python -m` does for the current folder."""
     sys.path.insert(0, str(folder))
     try:
         yield
@@ -260,40 +265,41 @@ def _importable(folder: Path) -> Generator[None]:
 
 
 class TeacherPairs:
-    """Pairs of data and noise, with their classes, as a source of batches."""
+    """A data source of pairs of data and noise with classes."""
 
     def __init__(self, x: Tensor, z: Tensor, c: Tensor, between: Trail | None = None) -> None:
-        """Hold all in memory; `between` (n, points - 1, *shape) is where the flow is on its way from x to z."""
+        """Take tensors in memory; `between` (n, points - 1, *shape) are points of the trajectory from x to z."""
         self.table = TensorData(x, c)
         self.z = z
         self.between = between
 
     def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, ...]:
-        """x, c, z and, where there is some, what is between, of the places `rows` of a step's batch."""
+        """Return x, c, z and, if present, `between` for the positions `rows` of a step's batch."""
         numbers = self.numbers(step, batch_size, seed, rows)
         return self.table.x[numbers], self.table.c[numbers], *(tensor[numbers] for tensor in self._noise_and_trail)
 
     @property
     def _noise_and_trail(self) -> tuple[Tensor, ...]:
-        """z, and what is between where the pairs have it."""
+        """z, and `between` if present."""
         return (self.z,) if self.between is None else (self.z, self.between)
 
     def numbers(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> Tensor:
-        """The numbers of the pairs, (b,), at the places `rows` of a step's batch, as a table of x alone has them."""
+        """Return the indices (b,) of the pairs at the positions `rows` of a step's batch."""
         return self.table.numbers(step, batch_size, seed, rows)
 
     def fingerprint(self) -> str:
-        """A hash of all pairs."""
+        """Return a hash of all pairs."""
         return digest.short(self.table.fingerprint(), *map(digest.of_tensor, self._noise_and_trail))
 
 
 class PairsIndex(TableIndex):
-    """What index.json says of a teacher's pairs: data x, noise z, classes c, and points of the flow between."""
+    """The index.json of a teacher's pairs: data x, noise z, classes c, and points between on the trajectory."""
 
     noun: ClassVar[str] = "set of pairs"
     remake_hint: ClassVar[str] = "delete it, and these pairs are made again"
     is_repairable: ClassVar[bool] = False
-    teacher: str  # SHA-256 of its weights, or of its source
+    # SHA-256 of the teacher's weights or source code.
+    teacher: str
     path: FlowPath
     solver: Heun = Pairs.solver
     nfe: int
@@ -302,10 +308,7 @@ class PairsIndex(TableIndex):
 
     @classmethod
     def of(cls, pairs: Pairs, points: int, path: FlowPath, data: Data, teacher_sha256: str) -> "PairsIndex":
-        """The index of pairs of such data on this path, by a teacher of this hash.
-
-        `points` is how many of a trajectory the objective learns from.
-        """
+        """Create the index. `points` is the number of points per trajectory that the objective uses."""
         shape = data.shape
         columns = {
             "x": Column(dtype="float32", shape=shape),
@@ -329,11 +332,11 @@ class PairsIndex(TableIndex):
 def make_pairs(
     index: PairsIndex, readings: Readings, folder: Path, device: torch.device, bar: Bar, *, rows: int = sampling.BATCH
 ) -> TeacherPairs:
-    """Pairs that the teacher's flow joins. Those missing in `folder` are made now, shard by shard, `rows` at a time.
+    """Integrate the teacher's flow from noise to data, and return the pairs. Shards in `folder` are reused.
 
-    Rank k of n makes the shards k, k + n, k + 2 n ...; every rank must call it, and has all pairs. Raises, on every
-    rank, UserError where the pairs are others or have changed, or the teacher's answers are not finite, which are not
-    written; OSError where the disk is full; Stopped after a signal, between two shards.
+    Missing shards are generated `rows` pairs at a time. Rank k of n generates the shards k, k + n, k + 2 n ...; every
+    rank must call it, and gets all pairs. Raise on every rank: UserError if the pairs in `folder` are different or
+    damaged, or if new pairs are not finite; OSError if the disk is full; Stopped after a signal, between two shards.
     """
     c = sampling.labels_in_turn(index.rows, index.classes)
     rank = dist.rank()
@@ -357,13 +360,14 @@ def make_pairs(
 
     def load_pairs() -> dict[str, Tensor]:
         written_index = table.read_index(folder, PairsIndex) or index
-        table.require_intact(folder, written_index)  # `make_shards` has compared the checksums
+        # `make_shards` has compared the checksums.
+        table.require_intact(folder, written_index)
         pairs_table = table.ShardTable(folder, written_index)
         shards = [pairs_table.tensors(number) for number in range(index.num_shards)]
         return {name: torch.cat([shard[name] for shard in shards]) for name in index.columns}
 
     with bar("the teacher's pairs", table.rows_of_rank(index.rows, index.shard_rows, rank, world_size)) as tick:
-        # all ranks raise what one of them does: else the others would wait for its shards
+        # Raise the error of a rank on all ranks, which would otherwise wait for its shards.
         agreement.gather_results(
             lambda: table.make_shards(folder, index, make_shard, rank=rank, world=world_size, tick=tick).missing
         )
@@ -373,9 +377,9 @@ def make_pairs(
 def _solve_pairs(
     index: PairsIndex, readings: Readings, c: Tensor, numbers: range, device: torch.device
 ) -> dict[str, Tensor]:
-    """Noise, the data that the flow carries it to, and as many points between as the objective learns from.
+    """Draw noise and integrate the teacher's flow; return x, z, c and, if used, the points between, on the CPU.
 
-    All on the CPU, by the names of the index's columns. `c` (n,) are the classes of the n pairs of these numbers.
+    `c` (n,) are the classes of the n pairs with these numbers.
     """
     shape = index.columns["x"].shape
     device_c = c.to(device)

@@ -1,15 +1,16 @@
-"""All that training changes: what a checkpoint holds, and a resumed run needs.
+"""The training state, which checkpoints save and resumed runs restore.
 
-`begin` makes the `State` before the first step; `dumo.run.trainer` changes it; `dumo.training.checkpoint` saves and
+`begin` creates the `State` before the first step; `dumo.run.trainer` updates it; `dumo.training.checkpoint` saves and
 restores it.
 
-The trend of the error is part of it. A loss may be weighted by its own size, and is then constant or of any sign; its
-parts are mean squares. Their sum over a batch is the error e of a step, and the level a running geometric mean of it,
+The state includes a trend of the error. A loss may be weighted by its own size, and is then constant or of any sign,
+but its parts are mean squares. Their sum over a batch is the error e of a step, and the level is its running geometric
+mean,
 
-    log level_n = d log level_{n-1} + (1 - d) log e_n,        d = 0.95, ours: about twenty steps.
+    log level_n = d log level_{n-1} + (1 - d) log e_n,        d = 0.95 (our choice): about twenty steps.
 
-A single batch that is a thousand times worse multiplies the level by only 1.4. A run that learns ends below where it
-began, so a level far above the lowest means that it diverged, though every number is finite.
+A single batch with a thousand times the error multiplies the level by only 1.4. The level of a successful run
+decreases, so a level far above its minimum means divergence, even if every number is finite.
 """
 
 from dataclasses import dataclass, field
@@ -29,16 +30,18 @@ from dumo.types import UserError
 
 # Our choice, not from the paper.
 DECAY = 0.95  # d
-FAR = 10.0  # times the lowest level: guidance, growing targets and noise move it less
-_LEAST_ERROR = 1e-12  # smaller errors count as this one, because their logarithms would say nothing
+# Ratio to the lowest level above which a run has diverged. Guidance, growing targets and noise cause smaller ratios.
+FAR = 10.0
+# Smaller errors are clamped, because their logarithms would dominate the mean.
+_LEAST_ERROR = 1e-12
 
 
 class Diverged(RuntimeError):  # noqa: N818, a state of the run
-    """Values are not finite: of too many steps in a row, or in a checkpoint."""
+    """Raised for non-finite values in too many consecutive steps or in a checkpoint."""
 
 
 class Trend(BaseModel):
-    """The level of the error, and its lowest; None before the first step."""
+    """The level of the error and its minimum; None before the first step."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -46,8 +49,9 @@ class Trend(BaseModel):
     lowest: float | None = None
 
     def after(self, error: float) -> "Trend":
-        """The trend after one more step, of this error >= 0; unchanged if the error is not finite."""
-        if not isfinite(error):  # a part that is only logged may be so
+        """Return the trend after a step with this error >= 0. A non-finite error is ignored."""
+        # A part that is only logged may be non-finite.
+        if not isfinite(error):
             return self
         error = max(error, _LEAST_ERROR)
         level = error if self.level is None else exp(DECAY * log(self.level) + (1 - DECAY) * log(error))
@@ -62,17 +66,22 @@ class Trend(BaseModel):
 
 @dataclass
 class State:
-    """The state of a training after a step. It holds no generator state: every draw is keyed by (seed, step)."""
+    """The training state after a step. It needs no generator state, because random numbers depend on (seed, step)."""
 
     net: nn.Module
     optimizer: torch.optim.Optimizer
-    duration: Duration  # how long it trains, and how far it is by the clock
+    duration: Duration
     averages: dict[AverageKey, MovingAverage] = field(default_factory=dict[AverageKey, MovingAverage])
-    step: int = 0  # steps done, skipped ones included
-    images: int = 0  # images seen, repeats counted
-    skips: int = 0  # skipped steps in a row, up to now
-    trend: Trend = field(default_factory=Trend)  # of the error, over steps that were applied
-    frozen: str | None = None  # the digest of the frozen weights (`dumo.training.frozen`); None: there are none
+    # Steps done, including skipped steps.
+    step: int = 0
+    # Images seen, including repeats.
+    images: int = 0
+    # Consecutive skipped steps up to now.
+    skips: int = 0
+    # Trend of the error over applied steps.
+    trend: Trend = field(default_factory=Trend)
+    # Digest of the frozen weights (`dumo.training.frozen`); None if there are none.
+    frozen: str | None = None
 
     @property
     def is_over(self) -> bool:
@@ -81,12 +90,12 @@ class State:
 
     @property
     def progress(self) -> float:
-        """How much of the training is over, in [0, 1]."""
+        """The completed fraction of the training, in [0, 1]."""
         return self.duration.progress(self.step)
 
     @property
     def sampled_net(self) -> nn.Module:
-        """The net that is sampled and evaluated: the first average, or the net itself without one."""
+        """The net used for sampling and evaluation: the first average, or the net itself if there are no averages."""
         return next((average.module for average in self.averages.values()), self.net)
 
 
@@ -98,10 +107,10 @@ def begin(
     *,
     restored: bool = False,
 ) -> State:
-    """The state before the first step, on `device`; over several ranks it is sharded as the spec says.
+    """Create the state before the first step on `device`, sharded over ranks according to the spec.
 
-    `loaders` reads the weights that are on the meta device; each rank keeps its part. `restored`: trained weights are
-    read from a checkpoint later, so they are not read here. Raises UserError if all weights of the net are frozen.
+    `loaders` read the weights on the meta device; each rank keeps its shard. With `restored`, trained weights are not
+    read here, because a checkpoint will be loaded. Raise UserError if all weights of the net are frozen.
     """
     if not any(p.requires_grad for p in net.parameters()):
         raise UserError("all weights of this net are frozen, so there is nothing to train: let it train some")
@@ -112,7 +121,7 @@ def begin(
         load_parameters(net, loaders, device).to(device)
         loaders = {}
     frozen_digest = frozen.digest(net, loaders)
-    # Over ranks an average has no values before it is sharded, when it takes this rank's part of the net.
+    # On several ranks an average is on the meta device until it is sharded, and then copies this rank's shard.
     copied = layout.meta_copy(net) if mesh else net
     averages = {ema.key: MovingAverage(ema, copied) for ema in spec.ema}
     layout.shard(
