@@ -108,7 +108,10 @@ class LoadedRun(TrainedRun):
 
 
 def _path(path: str | Path, argument: str) -> Path:
-    """The path that an argument names; in a text ~ and $NAMES are expanded. Raises UserError for a variable not set."""
+    """Return the path that an argument names; in a text ~ and $NAMES are expanded.
+
+    Raises UserError for a variable not set.
+    """
     return path if isinstance(path, Path) else user_path(path, argument)
 
 
@@ -169,7 +172,7 @@ def compare(runs: Sequence[str | Path | TrainedRun], *, anyway: bool = False) ->
 
 
 def _evaluation_source(run: TrainedRun) -> str:
-    """The run's folder, or, where it was loaded otherwise than its spec says, the file of its own evaluation.
+    """Return the run's folder, or, where it was loaded otherwise than its spec says, the file of its own evaluation.
 
     Raises UserError where that is missing.
     """

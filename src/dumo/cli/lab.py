@@ -100,7 +100,7 @@ def bench(
 
 
 def _step_cells(row: dict[str, Any]) -> dict[str, str]:
-    """A measured row as cells of a table, by column; a cell is empty if its number is not known."""
+    """Return a measured row as cells of a table, by column; a cell is empty if its number is not known."""
 
     def cell(key: str, form: str, scale: float = 1.0) -> str:
         return "" if row[key] is None else format(scale * row[key], form)

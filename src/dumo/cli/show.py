@@ -136,7 +136,7 @@ def _fact_lines(run: "Run", facts: "RunFacts") -> list[tuple[str, str]]:
 
 
 def _comment(text: str) -> str:
-    """A line that YAML skips."""
+    """Return a line that YAML skips."""
     return "# " + "".join(char if char.isprintable() else " " for char in text)
 
 

@@ -307,12 +307,12 @@ def _check_validation(evaluation: "Evaluation") -> None:
 
 
 def captions_field(data: Data) -> str:
-    """The dotted path of the field that holds the images' captions."""
+    """Return the dotted path of the field that holds the images' captions."""
     return "data.images.captions" if isinstance(data, Latents) else "data.captions"
 
 
 def buckets_field(data: Data) -> str | None:
-    """The dotted path of the field by which images have several sizes; None if all have one size."""
+    """Return the dotted path of the field by which images have several sizes; None if all have one size."""
     images = shown_data(data)
     if not (isinstance(data, Images | Latents) and isinstance(images, Images) and images.buckets):
         return None
@@ -320,7 +320,7 @@ def buckets_field(data: Data) -> str | None:
 
 
 def ways_to_captions(data: Data) -> str:
-    """The end of a message: three ways to give a pretrained model the captions that it reads."""
+    """Return the end of a message: three ways to give a pretrained model the captions that it reads."""
     field = captions_field(data)
     return (
         f"Give them by {field}.kind=files, or make them of the classes' names by "
@@ -335,7 +335,7 @@ def may_have_classes(data: Data) -> bool:
 
 
 def advice(run: "Run", sd: float | None = None) -> list[str]:
-    """A line for each departure of a run from its sources, with the setting that follows the source.
+    """Return a line for each departure of a run from its sources, with the setting that follows the source.
 
     `sd` is the standard deviation of the data in their own unit, if it was measured.
     """

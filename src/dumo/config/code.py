@@ -40,7 +40,7 @@ def names_code(run: Run) -> bool:
 
 
 def shell_command(run: Run, command: str) -> str:
-    """A command on a run, as one types it: with --trust-code if the run has a class from outside."""
+    """Return a command on a run, as one types it: with --trust-code if the run has a class from outside."""
     return f"{command} --trust-code" if _has_own_class(run) else command
 
 

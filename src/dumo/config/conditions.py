@@ -23,7 +23,7 @@ def shown_data(data: Data) -> ShownData:
 
 
 def squares(data: Data) -> Data:
-    """The data as squares of one size: without buckets, if they have some.
+    """Return the data as squares of one size: without buckets, if they have some.
 
     Latents in buckets become their images, because the cache does not hold each image as a square.
     """
@@ -88,13 +88,16 @@ class Conditions:
         return split_caption(names[c])[0]
 
     def index(self, text: str) -> int:
-        """The number of the class or caption with this name, else this number. Raises UserError if there is none."""
+        """Return the number of the class or caption with this name, else this number.
+
+        Raises UserError if there is none.
+        """
         from dumo.config.label import label_index
 
         return label_index(text, self.names, self.count, are_captions=self.captions is not None)
 
     def of_labels(self, labels: Int64[Tensor, " n"], *, held_out: bool = False) -> Int64[Tensor, " n"]:
-        """The conditions (n,) of samples of these classes.
+        """Return the conditions (n,) of samples of these classes.
 
         Without captions they are the classes themselves. With templates each is a caption of the class, by its
         templates in turn; `held_out` takes the templates that are held out. Captions that were written for each image

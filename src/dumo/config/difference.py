@@ -64,12 +64,12 @@ def differences(
 
 
 def config_hash(spec: BaseModel) -> str:
-    """A hash of all fields that decide training, those at their defaults included."""
+    """Return a hash of all fields that decide training, those at their defaults included."""
     return digest.of_bytes(json.dumps(_deciding_fields(spec), sort_keys=True).encode())
 
 
 def _deciding_fields(part: BaseModel) -> dict[str, Any]:
-    """The fields of a spec that decide training, as JSON values."""
+    """Return the fields of a spec that decide training, as JSON values."""
     tree: dict[str, Any] = {}
     for name, field in type(part).model_fields.items():
         # What is never written is made from other fields when the run is read.

@@ -12,7 +12,10 @@ from dumo.io.read import brief
 
 
 def label_index(text: str, names: Sequence[str], count: int, *, are_captions: bool = False) -> int:
-    """The number of the class, or caption, with this name, else this number. Raises UserError if there is none."""
+    """Return the number of the class, or caption, with this name, else this number.
+
+    Raises UserError if there is none.
+    """
     # macOS names folders in form D of Unicode, a letter and its accent apart; keyboards write form C
     label = normalize("NFC", text.strip())
     names = [normalize("NFC", name) for name in names]
@@ -31,7 +34,10 @@ def label_index(text: str, names: Sequence[str], count: int, *, are_captions: bo
 
 
 def split_labels(text: str, names: Sequence[str]) -> list[str]:
-    """The labels in a text with commas between them. A name may have commas, too: the longest that fits is taken."""
+    """Return the labels in a text with commas between them.
+
+    A name may have commas, too: the longest that fits is taken.
+    """
     known_names = {normalize("NFC", name) for name in names}
     max_parts = 1 + max((name.count(",") for name in names), default=0)
     parts = text.split(",")

@@ -50,7 +50,7 @@ def load(source: str | Path | RunText, overrides: Sequence[str] = ()) -> Run:
 
 
 def run_of(text: RunText, overrides: Sequence[str] = ()) -> Run:
-    """The run that a text describes, with `overrides` set. Raises UserError, one line per mistake.
+    """Return the run that a text describes, with `overrides` set. Raises UserError, one line per mistake.
 
     If they set an objective of another kind, samples are made by a solver that suits it, unless they set that, too.
     """
@@ -69,7 +69,7 @@ def run_of(text: RunText, overrides: Sequence[str] = ()) -> Run:
 
 
 def _objective_kind(tree: dict[str, Any]) -> object:
-    """The kind of the objective in a tree; None if it has none, which is left to validation."""
+    """Return the kind of the objective in a tree; None if it has none, which is left to validation."""
     objective = tree.get("objective")
     return objective.get("kind") if isinstance(objective, dict) else None
 
@@ -112,7 +112,7 @@ def _fill(tree: dict[str, Any], resolved: dict[str, Any]) -> None:
 
 
 def _part_at(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any] | None:
-    """The mapping at a path of names in a tree; None: there is none."""
+    """Return the mapping at a path of names in a tree; None: there is none."""
     part: Any = tree
     for name in path:
         part = part.get(name) if isinstance(part, dict) else None
@@ -120,7 +120,7 @@ def _part_at(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any] | None
 
 
 def dump(run: Run, header: Mapping[str, object] | None = None, *, short: bool = False) -> str:
-    """The complete run as YAML, which `load` reads back: its format, `header`, the fields, and `resolved`.
+    """Return the complete run as YAML, which `load` reads back: its format, `header`, the fields, and `resolved`.
 
     `short` writes its `summary` instead, without `resolved`.
     """
@@ -145,7 +145,7 @@ def dump(run: Run, header: Mapping[str, object] | None = None, *, short: bool = 
 
 
 def summary(part: BaseModel) -> dict[str, Any]:
-    """A spec as plain values, for people: without fields at a default that is null, empty or marked quiet.
+    """Return a spec as plain values, for people: without fields at a default that is null, empty or marked quiet.
 
     `parse` reads it back as the same spec.
     """

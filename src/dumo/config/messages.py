@@ -26,7 +26,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
 
 
 def _explain_one(mistake: ErrorDetails, root: type[BaseModel]) -> str:
-    """The line for one of pydantic's mistakes."""
+    """Return the line for one of pydantic's mistakes."""
     path, parent = _locate(mistake["loc"], root)
     context = mistake.get("ctx", {})
     value = brief(repr(mistake["input"]))
@@ -49,7 +49,7 @@ def _explain_one(mistake: ErrorDetails, root: type[BaseModel]) -> str:
 
 
 def _hint(mistake: ErrorDetails, path: str, parent: type[BaseModel] | None, root: type[BaseModel]) -> str:
-    """The end of a message on an unknown key at `path`: the nearest field, or what would be valid there."""
+    """Return the end of a message on an unknown key at `path`: the nearest field, or what would be valid there."""
     # A field in an unknown part says what is meant, too: training.steps is near to train.steps.
     typed = path
     inner = mistake["input"]
@@ -114,7 +114,7 @@ def field_paths(spec: type[BaseModel], parents: tuple[type[BaseModel], ...] = ()
 
 
 def _locate(loc: Location, root: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:
-    """The dotted path of pydantic's location, and the spec in which its last name was looked up, if it is known.
+    """Return the dotted path of pydantic's location, and the spec in which its last name was looked up, if it is known.
 
     Besides names of fields and numbers of a list's items, a location has the tags of unions, which the path leaves
     out: ("net", BUNDLED, "dit", "width") is the field net.width, and ("data", OUTSIDE, "folder") is data.folder of a
@@ -149,7 +149,7 @@ def _locate(loc: Location, root: type[BaseModel]) -> tuple[str, type[BaseModel] 
 
 
 def _spec_of_kind(annotation: object, kind: int | str) -> type[BaseModel] | None:
-    """The spec of this kind where an annotation is a union by kind that has it, else None."""
+    """Return the spec of this kind where an annotation is a union by kind that has it, else None."""
     specs = members(annotation)
     if len(specs) > 1:
         for spec in specs:

@@ -66,7 +66,7 @@ def override(tree: dict[str, Any], words: Iterable[str]) -> None:
 
 
 def field_of(word: str) -> str:
-    """The dotted path of the field that an override, a.b=c, sets."""
+    """Return the dotted path of the field that an override, a.b=c, sets."""
     return word.partition("=")[0]
 
 
@@ -76,7 +76,7 @@ def sets_field(words: Sequence[str], field: str) -> bool:
 
 
 def _parse(word: str) -> tuple[FieldPath, object]:
-    """The path and the value of a word 'a.b=c'. Raises UserError for a word that is not written so."""
+    """Return the path and the value of a word 'a.b=c'. Raises UserError for a word that is not written so."""
     dotted, sign, right = word.partition("=")
     if not sign or not dotted:
         typed = brief(word) or "an empty text"
@@ -107,7 +107,7 @@ def _fields_of_part(path: FieldPath) -> set[str]:
 
 
 def _order(path: FieldPath) -> tuple[int, bool]:
-    """A sort key: short paths first, and of paths of one length those to a `kind`."""
+    """Return a sort key: short paths first, and of paths of one length those to a `kind`."""
     return len(path), path[-1] != "kind"
 
 
@@ -141,7 +141,10 @@ def _shared_fields(objective: dict[str, Any], kind: object) -> dict[str, Any]:
 
 
 def _step(node: dict[str, Any] | list[Any], key: str, path: str) -> Any:  # noqa: ANN401, a YAML tree
-    """The part of `node` under `key`; a missing one is made, and left to validation. `path` leads to it, for errors."""
+    """Return the part of `node` under `key`; a missing one is made, and left to validation.
+
+    `path` leads to it, for errors.
+    """
     if isinstance(node, dict) and node.get(key) is None:  # missing, or null
         node[key] = {}
     child = node[_list_index(node, key, path)] if isinstance(node, list) else node[key]
@@ -151,7 +154,7 @@ def _step(node: dict[str, Any] | list[Any], key: str, path: str) -> Any:  # noqa
 
 
 def _list_index(node: list[Any], key: str, path: str) -> int:
-    """The index into a list that `key`, the last part of a path, says. Raises UserError for what is none."""
+    """Return the index into a list that `key`, the last part of a path, says. Raises UserError for what is none."""
     if key not in [str(i) for i in range(len(node))]:
         fix = f"give a place from 0 to {len(node) - 1}" if node else "set it whole, as [...]"
         raise UserError(f"{brief(path)}: this is a list of {len(node)}; {fix}")

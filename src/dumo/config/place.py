@@ -78,5 +78,5 @@ def find_run_file(path: Path) -> Path | None:
 
 
 def run_folders() -> list[str]:
-    """The folders of runs in runs/, as they would be typed, for suggestions."""
+    """Return the folders of runs in runs/, as they would be typed, for suggestions."""
     return [str(file.parent) for file in Path(RUNS_FOLDER).glob(f"*/{RUN_FILE}")]

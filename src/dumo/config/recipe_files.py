@@ -30,23 +30,23 @@ GROUPS = (
 
 @cache
 def names() -> list[str]:
-    """The names of all recipes, sorted."""
+    """Return the names of all recipes, sorted."""
     return sorted(file.name.removesuffix(".yaml") for file in FOLDER.iterdir() if file.name.endswith(".yaml"))
 
 
 def text(name: str) -> str:
-    """The text of a recipe. Raises FileNotFoundError if there is none."""
+    """Return the text of a recipe. Raises FileNotFoundError if there is none."""
     return (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 @cache
 def tree(name: str) -> dict[str, Any]:
-    """The plain values of a recipe, without those of its base. They are kept: copy them before a change."""
+    """Return the plain values of a recipe, without those of its base. They are kept: copy them before a change."""
     return parse_yaml(text(name))
 
 
 def by_group() -> dict[str, list[str]]:
-    """The names of the recipes of each group, sorted."""
+    """Return the names of the recipes of each group, sorted."""
     return {group: [name for name in names() if tree(name)["group"] == group] for group in GROUPS}
 
 

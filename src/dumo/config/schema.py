@@ -8,7 +8,10 @@ from dumo.config.spec import Run
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of a recipe. No field is required, since a file may have a base and say only what it changes."""
+    """Return the JSON schema of a recipe.
+
+    No field is required, since a file may have a base and say only what it changes.
+    """
     tree = cast("dict[str, Any]", _loosen(Run.model_json_schema()))
     tree["title"] = "A recipe of dumo"
     tree["properties"]["base"] = {"type": "string", "description": "The name of a recipe, or a file or run folder."}
@@ -26,7 +29,7 @@ def schema() -> dict[str, Any]:
 
 
 def _loosen(part: object) -> object:
-    """A part of a schema, and all parts in it, with fewer rules.
+    """Return a part of a schema, and all parts in it, with fewer rules.
 
     No field is required, a part without a `kind` may be of any kind, and null is valid where it is the default.
     """

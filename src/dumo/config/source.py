@@ -154,7 +154,7 @@ def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
 
 
 def folder_of_images(place: str | Path) -> Path:
-    """The folder runs/NAME to train in, by the name of the folder or file of images."""
+    """Return the folder runs/NAME to train in, by the name of the folder or file of images."""
     if hub.is_hub_name(str(place)):
         return Path(RUNS_FOLDER) / Path(hub.repository_of(str(place))).name
     path = user_path(str(place), "the images").resolve()
@@ -196,7 +196,7 @@ def _recipe_of(source: str | Path) -> str | None:
 
 
 def trained_name_of(source: str | Path) -> str | None:
-    """The name of the trained run of dumo's that a source means, or None if it is a path.
+    """Return the name of the trained run of dumo's that a source means, or None if it is a path.
 
     Raises UserError if ./NAME holds a run.
     """
@@ -206,7 +206,7 @@ def trained_name_of(source: str | Path) -> str | None:
 
 
 def _find_shipped_name(source: str, names: Collection[str], *, images: bool = False) -> str | None:
-    """The name among `names` that a source means, or None if it is a path.
+    """Return the name among `names` that a source means, or None if it is a path.
 
     Raises UserError if ./NAME holds a run, or with `images` also images: then the source may mean either.
     """
@@ -292,7 +292,7 @@ def _follow_moved_cache(tree: dict[str, Any], name: str, folder: Path) -> None:
 
 
 def without_resolved(text: RunText) -> RunText:
-    """The text of a run without what was found on its files, for a new run of its settings."""
+    """Return the text of a run without what was found on its files, for a new run of its settings."""
     tree = dict(text.tree)
     tree.pop(RESOLVED_KEY, None)
     return replace(text, tree=tree, hash=None, origin=None)
@@ -313,7 +313,7 @@ def parse_text(text: str, file: Path) -> RunText:
 
 
 def _file_text(file: Path) -> str:
-    """The text of a YAML file. Raises OSError, and UserError for what is not UTF-8."""
+    """Return the text of a YAML file. Raises OSError, and UserError for what is not UTF-8."""
     return read_text(file)
 
 
@@ -372,21 +372,21 @@ def _take_format(tree: dict[str, Any], file: Path) -> None:
 
 
 def _recipe_tree(name: str) -> dict[str, Any]:
-    """A copy of the plain values of a recipe, without its group, which is no field of a run."""
+    """Return a copy of the plain values of a recipe, without its group, which is no field of a run."""
     tree = deepcopy(recipe_files.tree(name))
     del tree[GROUP_KEY]
     return tree
 
 
 def _parse_mapping(text: str, name: str) -> dict[str, Any]:
-    """The mapping that YAML text holds. Raises UserError, after the `name` of its source, for anything else."""
+    """Return the mapping that YAML text holds. Raises UserError, after the `name` of its source, for anything else."""
     tree = parse_mapping(text, name, "run", "as `dumo show digits` prints it")
     tree.pop(GROUP_KEY, None)  # of a recipe in the list of recipes, no field of a run
     return tree
 
 
 def _hint(name: str) -> str:
-    """The end of a message that there is no source of this name: what is near to it, and how to list recipes."""
+    """Return the end of a message that there is no source of this name: what is near to it, and how to list recipes."""
     here = [str(path) for path in Path(name).parent.glob("*") if path.is_dir() or path.suffix in (".yaml", ".yml")]
     near_names = get_close_matches(name, [*recipe_files.names(), *here, *run_folders()], n=1)
     hint = f"did you mean '{near_names[0]}'? " if near_names else ""

@@ -196,7 +196,7 @@ class Run(Spec):
 
 
 def with_pipeline(part: S, pipeline: Pipeline | None) -> S:
-    """A part of a run, all of whose own parts that read a pipeline read this one."""
+    """Return a part of a run, all of whose own parts that read a pipeline read this one."""
     changed: dict[str, Spec] = {}
     for name in type(part).model_fields:
         field = getattr(part, name)

@@ -9,7 +9,7 @@ from dumo.runtime.formatting import escape_line
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """The end of a message: the valid name that is nearest, or all of them if none is near."""
+    """Return the end of a message: the valid name that is nearest, or all of them if none is near."""
     near_names = get_close_matches(brief(name), names, n=1)
     return f"did you mean '{brief(near_names[0])}'?" if near_names else f"valid: {escape_line(', '.join(names))}"
 

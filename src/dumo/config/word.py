@@ -30,7 +30,7 @@ _WORDS = parse_yaml(Path(__file__).with_name("words.yaml").read_text(encoding="u
 
 
 def _words_of(section: str) -> dict[str, Word]:
-    """The words of a section of words.yaml, by key."""
+    """Return the words of a section of words.yaml, by key."""
     return {key: Word(**fields) for key, fields in _WORDS[section].items()}
 
 
@@ -43,7 +43,7 @@ HEADS: dict[str, str] = _WORDS["heads"]  # of more than DuMo's v and u
 
 
 def word(words: Mapping[str, Word], key: str) -> Word:
-    """The words for a key; where it has none, a title that is the key with spaces."""
+    """Return the words for a key; where it has none, a title that is the key with spaces."""
     return words.get(key) or Word(key.replace("_", " "))
 
 
@@ -55,12 +55,12 @@ class Method(NamedTuple):
     what: str = ""
 
     def __str__(self) -> str:
-        """The first line of its module; the name alone where no source is known."""
+        """Return the first line of its module; the name alone where no source is known."""
         return f"{self.name} ({self.source}): {self.what}" if self.source else self.name
 
 
 def method(objective: Objective) -> Method:
-    """The method of an objective, read from the first line of its module, `Name (source): what it does.`
+    """Return the method of an objective, read from the first line of its module, `Name (source): what it does.`
 
     Where the module has no such line, the name is the objective's kind.
     """
@@ -69,7 +69,10 @@ def method(objective: Objective) -> Method:
 
 
 def watched(name: str) -> Word:
-    """The words for a note of a training step. `accuracy_d` is the note `accuracy` of the part d: "<its title>, d"."""
+    """Return the words for a note of a training step.
+
+    `accuracy_d` is the note `accuracy` of the part d: "<its title>, d".
+    """
     note, _, part = name.rpartition("_")
     if name in WATCHED or note not in WATCHED:
         return word(WATCHED, name)
@@ -77,7 +80,7 @@ def watched(name: str) -> Word:
 
 
 def merits(columns: list[str]) -> dict[str, Word]:
-    """The words for the columns of a table of scores, by column.
+    """Return the words for the columns of a table of scores, by column.
 
     `fd` and `fd_grey` are one distance, before and after rounding: where both are there, the words of `fd` say so.
     """

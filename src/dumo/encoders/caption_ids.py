@@ -82,7 +82,7 @@ class Captions:
         )
 
     def __len__(self) -> int:
-        """The number of distinct captions."""
+        """Return the number of distinct captions."""
         return len(self.texts)
 
     @property

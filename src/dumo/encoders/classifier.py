@@ -54,15 +54,15 @@ class DigitsClassifier(nn.Module):
         self.head = nn.Linear(self.width, 10)
 
     def features(self, x: Images) -> Features:
-        """The features of images in [-1, 1], before `head`."""
+        """Return the features of images in [-1, 1], before `head`."""
         return self.norm(self.trunk(x))
 
     def logits(self, f: Features) -> Float[Tensor, "n 10"]:
-        """A logit per class, given features (n, width)."""
+        """Return a logit per class, given features (n, width)."""
         return self.head(F.silu(f))
 
     def forward(self, x: Images) -> Float[Tensor, "n 10"]:
-        """A logit per class, given images in [-1, 1]."""
+        """Return a logit per class, given images in [-1, 1]."""
         return self.logits(self.features(x))
 
 
@@ -104,16 +104,16 @@ class Cifar10Classifier(nn.Module):
         self.head = nn.Linear(self.width, 10)
 
     def features(self, x: Images) -> Features:
-        """The features of images in [-1, 1], before `head`."""
+        """Return the features of images in [-1, 1], before `head`."""
         x = x.contiguous(memory_format=torch.channels_last)  # a third quicker on a processor
         return self.norm(self.trunk(x).mean((2, 3)))
 
     def logits(self, f: Features) -> Float[Tensor, "n 10"]:
-        """A logit per class, given features (n, width)."""
+        """Return a logit per class, given features (n, width)."""
         return self.head(f)
 
     def forward(self, x: Images) -> Float[Tensor, "n 10"]:
-        """A logit per class, given images in [-1, 1]."""
+        """Return a logit per class, given images in [-1, 1]."""
         return self.logits(self.features(x))
 
 
@@ -143,11 +143,11 @@ class ShippedClassifier:
         return digest.of_file(self.file)
 
     def features(self, x: Images) -> Features:
-        """The features of images in [-1, 1], in float32 on the CPU."""
+        """Return the features of images in [-1, 1], in float32 on the CPU."""
         return torch.cat([self.net.features(part) for part in x.to("cpu", torch.float32).split(IMAGES_AT_ONCE)])
 
     def classify(self, f: Features) -> Labels:
-        """The most probable class of images with these features."""
+        """Return the most probable class of images with these features."""
         return self.net.logits(f).argmax(1)
 
 
@@ -156,6 +156,6 @@ cifar10 = ShippedClassifier(Cifar10Classifier, Path(__file__).with_name("cifar10
 
 
 def _conv(inputs: int, outputs: int, *, size: int = 3, stride: int = 1) -> nn.Sequential:
-    """A convolution from `inputs` to `outputs` channels, then a batch normalisation."""
+    """Return a convolution from `inputs` to `outputs` channels, then a batch normalisation."""
     conv = nn.Conv2d(inputs, outputs, size, stride, padding=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs))

@@ -36,7 +36,7 @@ PIXELS_AT_ONCE = 2**20  # of images that go through the net together: 16 images 
 
 
 def images_at_once(height: int, width: int) -> int:
-    """The number of images of this size that go through an autoencoder together, at most."""
+    """Return the number of images of this size that go through an autoencoder together, at most."""
     return max(1, PIXELS_AT_ONCE // (height * width))
 
 

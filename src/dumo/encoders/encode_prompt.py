@@ -1,16 +1,15 @@
-"""Texts through the text encoders of a pipeline of diffusers, by the pipeline's own method `encode_prompt`.
+"""Encode prompts with the text encoders of a diffusers pipeline, by its own `encode_prompt` method.
 
 `PromptReaderSpec.open` loads the pipeline's text encoders and tokenizers into a `PromptReader`. A call of the
-`PromptReader` turns texts into `Embeddings`. The pipeline has no autoencoder, and of its transformer the config alone,
-on the meta device.
+`PromptReader` turns texts into `Embeddings`. The pipeline is loaded without a VAE, and its transformer is created on
+the meta device from its config.
 
-`encode_prompt` decides what a pipeline puts around a text, how it pads and cuts, which encoders it asks, and what means
-no text. It is called
+`encode_prompt` applies the pipeline's prompt template, padding and truncation, and runs its encoders. It is called
 
-- for one text at a time, because some pipelines pad to the longest of several;
-- with the arguments that the pipeline's `__call__` passes by default (`encode_prompt_arguments`), because the method's
-  own defaults are others;
-- with copies of these arguments, because some pipelines write into them.
+- for one text at a time, because some pipelines pad to the longest text of a batch;
+- with the arguments that the pipeline's `__call__` passes by default (`encode_prompt_arguments`), because the defaults
+  of `encode_prompt` itself differ;
+- with copies of these arguments, because some pipelines modify them.
 """
 
 import copy
@@ -35,11 +34,12 @@ from dumo.encoders.transformers_text import Embeddings
 from dumo.runtime import import_bitsandbytes, require
 from dumo.types import PLACE, Spec
 
-_COLUMNS = ("tokens", "mask", "pooled")  # what is kept of the outputs of encode_prompt
+# The outputs of encode_prompt that are stored.
+_COLUMNS = ("tokens", "mask", "pooled")
 
 
 class PromptReaderSpec(Spec):
-    """How a pipeline reads texts."""
+    """The text encoders of a diffusers pipeline, before they are loaded."""
 
     kind: Literal["pipeline"] = "pipeline"
     source: str = Field(json_schema_extra=PLACE)  # the pipeline's folder
@@ -48,18 +48,18 @@ class PromptReaderSpec(Spec):
     dtype: Literal["float16", "bfloat16", "float32"]  # of the encoders and of what is kept
     # text encoders that are left out (`Pipeline.without`)
     without: tuple[OptionalPart, ...] = Field(default=(), exclude_if=lambda names: not names)
-    padded: bool = False  # tokens that the mask leaves out are read, too, so they are kept, with the mask
+    padded: bool = False  # keep padding tokens and the mask, because the transformer attends to them
 
     def model_type(self) -> str:
-        """Return the name of what reads the texts, the pipeline's class."""
+        """Return the class name of the pipeline."""
         return self.pipeline
 
     def files_hash(self) -> str:
-        """Return a hash of all files of encoders and tokenizers. Raises UserError if a part is missing."""
+        """Return a hash of all encoder and tokenizer files. Raises UserError if a component is missing."""
         return Pipeline(source=self.source, without=self.without).texts_hash()
 
     def open(self, device: torch.device | str = "cpu") -> "PromptReader":
-        """Load the encoders onto a device. Raises UserError where a part is missing or cannot be loaded."""
+        """Load the encoders onto a device. Raises UserError if a component is missing or cannot be loaded."""
         folder = Pipeline(source=self.source, without=self.without)
         folder.require_text_files()
         pipeline_class, pipe = self._load(folder)
@@ -77,7 +77,10 @@ class PromptReaderSpec(Spec):
         return reader
 
     def require_tokenizers(self) -> None:
-        """Raise UserError where a tokenizer is missing, not whole or cannot be loaded; nothing for a published name."""
+        """Raise UserError if a tokenizer is missing, incomplete or unloadable.
+
+        Pipelines whose configs ship with dumo are not checked.
+        """
         folder = Pipeline(source=self.source, without=self.without)
         if folder.is_published:
             return
@@ -118,7 +121,7 @@ class PromptReaderSpec(Spec):
         return pipeline_class, pipe
 
     def _load_variants(self, folder: Pipeline) -> dict[str, Any]:
-        """Load the text encoders whose weights are a variant: diffusers takes one variant for all parts, or none."""
+        """Load the text encoders whose weights are a variant: diffusers takes one variant for all components."""
         encoders: dict[str, Any] = {}
         for part in folder.text_parts:
             if part.startswith("tokenizer"):
@@ -141,7 +144,7 @@ class PromptReaderSpec(Spec):
 
 @dataclass
 class PromptReader:
-    """The text encoders of a pipeline, with their weights."""
+    """The loaded text encoders of a pipeline."""
 
     spec: PromptReaderSpec
     pipe: Any  # of diffusers
@@ -159,10 +162,11 @@ class PromptReader:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Embeddings:
-        """Return the embeddings of texts, on the CPU, padded with zeros to the longest of them.
+        """Return the embeddings of texts, on the CPU, padded with zeros to the longest one.
 
-        The empty text is what the pipeline takes for no negative prompt. A text counts as cut where each tokenizer of
-        the pipeline says so; those of SANA, Qwen-Image, Z-Image, FLUX.2, Chroma, PRX and Wan cut without a word.
+        The empty text gets the embedding that the pipeline uses if no negative prompt is passed. A text counts as
+        truncated if every tokenizer of the pipeline logs that it truncated it; SANA, Qwen-Image, Z-Image, FLUX.2,
+        Chroma, PRX and Wan truncate silently.
         """
         rows: list[dict[str, Tensor]] = []
         cut_texts: list[str] = []
@@ -170,13 +174,13 @@ class PromptReader:
             for text in texts:
                 with _diffusers_messages() as messages:
                     rows.append(self.read_row(text))
-                num_cuts = sum("truncated" in message for message in messages)  # one by each tokenizer that cuts
+                num_cuts = sum("truncated" in message for message in messages)  # one per tokenizer
                 if num_cuts >= max(1, self.num_tokenizers):
                     cut_texts.append(text)
             return _stack_rows(rows, cut_texts, keeps_padding=self.spec.padded)
 
     def read_row(self, text: str) -> dict[str, Tensor]:
-        """Return what the transformer gets for a text: tokens (l, d), the mask (l,), pooled (p,), if it takes them."""
+        """Return the transformer's inputs for a text: tokens (l, d), and mask (l,) and pooled (p,) if it has them."""
         arguments = copy.deepcopy(self.arguments)  # some pipelines write into it
         if "do_classifier_free_guidance" in self._argument_names:
             arguments["do_classifier_free_guidance"] = not text  # else there is no negative prompt
@@ -196,25 +200,25 @@ class PromptReader:
 
     @cached_property
     def _argument_names(self) -> set[str]:
-        """The names of the arguments of encode_prompt."""
+        """The argument names of encode_prompt."""
         return {*inspect.signature(self.pipe.encode_prompt).parameters}
 
 
 class _MessageList(logging.Handler):
-    """Keeps the messages that are logged."""
+    """A logging handler that collects messages."""
 
     def __init__(self) -> None:
         super().__init__()
         self.messages: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a message."""
+        """Append a message to the list."""
         self.messages.append(record.getMessage())
 
 
 @contextmanager
 def _diffusers_messages() -> Generator[list[str], None, None]:
-    """What diffusers logs inside the block goes to this list, and is not shown."""
+    """Collect the messages that diffusers logs inside the block, instead of showing them."""
     logger = logging.getLogger("diffusers")
     handlers = logger.handlers
     message_list = _MessageList()
@@ -226,7 +230,7 @@ def _diffusers_messages() -> Generator[list[str], None, None]:
 
 
 def encode_prompt_arguments(pipeline_class: Any) -> dict[str, Any]:  # noqa: ANN401, a class of diffusers
-    """Return what the `__call__` of a pipeline passes to `encode_prompt`, if it is given a prompt alone."""
+    """Return the arguments that a pipeline's `__call__` passes to `encode_prompt` if it only gets a prompt."""
     call_parameters = inspect.signature(pipeline_class.__call__).parameters
     encode_parameters = inspect.signature(pipeline_class.encode_prompt).parameters
     arguments: dict[str, Any] = {}
@@ -238,9 +242,9 @@ def encode_prompt_arguments(pipeline_class: Any) -> dict[str, Any]:  # noqa: ANN
 
 
 def _stack_rows(rows: Sequence[dict[str, Tensor]], cut_texts: Sequence[str], *, keeps_padding: bool) -> Embeddings:
-    """Stack rows into a batch (b, l, d), with zeros behind each row's tokens; `cut_texts` are those that were cut.
+    """Stack rows into a batch (b, l, d), padded with zeros. `cut_texts` are the truncated texts.
 
-    Unless `keeps_padding`, tokens behind the last that a row's mask keeps are left out.
+    Unless `keeps_padding`, tokens after the last unmasked token of a row are dropped.
     """
     masks: list[Tensor] = []
     lengths: list[int] = []

@@ -1,16 +1,16 @@
-"""The files of one part of a diffusers folder: which weights dumo opens.
+"""Choose the weight files of one component in a diffusers or transformers folder.
 
-A part is a folder with a config and weights in safetensors. NAME is `diffusion_pytorch_model` of models of diffusers,
-and `model` of models of transformers. A folder may hold its weights several times:
+A component is a folder with a config and weights in safetensors. NAME is `diffusion_pytorch_model` for diffusers models
+and `model` for transformers models. A folder may have several copies of its weights:
 
     NAME.safetensors                       in one file
     NAME-00001-of-00002.safetensors        in shards, which NAME.safetensors.index.json lists
     NAME.fp16.safetensors                  a variant in one file
     NAME.fp16-00001-of-00002.safetensors   a variant in shards, which NAME.safetensors.index.fp16.json lists
 
-Code that opens weights of a folder asks here: `find_weights` chooses the first of these that is complete, and
-`require_weights` refuses a folder without any. `PartWeights` is the choice; `build_model` opens it by its library, and
-`first_unfit_key` says whether it fits. `choose_files` makes the same choice among the files of a repository on the Hub.
+`find_weights` returns the first complete copy as `PartWeights`, and `require_weights` raises an error if there is none.
+`PartWeights.build_model` loads it with its library, and `first_unfit_key` returns the first weight that does not match.
+`choose_files` makes the same choice among the files of a repository on the Hub.
 """
 
 import re
@@ -27,14 +27,15 @@ from dumo.io.hub import SUFFIX
 from dumo.io.read import read_json
 from dumo.types import UserError
 
-DIFFUSERS = "diffusion_pytorch_model"  # NAME of models of diffusers
-TRANSFORMERS = "model"  # NAME of models of transformers
-DIFFUSERS_FILE = f"{DIFFUSERS}{SUFFIX}"  # plain weights in one file
+# NAME of the weight files of each library, and the names of unsharded files.
+DIFFUSERS = "diffusion_pytorch_model"
+TRANSFORMERS = "model"
+DIFFUSERS_FILE = f"{DIFFUSERS}{SUFFIX}"
 TRANSFORMERS_FILE = f"{TRANSFORMERS}{SUFFIX}"
-# Files of text: configs, and vocabularies of tokenizers.
+# Configs and tokenizer vocabularies.
 _TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")
-VARIANTS = (None, "fp16", "bf16")  # in order of preference; None: plain
-PICKLES = {  # pickled weights of these models; dumo refuses them
+VARIANTS = (None, "fp16", "bf16")  # in order of preference; None means no variant
+PICKLES = {  # dumo refuses pickled weights
     DIFFUSERS: ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.bin.index.json"),
     TRANSFORMERS: ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 }
@@ -42,19 +43,19 @@ PICKLES = {  # pickled weights of these models; dumo refuses them
 
 @dataclass(frozen=True)
 class PartWeights:
-    """The weights of a part, of one variant."""
+    """The weight files of a component, in one variant."""
 
     files: tuple[Path, ...]  # in the order of their names
-    variant: str | None = None  # such as fp16; None: plain
-    index: Path | None = None  # lists the files; None: there is one file
+    variant: str | None = None  # such as fp16
+    index: Path | None = None  # None if there is one file
 
     @property
     def all_files(self) -> list[Path]:
-        """The files of weights, and the index that lists them."""
+        """The weight files and their index."""
         return [*self.files, self.index] if self.index else [*self.files]
 
     def load(self) -> dict[str, Tensor]:
-        """The tensors by name, mapped. Raises UserError for a damaged file."""
+        """Return the memory-mapped tensors by name. Raises UserError for a damaged file."""
         tensors: dict[str, Tensor] = {}
         for file in self.files:
             tensors |= tensor_files.load(file)
@@ -62,16 +63,16 @@ class PartWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first tensor; opens the first file. Raises UserError where that is damaged."""
+        """Return the dtype of the first tensor. Raises UserError if the first file is damaged."""
         tensors = tensor_files.load(self.files[0])
         return next(iter(tensors.values())).dtype
 
     def build_model(self, model_class: Any, **options: Any) -> tuple[Any, Mapping[str, Any]]:  # noqa: ANN401, of others
-        """A model of diffusers or transformers with these weights, and its library's report of how they fit.
+        """Load a diffusers or transformers model with these weights. Returns it, and the library's loading report.
 
-        The library finds the files by itself. By the same variant and safetensors alone it takes those of `files`, for
-        NAME is its own, and `_candidates` prefers what it prefers. Raises what the library does. Pickles and the
-        network are never used.
+        The library finds the files itself: restricted to this variant and to safetensors it takes `files`, because
+        `_candidates` follows its order of preference. Raises the library's errors. Pickles and the network are never
+        used.
         """
         return model_class.from_pretrained(
             self.files[0].parent,
@@ -89,7 +90,7 @@ class PartWeights:
                 pass
 
     def sha256(self, hint: str = "") -> str:
-        """The SHA-256 of the file, in hexadecimal; of several files, of all their hashes.
+        """Return the SHA-256 of the file in hexadecimal, or of the hashes of several files.
 
         Raises UserError, which ends in `hint`, for a damaged file.
         """
@@ -100,9 +101,9 @@ class PartWeights:
 
 
 def choose_files(files: Collection[str], folder: str = "", name: str = DIFFUSERS) -> list[str]:
-    """Choose what is read of a model, NAME being `name`, in a folder of a repository with these files.
+    """Choose the files to download for a model in a folder of a repository; `name` is the NAME of its weights.
 
-    These are the configs, the files of a tokenizer, and the weights that `find_weights` would open.
+    These are configs, tokenizer files, and the weights that `find_weights` would choose.
     """
     prefix = f"{folder}/" if folder else ""
     below = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
@@ -111,7 +112,7 @@ def choose_files(files: Collection[str], folder: str = "", name: str = DIFFUSERS
     for variant in VARIANTS:
         infix = f".{variant}" if variant else ""
         index = f"{name}{SUFFIX}.index{infix}.json"
-        # Older variants have the name of the variant behind the number.
+        # Older files have the variant after the shard number.
         shard_name = re.compile(rf"{name}({infix}-\d+-of-\d+|-\d+-of-\d+{infix}){SUFFIX}")
         shards = [file for file in here if shard_name.fullmatch(file)]
         candidates = [[f"{name}{infix}{SUFFIX}"], [index, *shards]]
@@ -125,7 +126,7 @@ def choose_files(files: Collection[str], folder: str = "", name: str = DIFFUSERS
 
 
 def first_unfit_key(report: Mapping[str, Any]) -> str | None:
-    """The name of a weight that is missing, unknown or misshapen, by a library's report; None: all fit."""
+    """Return the first missing, unexpected or mismatched key of a loading report, or None if all match."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         for key in report.get(kind, ()):
             return str(key)
@@ -133,7 +134,7 @@ def first_unfit_key(report: Mapping[str, Any]) -> str | None:
 
 
 def find_weights(folder: Path, name: str) -> PartWeights | None:
-    """The weights of a folder that dumo opens, NAME being `name`; None: there are none that are complete.
+    """Return the preferred complete weights of a folder, or None; `name` is the NAME of their files.
 
     Raises UserError for an index that cannot be read.
     """
@@ -144,10 +145,10 @@ def find_weights(folder: Path, name: str) -> PartWeights | None:
 
 
 def require_weights(folder: Path, name: str, field: str, hint: str) -> PartWeights:
-    """The weights of a folder that dumo opens, NAME being `name`.
+    """Return the preferred complete weights of a folder; `name` is the NAME of their files.
 
-    Raises UserError where there are none, shards are missing, or the weights are pickles. `field` is the field of a run
-    that the message names; `hint` ends the message with what to do.
+    Raises UserError if there are none, shards are missing, or the weights are pickles. The message begins with `field`,
+    a field of run.yaml, and ends with `hint`.
     """
     part_weights = find_weights(folder, name)
     if part_weights is not None:
@@ -166,7 +167,7 @@ def require_weights(folder: Path, name: str, field: str, hint: str) -> PartWeigh
 
 
 def _candidates(folder: Path, name: str) -> Iterator[PartWeights]:
-    """The weights that may be in a folder, in order of preference; their files may be missing, an index is not."""
+    """Yield possible weights of a folder, in order of preference. Their files may be missing, but not an index."""
     for variant in VARIANTS:
         infix = f".{variant}" if variant else ""
         one_file = PartWeights((folder / f"{name}{infix}{SUFFIX}",), variant)
@@ -176,7 +177,7 @@ def _candidates(folder: Path, name: str) -> Iterator[PartWeights]:
 
 
 def _listed_files(index: Path) -> tuple[Path, ...]:
-    """The files that an index lists. Raises UserError if it lists files of another folder, which are not the run's."""
+    """Return the files that an index lists. Raises UserError if it lists files outside of the folder."""
     names = sorted(set(read_json(index)["weight_map"].values()))
     if any(Path(name).name != name for name in names):
         raise UserError(f"{index} lists files of another folder: take another copy of the folder")

@@ -1,18 +1,17 @@
-"""A pipeline of diffusers in a folder: what its model_index.json and the configs of its parts say.
+"""Read a diffusers pipeline from a folder or the Hub: model_index.json, and the configs and weights of its components.
 
-A run names one folder, as `Pipeline`, and takes everything from there: the model that it tunes, the autoencoder with
-its numbers, the text encoders, the scheduler. The order of events:
+A run has one `Pipeline`, which provides the model to fine-tune, the autoencoder with its scale and shift, the text
+encoders and the scheduler. The order of events:
 
-1. `dumo.config.spec.with_pipeline` hands the pipeline to those parts of a run that read it, each a `PipelineSpec`.
-2. `Pipeline.with_facts` notes a hash of each part when the run begins. From then on `require_fact`, `config` and
-   `verify` refuse other parts, so a run never decodes, reads prompts or is exported with the parts of another.
-3. `config`, `part_folder` and `weights` open a part. The files of weights are chosen in `dumo.encoders.part`. Of text
-   encoders and tokenizers, `text_parts` are the names and `text_files` the files; `absent_parts` are those that the
-   pipeline goes without.
+1. `dumo.config.spec.with_pipeline` passes the pipeline to each `PipelineSpec` of a run.
+2. `Pipeline.with_facts` records a hash of each component when the run starts. From then on, `require_fact`, `config`
+   and `verify` raise an error if a component has changed.
+3. `config`, `part_folder` and `weights` open a component. `dumo.encoders.part` chooses the weight files. `text_parts`
+   and `text_files` list the text encoders and tokenizers; `absent_parts` lists the components to pass as None.
 
-A name on the Hugging Face Hub is fetched (`dumo.io.hub`): the configs when one is read, the weights when a part is
-opened. Some pipelines are known without any file (`is_published`): dumo has their configs, in `published`, so that a
-recipe can be counted without a download. A model in one file is refused with the way to unpack it.
+A pipeline on the Hugging Face Hub is downloaded on demand (`dumo.io.hub`): configs when one is first read, weights when
+a component is opened. The configs of some pipelines ship with dumo (`is_published`), so that parameters can be counted
+without a download. A single-file checkpoint is refused with a hint how to convert it.
 """
 
 import json
@@ -33,22 +32,22 @@ from dumo.io.read import read_json, user_path
 from dumo.types import HUB_MODEL, MAYBE_PLACE, PINNED, Spec, UserError
 
 Config = Mapping[str, Any]  # a part's config.json
-FIELD = "pipeline"  # of a run, for messages
+FIELD = "pipeline"  # the field of run.yaml, for messages
 CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"  # of a text encoder that can write, too
+GENERATION_CONFIG = "generation_config.json"  # comes with text encoders that are language models
 SCHEDULER_CONFIG = "scheduler_config.json"
-SECOND_TRANSFORMER = "transformer_2"  # of a pipeline that has two models
+SECOND_TRANSFORMER = "transformer_2"  # in pipelines with two transformers
 _SOURCE_SCHEMA: JsonDict = {**MAYBE_PLACE, **HUB_MODEL, "names": [*SMALL]}
 HINT = f"{FIELD}=... names a pipeline of diffusers on the Hugging Face Hub, OWNER/NAME, or a folder with {INDEX}"
-TEXT_PARTS = re.compile(r"(text_encoder|tokenizer)(_\d)?")  # names of parts that read prompts
-OptionalPart = Literal["text_encoder_3"]  # SD3's T5, without which diffusers runs the pipeline, too
+TEXT_PARTS = re.compile(r"(text_encoder|tokenizer)(_\d)?")  # component names
+OptionalPart = Literal["text_encoder_3"]  # the T5 of SD3, which is optional in diffusers
 _OPTIONAL_PARTS: tuple[OptionalPart, ...] = get_args(OptionalPart)
-LICENSE = ("license", "license_name", "license_link")  # keys in the head of a README.md on the hub
-IS_DISTILLED = "is_distilled"  # a key of a Flux2KleinPipeline's model_index.json
+LICENSE = ("license", "license_name", "license_link")  # keys in the metadata of a model card
+IS_DISTILLED = "is_distilled"  # a key of model_index.json of a Flux2KleinPipeline
 
 
 class Pipeline(Spec):
-    """A pipeline of diffusers by its folder or its name on the Hub, or one of SMALL, which are configs alone."""
+    """A diffusers pipeline: a folder, a repository on the Hub, or a name in SMALL, which has configs only."""
 
     source: str = Field(json_schema_extra=_SOURCE_SCHEMA)
     # Text encoders that are left out though the folder may have them, as by diffusers' text_encoder_3=None.
@@ -59,34 +58,34 @@ class Pipeline(Spec):
     @model_validator(mode="before")
     @classmethod
     def _from_source(cls, value: Any) -> Any:  # noqa: ANN401, pydantic checks it after this
-        """Accept a text as the source alone."""
+        """Accept a string as the source."""
         if isinstance(value, str):
             return {"source": value}
         if isinstance(value, dict) and isinstance(value.get("without"), list):
-            # JSON's lists are read as tuples, but not behind a validator that sees them as Python's
+            # After a "before" validator, pydantic no longer converts JSON lists to tuples.
             return {**value, "without": tuple(value["without"])}
         return value
 
     @property
     def is_published(self) -> bool:
-        """Whether dumo has the configs. A name with a commit, as a run pins it when it begins, is read from the Hub."""
+        """Whether the configs ship with dumo. A name with a pinned commit is read from the Hub instead."""
         return self.source in SMALL or (self.source in PUBLISHED and self.is_on_hub)
 
     @property
     def is_on_hub(self) -> bool:
-        """Whether the source is a name on the Hub."""
+        """Whether the source is a repository on the Hub."""
         return hub.is_hub_name(self.source)
 
     @property
     def folder(self) -> Path:
-        """The pipeline's folder; of a name on the Hub one that has the configs and tokenizers, maybe without weights.
+        """The pipeline's folder. A download from the Hub has the configs and tokenizers, but possibly no weights.
 
-        Raises UserError for one of SMALL, one file of weights, and a folder that is missing; and the Hub's errors.
+        Raises UserError for a name in SMALL, a single weight file or a missing folder, and the errors of the Hub.
         """
         return self._find_folder(with_weights=False)
 
     def fetch(self) -> Path:
-        """Return the pipeline's folder with all that dumo reads of it, as `folder` otherwise."""
+        """Return the pipeline's folder, with the weights downloaded. Raises as `folder`."""
         return self._find_folder(with_weights=True)
 
     def _find_folder(self, *, with_weights: bool) -> Path:
@@ -107,7 +106,7 @@ class Pipeline(Spec):
 
     @property
     def index(self) -> dict[str, Any]:
-        """What model_index.json says; {} for a transformer alone. Raises UserError as `folder`."""
+        """The content of model_index.json, or {} for a single transformer. Raises UserError as `folder`."""
         if self.is_published:
             return published_config(self.source)
         file = self.folder / INDEX
@@ -115,13 +114,13 @@ class Pipeline(Spec):
 
     @property
     def class_name(self) -> str:
-        """The class of the pipeline; empty for a transformer alone."""
+        """The class name of the pipeline, or "" for a single transformer."""
         return str(self.index.get("_class_name", ""))
 
-    # --- parts ---
+    # --- components ---
 
     def config(self, part: str) -> dict[str, Any]:
-        """Read the config of a part. Raises UserError where it is missing, or another than the run began with."""
+        """Read the config of a component. Raises UserError if it is missing, or has changed since the run started."""
         if self.is_published:
             config = self.index.get(part)
             if config is None:
@@ -134,22 +133,22 @@ class Pipeline(Spec):
         return json.loads(text)
 
     def weights(self, part: str) -> PartWeights:
-        """Return the files of a part's weights that dumo opens.
+        """Return the weight files of a component.
 
-        Raises UserError if there are none, and as `part_folder`.
+        Raises UserError if there are none, or as `part_folder`.
         """
         self.fetch()
         return parts.require_weights(self.part_folder(part), weights_name(part), FIELD, HINT)
 
     def part_folder(self, part: str) -> Path:
-        """Return the folder of a part. Raises UserError if it is missing."""
+        """Return the folder of a component. Raises UserError if it is missing."""
         folder = self._find_part(part)
         if folder is None:
             raise UserError(f"{FIELD}: {self.source} has no {part}/{_config_name(part)}. {HINT}")
         return folder
 
     def _find_part(self, part: str) -> Path | None:
-        """Return the folder of a part, or None. The model may be in the folder of a UNet, or in the pipeline's own."""
+        """Return the folder of a component, or None. The model may be in `unet`, or in the pipeline's own folder."""
         candidates = [self.folder / part]
         if part == TRANSFORMER:
             candidates += [self.folder / UNET, self.folder]
@@ -160,28 +159,28 @@ class Pipeline(Spec):
 
     @property
     def model_part(self) -> str:
-        """The name in diffusers of the part that is tuned: transformer, or unet. Raises UserError as `config`."""
+        """The component to fine-tune: "transformer" or "unet". Raises UserError as `config`."""
         class_name = str(self.config(TRANSFORMER).get("_class_name"))
         return UNET if class_name.startswith("UNet") else TRANSFORMER
 
     @property
     def repository(self) -> str:
-        """The name on the Hugging Face Hub, or the one that its index notes as its origin; "": not known.
+        """The repository on the Hugging Face Hub, from the source or from model_index.json, or "" if unknown.
 
-        Other parts may come from there, but not the model: diffusers keeps this name in what was tuned from it. Its
-        config does not tell, for tuned models have it, too.
+        Other components may be loaded from there, but not the model, because diffusers keeps `_name_or_path` when a
+        fine-tuned model is saved.
         """
         if self.is_on_hub:
             return hub.repository_of(self.source)
         noted_name = str(self.index.get("_name_or_path", ""))
         return noted_name if hub.is_hub_name(noted_name) else ""
 
-    # --- what a run notes when it begins ---
+    # --- hashes recorded when a run starts ---
 
     def with_facts(self) -> "Pipeline":
-        """Return the pipeline with the facts of the parts that are there, up to the first that is missing.
+        """Return the pipeline with the facts of its components, up to the first missing one.
 
-        It stays as it is if it has facts, or no folder.
+        A pipeline that has facts already, or whose configs ship with dumo, is returned unchanged.
         """
         if self.is_published or self.facts is not None:
             return self
@@ -190,19 +189,19 @@ class Pipeline(Spec):
             self.fetch()
             for name, value in self._read_facts():
                 facts[name] = value
-        except UserError:  # raised again where the part is used
+        except UserError:  # raised again when the component is used
             pass
         return self.model_copy(update={"facts": facts}) if facts else self
 
     def verify(self) -> None:
-        """Compare all parts but the model's weights with the facts. Raises UserError where one has changed."""
+        """Compare all components but the model's weights with the facts. Raises UserError if one has changed."""
         without_facts = self.model_copy(update={"facts": None})
         for name, current in without_facts._read_facts():
             if name not in LICENSE:
                 self.require_fact(name, current)
 
     def _read_facts(self) -> Iterator[tuple[str, str]]:
-        """Read the facts from the files: yields name and value. Raises UserError where a part is missing."""
+        """Yield the name and value of each fact, from the files. Raises UserError if a component is missing."""
         yield "class", self.class_name
         yield from self.license.items()
         for part in (TRANSFORMER, VAE, SCHEDULER):
@@ -215,9 +214,9 @@ class Pipeline(Spec):
             yield "texts", self.texts_hash()
 
     def require_fact(self, name: str, current: str, described_as: str = "weights") -> None:
-        """Raise UserError if a fact is another than when the run began. The message calls it `described_as`.
+        """Raise UserError if a fact has changed since the run started. The message calls it `described_as`.
 
-        Facts that were not noted are not compared.
+        Facts that were not recorded are not compared.
         """
         facts = self.facts or {}
         if facts.get(name, current) != current:
@@ -229,7 +228,7 @@ class Pipeline(Spec):
 
     @property
     def license(self) -> dict[str, str]:
-        """What the folder's model card says of the licence, by the keys of LICENSE; {} if it says nothing."""
+        """The licence entries of the folder's model card, by the keys of LICENSE."""
         from huggingface_hub import metadata_load  # slow to import
 
         card = self.folder / CARD
@@ -240,9 +239,9 @@ class Pipeline(Spec):
 
     @property
     def text_parts(self) -> list[str]:
-        """The parts that read prompts, by the names of their folders, without those that are null or left out.
+        """The folder names of the text encoders and tokenizers that are neither null nor excluded by `without`.
 
-        Raises UserError as `folder`, and where `without` names a part that the pipeline does not list.
+        Raises UserError as `folder`, and if `without` names a component that the pipeline does not list.
         """
         for name in self.without:
             if not self.is_published and name not in self.index:
@@ -258,11 +257,11 @@ class Pipeline(Spec):
 
     @property
     def absent_parts(self) -> list[str]:
-        """The parts that diffusers opens the pipeline without, if each is passed as None.
+        """The components to pass as None when diffusers loads the pipeline.
 
-        They are text encoders and tokenizers that are null in model_index.json or left out by `without`, and parts
-        that model_index.json lists, that dumo reads nothing of, and that are not in the folder, such as a safety
-        checker. [] for a published name.
+        These are text encoders and tokenizers that are null in model_index.json or excluded by `without`, and listed
+        components that dumo does not use and that are not in the folder, such as a safety checker. The list is empty
+        for a pipeline whose configs ship with dumo.
         """
         if self.is_published:
             return []
@@ -280,10 +279,10 @@ class Pipeline(Spec):
         return absent
 
     def text_encoder_bytes(self, itemsize: int) -> int | None:
-        """Return the bytes of the text encoders that are not left out, at `itemsize` bytes a weight; None: not known.
+        """Return the bytes of the used text encoders, at `itemsize` bytes per parameter. None means unknown.
 
-        The index of a published name has the number of weights of all its text encoders, in the entry `_readers`, and
-        those of each optional one.
+        The entry `_readers` of an index that ships with dumo has the number of parameters of all text encoders and of
+        each optional one.
         """
         if self.is_published:
             if "_readers" not in self.index:
@@ -299,7 +298,7 @@ class Pipeline(Spec):
         return num_weights * itemsize or None
 
     def text_files(self, part: str) -> list[Path]:
-        """Return the files of a text encoder or tokenizer that are read. Raises UserError where they are missing."""
+        """Return the files of a text encoder or tokenizer that are read. Raises UserError if they are missing."""
         if part.startswith("tokenizer"):
             folder = self.folder / part
             visible = [file for file in folder.glob("*") if file.is_file() and not file.name.startswith(".")]
@@ -316,14 +315,14 @@ class Pipeline(Spec):
         return sorted(files)
 
     def require_text_files(self) -> None:
-        """Raise UserError where a text encoder or a tokenizer is missing. Reads no weights."""
+        """Raise UserError if a text encoder or tokenizer is missing. Reads no weights."""
         if self.is_published:
             return
         for part in self.text_parts:
             self.text_files(part)
 
     def texts_hash(self) -> str:
-        """Return a hash of all files that read prompts. Raises UserError where a part is missing."""
+        """Return a hash of all text encoder and tokenizer files. Raises UserError if a component is missing."""
         lines: list[str] = []
         for part in self.text_parts:
             lines += [f"{part}/{file.name} {digest.of_file(file)}" for file in self.text_files(part)]
@@ -331,13 +330,13 @@ class Pipeline(Spec):
 
 
 class PipelineSpec(Spec):
-    """A part of a run that reads its pipeline, which the run hands over (`dumo.config.spec`)."""
+    """A spec that depends on the run's pipeline, which `within` sets (`dumo.config.spec`)."""
 
     _pipeline: Pipeline | None = PrivateAttr(default=None)
 
     @property
     def pipeline(self) -> Pipeline:
-        """The run's pipeline. Raises UserError where the run names none."""
+        """The run's pipeline. Raises UserError if the run has none."""
         if self._pipeline is None:
             raise UserError(f"{FIELD} is missing: {HINT}")
         return self._pipeline
@@ -352,7 +351,7 @@ class PipelineSpec(Spec):
 
 
 def _choose_files(files: Collection[str], *, without: Collection[str], with_weights: bool) -> list[str]:
-    """Choose what dumo reads of a repository that holds a pipeline, or a transformer alone."""
+    """Choose the files to download from a repository that holds a pipeline or a single transformer."""
     if INDEX not in files:
         chosen = parts.choose_files(files)
     else:
@@ -369,36 +368,36 @@ def _choose_files(files: Collection[str], *, without: Collection[str], with_weig
 
 
 def component_names(pipeline_class: Any) -> set[str]:  # noqa: ANN401, a class of diffusers
-    """Return the names of the parts of a pipeline of diffusers, with those that it can do without."""
+    """Return the component names of a diffusers pipeline, including optional ones."""
     return set(pipeline_class._get_signature_keys(pipeline_class)[0])
 
 
 def has_component(entry: object) -> bool:
-    """Whether model_index.json names a library and a class for a part; [null, null]: the pipeline has none."""
+    """Whether an entry of model_index.json names a library and a class; [null, null] means no component."""
     return isinstance(entry, list) and len(entry) > 0 and entry[0] is not None
 
 
 def weights_name(part: str) -> str:
-    """Return the NAME of the files of a part's weights (`dumo.encoders.part`)."""
+    """Return the NAME of a component's weight files (`dumo.encoders.part`)."""
     return parts.TRANSFORMERS if TEXT_PARTS.fullmatch(part) else parts.DIFFUSERS
 
 
 def _config_name(part: str) -> str:
-    """Return the name of the file with a part's config."""
+    """Return the name of a component's config file."""
     return SCHEDULER_CONFIG if part == SCHEDULER else CONFIG
 
 
 @lru_cache(64)
 def _read_config(file: Path, time_changed: int, size: int) -> tuple[str, str]:
-    """Read a config, and return it as JSON, with its hash.
+    """Return a config as JSON, and its hash.
 
-    The cache reads it again if the file's time of change, in ns, or its size is another.
+    `time_changed` (in ns) and `size` are arguments so that a changed file misses the cache.
     """
     config = read_json(file)
     return json.dumps(config), _config_hash(config)
 
 
 def _config_hash(config: Config) -> str:
-    """Return a hash of what a config says of a part, not of who wrote it."""
+    """Return a hash of a config's settings, without metadata such as the version of diffusers."""
     settings_of_part = {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
     return digest.short(json.dumps(settings_of_part, sort_keys=True))

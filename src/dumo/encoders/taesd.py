@@ -1,10 +1,10 @@
-"""Tiny autoencoders of the TAESD family: two plain stacks of 3x3 convolutions, an eighth of the side, images in [0, 1].
+"""Tiny autoencoders of the TAESD family: 3x3 convolutions, a downsampling factor of 8, images in [0, 1].
 
 Madebyollin's TAESD (github.com/madebyollin/taesd, MIT) is distilled from large autoencoders. Its FLUX.2 variant, taef2,
-has 32 channels and 2.68 M parameters, and blocks at the lowest resolution that see a wider view through a pool branch.
+has 32 channels, 2.68 M parameters, and a pool branch in the blocks at the lowest resolution.
 
-`Taef2` is the spec of the codec, and `Taef2.open` reads the weights into a `TinyAutoencoder`. They fit by the order of
-its layers. An export copies a decoder of the same order, `export/shipped/dumo_taef2.py`.
+`Taef2` is the spec of the codec, and `Taef2.open` loads the weights into a `TinyAutoencoder`, whose layer order is that
+of the published file. An export copies a decoder with the same layer order, `export/shipped/dumo_taef2.py`.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from dumo.io.read import user_path
 from dumo.io.tensor_files import compare, load, whole_digest
 
 WIDTH = 64  # channels inside the net
-TAEF2_WEIGHTS = "dumo:cifar10-trained/taef2.safetensors"  # they come with dumo
+TAEF2_WEIGHTS = "dumo:cifar10-trained/taef2.safetensors"  # bundled with dumo
 
 
 class Taef2(CodecSpec):
@@ -34,7 +34,7 @@ class Taef2(CodecSpec):
     }
 
     def open(self, device: str | torch.device = "cpu") -> LoadedCodec:
-        """Read the weights. Raises UserError where they are missing, damaged or of another net."""
+        """Load the weights. Raises UserError if they are missing, damaged or of another net."""
         file = user_path(self.weights, FIELD)
         fix = f"It is taef2 of github.com/madebyollin/taesd: set {FIELD} to its file"
         sha256 = whole_digest(file, fix)
@@ -49,10 +49,10 @@ class Taef2(CodecSpec):
 
 
 class TinyAutoencoder(nn.Module):
-    """Encoder and decoder. A pixel of the latent stands for 8 x 8 pixels of the image."""
+    """Encoder and decoder, with a downsampling factor of 8."""
 
     def __init__(self, channels: int) -> None:
-        """For latents of `channels` channels."""
+        """Create the net for latents with `channels` channels."""
         super().__init__()
         self.encoder = nn.Sequential(
             _conv(3, WIDTH),
@@ -110,20 +110,20 @@ class TaesdBlock(nn.Module):
 
 
 class Clamp(nn.Module):
-    """3 tanh(x / 3): a soft bound on latents that are decoded."""
+    """3 tanh(x / 3), a soft bound on the decoder's input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Bound each number of x; the shape stays."""
+        """Bound each number of x."""
         return 3 * torch.tanh(x / 3)
 
 
 def _three_blocks(*, has_pool: bool = False) -> list[TaesdBlock]:
-    """The blocks at one resolution."""
+    """Return the blocks at one resolution."""
     return [TaesdBlock(has_pool=has_pool) for _ in range(3)]
 
 
 def _pool_branch() -> nn.Sequential:
-    """A group norm at four times the width, which sees all of an image. It keeps the shape (b, WIDTH, h, w)."""
+    """Return a branch with a group norm at four times the width. It keeps the shape (b, WIDTH, h, w)."""
     wide = 4 * WIDTH
     return nn.Sequential(
         nn.Conv2d(WIDTH, wide, 1, bias=False),
@@ -134,15 +134,15 @@ def _pool_branch() -> nn.Sequential:
 
 
 def _upsampling() -> list[nn.Module]:
-    """Layers that double height and width."""
+    """Return layers that double height and width."""
     return [nn.Upsample(scale_factor=2), nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False)]
 
 
 def _halving_conv() -> nn.Conv2d:
-    """A 3 x 3 convolution that halves height and width."""
+    """Return a 3 x 3 convolution that halves height and width."""
     return nn.Conv2d(WIDTH, WIDTH, 3, stride=2, padding=1, bias=False)
 
 
 def _conv(inputs: int, outputs: int) -> nn.Conv2d:
-    """A 3 x 3 convolution from `inputs` to `outputs` channels that keeps height and width."""
+    """Return a 3 x 3 convolution from `inputs` to `outputs` channels that keeps height and width."""
     return nn.Conv2d(inputs, outputs, 3, padding=1)

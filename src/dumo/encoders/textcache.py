@@ -1,21 +1,21 @@
-"""A cache of encoded texts on disk: a row is found by the encoder and by the text itself.
+"""Cache encoded texts on disk, by encoder and text.
 
-    ROOT/gemma2-0123456789abcdef/                     an encoder, used in one way (`identity_of`)
+    ROOT/gemma2-0123456789abcdef/                     an encoder and its settings (`identity_of`)
     ROOT/gemma2-0123456789abcdef/fedcba9876543210/    a table of texts (`dumo.io.table`), by the hash of these texts
-        texts.jsonl                                   the texts, a string of JSON per line
+        texts.jsonl                                   the texts, one JSON string per line
 
-`fill_cache` encodes the texts that no table has, into one more table. If it is interrupted, the same texts are missing
-the next time, so the same table is completed. An edited caption is a text that is missing; another encoder has another
-folder. So no row is ever stale, and data sets and runs share one root.
+`fill_cache` encodes the texts that no table has into a new table. After an interruption the same texts are missing, so
+the same table is completed. A changed caption is a new text, and a changed encoder has a new folder. So no row is ever
+stale, and data sets and runs share one root.
 
-`open_tables` opens what is finished, and `find_rows` finds texts in it. A shard has these columns, with the tokens of
-all its rows one after the other:
+`open_tables` opens the finished tables, and `find_rows` finds texts in them. A shard has these columns, where the
+tokens of all rows are concatenated:
 
     tokens     embeddings (m, d)
     lengths    the number of tokens of each row
-    mask       True on tokens, False on padding (m,); only if the model reads padding, which is left out otherwise
-    pooled     an embedding (p,) of each whole text, if the encoder makes one
-    source     the latent (c, h, w) of the image that a caption edits, zeros for none; only if captions edit images
+    mask       True on tokens, False on padding (m,); only if the model attends to padding
+    pooled     a pooled embedding (p,) of each text, if the encoder has one
+    source     the latent (c, h, w) of the image that a caption edits, or zeros; only if captions edit images
 """
 
 import json
@@ -52,32 +52,32 @@ StoredRow = dict[str, Tensor]
 
 
 class TextIndex(TableIndex):
-    """What index.json says of a table of encoded texts."""
+    """The content of index.json for a table of encoded texts."""
 
     noun: ClassVar[str] = "table of texts"
     remake_hint: ClassVar[str] = "train the run again or start dumo encode, which encode what is damaged again"
     encoder: dict[str, Any]  # the encoder's fields without its folder
-    identity: str  # of the encoder, as `identity_of`
-    digest: str  # of the texts in their order
+    identity: str  # the encoder's, from `identity_of`
+    digest: str  # of the texts, in order
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of stored tokens."""
+        """The dtype of stored tokens."""
         return self.columns["tokens"].torch_dtype
 
 
 @dataclass(frozen=True)
 class SourceImages:
-    """The images that captions edit, as latents of the data's autoencoder."""
+    """The images that captions edit, as latents."""
 
-    shape: tuple[int, ...]  # of a latent: channels, height, width
-    identity: str  # of the autoencoder's weights, and of how images are brought to its size
-    read_latents: Callable[[Sequence[str]], Float[Tensor, "b c h w"]]  # of images, by their SHA-256
+    shape: tuple[int, ...]  # (channels, height, width) of a latent
+    identity: str  # of the autoencoder's weights and the resizing
+    read_latents: Callable[[Sequence[str]], Float[Tensor, "b c h w"]]  # takes the SHA-256 of images
 
     def latents_of(self, captions: Sequence[str]) -> Float[Tensor, "b c h w"]:
-        """Return the latent of the image that each caption edits; zeros for a caption that edits none."""
+        """Return the latent of the image that each caption edits, or zeros if it does not edit an image."""
         latents = torch.zeros(len(captions), *self.shape)
-        rows: list[int] = []  # of captions that edit an image
+        rows: list[int] = []  # the captions that edit an image
         hashes: list[str] = []
         for row, caption in enumerate(captions):
             _, sha256 = split_caption(caption)
@@ -91,14 +91,14 @@ class SourceImages:
 
 @dataclass(frozen=True)
 class TextTable:
-    """A finished table of texts, open to read. Shards are mapped into memory when a row of theirs is read."""
+    """A finished table of texts. A shard is memory-mapped when one of its rows is read."""
 
     folder: Path
     index: TextIndex
 
     @cached_property
     def texts(self) -> tuple[str, ...]:
-        """The texts in the order of the rows. Raises UserError if they are not those that were encoded."""
+        """The texts in the order of the rows. Raises UserError if they do not match the digest in the index."""
         file = self.folder / TEXTS
         fix = f"remove {self.folder}, and its texts are encoded again"
         try:
@@ -119,7 +119,7 @@ class TextTable:
         return tuple(lengths)
 
     def row(self, row: int) -> StoredRow:
-        """Return a row, in the types in which it is stored."""
+        """Return a row, in its stored dtypes."""
         number = bisect_right(self._shards.first_rows, row) - 1
         row_in_shard = row - self._shards.first_rows[number]
         shard, token_ends = self._read_shard(number)
@@ -131,7 +131,7 @@ class TextTable:
         return stored
 
     def is_damaged(self, *, rank: int = 0, world: int = 1, deep: bool = False) -> bool:
-        """Whether a shard of this rank is missing or of another size; `deep`: or has another checksum."""
+        """Whether a shard of this rank is missing or has the wrong size or, if `deep`, the wrong checksum."""
         return any(shard.fault(self.folder, deep=deep) for shard in self.index.shards[rank::world])
 
     @cached_property
@@ -140,7 +140,7 @@ class TextTable:
 
     @cached_property
     def _read_shard(self) -> Callable[[int], tuple[Mapping[str, Tensor], list[int]]]:
-        """A function from a shard's number to its columns, and to where each of its rows ends in `tokens`."""
+        """A function that maps a shard's number to its columns and the end of each row in `tokens`."""
 
         @lru_cache(MAX_MAPPED)
         def read_shard(number: int) -> tuple[Mapping[str, Tensor], list[int]]:
@@ -151,10 +151,10 @@ class TextTable:
 
 
 def identity_of(encoder: EncoderSpec, sources: str = "") -> str:
-    """Return the name of an encoder's folder in a cache: its architecture, and a hash of all that decides its rows.
+    """Return the name of an encoder's folder in a cache: its architecture and a hash of everything its rows depend on.
 
-    That is its weights, its tokenizer and its fields without the place of its files; and `sources`, the identity of the
-    images that captions edit. Reads the files of the encoder. Raises UserError if they are missing.
+    The hash covers its weights, its tokenizer, its fields but the path, and `sources`, the identity of the images that
+    captions edit. Reads the files of the encoder. Raises UserError if they are missing.
     """
     fields = json.dumps(_encoder_fields(encoder), sort_keys=True)
     name = f"{encoder.model_type()}-{digest.short(encoder.files_hash(), fields)}"
@@ -162,9 +162,9 @@ def identity_of(encoder: EncoderSpec, sources: str = "") -> str:
 
 
 def find_identity(root: Path, encoder: EncoderSpec) -> str | None:
-    """Return the only folder of a cache that an encoder with these fields filled, whatever its weights.
+    """Return the only folder of a cache that was filled by an encoder with these fields, whatever its weights.
 
-    For a machine that has the cache and not the encoder. None if there is no such folder, or there are several.
+    This is for a machine that has the cache but not the encoder. Returns None if there is no or more than one match.
     """
     fields = _encoder_fields(encoder)
     found = {index.identity for folder in root.glob("*") for index in _read_indices(folder) if index.encoder == fields}
@@ -180,7 +180,7 @@ def open_tables(folder: Path) -> list[TextTable]:
 
 
 def find_rows(tables: Sequence[TextTable], texts: Sequence[str]) -> Int64[Tensor, "n 2"]:
-    """Return the number of the table and of the row of each of the distinct texts; -1 and -1 of one that is missing."""
+    """Return the table number and row number of each of the distinct texts, or (-1, -1) if it is missing."""
     number_of_text = {text: number for number, text in enumerate(texts)}
     places = torch.full((len(texts), 2), -1, device="cpu")
     for table_number, text_table in enumerate(tables):
@@ -197,12 +197,12 @@ def find_rows(tables: Sequence[TextTable], texts: Sequence[str]) -> Int64[Tensor
 
 
 def used_tables(tables: Sequence[TextTable], places: Int64[Tensor, "n 2"]) -> list[TextTable]:
-    """Return the tables that have some of the texts at these places (`find_rows`)."""
+    """Return the tables that are referenced by the result of `find_rows`."""
     return [tables[number] for number in places[:, 0].unique().tolist() if number >= 0]
 
 
 def is_filled(folder: Path, texts: Sequence[str], *, deep: bool) -> bool:
-    """Whether the folder of an encoder has all of the distinct texts, and no shard is damaged (`fill_cache`)."""
+    """Whether an encoder's folder has all of the distinct texts and no damaged shard (see `fill_cache`)."""
     tables = open_tables(folder)
     places = find_rows(tables, texts)
     if (places < 0).any():
@@ -222,12 +222,12 @@ def fill_cache(
     device: torch.device | str = "cpu",
     bar: Bar = no_bar,
 ) -> MakeResult:
-    """Encode those of the distinct texts that the folder of an encoder lacks, and its damaged shards again.
+    """Encode the distinct texts that an encoder's folder lacks, and re-encode its damaged shards.
 
-    Each rank makes its shards, and ranks need not run at once. The encoder is opened if there is anything to encode,
-    and let go of at the end. `deep` compares all shards with their checksums; otherwise a missing shard and one of
-    another size are damaged. Warns if texts are cut. Raises UserError as opening the encoder does, and for an embedding
-    that is too large for its type; Stopped after a signal; and as `dumo.io.table.make_shards`.
+    Each rank encodes its own shards, and ranks need not run at the same time. The encoder is loaded only if there is
+    something to encode, and freed at the end. A shard is damaged if it is missing or has the wrong size or, if `deep`,
+    the wrong checksum. Warns of truncated texts. Raises UserError as opening the encoder does and for an embedding that
+    overflows its dtype, Stopped after a signal, and as `dumo.io.table.make_shards`.
     """
     tables = open_tables(folder)
     places = find_rows(tables, texts)
@@ -271,16 +271,16 @@ def fill_cache(
 
 @dataclass(frozen=True)
 class _TableMaker:
-    """Encodes the texts of a table, shard by shard."""
+    """Encodes the texts of one table, shard by shard."""
 
     texts: Sequence[str]
     spec: EncoderSpec
     encoder: LoadedEncoder
     sources: SourceImages | None
-    cut_texts: list[str]  # collects the texts that are cut
+    cut_texts: list[str]  # collects truncated texts
 
     def plan(self, identity: str) -> TextIndex:
-        """Plan the table, before any shard is made. Sizes are those of the encoded empty text."""
+        """Return the index before any shard is made, with column sizes from encoding the empty text."""
         spec = self.spec
         empty_text = self.encoder([""])
         columns = {
@@ -303,9 +303,9 @@ class _TableMaker:
         )
 
     def make_shard(self, index: TextIndex, number: int, report: Callable[[int], None]) -> Mapping[str, Tensor]:
-        """Return the columns of a shard. `report` is called with the number of its rows that are done.
+        """Return the columns of a shard. Calls `report` with the number of finished rows.
 
-        Batches begin with the shard, so it does not matter which rank makes it.
+        Batches do not cross shards, so the result does not depend on the rank.
         """
         span = index.span(number)
         batches: list[dict[str, Tensor]] = []
@@ -323,22 +323,22 @@ class _TableMaker:
         return to_stored_types(table.concatenate(batches), dtypes)
 
     def dump_texts(self) -> bytes:
-        """The content of texts.jsonl."""
+        """Return the content of texts.jsonl."""
         return "".join(f"{json.dumps(text, ensure_ascii=False)}\n" for text in self.texts).encode()
 
 
 def _tick_behind(tick: Tick, rows_before: int, done: int, note: str) -> None:
-    """Report the rows of a table that are done, behind those of the tables before."""
+    """Report the finished rows of a table, added to the rows of the tables before it."""
     tick(rows_before + done, note)
 
 
 def encode_captions(encoder: LoadedEncoder, captions: Sequence[str]) -> Embeddings:
-    """Encode the texts of captions, padded to the longest."""
+    """Encode the texts of captions, padded to the longest text."""
     return encoder([split_caption(caption)[0] for caption in captions])
 
 
 def to_columns(rows: Embeddings, *, keeps_padding: bool) -> dict[str, Tensor]:
-    """The columns of a shard with some rows. Padding is left out, or kept with the column `mask` if `keeps_padding`."""
+    """Convert rows to columns of a shard. Drops padding unless `keeps_padding`, which adds the column `mask`."""
     is_stored = torch.ones_like(rows.mask) if keeps_padding else rows.mask  # (b, l)
     columns = {"lengths": is_stored.sum(1), "tokens": rows.tokens[is_stored]}
     if keeps_padding:
@@ -349,7 +349,7 @@ def to_columns(rows: Embeddings, *, keeps_padding: bool) -> dict[str, Tensor]:
 
 
 def to_stored_types(columns: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """Convert columns to the types in which they are stored. Raises UserError if a value is not finite there."""
+    """Convert columns to their stored dtypes. Raises UserError if a converted value is not finite."""
     stored = {name: column.to(dtypes[name]) for name, column in columns.items()}
     for column in stored.values():
         if not column.isfinite().all():
@@ -359,19 +359,19 @@ def to_stored_types(columns: Mapping[str, Tensor], dtypes: Mapping[str, torch.dt
 
 
 def cut_place(spec: EncoderSpec) -> str:
-    """Where an encoder cuts texts, in words. The tokenizers of a pipeline may each cut elsewhere."""
+    """Describe where an encoder truncates texts, for messages. A pipeline's tokenizers may have different limits."""
     if isinstance(spec, PromptReaderSpec):
         return "where the pipeline cuts texts"
     return f"at {spec.length} tokens"
 
 
 def _encoder_fields(encoder: EncoderSpec) -> dict[str, Any]:
-    """The fields of an encoder that decide its rows: all but its folder, which may move."""
+    """Return the fields of an encoder that its rows depend on: all but its folder, which may move."""
     return encoder.model_dump(mode="json", exclude={"source"})
 
 
 def _read_indices(folder: Path) -> list[TextIndex]:
-    """The indices of the tables in an encoder's folder, finished or not. Raises UserError if one is damaged."""
+    """Read the indices of all tables in an encoder's folder. Raises UserError if one is damaged."""
     indices: list[TextIndex] = []
     for file in sorted(folder.glob(f"*/{FILE}")):
         index = table.read_index(file.parent, TextIndex)

@@ -1,11 +1,10 @@
-"""Encodes texts on demand: prompts of sampling, and captions of a run that has too many for a cache on disk.
+"""Encode texts on demand: prompts when sampling, and captions of data sets too large for the cache on disk.
 
-The encoder is opened at the first call. A row must have the bits that it would have in the cache, so whatever surrounds
-the caller must not reach the encoder:
+The encoder is loaded at the first call. A row must be bit-identical to the row in the cache, so the caller's settings
+must not affect the encoder:
 
-- Autocast and derivatives belong to a thread. So a thread of its own encodes.
-- Attention kernels and the rounding of matrix products belong to the process. So the caller waits, and meanwhile they
-  are set as for filling the cache.
+- Autocast and autograd modes are per thread, so a separate thread encodes.
+- Attention kernels and matmul precision are global, so the caller waits while they are set as for filling the cache.
 """
 
 from collections import OrderedDict
@@ -34,7 +33,7 @@ from dumo.encoders.transformers_text import Embeddings
 from dumo.flow.precision import product_precision
 from dumo.types import UserError
 
-# all kernels of attention, as torch chooses from if nothing restricts it
+# All attention kernels, which is torch's default.
 _ATTENTION_KERNELS = [
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
@@ -44,30 +43,30 @@ _ATTENTION_KERNELS = [
 
 
 class TextReader:
-    """Encodes texts by an encoder that is opened at the first call, and that all nets of the process share."""
+    """Encodes texts with an encoder that is loaded at the first call and shared by all nets of the process."""
 
     def __init__(self, spec: EncoderSpec, identity: str, num_kept: int) -> None:
-        """Name the encoder by its spec, and by its identity in the cache (`identity_of`).
+        """Take the encoder's spec, and its identity in the cache (`identity_of`).
 
-        `num_kept` is the number of rows to keep, those that were used last. An encoder of which rows are kept is used
-        in every training step, so it stays on the device; with 0 it lies on the host between calls.
+        The `num_kept` most recently used rows are kept in memory. If `num_kept` is positive, the encoder is used in
+        every training step and stays on the device; if 0, it is moved to the CPU between calls.
         """
         self.spec = spec
         self.identity = identity
         self.num_kept = num_kept
         self.encoder: LoadedEncoder | None = None
-        self.kept_rows = OrderedDict[str, StoredRow]()  # by text, the last used at the end
+        self.kept_rows = OrderedDict[str, StoredRow]()  # by text, least recently used first
         self.thread = ThreadPoolExecutor(1, "texts", torch.set_num_threads, (torch.get_num_threads(),))
-        self.has_warned = False  # that a text is cut
+        self.has_warned = False  # about truncated texts
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TextReader":
-        """Return itself: a net and its averages share the encoder."""
+        """Return self, because a net and its EMA copies share the encoder."""
         return self
 
     def __call__(self, texts: Sequence[str], device: torch.device) -> list[StoredRow]:
-        """Return the rows of texts, on the CPU. Those that are not kept are encoded on `device`.
+        """Return the rows of texts, on the CPU. Rows that are not in memory are encoded on `device`.
 
-        Raises UserError if the encoder is missing or another than that of the identity, or its values are not finite.
+        Raises UserError if the encoder is missing or does not match the identity, or its output is not finite.
         """
         new_texts = [text for text in dict.fromkeys(texts) if text not in self.kept_rows]
         if new_texts:
@@ -82,7 +81,7 @@ class TextReader:
         return rows
 
     def require_identity(self) -> None:
-        """Raise UserError if the encoder is missing, or is another than that of the identity."""
+        """Raise UserError if the encoder is missing or does not match the identity."""
         if not self.identity.startswith(identity_of(self.spec)):
             raise UserError(
                 f"net.texts: the text encoder in {self.spec.source} is not {self.identity}, the one that the run was "
@@ -90,7 +89,7 @@ class TextReader:
             )
 
     def _encode(self, texts: Sequence[str], device: torch.device) -> list[StoredRow]:
-        """Encode texts. Runs in the thread, and raises as `__call__`."""
+        """Encode texts in the reader's thread. Raises as `__call__`."""
         spec = self.spec
         if self.encoder is None:
             self.require_identity()
@@ -113,12 +112,12 @@ class TextReader:
         return rows
 
 
-# by spec, identity and number of rows: the nets of a process share an encoder
+# Readers by spec, identity and number of rows, because the nets of a process share an encoder.
 _OPEN_READERS = WeakValueDictionary[str, TextReader]()
 
 
 def shared_reader(spec: EncoderSpec, identity: str, num_kept: int) -> TextReader:
-    """The reader of an encoder, one for all nets of the process. The encoder is not opened yet."""
+    """Return the reader of an encoder, which all nets of the process share. Does not load the encoder."""
     key = f"{spec.model_dump_json()} {identity} {num_kept}"
     reader = _OPEN_READERS.get(key)
     if reader is None:
@@ -128,7 +127,7 @@ def shared_reader(spec: EncoderSpec, identity: str, num_kept: int) -> TextReader
 
 
 def _split_rows(embeddings: Embeddings, spec: EncoderSpec) -> list[StoredRow]:
-    """The rows of a batch, in the types in which the cache stores them."""
+    """Split a batch into rows, in the dtypes of the cache."""
     keeps_padding = isinstance(spec, PromptReaderSpec) and spec.padded
     rows: list[StoredRow] = []
     for i in range(len(embeddings.tokens)):

@@ -1,10 +1,10 @@
-"""The library transformers for all encoders: its import, models loaded from folders, and its silence.
+"""Import transformers, load its models from folders, and silence its output.
 
-- `import_transformers` imports it, or says how to install it.
-- `load_model` loads a model from a folder, by the name of its class.
-- `quietly` silences it, or diffusers, in a block.
+- `import_transformers` imports the library, or raises an error with the command to install it.
+- `load_model` loads a model from a folder by its class name.
+- `quietly` silences transformers or diffusers inside a block.
 
-Nothing here fetches a model, reads a pickle or runs code that comes with weights.
+Nothing here downloads a model, reads a pickle or runs code that comes with weights.
 """
 
 from collections.abc import Generator
@@ -23,15 +23,15 @@ CONFIG = "config.json"  # the name of a model's settings in its folder
 
 
 def import_transformers(field: str) -> Any:  # noqa: ANN401, a module
-    """Import the library transformers for a `field` of a run. Raises UserError as `require`."""
+    """Import transformers, which a `field` of run.yaml needs. Raises UserError as `require`."""
     return require("transformers", "text", field)
 
 
 def load_model(folder: Path, class_name: str, field: str, hint: str) -> Any:  # noqa: ANN401, a model of transformers
-    """Load a model of this class of transformers from a folder, in evaluation mode, in float32, on the CPU.
+    """Load a transformers model of this class from a folder, in evaluation mode, in float32, on the CPU.
 
-    Raises UserError, which names the field and ends in the hint, for a pickle, for damaged weights, and if a weight is
-    missing: transformers would draw it at random.
+    Raises UserError for a pickle, for damaged weights, and if a weight is missing, because transformers would initialize
+    it at random. The message names the field and ends with the hint.
     """
     transformers = import_transformers(field)
     part_weights = require_weights(folder, TRANSFORMERS, field, hint)
@@ -47,9 +47,9 @@ def load_model(folder: Path, class_name: str, field: str, hint: str) -> Any:  # 
 
 @contextmanager
 def quietly(library: str = "transformers") -> Generator[None, None, None]:
-    """Make a library, transformers or diffusers, show neither progress bars nor warnings inside the block.
+    """Disable the progress bars and warnings of transformers or diffusers inside the block.
 
-    The settings are those of the whole process: other threads are silenced, too, until the block ends.
+    The settings are global, so other threads are silenced as well.
     """
     logging = import_module(f"{library}.utils.logging")
     level = logging.get_verbosity()

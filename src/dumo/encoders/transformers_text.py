@@ -1,13 +1,12 @@
-"""Texts through a pretrained text encoder, from a folder of transformers: an embedding for every token.
+"""Encode texts with a pretrained transformers text encoder: an embedding for every token.
 
-`TextEncoder` is the spec, a part of run.yaml. Making one reads no disk; its methods do:
+`TextEncoder` is the spec in run.yaml. The order of events:
 
-1. `TextEncoder.find_folder` finds the folder and chooses the weights in it, as an `EncoderFolder`.
-2. `TextEncoder.open` does so, refuses damaged weights, and loads tokenizer and model onto a device, as an
-   `EncoderModel`.
+1. `TextEncoder.find_folder` finds the folder and chooses its weights, as an `EncoderFolder`.
+2. `TextEncoder.open` calls it, refuses damaged weights, and loads the tokenizer and the model as an `EncoderModel`.
 3. A call of the `EncoderModel` turns texts into `Embeddings`. `dumo.encoders.textcache` keeps them on disk.
 
-`dumo.encoders.encode_prompt` is for the text encoders of a pipeline; its spec has `open` and `model_type`, too.
+`dumo.encoders.encode_prompt` does the same for the text encoders of a diffusers pipeline.
 """
 
 import re
@@ -31,10 +30,10 @@ from dumo.io.read import read_json
 from dumo.runtime.limits import TOKENS
 from dumo.types import HUB_MODEL, PLACE, Spec, UserError
 
-_FIELD = "net.texts.encoder.source"  # of a run, for messages
+_FIELD = "net.texts.encoder.source"  # the field of run.yaml, for messages
 _HINT = f"name a text encoder on the Hugging Face Hub, OWNER/NAME, or a folder with {CONFIG} and {TRANSFORMERS_FILE}"
-# Classes of transformers by the model_type of config.json, for models whose text encoder has a class of its own: they
-# leave out the decoder of T5, and the half of CLIP that reads images.
+# Transformers classes by the model_type of config.json, for models whose text encoder has its own class. They load no
+# T5 decoder and no CLIP vision tower.
 _CLASS_BY_MODEL_TYPE = {
     "t5": "T5EncoderModel",
     "mt5": "MT5EncoderModel",
@@ -42,18 +41,18 @@ _CLASS_BY_MODEL_TYPE = {
     "clip_text_model": "CLIPTextModel",
     "clip": "CLIPTextModel",
 }
-_PROJECTED_CLASS = "CLIPTextModelWithProjection"  # embeds a whole text as CLIP compares it with images, too
+_PROJECTED_CLASS = "CLIPTextModelWithProjection"  # also returns CLIP's projected text embedding
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Texts as a net takes them: b texts of l tokens, with padding."""
+    """The text inputs of a net: b texts of l tokens, with padding."""
 
     # (b, l, d): embeddings. (b, l): ids of tokens, where an encoder is trained with the net (`ByteTokenizer`).
     tokens: Shaped[Tensor, "b l *d"]
     mask: Bool[Tensor, "b l"]  # False on padding
     pooled: Float[Tensor, "b p"] | None  # an embedding of each whole text
-    cut_texts: tuple[str, ...] = ()  # those of the texts that are longer than the encoder reads
+    cut_texts: tuple[str, ...] = ()  # the truncated texts
 
 
 class TextEncoder(Spec):
@@ -81,20 +80,20 @@ class TextEncoder(Spec):
         return template
 
     def find_folder(self) -> "EncoderFolder":
-        """The encoder's folder, and the weights that are opened there.
+        """Find the encoder's folder and choose its weights.
 
-        Raises UserError if there is no folder, or it has no weights or pickled ones.
+        Raises UserError if there is no folder, or it has no weights or only pickles.
         """
         source_folder = hub.path_of(self.source, _FIELD, _choose_files)
         if not source_folder.is_dir():
             raise UserError(f"{_FIELD}: there is no folder {self.source}: {_HINT}")
         folder = source_folder
         if not (folder / CONFIG).is_file():
-            folder = source_folder / "text_encoder"  # of a pipeline
+            folder = source_folder / "text_encoder"  # a pipeline
         return EncoderFolder(folder, require_weights(folder, TRANSFORMERS, _FIELD, _HINT))
 
     def model_type(self) -> str:
-        """The name of the encoder's architecture. Raises UserError as `find_folder`."""
+        """Return the name of the encoder's architecture. Raises UserError as `find_folder`."""
         return self.find_folder().model_type
 
     def files_hash(self) -> str:
@@ -103,7 +102,7 @@ class TextEncoder(Spec):
         return digest.short(folder.weights.sha256(), tokenizer_hash(folder.tokenizer_path))
 
     def require_tokenizers(self) -> None:
-        """Raise UserError as `find_folder`, where the tokenizer cannot be loaded, and where `skip` cuts the text."""
+        """Raise UserError as `find_folder`, if the tokenizer cannot be loaded, or if `skip` drops text tokens."""
         tokenizer = self._load_tokenizer(self.find_folder())
         if self.skip:
             tokens_before_text = tokenizer.count_tokens_before_text()
@@ -124,15 +123,15 @@ class TextEncoder(Spec):
         return EncoderModel(spec=self, tokenizer=tokenizer, model=model.to(device), device=torch.device(device))
 
     def _load_tokenizer(self, folder: "EncoderFolder") -> LoadedTokenizer:
-        """Load the tokenizer. A text is cut behind its `length` tokens and those that are skipped.
+        """Load the tokenizer, which truncates texts at `length + skip` tokens.
 
-        Raises UserError where it is missing or cannot be loaded.
+        Raises UserError if it is missing or cannot be loaded.
         """
         return load_tokenizer(folder.tokenizer_path, self.length + self.skip, self.template)
 
 
 def _choose_files(files: Collection[str]) -> list[str]:
-    """Choose what is read of a repository: a model of transformers, or the text encoder of a pipeline."""
+    """Choose the files to download: a transformers model, or the text encoder and tokenizer of a pipeline."""
     if CONFIG in files:
         return choose_files(files, name=TRANSFORMERS)
     return [*choose_files(files, "text_encoder", TRANSFORMERS), *choose_files(files, "tokenizer")]
@@ -140,14 +139,14 @@ def _choose_files(files: Collection[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class EncoderFolder:
-    """The folder of a text encoder, as it was found on disk."""
+    """The folder of a text encoder, and its weight files."""
 
     path: Path
     weights: PartWeights
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        """What config.json holds. Raises UserError for a damaged one."""
+        """The content of config.json. Raises UserError if it is damaged."""
         return read_json(self.path / CONFIG)
 
     @property
@@ -156,16 +155,16 @@ class EncoderFolder:
         return self._config["model_type"]
 
     def class_name(self, *, pooled: bool) -> str:
-        """The class of transformers that loads the encoder; if `pooled`, one that embeds whole texts, too."""
-        if pooled and _PROJECTED_CLASS in str(self._config.get("architectures")):  # a list of names, if it is there
+        """Return the transformers class that loads the encoder, and returns pooled embeddings if `pooled`."""
+        if pooled and _PROJECTED_CLASS in str(self._config.get("architectures")):  # a list of names, or None
             return _PROJECTED_CLASS
         return _CLASS_BY_MODEL_TYPE.get(self.model_type, "AutoModel")
 
     @property
     def tokenizer_path(self) -> Path:
-        """The folder of the tokenizer: the encoder's, or in a pipeline the one next to it.
+        """The folder of the tokenizer: the encoder's own, or in a pipeline its sibling.
 
-        In a pipeline, tokenizer is next to text_encoder, and tokenizer_2 next to text_encoder_2.
+        In a pipeline, tokenizer belongs to text_encoder, and tokenizer_2 to text_encoder_2.
         """
         if (self.path / "tokenizer_config.json").is_file():
             return self.path
@@ -176,7 +175,7 @@ class EncoderFolder:
 
 @dataclass
 class EncoderModel:
-    """A text encoder with its weights and its tokenizer."""
+    """A loaded text encoder and its tokenizer."""
 
     spec: TextEncoder
     tokenizer: LoadedTokenizer
@@ -193,23 +192,22 @@ class EncoderModel:
     def __call__(self, texts: Sequence[str]) -> Embeddings:
         """Return the embeddings of texts, in float32 on the CPU.
 
-        All are padded to the tokens of the longest text, or to the spec's `length` if its `pad` is set. The spec's
-        `skip` first tokens are left out.
+        They are padded to the longest text, or to `length` if `pad` is set, and the first `skip` tokens are dropped.
 
-        Raises UserError if `skip` leaves no token of a text, or the encoder makes no embedding of a whole text.
+        Raises UserError if `skip` leaves no token of a text, or the encoder has no pooled output.
         """
         spec = self.spec
         token_ids, padding_mask = self.tokenizer(texts, fills_length=spec.pad)
         inputs: dict[str, Tensor] = {"input_ids": token_ids.to(self.device)}
         if spec.pad:
-            mask = torch.ones_like(padding_mask)  # padding is read and kept as tokens are
+            mask = torch.ones_like(padding_mask)  # the encoder attends to padding
         else:
             mask = padding_mask
             inputs["attention_mask"] = padding_mask.long().to(self.device)
 
         with using(spec.precision, self.device):
             output = self.model(**inputs, output_hidden_states=spec.layer != -1)
-        # The states are of the embedding of tokens, then of each layer.
+        # hidden_states begins with the token embeddings, followed by the output of each layer.
         states = output.last_hidden_state if spec.layer == -1 else output.hidden_states[spec.layer]
 
         kept_tokens = states[:, spec.skip :].float().cpu()
@@ -220,7 +218,7 @@ class EncoderModel:
         return Embeddings(kept_tokens, kept_mask, pooled, self.tokenizer.cut_texts(texts))
 
     def _pooled(self, output: Any) -> Float[Tensor, "b p"]:  # noqa: ANN401, an output of transformers
-        """The embedding of each whole text. Raises UserError where the encoder makes none."""
+        """Return the pooled embedding of each text. Raises UserError if the encoder has no pooled output."""
         for name in ("text_embeds", "pooler_output"):
             pooled = getattr(output, name, None)
             if isinstance(pooled, Tensor):

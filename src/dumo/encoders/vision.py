@@ -1,19 +1,18 @@
-"""Models of images by transformers: DINOv2 (Oquab et al. 2023, arXiv 2304.07193) and CLIP (Radford et al. 2021).
+"""Compute image features with transformers: DINOv2 (Oquab et al. 2023, arXiv 2304.07193) and CLIP (Radford et al. 2021).
 
-A model is in a folder of the user's own, as transformers saves it. `load` reads one into an `ImageEncoder`, which turns
-images into `ImageFeatures`; `FEATURE_MODELS` says of each kind of features which model makes it. `load_clip` reads a
-CLIPModel into a `Clip`, which says by a cosine how well an image fits a text.
+The user provides the model as a transformers folder. `load` returns an `ImageEncoder`, which computes `ImageFeatures`;
+`FEATURE_MODELS` has the model of each kind of features. `load_clip` returns a `Clip`, which computes CLIP scores.
 
 To add a kind of features, add a row to `FEATURE_MODELS`, and its preprocessing to `ImageEncoder`.
 
-Preprocessing is fixed here, as in the code of those who judge by these models, whatever else is installed:
+Preprocessing is fixed here as in the reference implementations of the metrics, independent of installed versions:
 
-- `dinov2`, as dgm-eval (Stein et al. 2023): the whole image brought to 224 x 224 by Pillow, bicubic, whatever its
-  shape; the class token behind the last norm. Positions are interpolated as in the published model, to (16 + 0.1) / 37
-  of the grid, where transformers takes 16 / 37.
-- `cmmd`, as CMMD (Jayasumana et al. 2024): the middle square brought to the model's side by Pillow, bicubic; the
-  projected embedding, of length 1.
-- `Clip`, as transformers has it: Pillow brings the shorter side to the model's, bicubic, and the middle is cut out.
+- `dinov2`, as dgm-eval (Stein et al. 2023): the image is resized to 224 x 224 (Pillow, bicubic), whatever its aspect
+  ratio; features are the class token after the last norm. Position embeddings are interpolated by (16 + 0.1) / 37 as in
+  the published model, whereas transformers uses 16 / 37.
+- `cmmd`, as CMMD (Jayasumana et al. 2024): the center square is resized to the model's size (Pillow, bicubic); features
+  are the normalized projected embedding.
+- `Clip`, as transformers: the shorter side is resized to the model's size (Pillow, bicubic), then a center crop.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +44,7 @@ _DINOV2_OFFSET = 0.1  # patches: facebookresearch/dinov2, hub/backbones.py
 IMAGENET_COLOURS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation
 CLIP_COLOURS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # OpenAI's, likewise
 IMAGE_CONFIG = "preprocessor_config.json"  # of the image processor
-_PROCESSOR_CONFIG = "processor_config.json"  # of image processor and tokenizer, as of transformers 5
+_PROCESSOR_CONFIG = "processor_config.json"  # its successor in transformers 5
 _IMAGES_PER_BATCH = 64
 CLIP_HINT = (
     f"name a folder with {CONFIG}, {TRANSFORMERS_FILE} and the files of a tokenizer, as transformers saves a CLIPModel"
@@ -53,16 +52,16 @@ CLIP_HINT = (
 
 
 class FeatureModel(NamedTuple):
-    """The model of a kind of features, before it is loaded."""
+    """The model that computes a kind of features, before it is loaded."""
 
     class_name: str  # in transformers
-    model_types: tuple[str, ...]  # `model_type` in the config.json of folders that the class reads
-    colours: tuple[Colour, Colour]  # mean and deviation of colours, where a folder has none
-    resize: str  # how images are resized, in words: for reports
+    model_types: tuple[str, ...]  # accepted values of `model_type` in config.json
+    colours: tuple[Colour, Colour]  # default mean and standard deviation of colours
+    resize: str  # a description of the resizing, for reports
 
     @property
     def hint(self) -> str:
-        """What to do where a folder does not fit, for messages."""
+        """What to do if a folder holds another model, for messages."""
         return f"name a folder with {CONFIG} and {TRANSFORMERS_FILE}, as transformers saves a {self.class_name}"
 
 
@@ -83,7 +82,7 @@ FEATURE_MODELS: dict[FeatureKind, FeatureModel] = {
 
 
 class ImageFeatures(NamedTuple):
-    """Features of n images, in the fields that statistics read; no spatial features and no logits."""
+    """Features of n images, in the fields of `InceptionFeatures`, without spatial features and logits."""
 
     pool: Float[Tensor, "n d"]
     spatial: Float[Tensor, "n 0"]
@@ -92,7 +91,7 @@ class ImageFeatures(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageEncoder:
-    """A loaded model of images, and how images are preprocessed for it."""
+    """A loaded vision model and its preprocessing."""
 
     kind: FeatureKind
     folder: Path
@@ -103,7 +102,7 @@ class ImageEncoder:
 
     @cached_property
     def facts(self) -> dict[str, str]:
-        """For a report: the model, the hash of its weights, and the preprocessing."""
+        """The model, the hash of its weights, and the preprocessing, for a report."""
         config = self.model.config
         hint = FEATURE_MODELS[self.kind].hint
         colours = f"{_colour_text(self.mean)}; {_colour_text(self.deviation)}"
@@ -120,7 +119,7 @@ class ImageEncoder:
         """Return the features of n images of any size, in float32."""
         batch = pixels
         if len(pixels) == 0:
-            batch = pixels.new_zeros(1, 3, 1, 1)  # these models take no empty batch: its row is cut off below
+            batch = pixels.new_zeros(1, 3, 1, 1)  # these models reject an empty batch; the row is removed below
         model_input = self.preprocess(batch).to(self.model.device)
         with using("fp32", self.model.device):
             out: Any = self.model(pixel_values=model_input)  # of transformers
@@ -130,11 +129,11 @@ class ImageEncoder:
         return ImageFeatures(features, empty, empty)
 
     def preprocess(self, pixels: Pixels) -> Float[Tensor, "n 3 side side"]:
-        """Resize images, and scale their colours, as the model expects them."""
+        """Resize and normalize images for the model."""
         return _to_inputs(pixels, self._to_square, self.mean, self.deviation)
 
     def _to_square(self, image: Image.Image) -> Image.Image:
-        """Resize an image to a square of `side` pixels: for CMMD its middle square, else all of it."""
+        """Resize an image to `side` x `side` pixels: the center square for CMMD, otherwise the whole image."""
         if self.kind == "cmmd":
             width, height = image.size
             short = min(width, height)
@@ -145,7 +144,7 @@ class ImageEncoder:
 
 
 def _colour_text(colour: Float[Tensor, "3 1 1"]) -> str:
-    """Return red, green and blue in words, for a report."""
+    """Format red, green and blue for a report."""
     return ", ".join(f"{number:.4g}" for number in colour.flatten().tolist())
 
 
@@ -168,9 +167,9 @@ def load(folder: Path, kind: FeatureKind, field: str, device: torch.device | str
 
 
 def _interpolate_positions(model: Any, side: int) -> None:  # noqa: ANN401, of transformers
-    """Fit the position embeddings of a DINOv2 to images of `side` pixels, as the published code does at every pass.
+    """Interpolate the position embeddings of a DINOv2 to images of `side` pixels, as the published code does.
 
-    They become those of n x n patches, where the model has them for m x m.
+    The grid of m x m patches becomes one of n x n patches.
     """
     positions: Tensor = model.embeddings.position_embeddings.detach()  # (1, 1 + m * m, width), the class token first
     n = side // model.config.patch_size
@@ -185,7 +184,7 @@ def _interpolate_positions(model: Any, side: int) -> None:  # noqa: ANN401, of t
 
 @dataclass(frozen=True)
 class Clip:
-    """A loaded CLIP, and how images and texts are preprocessed for it."""
+    """A loaded CLIP and its preprocessing of images and texts."""
 
     folder: Path
     model: Any  # of transformers
@@ -201,7 +200,7 @@ class Clip:
 
     @torch.no_grad()
     def cosines(self, pixels: Pixels, texts: Sequence[str]) -> Float[Tensor, " n"]:
-        """Return the cosine of each image and its text, in float32 on the CPU. Warns of texts that are cut."""
+        """Return the cosine similarity of each image and its text, in float32 on the CPU. Warns of truncated texts."""
         if texts:
             warn_of_cuts(self.tokenizer.cut_texts(texts), f"at {self.tokenizer.length} tokens")
         batches = list[Tensor]()
@@ -214,12 +213,12 @@ class Clip:
                 "pixel_values": _to_inputs(pixels[batch], self._resize_and_crop, self.mean, self.deviation),
             }
             output = self.model(**{name: x.to(self.model.device) for name, x in inputs.items()})
-            cosines = (output.image_embeds * output.text_embeds).sum(1)  # both have length 1
+            cosines = (output.image_embeds * output.text_embeds).sum(1)  # both are normalized
             batches.append(cosines.float().cpu())
         return torch.cat([torch.zeros(0), *batches])
 
     def _resize_and_crop(self, image: Image.Image) -> Image.Image:
-        """Resize the shorter side of an image to `side` pixels, then cut out the middle, rounding as transformers."""
+        """Resize the shorter side of an image to `side` pixels, then center-crop, with the rounding of transformers."""
         side = self.side
         width, height = (side * length // min(image.size) for length in image.size)
         left = (width - side) // 2
@@ -248,7 +247,7 @@ def _to_inputs(
     mean: Float[Tensor, "3 1 1"],
     deviation: Float[Tensor, "3 1 1"],
 ) -> Float[Tensor, "n 3 side side"]:
-    """The input of a model: each image as `to_square` makes it, its colours in [0, 1] less `mean`, over `deviation`."""
+    """Return the input of a model: images resized by `to_square`, their colours in [0, 1] normalized."""
     images = pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy()
     squares = np.stack([np.asarray(to_square(Image.fromarray(image))) for image in images])
     colours = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 255
@@ -258,9 +257,9 @@ def _to_inputs(
 def _read_colours(
     folder: Path, default: tuple[Colour, Colour]
 ) -> tuple[Float[Tensor, "3 1 1"], Float[Tensor, "3 1 1"]]:
-    """Read the mean and deviation of colours from the settings of a folder's image processor.
+    """Read the mean and standard deviation of colours from a folder's image processor config.
 
-    If there are no such settings, or they lack a value, `default` has it.
+    Missing values are taken from `default`.
     """
     settings: dict[str, Any] = {}
     for name in (_PROCESSOR_CONFIG, IMAGE_CONFIG):

@@ -118,7 +118,7 @@ def save_file(exported: ExportedModel, file: Path, *, dtype: str, metadata: Mapp
 
 
 def named_tensors(exported: ExportedModel, products: list[LayerProduct]) -> dict[str, Tensor]:
-    """The tensors of a LoRA by the names that diffusers and ComfyUI read."""
+    """Return the tensors of a LoRA by the names that diffusers and ComfyUI read."""
     weights: dict[str, Tensor] = {}
     if exported.component_name == UNET:
         for path, a, b in products:
@@ -140,7 +140,7 @@ def named_tensors(exported: ExportedModel, products: list[LayerProduct]) -> dict
 
 
 def adapter_config(products: list[LayerProduct], component: str) -> dict[str, Any]:
-    """The fields of peft's `LoraConfig`, after the name of the component, with which diffusers loads a LoRA.
+    """Return the fields of peft's `LoraConfig`, after the name of the component, with which diffusers loads a LoRA.
 
     Each layer's alpha is its rank, so that its product is added as it is. Without these fields diffusers takes the most
     frequent rank as alpha of all layers, as of 0.36.
@@ -160,7 +160,7 @@ def adapter_config(products: list[LayerProduct], component: str) -> dict[str, An
 
 
 def lora_products(exported: ExportedModel) -> list[LayerProduct]:
-    """The changes of all layers: of adapted ones, then of those that were trained in full.
+    """Return the changes of all layers: of adapted ones, then of those that were trained in full.
 
     Raises UserError if the run tuned all weights, and for a change that no product holds.
     """
@@ -214,7 +214,7 @@ def _changed_layers(exported: ExportedModel) -> Iterator[tuple[str, Layer, Layer
 
 
 def change_as_product(path: str, old: Layer, new: Layer) -> LayerProduct:
-    """The exact change from the layer `old` to the layer `new`, at `path` in the model.
+    """Return the exact change from the layer `old` to the layer `new`, at `path` in the model.
 
     Of a convolution, A is a convolution with its kernel, and B one of 1 x 1 behind that.
     """

@@ -202,7 +202,7 @@ class ExportedModel:
         return _cast_copy(model, getattr(torch, self.dtype))
 
     def _start_times(self, n: int) -> list[float]:
-        """The times at which n passes begin."""
+        """Return the times at which n passes begin."""
         if self.makes_hops:
             return uniform_times(n, self.solver.start)[:-1]
         return self.solver.times(n)
@@ -297,7 +297,7 @@ def require_pipeline(exported: ExportedModel) -> StockPipeline:
 
 
 def stored_dtype(folder: Path) -> str:
-    """The dtype of most numbers of a model's weights; float32 if there are none, or it is none of DTYPES."""
+    """Return the dtype of most numbers of a model's weights; float32 if there are none, or it is none of DTYPES."""
     stored_weights = find_weights(folder, DIFFUSERS)
     if stored_weights is None:
         return "float32"

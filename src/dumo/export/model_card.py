@@ -129,7 +129,7 @@ def tuned_card(
     name: str,
     index: Mapping[str, Any] | None = None,
 ) -> str:
-    """The card of a tuned pretrained model: a folder called `name` that `from_pretrained` opens, or a LoRA.
+    """Return the card of a tuned pretrained model: a folder called `name` that `from_pretrained` opens, or a LoRA.
 
     `index` is the folder's model_index.json; None for a LoRA. A folder may consist of the model and its scheduler
     alone, which then replace those of another pipeline.
@@ -211,7 +211,7 @@ def _image_counts(data: Data) -> dict[Size, int]:
 
 
 def license_metadata(facts: Mapping[str, str]) -> dict[str, str]:
-    """The licence of a pipeline with these facts, for the YAML head of a card.
+    """Return the licence of a pipeline with these facts, for the YAML head of a card.
 
     A link to a file of the base's repository is left out, for the export does not have that file.
     """
@@ -233,7 +233,7 @@ def _is_guided(stock: StockPipeline, run: Run) -> bool:
 
 
 def _pipeline_calls(exported: ExportedModel, stock: StockPipeline) -> list[tuple[str, str]]:
-    """The arguments of each call of the pipeline as text, and a comment on it."""
+    """Return the arguments of each call of the pipeline as text, and a comment on it."""
     condition = _image_arguments(exported, stock)
     embedded = exported.net.guidance
     scale = exported.run.sample.guide.scale
@@ -253,12 +253,12 @@ def _pipeline_calls(exported: ExportedModel, stock: StockPipeline) -> list[tuple
 
 
 def _keywords(arguments: Mapping[str, Any]) -> list[str]:
-    """The keyword arguments of a call as text."""
+    """Return the keyword arguments of a call as text."""
     return [f"{name}={value}" for name, value in arguments.items()]
 
 
 def _image_arguments(exported: ExportedModel, stock: StockPipeline) -> list[str]:
-    """The arguments that ask for an image of a prompt, or of a class, at the size that the run has."""
+    """Return the arguments that ask for an image of a prompt, or of a class, at the size that the run has."""
     data = exported.run.data
     pixels = data.codec.factor if isinstance(data, Latents) else stock.pixels_per_latent
     height, width = (pixels * n for n in net_shape(data, exported.size)[1:])
@@ -279,7 +279,7 @@ def _image_arguments(exported: ExportedModel, stock: StockPipeline) -> list[str]
 
 
 def own_card(trained: TrainedRun, provenance: Provenance, name: str, *, dtype: str, has_pipeline: bool) -> str:
-    """The card of a run with a network of its own: a folder called `name`, its weights in `dtype`.
+    """Return the card of a run with a network of its own: a folder called `name`, its weights in `dtype`.
 
     `has_pipeline` says whether diffusers opens the folder, too.
     """
@@ -331,7 +331,7 @@ def _condition_argument(run: Run) -> tuple[str, str]:
 
 
 def _places_to_sample(run: Run) -> list[tuple[str, str]]:
-    """The fields by which a run names autoencoders and text encoders outside of dumo, and what they say."""
+    """Return the fields by which a run names autoencoders and text encoders outside of dumo, and what they say."""
     return [
         (field, place)
         for field, place in places(without_paths(run))
@@ -340,7 +340,7 @@ def _places_to_sample(run: Run) -> list[tuple[str, str]]:
 
 
 def label_list(run: Run) -> str:
-    """The labels of classes, with their names if they have some: "0 to 9", or "0 airplane, 1 automobile"."""
+    """Return the labels of classes, with their names if they have some: "0 to 9", or "0 airplane, 1 automobile"."""
     count = run.conditions.count
     names = run.conditions.names
     if not count:
@@ -351,7 +351,7 @@ def label_list(run: Run) -> str:
 
 
 def _render(run: Run, provenance: Provenance, name: str, *, rows: list[Any], **values: object) -> str:
-    """The body of a card: the template filled with these values and those that all cards have."""
+    """Return the body of a card: the template filled with these values and those that all cards have."""
     return (
         _templates()
         .get_template("card.md.j2")
@@ -368,7 +368,7 @@ def _render(run: Run, provenance: Provenance, name: str, *, rows: list[Any], **v
 
 
 def _with_head(body: str, metadata: dict[str, Any], name: str, provenance: Provenance, rows: list[Any]) -> str:
-    """The card with its YAML head, in which the Hub finds the main score of each row."""
+    """Return the card with its YAML head, in which the Hub finds the main score of each row."""
     results: list[EvalResult] = []
     for row in rows:
         # The first score is the one that the protocol is about.
@@ -390,19 +390,19 @@ def _with_head(body: str, metadata: dict[str, Any], name: str, provenance: Prove
 
 
 def _score_rows(provenance: Provenance) -> list[Any]:
-    """The rows of the evaluation of these weights; [] if there is none."""
+    """Return the rows of the evaluation of these weights; [] if there is none."""
     report = provenance.report
     return [*report["results"], *report["contrast"]] if report else []
 
 
 def _score_names(rows: list[Any]) -> list[str]:
-    """The names of the scores in the rows of an evaluation."""
+    """Return the names of the scores in the rows of an evaluation."""
     return [key for key in rows[0] if key not in ("nfe", "solver")] if rows else []
 
 
 @cache
 def _templates() -> jinja2.Environment:
-    """The templates in `cards`, and the filters that they use."""
+    """Return the templates in `cards`, and the filters that they use."""
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("dumo.export", "cards"),
         undefined=jinja2.StrictUndefined,
@@ -417,12 +417,12 @@ def _templates() -> jinja2.Environment:
 
 
 def _escape_markup(text: str) -> str:
-    """A user's text for a cell of a table: neither HTML nor Markdown, which a page would show as such."""
+    """Return a user's text for a cell of a table: neither HTML nor Markdown, which a page would show as such."""
     return _MARKDOWN.sub(r"\\\g<0>", escape(escape_line(text), quote=False))
 
 
 def _as_code(text: str) -> str:
-    """A user's text as code in a line of Markdown: between more backticks than it has in a row."""
+    """Return a user's text as code in a line of Markdown: between more backticks than it has in a row."""
     text = escape_line(text)
     inside = re.findall("`+", text)
     if not inside:
@@ -432,12 +432,12 @@ def _as_code(text: str) -> str:
 
 
 def _python_literal(text: str) -> str:
-    """A string of Python, by JSON's escapes. What is no Unicode is escaped, too, so that a file can hold it."""
+    """Return a string of Python, by JSON's escapes. What is no Unicode is escaped, too, so that a file can hold it."""
     return json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def header_metadata(exported: ExportedModel, provenance: Provenance) -> dict[str, str]:
-    """The metadata in the header of a file of weights."""
+    """Return the metadata in the header of a file of weights."""
     return {
         "format": "pt",
         "class": exported.model_class,

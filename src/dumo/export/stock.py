@@ -58,7 +58,7 @@ class StockPipeline:
     comfyui_names: Mapping[str, str] | None = None
 
     def arguments(self, times: Sequence[float], *, embedded: float | None = None, scale: float = 1.0) -> dict[str, Any]:
-        """The keyword arguments for passes that begin at `times`, guided as `guidance_arguments` says.
+        """Return the keyword arguments for passes that begin at `times`, guided as `guidance_arguments` says.
 
         A pipeline without an argument for times is given their number, and its scheduler has them
         (`dumo.export.shipped.jumps`).
@@ -195,7 +195,7 @@ DISTILLED_KLEIN = replace(
 
 
 def export_forms(spec: Pretrained) -> list[str]:
-    """The values of `dumo export --to` for a net: only a file of weights if no stock pipeline runs it."""
+    """Return the values of `dumo export --to` for a net: only a file of weights if no stock pipeline runs it."""
     stock = find_stock_pipeline(class_of(spec.pipeline.config(TRANSFORMER)), spec)
     if stock is None:
         return ["safetensors"]

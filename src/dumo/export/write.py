@@ -137,7 +137,7 @@ def require_vacant(out: Path) -> None:
 def _exported_model(
     trained: TrainedRun, to: str, *, head: str | None, nfe: Sequence[int], dtype: str, alone: bool
 ) -> ExportedModel:
-    """The head of a pretrained model to export. Raises UserError as `export`."""
+    """Return the head of a pretrained model to export. Raises UserError as `export`."""
     spec = trained.spec.net
     assert isinstance(spec, Pretrained)
     path = trained.spec.path
@@ -156,7 +156,10 @@ def _exported_model(
 
 
 def _net_with_uncoded_base(trained: TrainedRun, spec: Pretrained) -> nn.Module:
-    """The net of a run. A base that is held in few bits is read again as it is stored, so adapters can be added."""
+    """Return the net of a run.
+
+    A base that is held in few bits is read again as it is stored, so adapters can be added.
+    """
     uncoded_spec = spec.with_uncoded_weights()
     if uncoded_spec is spec:
         return trained.net
@@ -167,7 +170,7 @@ def _net_with_uncoded_base(trained: TrainedRun, spec: Pretrained) -> nn.Module:
 
 
 def _choose_head(objective: Objective, head: str | None) -> Head:
-    """The head to export; None takes u if it was taught. Raises UserError for one that was not."""
+    """Return the head to export; None takes u if it was taught. Raises UserError for one that was not."""
     exportable: list[Head] = [name for name in ("u", "v") if name in objective.needs.heads]
     if not exportable:
         raise UserError(f"objective '{objective.kind}' has no head that can be exported: sample it by dumo sample")
@@ -262,7 +265,7 @@ def _without_guidance(unet: nn.Module) -> Any:  # noqa: ANN401, a model of diffu
 
 
 def read_index(source: Path) -> dict[str, Any]:
-    """The model_index.json of a pipeline, without the keys that hold for the source alone.
+    """Return the model_index.json of a pipeline, without the keys that hold for the source alone.
 
     Raises UserError for a pipeline of two transformers: the second was not tuned, and would make some of the passes.
     """
@@ -276,7 +279,10 @@ def read_index(source: Path) -> dict[str, Any]:
 
 
 def other_parts(index: Mapping[str, Any]) -> list[str]:
-    """The parts of a pipeline other than model and scheduler. Raises UserError for a name that leaves the folder."""
+    """Return the parts of a pipeline other than model and scheduler.
+
+    Raises UserError for a name that leaves the folder.
+    """
     parts = list[str]()
     for name, entry in index.items():
         if not has_component(entry) or name in (TRANSFORMER, UNET, SCHEDULER):

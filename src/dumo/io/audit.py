@@ -125,13 +125,16 @@ def _is_verified(folder: Path, shard: Shard, verified: Mapping[str, list[int]]) 
 
 
 def _state_of(file: Path) -> list[int]:
-    """The size of a file in bytes, and the time of its last change in ns. Raises OSError."""
+    """Return the size of a file in bytes, and the time of its last change in ns. Raises OSError."""
     file_stat = file.stat()
     return [file_stat.st_size, file_stat.st_mtime_ns]
 
 
 def _read_verified(folder: Path) -> dict[str, list[int]]:
-    """The states of the shards that were found whole, by file. Nothing if there is no such file, or it is damaged."""
+    """Return the states of the shards that were found whole, by file.
+
+    Nothing if there is no such file, or it is damaged.
+    """
     try:
         content = json.loads((folder / FILE).read_bytes())
     except (OSError, ValueError):
@@ -148,7 +151,7 @@ def _note_verified(folder: Path, whole: Mapping[str, list[int]]) -> None:
 
 
 def _sha256(file: Path, is_over: Event) -> str:
-    """The SHA-256 of a file; "" if `is_over` is set first. Raises OSError where it cannot be read."""
+    """Return the SHA-256 of a file; "" if `is_over` is set first. Raises OSError where it cannot be read."""
     digest = hashlib.sha256()
     for chunk in _chunks(file):
         digest.update(chunk)

@@ -96,12 +96,15 @@ class TensorData:
         return len(self.x)
 
     def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """The samples x and c of some rows of a step's batch. Each epoch has all rows, in an order of its own."""
+        """Return the samples x and c of some rows of a step's batch.
+
+        Each epoch has all rows, in an order of its own.
+        """
         numbers = self.numbers(step, batch_size, seed, rows)
         return self.x[numbers], self.c[numbers]
 
     def numbers(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
-        """The numbers of some rows of a step's batch, (b,)."""
+        """Return the numbers of some rows of a step's batch, (b,)."""
         return rows_of(step, batch_size, size=self.size, seed=seed, rows=rows)
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
@@ -112,11 +115,11 @@ class TensorData:
         return self.size
 
     def rows(self, rows: slice | Int64[Tensor, " n"]) -> tuple[Tensor, Tensor]:
-        """The samples and classes at these places, as `Finite` has it."""
+        """Return the samples and classes at these places, as `Finite` has it."""
         return self.x[rows], self.c[rows]
 
     def fingerprint(self) -> str:
-        """A digest of all samples and classes."""
+        """Return a digest of all samples and classes."""
         return digest.short(digest.of_tensor(self.x), digest.of_tensor(self.c))
 
 
@@ -138,12 +141,12 @@ class HeldOutSplit(TensorData):
         return cls(full.x[trained_rows], full.c[trained_rows], full, held_out, trained_rows)
 
     def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """The samples x and c of some rows of a step's batch. Each epoch has all rows that are trained on."""
+        """Return the samples x and c of some rows of a step's batch. Each epoch has all rows that are trained on."""
         numbers = self.numbers(step, batch_size, seed, rows)
         return self.full.x[numbers], self.full.c[numbers]
 
     def numbers(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
-        """The numbers in `full` of some rows of a step's batch, (b,)."""
+        """Return the numbers in `full` of some rows of a step's batch, (b,)."""
         return self.trained_rows[super().numbers(step, batch_size, seed, rows)]
 
 
@@ -171,7 +174,7 @@ class Endless:
         """None: the run's spec says what the samples are."""
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
-        """The i-th choice of n fresh i.i.d. draws that are in no batch."""
+        """Return the i-th choice of n fresh i.i.d. draws that are in no batch."""
         return self.sample_map(keyed_normal(seed, "reference", i, rows=range(n), shape=[self.width]))
 
 
@@ -208,21 +211,21 @@ class Bucketed:
         return getattr(self.parts[0], "ledger", None)
 
     def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """The samples x and c of some rows of a step's batch, all of one part."""
+        """Return the samples x and c of some rows of a step's batch, all of one part."""
         k, number = self.part_of_step(step, batch_size, seed)
         return self.parts[k].batch(number, batch_size, self.part_seed(seed, k), rows)
 
     def numbers(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
-        """The numbers in the data set of some rows of a step's batch, (b,)."""
+        """Return the numbers in the data set of some rows of a step's batch, (b,)."""
         k, number = self.part_of_step(step, batch_size, seed)
         return self.parts[k].numbers(number, batch_size, self.part_seed(seed, k), rows)
 
     def part_seed(self, seed: int, k: int) -> int:
-        """The seed of part k, in a run with this seed."""
+        """Return the seed of part k, in a run with this seed."""
         return stream(seed, "part", k).initial_seed()
 
     def shape(self, step: int, batch_size: int, seed: int) -> tuple[int, ...]:
-        """The shape of a step's samples."""
+        """Return the shape of a step's samples."""
         k, _ = self.part_of_step(step, batch_size, seed)
         return self.shapes[k]
 
@@ -250,16 +253,16 @@ class Bucketed:
         raise AssertionError("an epoch has no other batches than those of its parts")
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
-        """The reference of the largest part."""
+        """Return the reference of the largest part."""
         return self.parts[self.counts.index(max(self.counts))].reference(n, seed, i)
 
     def fingerprint(self) -> str | None:
-        """The fingerprint of the data set, which each part has."""
+        """Return the fingerprint of the data set, which each part has."""
         return self.parts[0].fingerprint()
 
 
 def rows_of(step: int, batch_size: int, *, size: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
-    """The numbers in a data set of `size` rows of some rows of a step's global batch, (b,).
+    """Return the numbers in a data set of `size` rows of some rows of a step's global batch, (b,).
 
     Each epoch is a permutation of all rows, keyed by the seed. Batches are cut from the epochs laid end to end, so one
     may have rows of two epochs.
@@ -286,5 +289,5 @@ def _order(size: int, seed: int, epoch: int) -> Int64[Tensor, " n"]:
 
 @lru_cache(CACHED_ORDERS)
 def _permutation(size: int, seed: int, epoch: int) -> Int64[Tensor, " n"]:
-    """A permutation of the numbers below `size`, keyed by the seed and the epoch."""
+    """Return a permutation of the numbers below `size`, keyed by the seed and the epoch."""
     return torch.randperm(size, generator=stream(seed, "epoch", epoch))

@@ -16,20 +16,20 @@ _NUM_SAMPLES = 64  # values of each tensor in `of_samples`: ours
 
 
 def of_file(file: Path) -> str:
-    """The digest of a file's bytes."""
+    """Return the digest of a file's bytes."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def of_tensor(x: Tensor) -> str:
-    """The digest of a tensor's shape, dtype and values."""
+    """Return the digest of a tensor's shape, dtype and values."""
     header = f"{tuple(x.shape)} {x.dtype}"
     values = x.detach().cpu().flatten().view(torch.uint8)  # bytes, for NumPy has no bfloat16
     return of_bytes(header.encode(), values.numpy().data)
 
 
 def of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """The digest of tensors with their names: the first 64 bits."""
+    """Return the digest of tensors with their names: the first 64 bits."""
     texts: list[str] = []
     for name in sorted(tensors):
         texts += [name, of_tensor(tensors[name])]
@@ -37,7 +37,7 @@ def of_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def of_samples(tensors: Mapping[str, Tensor], loaders: Mapping[str, Callable[[], Tensor]] | None = None) -> str:
-    """The digest of large tensors with their names: of each the shape, the dtype and some values, evenly spread.
+    """Return the digest of large tensors with their names: of each the shape, the dtype and some values, evenly spread.
 
     `loaders` returns, by name, the values of tensors that are on the meta device.
     """
@@ -50,7 +50,7 @@ def of_samples(tensors: Mapping[str, Tensor], loaders: Mapping[str, Callable[[],
 
 
 def _header_and_samples(name: str, x: Tensor) -> tuple[bytes, bytes]:
-    """The bytes of a tensor that go into the digest: name, shape and dtype; then some of its values."""
+    """Return the bytes of a tensor that go into the digest: name, shape and dtype; then some of its values."""
     count = min(_NUM_SAMPLES, x.numel())
     places = torch.arange(count, device=x.device) * x.numel() // max(count, 1)
     samples = x.flatten()[places].cpu()
@@ -59,18 +59,18 @@ def _header_and_samples(name: str, x: Tensor) -> tuple[bytes, bytes]:
 
 
 def short(*parts: str) -> str:
-    """The digest of texts, in their order, each with its length before it: the first 64 bits."""
+    """Return the digest of texts, in their order, each with its length before it: the first 64 bits."""
     texts = [part.encode("utf-8", "surrogatepass") for part in parts]
     return of_bytes(*(b"%d:%b" % (len(text), text) for text in texts))[:16]
 
 
 def of_bytes(*parts: bytes | memoryview) -> str:
-    """The digest of all parts, one after the other."""
+    """Return the digest of all parts, one after the other."""
     return of_stream(parts)
 
 
 def of_stream(parts: Iterable[bytes | memoryview]) -> str:
-    """The digest of parts that come one after the other; each is let go of once it is hashed."""
+    """Return the digest of parts that come one after the other; each is let go of once it is hashed."""
     sha256 = hashlib.sha256()
     for part in parts:
         sha256.update(part)

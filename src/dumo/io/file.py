@@ -115,7 +115,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def _umask() -> int:
-    """The bits of the mode that new files do not get."""
+    """Return the bits of the mode that new files do not get."""
     mask = os.umask(0o077)  # it can be read by setting it only
     os.umask(mask)
     return mask

@@ -63,7 +63,7 @@ _MAX_BYTES = 5e9
 
 @lru_cache
 def published_config(source: str) -> dict[str, Any]:
-    """The configs of one of PUBLISHED or SMALL."""
+    """Return the configs of one of PUBLISHED or SMALL."""
     return json.loads((_CONFIGS / f"{PUBLISHED.get(source, source)}.json").read_text(encoding="utf-8"))
 
 
@@ -82,7 +82,7 @@ def repository_of(name: str) -> str:
 
 
 def local_copy(name: str) -> Path | None:
-    """The folder $DUMO_DATA/NAME, which is read in place of the data set OWNER/NAME if it exists."""
+    """Return the folder $DUMO_DATA/NAME, which is read in place of the data set OWNER/NAME if it exists."""
     data_folder = os.environ.get("DUMO_DATA")
     folder = Path(data_folder or "", name.partition("/")[2]).absolute()
     return folder if data_folder and folder.is_dir() else None
@@ -100,7 +100,7 @@ def pin(name: str, kind: Kind = "model") -> str:
 
 
 def path_of(text: str, field: str, choose: Choose) -> Path:
-    """The path that a field names, or the folder of what `choose` returns of a repository. Raises as both do."""
+    """Return the path that a field names, or the folder of what `choose` returns of a repository. Raises as both do."""
     return fetch(text, choose) if is_hub_name(text) else user_path(text, field)
 
 
@@ -199,13 +199,13 @@ def _prepared_folder(repository: str, commit: str | None) -> Path | None:
 
 
 def _split(name: str) -> tuple[str, str | None]:
-    """The repository and the commit of a name."""
+    """Return the repository and the commit of a name."""
     repository, _, commit = name.partition("@")
     return repository, commit or None
 
 
 def _newest_commit(repository: str, kind: Kind) -> str:
-    """The commit of a repository's main branch, or the one in the cache if the Hub cannot be reached.
+    """Return the commit of a repository's main branch, or the one in the cache if the Hub cannot be reached.
 
     Raises the Hub's error if neither is known.
     """
@@ -215,7 +215,7 @@ def _newest_commit(repository: str, kind: Kind) -> str:
 
 @lru_cache
 def _find_snapshot(repository: str, commit: str | None, kind: Kind) -> Path:
-    """The folder of a commit in the cache, with the card alone unless files were fetched before.
+    """Return the folder of a commit in the cache, with the card alone unless files were fetched before.
 
     Asks the Hub. If that cannot be reached, the folder must be there; raises the Hub's error if it is not.
     """
@@ -227,7 +227,7 @@ def _find_snapshot(repository: str, commit: str | None, kind: Kind) -> Path:
 
 @lru_cache
 def _file_sizes(repository: str, commit: str, kind: Kind) -> dict[str, int] | None:
-    """The files of a commit with their sizes in bytes; None if the Hub does not tell."""
+    """Return the files of a commit with their sizes in bytes; None if the Hub does not tell."""
     from huggingface_hub import HfApi  # slow to import
 
     api = HfApi()

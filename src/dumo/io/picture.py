@@ -65,7 +65,7 @@ def to_rows(x: Sample) -> PixelRows:
 
 
 def singles(x: Sample) -> list[Image.Image]:
-    """A picture of each image, not enlarged. Raises UserError for what has no colour."""
+    """Return a picture of each image, not enlarged. Raises UserError for what has no colour."""
     return [Image.fromarray(pixels.numpy()) for pixels in to_rows(x)]
 
 
@@ -92,7 +92,7 @@ def sheet(
 
 
 def readable_scale(height: int) -> int:
-    """The least scale at which an image of this height is readable."""
+    """Return the least scale at which an image of this height is readable."""
     return -(-MIN_READABLE_HEIGHT // height)
 
 
@@ -189,14 +189,14 @@ def from_figure(figure: Any) -> Image.Image:  # noqa: ANN401, matplotlib's Figur
 
 
 def png(picture: Image.Image, *, optimize: bool = False) -> bytes:
-    """The bytes of a PNG; `optimize`: fewer bytes, for longer work."""
+    """Return the bytes of a PNG; `optimize`: fewer bytes, for longer work."""
     buffer = BytesIO()
     picture.save(buffer, format="png", optimize=optimize)
     return buffer.getvalue()
 
 
 def embed(picture: Image.Image) -> str:
-    """A `data:` address that holds the picture itself, as a PNG of at most _MAX_EMBEDDED_WIDTH."""
+    """Return a `data:` address that holds the picture itself, as a PNG of at most _MAX_EMBEDDED_WIDTH."""
     thumbnail = picture.copy()
     thumbnail.thumbnail((_MAX_EMBEDDED_WIDTH, 8 * _MAX_EMBEDDED_WIDTH))
     return "data:image/png;base64," + b64encode(png(thumbnail, optimize=True)).decode()

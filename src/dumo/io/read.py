@@ -24,7 +24,7 @@ CACHE_VARIABLE = "DUMO_CACHE"  # the environment variable that names the cache's
 
 
 def user_path(text: str, field: str) -> Path:
-    """The path with its variables' values; dumo:NAME/FILE is a file of a trained run that ships with dumo.
+    """Return the path with its variables' values; dumo:NAME/FILE is a file of a trained run that ships with dumo.
 
     What exists as it is given is not expanded: folders may be called a$b or ~x.
 
@@ -49,7 +49,7 @@ def user_path(text: str, field: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """The folder that `CACHE_VARIABLE` names, else `dumo` below $XDG_CACHE_HOME or ~/.cache. It need not exist.
+    """Return the folder that `CACHE_VARIABLE` names, else `dumo` below $XDG_CACHE_HOME or ~/.cache. It need not exist.
 
     It may be emptied at any time. Raises UserError as `user_path`.
     """
@@ -58,13 +58,13 @@ def cache_folder() -> Path:
 
 
 def brief(text: object, max_length: int = 200) -> str:
-    """A text for a message, in one line; of a longer one the first `max_length` characters and "…"."""
+    """Return a text for a message, in one line; of a longer one the first `max_length` characters and "…"."""
     text = str(text)
     return escape_line(text) if len(text) <= max_length else f"{escape_line(text[:max_length])}…"
 
 
 def first_few(items: Iterable[Any], name: Callable[[Any], str] = str, *, max_items: int = FEW) -> str:
-    """The names of the first items in one line, and how many more there are: `a, b, c and 1,234 more`."""
+    """Return the names of the first items in one line, and how many more there are: `a, b, c and 1,234 more`."""
     items = list(items)
     text = ", ".join(escape_line(name(item)) for item in items[:max_items])
     num_more = len(items) - max_items
@@ -72,12 +72,12 @@ def first_few(items: Iterable[Any], name: Callable[[Any], str] = str, *, max_ite
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, without a byte-order mark. Raises OSError, and UserError for what is not UTF-8."""
+    """Return the text of a file, without a byte-order mark. Raises OSError, and UserError for what is not UTF-8."""
     return "".join(text_lines(path, newline=None))
 
 
 def decode_utf8(data: bytes, where: str) -> str:
-    """A text without a byte-order mark. Raises UserError, with the place `where`, for what is not UTF-8."""
+    """Return a text without a byte-order mark. Raises UserError, with the place `where`, for what is not UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -118,12 +118,12 @@ def write_json(path: Path, tree: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401, whatever stands there
-    """The value in a JSON file. Raises OSError, and UserError as `parse_json`."""
+    """Return the value in a JSON file. Raises OSError, and UserError as `parse_json`."""
     return parse_json(read_text(path), str(path))
 
 
 def parse_json(text: str, where: str) -> Any:  # noqa: ANN401, as above
-    """The value in a text of JSON, which `where` names in messages. Raises UserError for what is not JSON."""
+    """Return the value in a text of JSON, which `where` names in messages. Raises UserError for what is not JSON."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -131,7 +131,7 @@ def parse_json(text: str, where: str) -> Any:  # noqa: ANN401, as above
 
 
 def null_nonfinite(value: object) -> object:
-    """The value with None for NaN and infinities, which JSON has not."""
+    """Return the value with None for NaN and infinities, which JSON has not."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -26,17 +26,17 @@ def holds_own_images(folder: str, names: Collection[str]) -> bool:
 
 
 def names() -> list[str]:
-    """The names of the runs that come with dumo, sorted."""
+    """Return the names of the runs that come with dumo, sorted."""
     return sorted(run_folder.name for run_folder in FOLDER.iterdir() if run_folder.is_dir())
 
 
 def folder(name: str) -> Path:
-    """The folder of the run of this name."""
+    """Return the folder of the run of this name."""
     return FOLDER / name
 
 
 def path_in(text: str) -> Path | None:
-    """The folder or file that dumo:NAME or dumo:NAME/FILE means; None where a text does not begin so."""
+    """Return the folder or file that dumo:NAME or dumo:NAME/FILE means; None where a text does not begin so."""
     if not text.startswith(SHIPPED_PREFIX):
         return None
     name, _, file = text.removeprefix(SHIPPED_PREFIX).partition("/")

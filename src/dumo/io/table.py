@@ -128,7 +128,7 @@ class TableIndex(Spec):
         return -(-self.rows // self.shard_rows)
 
     def span(self, number: int) -> range:
-        """The numbers of the source's rows that the shard of this number is made of."""
+        """Return the numbers of the source's rows that the shard of this number is made of."""
         return range(number * self.shard_rows, min((number + 1) * self.shard_rows, self.rows))
 
     def summary(self) -> str:
@@ -136,15 +136,15 @@ class TableIndex(Spec):
         return f"{self.rows:,} rows"
 
     def binding(self) -> dict[str, Any]:
-        """The inputs of the rows, as plain values."""
+        """Return the inputs of the rows, as plain values."""
         return self.model_dump(mode="json", exclude={"inputs": True, "shards": True})
 
     def compared_inputs(self) -> dict[str, Any]:
-        """The inputs by which two indices are compared: a table is resumed only where they are equal."""
+        """Return the inputs by which two indices are compared: a table is resumed only where they are equal."""
         return self.binding()
 
     def inputs_digest(self) -> str:
-        """The SHA-256 of `binding`."""
+        """Return the SHA-256 of `binding`."""
         return digest.of_bytes(json.dumps(self.binding(), sort_keys=True).encode())
 
 
@@ -178,7 +178,7 @@ class ShardTable:
         other_column: str = "",
         takes_other: Bool[Tensor, " b"] | None = None,
     ) -> Tensor:
-        """The entries (b, *shape) of rows, from `column`, or from `other_column` where `takes_other` is true.
+        """Return the entries (b, *shape) of rows, from `column`, or from `other_column` where `takes_other` is true.
 
         Both columns have one shape and one `lengths`. In a column with lengths each of the rows must have one entry.
         Raises IndexError for a row that the table does not have, UserError for a damaged shard.
@@ -198,16 +198,16 @@ class ShardTable:
         return torch.from_numpy(entry_bytes).view(layout.torch_dtype).view(-1, *layout.shape)
 
     def _first_entry(self, columns: Mapping[str, ColumnBytes], lengths_column: str, row: int) -> int:
-        """The place of a row's first entry: the number of entries of all rows before it in its shard."""
+        """Return the place of a row's first entry: the number of entries of all rows before it in its shard."""
         lengths = columns[lengths_column].view(self.index.columns[lengths_column].dtype)
         return int(lengths[:row].sum())
 
     def fingerprint(self) -> str:
-        """A digest of all shards' rows and checksums."""
+        """Return a digest of all shards' rows and checksums."""
         return digest.short(*(f"{shard.rows} {shard.sha256}" for shard in self.index.shards))
 
     def locate(self, row: int) -> tuple[int, int]:
-        """The number of the shard that has a row, and the number of the row in it."""
+        """Return the number of the shard that has a row, and the number of the row in it."""
         number = bisect_right(self.first_rows, row) - 1
         return number, row - self.first_rows[number]
 
@@ -232,7 +232,7 @@ class ShardTable:
         return load_bytes
 
     def tensors(self, number: int) -> dict[str, Tensor]:
-        """The columns of a shard, mapped into memory. Raises UserError where they are not as the index says."""
+        """Return the columns of a shard, mapped into memory. Raises UserError where they are not as the index says."""
         shard = self.index.shards[number]
         columns = self.index.columns
         tensors = tensor_files.load(self.folder / shard.file)
@@ -245,7 +245,7 @@ class ShardTable:
 
 
 def read_index(folder: Path, kind: type[K]) -> K | None:
-    """The index of a table, finished or not; None where there is none. Raises UserError if it is damaged."""
+    """Return the index of a table, finished or not; None where there is none. Raises UserError if it is damaged."""
     file = folder / FILE
     if not file.is_file():
         return None
@@ -261,7 +261,7 @@ def read_index(folder: Path, kind: type[K]) -> K | None:
 
 
 def read_finished_index(folder: Path, kind: type[K], missing: UserError) -> K:
-    """The index of a finished table.
+    """Return the index of a finished table.
 
     Raises `missing` where there is no table, and UserError where it is unfinished, or a shard is missing or has another
     size.
@@ -287,7 +287,7 @@ def require_intact(folder: Path, index: TableIndex, *, deep: bool = False) -> No
 
 
 def concatenate(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The columns of one or more batches, by name, with the rows of one batch after those of the other."""
+    """Return the columns of one or more batches, by name, with the rows of one batch after those of the other."""
     joined: dict[str, Tensor] = {}
     for name in batches[0]:
         joined[name] = torch.cat([columns[name] for columns in batches])
@@ -295,7 +295,7 @@ def concatenate(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def rows_of_rank(rows: int, shard_rows: int, rank: int, world: int) -> int:
-    """The number of rows of a source that are in the shards of a rank."""
+    """Return the number of rows of a source that are in the shards of a rank."""
     return sum(min(shard_rows, rows - first) for first in range(rank * shard_rows, rows, world * shard_rows))
 
 
@@ -399,7 +399,7 @@ def _require_same_inputs(folder: Path, index: TableIndex, existing: TableIndex) 
 
 
 def written_shards(folder: Path, index: TableIndex) -> dict[int, Shard]:
-    """The shards that were written, by number: from their .json files, else from index.json."""
+    """Return the shards that were written, by number: from their .json files, else from index.json."""
     unlisted: dict[int, Shard] = {}
     for number in range(index.num_shards):
         try:
@@ -430,7 +430,7 @@ def _finish(folder: Path, index: TableIndex, rank: int) -> int:
 
 
 def _dump(index: TableIndex) -> bytes:
-    """The bytes of index.json."""
+    """Return the bytes of index.json."""
     return (index.model_dump_json(indent=1) + "\n").encode()
 
 
@@ -453,5 +453,5 @@ def _sweep(folder: Path, rank: int, world: int) -> None:
 
 
 def _stem(number: int) -> str:
-    """The name of a shard's files, without their endings."""
+    """Return the name of a shard's files, without their endings."""
     return f"shard-{number:05d}"

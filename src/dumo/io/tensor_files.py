@@ -63,14 +63,14 @@ def open_safetensors(file: Path, hint: str = "") -> Generator[safe_open, None, N
 
 
 def read(file: Path, hint: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file by name, mapped into memory, and its metadata. Raises UserError."""
+    """Return the tensors of a safetensors file by name, mapped into memory, and its metadata. Raises UserError."""
     with open_safetensors(file, hint) as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, no dict
         return tensors, opened.metadata() or {}
 
 
 def load(place: Path) -> dict[str, Tensor]:
-    """The tensors of a file, or of a folder of files, by name; those of a single file are mapped into memory.
+    """Return the tensors of a file, or of a folder of files, by name; those of a single file are mapped into memory.
 
     Raises UserError if it is damaged.
     """
@@ -91,7 +91,7 @@ def header(place: Path) -> dict[str, Tensor]:
 
 
 def _single_file(folder: Path) -> Path | None:
-    """The file of a folder that holds only one, which needs no torch.distributed, slow to import; else None."""
+    """Return the file of a folder that holds only one, which needs no torch.distributed, slow to import; else None."""
     found = list(folder.glob("*.safetensors"))
     return found[0] if len(found) == 1 else None
 
@@ -182,13 +182,13 @@ def write_weights(file: Path, tensors: Mapping[str, Tensor], **facts: object) ->
 
 
 def _sum_of(tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> str:
-    """The checksum of weights and of the facts about them."""
+    """Return the checksum of weights and of the facts about them."""
     others = {name: value for name, value in facts.items() if name != SUM}
     return digest.short(json.dumps(others, sort_keys=True), digest.of_tensors(tensors))
 
 
 def load_checked(place: Path) -> dict[str, Tensor]:
-    """The tensors of weights as `load`. Raises UserError if the checksum in their metadata is another."""
+    """Return the tensors of weights as `load`. Raises UserError if the checksum in their metadata is another."""
     tensors = load(place)
     facts = facts_of(place)
     # state.json has the digests of a checkpoint's files, and other programs write none.
@@ -198,19 +198,19 @@ def load_checked(place: Path) -> dict[str, Tensor]:
 
 
 def facts_of(place: Path) -> dict[str, Any]:
-    """The facts in a file of weights that `write_weights` wrote: its step, and maybe its run; else {}."""
+    """Return the facts in a file of weights that `write_weights` wrote: its step, and maybe its run; else {}."""
     facts = json.loads(read_metadata(place).get(ABOUT, "{}"))
     assert isinstance(facts, dict), "`write_weights` wrote them"
     return facts
 
 
 def title(place: Path) -> str:
-    """The name of a file without its ending, or of a folder: ema-0.999."""
+    """Return the name of a file without its ending, or of a folder: ema-0.999."""
     return place.name.removesuffix(".safetensors")
 
 
 def read_metadata(place: Path) -> dict[str, str]:
-    """The metadata of a safetensors file, its tensors left unread; {} for a folder. Raises UserError."""
+    """Return the metadata of a safetensors file, its tensors left unread; {} for a folder. Raises UserError."""
     if place.is_dir():
         return {}
     with open_safetensors(place) as opened:
@@ -218,7 +218,7 @@ def read_metadata(place: Path) -> dict[str, str]:
 
 
 def sha256(place: Path) -> str:
-    """The SHA-256 of a file, or of the files of a folder (`combine_digests`)."""
+    """Return the SHA-256 of a file, or of the files of a folder (`combine_digests`)."""
     if place.is_dir():
         return combine_digests({file.name: digest.of_file(file) for file in place.glob("*.safetensors")})
     return digest.of_file(place)
@@ -232,7 +232,7 @@ def combine_digests(digests: Mapping[str, str]) -> str:
 
 
 def whole_digest(file: Path, hint: str) -> str:
-    """The SHA-256 of a whole safetensors file, in hexadecimal. Raises UserError where it is damaged."""
+    """Return the SHA-256 of a whole safetensors file, in hexadecimal. Raises UserError where it is damaged."""
     with open_safetensors(file, hint):
         return digest.of_file(file)
 
@@ -265,7 +265,7 @@ def compare(
 
 
 def _describe(tensor: Tensor | None, dtypes: bool) -> str:
-    """A tensor's shape and, if `dtypes`, dtype in words; None: it is absent."""
+    """Return a tensor's shape and, if `dtypes`, dtype in words; None: it is absent."""
     if tensor is None:
         return "absent"
     shape = str(tuple(tensor.shape))

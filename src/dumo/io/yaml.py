@@ -23,7 +23,7 @@ class _Loader(yaml.CSafeLoader):
     """PyYAML's safe loader in C, which refuses a key that occurs twice."""
 
     def construct_document(self, node: yaml.Node) -> Any:  # noqa: ANN401, whatever stands there
-        """The values of a whole text.
+        """Return the values of a whole text.
 
         All keys are compared before the first value is made: PyYAML puts what `<<` merges into the nodes themselves,
         where a key and the one that it overrides would look like a key that occurs twice.
@@ -64,7 +64,7 @@ _Loader.add_constructor(f"{TAG}timestamp", _Loader.construct_yaml_str)
 
 
 def parse_yaml(text: str) -> Any:  # noqa: ANN401, whatever stands there
-    """The values in a text. Raises yaml.YAMLError for what is not YAML."""
+    """Return the values in a text. Raises yaml.YAMLError for what is not YAML."""
     try:
         return yaml.load(text, _Loader)
     except ValueError as error:  # such as of `!!int x`
@@ -72,7 +72,7 @@ def parse_yaml(text: str) -> Any:  # noqa: ANN401, whatever stands there
 
 
 def parse_mapping(text: str, name: str, content: str, example: str) -> dict[str, Any]:
-    """The mapping of names to values in the text of a file, whose `name` begins an error.
+    """Return the mapping of names to values in the text of a file, whose `name` begins an error.
 
     Raises UserError for what is not YAML, and for other values, which are no `content`, such as "run"; `example` ends
     this message, such as "as docs/compare.md has them".
@@ -101,7 +101,7 @@ def dump_yaml(value: object, *, flow: bool = False, width: int = 120) -> str:
 
 
 def yaml_text(value: object) -> str:
-    """A value as YAML, on one line; numbers of NumPy and torch are written as those of Python.
+    """Return a value as YAML, on one line; numbers of NumPy and torch are written as those of Python.
 
     Raises PydanticSerializationError for a value that YAML does not have.
     """
@@ -110,7 +110,10 @@ def yaml_text(value: object) -> str:
 
 
 def _plain_numbers(value: object) -> object:
-    """A number or an array of NumPy or torch as numbers of Python. Raises PydanticSerializationError for all else."""
+    """Return a number or an array of NumPy or torch as numbers of Python.
+
+    Raises PydanticSerializationError for all else.
+    """
     plain_value = value
     if hasattr(value, "tolist") and not isinstance(value, type):
         plain_value = cast(Any, value).tolist()

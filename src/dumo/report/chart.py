@@ -52,7 +52,7 @@ class Level(NamedTuple):
 
 
 def score_label(score: str) -> str:
-    """The label of an axis with means of this score and deviations over seeds."""
+    """Return the label of an axis with means of this score and deviations over seeds."""
     merit = word(MERITS, score)
     return f"{merit.title} ({merit.better}), mean ± deviation over seeds"
 
@@ -66,7 +66,7 @@ def curves(
     log_x: bool = False,
     level: Level | None = None,
 ) -> Image.Image:
-    """A curve per name, with error bars where a deviation is known.
+    """Return a curve per name, with error bars where a deviation is known.
 
     y has a log scale unless the values span less than a factor of MAX_LINEAR_RATIO or reach zero; x has one with
     `log_x`, and a tick at each point. With a `level` to compare with, the legend stands above the axes.
@@ -109,7 +109,7 @@ def curves(
 def heat_map(
     title: str, x_label: str, y_label: str, values: Mapping[tuple[float, float], float], colour_label: str
 ) -> Image.Image:
-    """A cell with its value per (x, y), x to the right and y upwards; the least value is bold."""
+    """Return a cell with its value per (x, y), x to the right and y upwards; the least value is bold."""
     xs = sorted({x for x, _ in values})
     ys = sorted({y for _, y in values})
     table = np.full((len(ys), len(xs)), np.nan)
@@ -140,7 +140,7 @@ def heat_map(
 
 
 def dots(title: str, x_label: str, lines: Mapping[str, Mapping[str, Dot]], names: Sequence[str] = ()) -> Image.Image:
-    """A line per entry of `lines`, the first on top, with a mark for each of `names` that it has a value of.
+    """Return a line per entry of `lines`, the first on top, with a mark for each of `names` that it has a value of.
 
     Marks have error bars where a deviation is known. x has a log scale unless the values span less than a factor of
     MAX_LINEAR_RATIO or reach zero. `names` sets the order of colours; () is all names, as they come.
@@ -187,7 +187,7 @@ def dots(title: str, x_label: str, lines: Mapping[str, Mapping[str, Dot]], names
 
 
 def bars(title: str, x_label: str, y_label: str, groups: Mapping[str, Mapping[str, float]]) -> Image.Image:
-    """A group of bars per entry of `groups`, a bar per name in it, with its value on top."""
+    """Return a group of bars per entry of `groups`, a bar per name in it, with its value on top."""
     names = _all_names(groups)
     width = 0.85 / len(names)
     figure = Figure((max(6.4, 1.5 + 0.4 * len(groups) * len(names)), 4.6), dpi=PICTURE_DPI, layout="constrained")
@@ -205,14 +205,14 @@ def bars(title: str, x_label: str, y_label: str, groups: Mapping[str, Mapping[st
 
 
 def _all_names(groups: Mapping[str, Iterable[str]]) -> list[str]:
-    """The names in all groups, each once, in the order in which they first come."""
+    """Return the names in all groups, each once, in the order in which they first come."""
     return list(dict.fromkeys(name for group in groups.values() for name in group))
 
 
 def _error_bars(
     values: Sequence[float], deviations: Sequence[float | None], *, is_positive: bool
 ) -> list[list[float]] | None:
-    """The lengths of error bars, downwards and upwards; None where no deviation is known.
+    """Return the lengths of error bars, downwards and upwards; None where no deviation is known.
 
     `is_positive` is whether all values of the chart are: then no bar reaches down to zero, which a log scale does not
     have.

@@ -29,7 +29,7 @@ SHOWN_DIGITS = 8
 
 
 def differing_fields(cards: Mapping[str, Card]) -> dict[str, dict[str, Any]]:
-    """The fields of the measure that differ: by field, its value on each card. `cards` are by source."""
+    """Return the fields of the measure that differ: by field, its value on each card. `cards` are by source."""
     measures = {source: measure(card) for source, card in cards.items()}
     differences: dict[str, dict[str, Any]] = {}
     for field in dict.fromkeys(field for fields in measures.values() for field in fields):
@@ -100,7 +100,7 @@ def _read_reports(sources: Sequence[str]) -> dict[str, Report]:
 
 
 def _evaluation_file(source: str) -> Path:
-    """The file of an evaluation: `source` itself, or the one in the folder of the run `source`.
+    """Return the file of an evaluation: `source` itself, or the one in the folder of the run `source`.
 
     The user's own evaluation of a run that ships with dumo goes before the one that ships with it. Raises UserError if
     a folder has several evaluations, none of them by the run's own settings.
@@ -117,7 +117,7 @@ def _evaluation_file(source: str) -> Path:
 
 
 def _compare_reports(reports: Mapping[str, Report], *, anyway: bool) -> dict[str, Any]:
-    """The table of evaluations by source, as `compare` returns it. Raises as `require_comparable`."""
+    """Return the table of evaluations by source, as `compare` returns it. Raises as `require_comparable`."""
     cards = {source: report["card"] for source, report in reports.items()}
     if not anyway:
         require_comparable(cards)
@@ -156,14 +156,17 @@ def _compare_reports(reports: Mapping[str, Report], *, anyway: bool) -> dict[str
 
 
 def _varied_settings(cards: Sequence[Card]) -> list[str]:
-    """The names of the settings of the solver that are not the same on all cards that have a solver."""
+    """Return the names of the settings of the solver that are not the same on all cards that have a solver."""
     solvers = [card["solver"] for card in cards if "solver" in card]
     names = {name for solver in solvers for name in solver if name != "kind"}
     return [name for name in sorted(names) if len({str(solver.get(name)) for solver in solvers}) > 1]
 
 
 def shorten_hashes(value: JsonValue) -> str | float | None:
-    """A value of a card for a table. Numbers and None stay. Other values become text, with each SHA-256 cut short."""
+    """Return a value of a card for a table.
+
+    Numbers and None stay. Other values become text, with each SHA-256 cut short.
+    """
     if value is None or isinstance(value, int | float):
         return value
     words = [word[:SHOWN_DIGITS] if len(word) == SHA256_DIGITS else word for word in str(value).split()]

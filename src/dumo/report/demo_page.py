@@ -196,6 +196,6 @@ def serve(blocks: "gr.Blocks", port: int | None, when_ready: Callable[[str], Non
 
 
 def tunnel_text(url: str) -> str:
-    """A line on how to open the page on another machine."""
+    """Return a line on how to open the page on another machine."""
     port = url.rstrip("/").rpartition(":")[2]
     return f"on another machine:  ssh -L {port}:localhost:{port} {socket.gethostname()}    then open http://localhost:{port}"

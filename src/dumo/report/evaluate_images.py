@@ -248,7 +248,7 @@ def _update_bar(tick: Tick) -> ImageTick:
 
 
 def _protocol_for(tree: dict[str, Any], image_set: ImageSet, place: Path, against: str | None) -> MetricProtocol:
-    """The protocol of the tree; it judges all images unless the tree says how many.
+    """Return the protocol of the tree; it judges all images unless the tree says how many.
 
     A protocol that compares with ADM's file gets `against` as its reference, in the tree, too. Raises UserError if
     there are fewer images than it judges, if a file of the protocol is missing, and for a reference that it would
@@ -282,7 +282,7 @@ def _protocol_for(tree: dict[str, Any], image_set: ImageSet, place: Path, agains
 
 
 def judged_channels_and_classes(protocol: MetricProtocol, image_set: ImageSet, place: Path) -> tuple[int, int]:
-    """The number of channels and of classes by which the protocol can judge the images.
+    """Return the number of channels and of classes by which the protocol can judge the images.
 
     All 3 channels if it can, otherwise 1; all classes if it can, otherwise 0. Raises UserError if it judges neither 3
     channels nor 1 of images of this size.
@@ -311,7 +311,7 @@ class _ImagesReference:
     labels: Labels | None
 
     def open(self) -> Data:
-        """The data. A protocol that reads a file of its own never calls this."""
+        """Return the data. A protocol that reads a file of its own never calls this."""
         assert self.data is not None, "the protocol reads a file of its own"
         return self.data
 
@@ -369,7 +369,7 @@ def _find_reference(
 
 
 def _reference_images(tree: dict[str, Any], data: dict[str, Any]) -> Images:
-    """The images of a reference, opened by the fields `data`."""
+    """Return the images of a reference, opened by the fields `data`."""
     images = parse(_ImagesSettings, {"evaluate": tree["evaluate"], "data": data}).data
     assert images is not None, "it is given"
     return images.with_facts()

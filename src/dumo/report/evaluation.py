@@ -120,7 +120,7 @@ def evaluate(
 def evaluation_settings(
     run: Run, *, nfe: Sequence[int] | None, seed: int | None, solver: Solver | str | None = None
 ) -> Run:
-    """The run's settings with what a user asked for; None keeps what the run has.
+    """Return the run's settings with what a user asked for; None keeps what the run has.
 
     Raises UserError for passes or a solver that its objective did not teach.
     """
@@ -135,7 +135,7 @@ def evaluation_settings(
 
 
 def _stored_reference(trained: TrainedRun) -> Path | None:
-    """The features of the reference that ship with the run; None if there are none, or for another reference."""
+    """Return the features of the reference that ship with the run; None if there are none, or for another reference."""
     file = trained.run_folder.path / STORED_FILE
     is_own_reference = trained.spec.evaluate.split == trained.spec_as_saved.evaluate.split
     return file if is_own_reference and file.is_file() else None
@@ -190,7 +190,7 @@ def likelihoods(trained: TrainedRun, evaluator: LikelihoodEvaluator, solver: Sol
 
 
 def current_report(trained: TrainedRun) -> dict[str, Any] | None:
-    """The report of a run, if it is of these weights and settings; None otherwise.
+    """Return the report of a run, if it is of these weights and settings; None otherwise.
 
     Whether the data, the features and the versions are those of the report is not checked.
     """
@@ -221,7 +221,7 @@ def report_path(trained: TrainedRun, run: Run) -> Path:
 
 
 def _named_fields(sampling: Sampling, evaluation: Evaluation) -> Fields:
-    """The fields that decide an evaluation, and that the name of its file shows if they are changed."""
+    """Return the fields that decide an evaluation, and that the name of its file shows if they are changed."""
     sampling_tree = sampling.model_dump(mode="json")
     evaluation_tree = evaluation.model_dump(mode="json")
     protocol = evaluation_tree.pop("protocol")

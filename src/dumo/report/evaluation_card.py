@@ -71,7 +71,7 @@ def make_card(trained: TrainedRun, run: Run, facts: Mapping[str, str], samples: 
 
 
 def measure(card: Card) -> Card:
-    """The part of a card that says how samples were measured. Scores are comparable if it is equal.
+    """Return the part of a card that says how samples were measured. Scores are comparable if it is equal.
 
     What made the samples (weights, solver, guidance) is left out, because it is what is compared. The codec is part of
     the measure: another codec shows other pixels for the same latent.
@@ -109,7 +109,7 @@ def is_card_of(card: Mapping[str, Any], trained: TrainedRun) -> bool:
 
 
 def judging_settings(run: Run) -> Card:
-    """The part of a card that the config of an evaluation decides."""
+    """Return the part of a card that the config of an evaluation decides."""
     evaluation = run.evaluate
     fields: Card = {
         "labels": labels_text(run.data, evaluation),
@@ -136,7 +136,7 @@ def protocol_settings(run: Run) -> Card:
 
 
 def labels_text(data: Data, evaluation: Evaluation) -> str:
-    """The class or caption of sample i, in words. Other programs often draw labels at random."""
+    """Return the class or caption of sample i, in words. Other programs often draw labels at random."""
     captions = Conditions(data).captions
     if isinstance(evaluation.protocol, LikelihoodProtocol):
         return "those of the data"
@@ -149,7 +149,7 @@ def labels_text(data: Data, evaluation: Evaluation) -> str:
 
 
 def contrast_passes(run: Run) -> list[int]:
-    """The numbers of passes of the contrast; [] if there is none."""
+    """Return the numbers of passes of the contrast; [] if there is none."""
     evaluation = run.evaluate
     if isinstance(evaluation.protocol, LikelihoodProtocol):
         return [evaluation.protocol.passes]

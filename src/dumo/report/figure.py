@@ -123,7 +123,7 @@ def read_curves(rows: Sequence[log.Row]) -> dict[str, Curve]:
 
 
 def _values_by_title(row: log.Row) -> dict[str, object]:
-    """The values of a row by the titles of their panels, in order. Some may be None or not finite."""
+    """Return the values of a row by the titles of their panels, in order. Some may be None or not finite."""
     parts = row.get("parts", {})
     values: dict[str, object] = {"loss": row.get("loss")}
     # A loss with one unweighted part equals that part.
@@ -140,7 +140,7 @@ def _values_by_title(row: log.Row) -> dict[str, object]:
 
 
 def _errors_by_title(row: log.Row) -> dict[str, float]:
-    """The standard deviations of a row's validation scores, by the titles of their panels."""
+    """Return the standard deviations of a row's validation scores, by the titles of their panels."""
     scores = row.get("val", {})
     errors: dict[str, float] = {}
     for name in scores:

@@ -53,7 +53,7 @@ class SamplingMode:
         return f"{self.letter} by\n{solver_title(self.solver)}"
 
     def solver_for(self, nfe: int) -> Solver:
-        """The solver for this number of passes: Euler's if the mode's own cannot divide them into its steps."""
+        """Return the solver for this number of passes: Euler's if the mode's own cannot divide them into its steps."""
         return self.solver if nfe % self.solver.passes == 0 else Euler()
 
 
@@ -88,17 +88,17 @@ def sampling_modes(run: Run, velocity_solver: Euler | Heun | None = None) -> dic
 
 
 def _head_name(head: str) -> str:
-    """The name of a head in words, or the head's own."""
+    """Return the name of a head in words, or the head's own."""
     return word.HEADS.get(head, head)
 
 
 def solver_title(solver: Solver) -> str:
-    """A solver's name as a title: 'Restart'."""
+    """Return a solver's name as a title: 'Restart'."""
     return solver.kind.replace("_", " ").title()
 
 
 def reachable_passes(nfe: Iterable[int], run: Run, modes: Iterable[SamplingMode]) -> list[int]:
-    """The numbers of passes among `nfe` that all these modes can make; the run's own if there are none."""
+    """Return the numbers of passes among `nfe` that all these modes can make; the run's own if there are none."""
     modes = list(modes)
     reachable = [n for n in nfe if all(can_make(mode.solver_for(n), run.readings, n) for mode in modes)]
     return reachable or list(run.sample.nfe)
@@ -192,7 +192,7 @@ def write_trajectories(folder: Path, panels: Panels) -> list[Path]:
 
 
 def milestone_files(folder: Path, last: int, steps: Sequence[int] | None = None) -> dict[int, Path | None]:
-    """The files of milestones by step, and None for the step `last`, which is that of the last checkpoint.
+    """Return the files of milestones by step, and None for the step `last`, which is that of the last checkpoint.
 
     `steps` chooses some; None: all, in order. Raises UserError for a step that was not kept.
     """
@@ -211,7 +211,7 @@ def milestone_files(folder: Path, last: int, steps: Sequence[int] | None = None)
 
 
 def open_milestone(trained: TrainedRun, step: int, file: Path | None) -> TrainedRun:
-    """The run with the weights of a milestone, in `file`; None: the run as it is opened.
+    """Return the run with the weights of a milestone, in `file`; None: the run as it is opened.
 
     Raises UserError if the weights do not fit the run, or are not that milestone's.
     """
@@ -223,7 +223,7 @@ def open_milestone(trained: TrainedRun, step: int, file: Path | None) -> Trained
 
 
 def choose_modes(run: Run, nfe: Sequence[int] | None) -> list[SamplingMode]:
-    """The sampling modes that are taught, u before v, which takes Heun's steps.
+    """Return the sampling modes that are taught, u before v, which takes Heun's steps.
 
     Raises UserError for a number of passes that one of them cannot make.
     """

@@ -22,7 +22,7 @@ ResultRow = tuple[str, int, list[str]]
 
 
 def read_judgements(trained: TrainedRun) -> list[Judgement]:
-    """The evaluations of a run's weights, sampled as the run samples now: by its own settings, then by others.
+    """Return the evaluations of a run's weights, sampled as the run samples now: by its own settings, then by others.
 
     Each report has, in addition,
 
@@ -62,7 +62,7 @@ def read_judgements(trained: TrainedRun) -> list[Judgement]:
 
 
 def table_rows(evaluation: Judgement, columns: Sequence[str]) -> list[list[ResultRow]]:
-    """The rows of the results, and then those of the contrast, if there are any."""
+    """Return the rows of the results, and then those of the contrast, if there are any."""
     groups: list[list[ResultRow]] = []
     for part in (evaluation["results"], evaluation["contrast"]):
         group = [(row["solver"], row["nfe"], [score.score_text(row, name) for name in columns]) for row in part]
@@ -72,7 +72,7 @@ def table_rows(evaluation: Judgement, columns: Sequence[str]) -> list[list[Resul
 
 
 def baseline_rows(evaluation: Judgement, columns: Sequence[str]) -> list[tuple[str, str, list[str]]]:
-    """A row for each baseline: its title, its meaning, and its scores `columns` as text, "" if it lacks one."""
+    """Return a row for each baseline: its title, its meaning, and its scores `columns` as text, "" if it lacks one."""
     rows: list[tuple[str, str, list[str]]] = []
     for name, scores in score.baselines_by_name(evaluation).items():
         words = word(BASELINES, name)

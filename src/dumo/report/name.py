@@ -19,14 +19,14 @@ Fields = dict[str, Any]
 
 
 def sampling_fields(spec: Sampling) -> Fields:
-    """The fields that decide the samples of a given number of passes."""
+    """Return the fields that decide the samples of a given number of passes."""
     tree = spec.model_dump(mode="json", exclude={"nfe"})
     specs = {name: tree.pop(name) for name in ("solver", "guide", "knobs")}
     return flatten({**specs, "sample": tree})
 
 
 def flatten(tree: dict[str, Fields]) -> Fields:
-    """The fields of several specs, by name, in one mapping: {"solver": {"m": 1}} as {"solver.m": 1}."""
+    """Return the fields of several specs, by name, in one mapping: {"solver": {"m": 1}} as {"solver.m": 1}."""
     return {f"{spec}.{name}": value for spec, fields in tree.items() for name, value in fields.items()}
 
 

@@ -156,7 +156,7 @@ class _DataRows:
 
 
 def _read_data(trained: TrainedRun) -> _DataRows:
-    """Some samples of the data, decoded; none if the images are elsewhere, or are not those of the training.
+    """Return some samples of the data, decoded; none if the images are elsewhere, or are not those of the training.
 
     Raises UserError if data that are on this machine cannot be read.
     """
@@ -181,12 +181,12 @@ def _read_data(trained: TrainedRun) -> _DataRows:
 
 
 def num_data_rows(trained: TrainedRun) -> int:
-    """The number of samples that are read of data that are not in memory."""
+    """Return the number of samples that are read of data that are not in memory."""
     return min(MAX_DATA_ROWS, MAX_DATA_PIXELS // prod(trained.spec.shown_shape[1:]))
 
 
 def render(trained: TrainedRun, parts: PageParts) -> str:
-    """The page as HTML, of these parts and of the run's fields. All that is put into it is escaped."""
+    """Return the page as HTML, of these parts and of the run's fields. All that is put into it is escaped."""
     run = trained.spec
     missing = missing_to_judge(run, parts.size)
     if parts.missing and run.evaluate.protocol.reads_data and not trained.is_only_read:
@@ -229,7 +229,7 @@ def render(trained: TrainedRun, parts: PageParts) -> str:
 
 
 def _capitalize(title: str) -> str:
-    """A title with a capital letter at its start; other letters stay, and so do the symbols v and u."""
+    """Return a title with a capital letter at its start; other letters stay, and so do the symbols v and u."""
     return title if len(title) == 1 else title[0].upper() + title[1:]
 
 
@@ -248,7 +248,7 @@ def _next_command(
 
 
 def column_conditions(trained: TrainedRun) -> list[int]:
-    """The condition of each column of a sheet: the first ten classes, or captions of them.
+    """Return the condition of each column of a sheet: the first ten classes, or captions of them.
 
     Fewer than ten are repeated, each in columns side by side. [] without conditions.
     """
@@ -259,19 +259,19 @@ def column_conditions(trained: TrainedRun) -> list[int]:
 
 
 def _num_columns(trained: TrainedRun) -> int:
-    """The number of columns of a sheet."""
+    """Return the number of columns of a sheet."""
     return len(column_conditions(trained)) or COLUMNS
 
 
 def _class_names(trained: TrainedRun) -> list[str]:
-    """The names above a sheet, one for each class; [] for points."""
+    """Return the names above a sheet, one for each class; [] for points."""
     if not trained.makes_images:
         return []
     return [trained.spec.conditions.name(c) for c in dict.fromkeys(column_conditions(trained))]
 
 
 def _data_name(trained: TrainedRun) -> str:
-    """The name of the data: that of the folder of images, or their kind."""
+    """Return the name of the data: that of the folder of images, or their kind."""
     images = shown_data(trained.spec.data)
     if isinstance(images, Images):
         return Path(images.root).name.lstrip("$")
@@ -279,7 +279,7 @@ def _data_name(trained: TrainedRun) -> str:
 
 
 def make_samples(trained: TrainedRun, bar: Bar) -> tuple[dict[int, Sample], dict[str, dict[int, Sample]]]:
-    """The samples of the sheets by number of passes, and those of the trajectories by mode and number of passes.
+    """Return the samples of the sheets by number of passes, and those of the trajectories by mode and number of passes.
 
     Sheets are made by the run's own solver. A trajectory has as many images as a row of a sheet, or as many points as a
     sheet, and sample i starts from the same noise in all of them.

@@ -90,7 +90,7 @@ def sample_to_files(
 
 
 def sampling_changes(trained: TrainedRun, spec: Sampling) -> list[str]:
-    """The parts of a name that say in which fields `spec` differs from the run's own sampling.
+    """Return the parts of a name that say in which fields `spec` differs from the run's own sampling.
 
     The solver's kind is none of them, for every name begins with it.
     """

@@ -52,17 +52,17 @@ def is_error(name: str) -> bool:
 
 
 def error(row: Mapping[str, Any], name: str) -> float | None:
-    """The error of a score in a row; None where it is not known."""
+    """Return the error of a score in a row; None where it is not known."""
     return row.get(name + ERROR_SUFFIX)
 
 
 def first_score(row: Mapping[str, Any]) -> str:
-    """The name of a row's first score. A baseline has it as `mean`, and its error as `sd`."""
+    """Return the name of a row's first score. A baseline has it as `mean`, and its error as `sd`."""
     return next(name for name in row if name not in ROW_LABELS)
 
 
 def score_names(row: Mapping[str, Any], card: Card | None = None) -> list[str]:
-    """The names of the scores in a row, without errors, the one that leads first.
+    """Return the names of the scores in a row, without errors, the one that leads first.
 
     Which one leads depends on the run's card: not a score that the run was trained on.
     """
@@ -76,7 +76,7 @@ def score_names(row: Mapping[str, Any], card: Card | None = None) -> list[str]:
 
 
 def trained_on_names(row: Mapping[str, Any], card: Card) -> list[str]:
-    """The names of the scores in a row that measure what the run of this card was trained on."""
+    """Return the names of the scores in a row that measure what the run of this card was trained on."""
     names = [name for name, value in row.items() if isinstance(value, float) and not is_error(name)]
     return [name for name in names if is_trained_on(name, card)]
 
@@ -91,7 +91,7 @@ def summary_names(columns: Sequence[str]) -> list[str]:
 
 
 def select_scores(row: Mapping[str, Any], columns: Sequence[str]) -> Row:
-    """A row or a baseline that is left with the scores `columns` and their errors, in the order of `columns`."""
+    """Return a row or a baseline that is left with the scores `columns` and their errors, in the order of `columns`."""
     selected = {name: row[name] for name in ROW_LABELS if name in row}
     for column in columns:
         for name in (column, column + ERROR_SUFFIX):
@@ -152,7 +152,7 @@ def verdict(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Scores]) 
 
 
 def _best_scores(rows: Sequence[Mapping[str, Any]]) -> Scores:
-    """The scores and errors of the row with the least `class_mmd`, or the least first score if a row has none.
+    """Return the scores and errors of the row with the least `class_mmd`, or the least first score if a row has none.
 
     {} if no row has any score.
     """
@@ -205,7 +205,7 @@ def mark_best(rows: Sequence[Row], lead: str) -> list[Row]:
 
 
 def baselines_by_name(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """The baselines of an evaluation, with the first score by its name in place of `mean` and `sd`."""
+    """Return the baselines of an evaluation, with the first score by its name in place of `mean` and `sd`."""
     lead = first_score(evaluation["results"][0])
     new_names: dict[str, str] = {"mean": lead, "sd": lead + ERROR_SUFFIX}
     baselines: Mapping[str, Mapping[str, float]] = evaluation["baselines"]
@@ -225,7 +225,7 @@ def has_too_few_images(evaluation: Mapping[str, Any]) -> bool:
 
 
 def number(value: object) -> str:
-    """A number to three significant digits, without an exponent unless it is needed.
+    """Return a number to three significant digits, without an exponent unless it is needed.
 
     A dash stands for None and NaN; what is no number is written as it is.
     """
@@ -242,7 +242,7 @@ def number(value: object) -> str:
 
 
 def abbreviate(value: float | int) -> str:
-    """A number to three significant digits, with k, M, G or T for a power of a thousand."""
+    """Return a number to three significant digits, with k, M, G or T for a power of a thousand."""
     if value < 1000:
         return number(value)
     power = min(4, floor(log10(value) / 3))
@@ -250,7 +250,7 @@ def abbreviate(value: float | int) -> str:
 
 
 def spread(value: float | None, deviation: float | None) -> str:
-    """A number with its deviation, both to two significant digits of the deviation: 1.30 ± 0.12."""
+    """Return a number with its deviation, both to two significant digits of the deviation: 1.30 ± 0.12."""
     if value is None or not deviation or deviation < 0:
         return number(value)
     digits = max(0, 1 - floor(log10(deviation)))
@@ -258,7 +258,7 @@ def spread(value: float | None, deviation: float | None) -> str:
 
 
 def score_text(row: Mapping[str, Any], name: str) -> str:
-    """The score `name` of a row, or of a baseline, with its error."""
+    """Return the score `name` of a row, or of a baseline, with its error."""
     return spread(row.get(name), error(row, name))
 
 
@@ -292,7 +292,7 @@ def terminal_lines(evaluation: Mapping[str, Any], columns: Sequence[str] | None)
 
 
 def terminal_text(baseline: Mapping[str, float]) -> str:
-    """A baseline as `baselines_by_name` has it, in a line: each score with its error."""
+    """Return a baseline as `baselines_by_name` has it, in a line: each score with its error."""
     texts: list[str] = []
     for name, value in baseline.items():
         if name == NUM_SPLITS or is_error(name):

@@ -119,7 +119,7 @@ def open_tracker(name: str, folder: Path, run: Run, step: int) -> Tracker:
 
 
 def _tracker_run_id(folder: Path) -> str:
-    """The id of the tracker's run, which is kept in the run's folder so that a resumed training finds it."""
+    """Return the id of the tracker's run, which is kept in the run's folder so that a resumed training finds it."""
     path = folder / "tracker-id"
     if not path.exists():
         path.write_text(token_hex(4))

@@ -38,7 +38,7 @@ def version() -> str:
 
 
 def installed_version(name: str) -> str | None:
-    """The version of a package, None where it is not installed."""
+    """Return the version of a package, None where it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -29,7 +29,7 @@ CONTAINER_LIMITS = (  # the files in which a container, as of Docker, reads how 
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of this name. 'auto' is the GPU (each rank's own, before they meet, too), else the CPU.
+    """Return the device of this name. 'auto' is the GPU (each rank's own, before they meet, too), else the CPU.
 
     Raises UserError for a device that is not there, and for a GPU by number where there are several ranks.
     """
@@ -98,7 +98,7 @@ def known_peak_tflops(device: torch.device) -> float | None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most bytes that this process has held so far: in a GPU's allocator, else in resident memory."""
+    """Return the most bytes that this process has held so far: in a GPU's allocator, else in resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -107,5 +107,5 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def software_versions() -> dict[str, str]:
-    """The versions that a result depends on: of dumo, torch and Python."""
+    """Return the versions that a result depends on: of dumo, torch and Python."""
     return {"dumo": version(), "torch": torch.__version__, "python": platform.python_version()}

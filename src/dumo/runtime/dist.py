@@ -51,7 +51,7 @@ group: ContextVar[ProcessGroup | None] = ContextVar("group", default=None)
 
 
 def rank() -> int:
-    """The number of this process, in [0, world())."""
+    """Return the number of this process, in [0, world())."""
     return torch.distributed.get_rank() if is_initialized() else 0
 
 
@@ -66,7 +66,10 @@ def is_main() -> bool:
 
 
 def mean(x: Tensor) -> Tensor:
-    """The mean of x over ranks, on every rank. Every rank must call it, with the same shape. x is not changed."""
+    """Return the mean of x over ranks, on every rank.
+
+    Every rank must call it, with the same shape. x is not changed.
+    """
     if world() == 1:
         return x
     total = x.clone()
@@ -87,7 +90,10 @@ def all_reduce_max(x: Tensor) -> Tensor:
 
 
 def all_values(value: T) -> list[T]:
-    """The `value` of each rank, in the order of ranks, in a training loop of any backend. Every rank must call it."""
+    """Return the `value` of each rank, in the order of ranks, in a training loop of any backend.
+
+    Every rank must call it.
+    """
     if world() == 1:
         return [value]
     values: list[Any] = [None] * world()
@@ -96,12 +102,15 @@ def all_values(value: T) -> list[T]:
 
 
 def largest(value: float) -> float:
-    """The largest `value` of all ranks, in a training loop of any backend. Every rank must call it."""
+    """Return the largest `value` of all ranks, in a training loop of any backend. Every rank must call it."""
     return max(all_values(value))
 
 
 def sharded_parts(net: nn.Module) -> list[Any]:
-    """The parts of a network that FSDP2 shards. Its module is slow to import, and if parts are sharded, it is there."""
+    """Return the parts of a network that FSDP2 shards.
+
+    Its module is slow to import, and if parts are sharded, it is there.
+    """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return []
@@ -194,7 +203,7 @@ def is_restart() -> bool:
 
 
 def _environment_integer(name: str, default: int) -> int:
-    """A whole number from the environment. Raises ValueError if it is not one."""
+    """Return a whole number from the environment. Raises ValueError if it is not one."""
     return int(os.environ.get(name, default))
 
 
@@ -263,7 +272,7 @@ def take_own_gpu() -> None:
 
 
 def _choose_backend() -> str:
-    """The backend, by whether each rank of this machine has a GPU."""
+    """Return the backend, by whether each rank of this machine has a GPU."""
     local_world_size = _environment_integer("LOCAL_WORLD_SIZE", 1)
     has_own_gpu = torch.cuda.device_count() >= local_world_size
     return "cpu:gloo,cuda:nccl" if has_own_gpu else "gloo"

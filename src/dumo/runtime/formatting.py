@@ -13,12 +13,12 @@ _CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud80
 
 
 def number_text(value: float) -> str:
-    """A number with three significant digits, or with all digits before the point: 0.123, 1,234, -5,000."""
+    """Return a number with three significant digits, or with all digits before the point: 0.123, 1,234, -5,000."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def bytes_text(size: float, base: int = 1000) -> str:
-    """A number of bytes as text: 1.23 GB, or, with base 1024, 1.23 GiB."""
+    """Return a number of bytes as text: 1.23 GB, or, with base 1024, 1.23 GiB."""
     units = ("KiB", "MiB", "GiB", "TiB", "PiB") if base == 1024 else ("kB", "MB", "GB", "TB", "PB")
     power = 1
     while power < len(units) and size >= 999.5 * base**power:
@@ -47,7 +47,7 @@ def minutes_text(minutes: float) -> str:
 
 
 def nfe_text(n: int) -> str:
-    """A number of passes of a sample through the net as text: 1 NFE, 2 NFE."""
+    """Return a number of passes of a sample through the net as text: 1 NFE, 2 NFE."""
     return f"{n} NFE"
 
 

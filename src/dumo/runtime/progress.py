@@ -91,7 +91,7 @@ def bar(title: str, total: int, /) -> Generator[Tick, None, None]:
 
 @cache
 def _console(is_live: bool) -> Console:
-    """The console of all bars: two bars on consoles of their own would write over each other."""
+    """Return the console of all bars: two bars on consoles of their own would write over each other."""
     return Console(markup=False, emoji=False, stderr=True, force_terminal=is_live, force_interactive=is_live)
 
 

@@ -43,7 +43,7 @@ _PHILOX_ROUNDS = 10
 
 
 def stream(*key: int | str) -> torch.Generator:
-    """A CPU generator seeded by a hash of the key.
+    """Return a CPU generator seeded by a hash of the key.
 
     torch keeps 32 bits of a seed on the CPU, so a few of a million steps share one. That is harmless between steps that
     are far apart; images, whose noise must be distinct, have `noise`.
@@ -77,7 +77,7 @@ def seeded_generators(key: int | None, device: torch.device) -> Generator[None, 
 
 
 def generator_states(device: torch.device) -> bytes:
-    """The states of torch's generators, on the CPU and on a device, as bytes to compare."""
+    """Return the states of torch's generators, on the CPU and on a device, as bytes to compare."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
@@ -85,7 +85,7 @@ def generator_states(device: torch.device) -> bytes:
 
 
 def random_batch(key: str, rows: int, shape: Sequence[int], classes: int) -> tuple[Sample, Cond]:
-    """A random batch in place of data, on the CPU: normal numbers x (rows, *shape), and classes c (rows,).
+    """Return a random batch in place of data, on the CPU: normal numbers x (rows, *shape), and classes c (rows,).
 
     c is all zero if there are no classes.
     """
@@ -148,6 +148,6 @@ def noise(seed: int, indices: Sequence[int], draw: int, shape: Sequence[int]) ->
 
 
 def _philox_generator(key: str) -> np.random.Generator:
-    """A Philox generator whose key is a hash of this text, at the beginning of its stream."""
+    """Return a Philox generator whose key is a hash of this text, at the beginning of its stream."""
     digest = blake2b(key.encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest)))

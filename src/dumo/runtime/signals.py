@@ -45,7 +45,7 @@ class Stopped(RuntimeError):  # noqa: N818, it is no error
 
 
 def poll() -> int | None:
-    """The number of the signal that asked this process to stop; None while nobody has."""
+    """Return the number of the signal that asked this process to stop; None while nobody has."""
     global received_signal
     if received_signal is None and _parent_pid is not None and os.getppid() != _parent_pid:
         received_signal = signal.SIGTERM

@@ -32,7 +32,7 @@ class Stopwatch:
 
     @classmethod
     def for_bench(cls, device: torch.device) -> "Stopwatch":
-        """A stopwatch that, on a CPU with one thread, reads processor time, which leaves out other programs."""
+        """Return a stopwatch that, on a CPU with one thread, reads processor time, which leaves out other programs."""
         is_single_thread = device.type == "cpu" and torch.get_num_threads() == 1
         return cls(device, time.process_time if is_single_thread else wall_clock)
 

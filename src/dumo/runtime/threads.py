@@ -18,7 +18,7 @@ MAX_SMALL_PARAMETERS = 2_000_000  # of a network that gets one thread
 
 
 def cores() -> int:
-    """The number of cores that this process may run on."""
+    """Return the number of cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

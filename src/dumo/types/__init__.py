@@ -68,7 +68,7 @@ PINNED: JsonDict = {"pinned": True}  # a hash, taken when the run begins
 
 
 def marks_of(field: FieldInfo) -> Mapping[str, Any]:
-    """A field's marks by name; empty if it has none."""
+    """Return a field's marks by name; empty if it has none."""
     return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
@@ -93,12 +93,12 @@ class Frozen:
 
     @torch.no_grad()
     def __call__(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
-        """The heads of a pass, as `Net` returns them, without gradients."""
+        """Return the heads of a pass, as `Net` returns them, without gradients."""
         return self.module(x, c, **inputs)
 
 
 def unwrap(net: Net) -> nn.Module:
-    """The network inside its wrappers: DataParallel, DistributedDataParallel, AveragedModel, torch.compile.
+    """Return the network inside its wrappers: DataParallel, DistributedDataParallel, AveragedModel, torch.compile.
 
     A network of another class is returned as it is, also if it has a part named `module`.
     """
@@ -271,7 +271,7 @@ class NoisyBatch:
         return self.host
 
     def at(self, s: Time | float, x: Sample | None = None, z: Sample | None = None) -> "NoisyBatch":
-        """The same rows at another time s, (b,) or one number, with other data x and noise z if given.
+        """Return the same rows at another time s, (b,) or one number, with other data x and noise z if given.
 
         Any of the rows may have r != t then.
         """
@@ -288,7 +288,7 @@ class NoisyBatch:
         return replace(self, x=x, z=z, t=s, x_t=x_s, v_t=v_s, moving=None, host=host)
 
     def velocity(self, x: Sample, s: Time, v: Sample) -> Sample:
-        """The velocity to learn at the point x and time s: the teacher's on the rows that it answers, else v."""
+        """Return the velocity to learn at the point x and time s: the teacher's on the rows that it answers, else v."""
         if self.teacher is None:
             return v
         teacher_v = self.teacher(x, s, self.c, v)
@@ -312,7 +312,7 @@ class NoisyBatch:
         return split_by_moving(self.moving)
 
     def __getitem__(self, rows: slice | list[int] | Int[Tensor, " k"]) -> "NoisyBatch":
-        """A batch of some of the rows.
+        """Return a batch of some of the rows.
 
         Which rows may move stays known, but not of rows that a tensor names: only its device knows which they are.
         """
@@ -349,7 +349,7 @@ class Terms:
     notes: Mapping[str, PerSample] = field(default_factory=dict)  # not part of the loss, and without gradients
 
     def detach(self) -> "Terms":
-        """A copy without gradients."""
+        """Return a copy without gradients."""
         parts = {name: rows.detach() for name, rows in self.parts.items()}
         notes = {name: rows.detach() for name, rows in self.notes.items()}
         return Terms(self.loss.detach(), parts, notes)
@@ -420,5 +420,5 @@ def lift(t: Time | Rows, like: Sample) -> Array:
 
 
 def mean_square(e: Sample) -> PerSample:
-    """The mean of squares of each row, (b,), over all axes but the batch axis."""
+    """Return the mean of squares of each row, (b,), over all axes but the batch axis."""
     return e.square().flatten(1).mean(1)

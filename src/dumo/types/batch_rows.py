@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def split_by_moving(moving: Sequence[bool]) -> tuple[list[int], list[int]]:
-    """The places of the rows that move, and of those that do not, each in order."""
+    """Return the places of the rows that move, and of those that do not, each in order."""
     moving_places = [i for i, is_moving in enumerate(moving) if is_moving]
     resting_places = [i for i, is_moving in enumerate(moving) if not is_moving]
     return moving_places, resting_places
@@ -39,7 +39,7 @@ def index(rows: Sequence[int], device: torch.device) -> Int[Tensor, " k"]:
 
 @lru_cache(maxsize=64)
 def _index(rows: tuple[int, ...], device: torch.device) -> Int[Tensor, " k"]:
-    """The index on a GPU; no inference tensor, since passes with gradients use it, too."""
+    """Return the index on a GPU; no inference tensor, since passes with gradients use it, too."""
     with torch.inference_mode(False):
         return to_device(torch.tensor(rows, dtype=torch.long), device)
 

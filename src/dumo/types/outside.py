@@ -40,7 +40,7 @@ OUTSIDE = "module:Class"
 
 
 def branch(value: object) -> str:
-    """The branch of a union that a tree or spec belongs to: OUTSIDE if its kind is `module:Class`."""
+    """Return the branch of a union that a tree or spec belongs to: OUTSIDE if its kind is `module:Class`."""
     kind: object = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
     return OUTSIDE if isinstance(kind, str) and ":" in kind else BUNDLED
 
@@ -57,11 +57,11 @@ class Outside:
         return core_schema.no_info_plain_validator_function(self._validate)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """A kind with a colon, and any other fields."""
+        """Return a kind with a colon, and any other fields."""
         return {"type": "object", "properties": {"kind": {"type": "string", "pattern": ":"}}, "required": ["kind"]}
 
     def _validate(self, value: Any) -> Spec:  # noqa: ANN401, a spec or a tree
-        """The spec that a tree describes, or that is given. Raises UserError for a class of another family."""
+        """Return the spec that a tree describes, or that is given. Raises UserError for a class of another family."""
         cls = type(value) if isinstance(value, Spec) else import_class(value["kind"])
         if not issubclass(cls, (self.base, *members(self.union))):
             raise UserError(
@@ -73,7 +73,7 @@ class Outside:
 
 
 def members(union: object) -> tuple[type[Spec], ...]:
-    """The specs of a union, in its order, without the bases of classes from outside."""
+    """Return the specs of a union, in its order, without the bases of classes from outside."""
     if isinstance(union, type):
         return (union,) if issubclass(union, Spec) else ()
     if any(isinstance(mark, Outside) for mark in getattr(union, "__metadata__", ())):
@@ -85,7 +85,7 @@ def members(union: object) -> tuple[type[Spec], ...]:
 
 
 def name_of(cls: type) -> str:
-    """The name of a class as a `kind` writes it, `module:Class`."""
+    """Return the name of a class as a `kind` writes it, `module:Class`."""
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
@@ -110,7 +110,7 @@ def import_class(name: str) -> type[Spec]:
 
 
 def code_hash(spec: Spec | Objective) -> str | None:
-    """The first 16 digits of the SHA-256 of the code of a spec's module, without comments and layout.
+    """Return the first 16 digits of the SHA-256 of the code of a spec's module, without comments and layout.
 
     In a notebook it is of the class alone. It does not cover what the module imports. None where there is no source.
     """
@@ -137,7 +137,10 @@ def make_objective(objective: str | Mapping[str, Any] | Objective) -> Objective:
 
 @cache
 def _objective_adapter() -> TypeAdapter[Objective]:
-    """The union of all objectives that ship with dumo. They are imported by name, because they build on this module."""
+    """Return the union of all objectives that ship with dumo.
+
+    They are imported by name, because they build on this module.
+    """
     return TypeAdapter(import_module("dumo.objectives").BundledObjective)
 
 
