@@ -62,7 +62,7 @@ def codes_of(part: object) -> Iterator[tuple[str, str | None]]:
 
 
 def require_same_code(spec: Spec, resolved: Mapping[str, JsonValue], folder: Path) -> None:
-    """Raise UserError where the code of a class from outside has changed since the run in `folder` began.
+    """Raise UserError if the code of a class from outside has changed since the run in `folder` began.
 
     `resolved` has the hashes of that time under `code`. A class that has none there came later, and is not compared.
     """

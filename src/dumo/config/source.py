@@ -124,7 +124,7 @@ def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
 
     `out` is the folder to train in, if one was given. If it has the name of a recipe and holds a run, that name means
     the run, so that `train digits --out digits` resumes when it is typed again. Raises UserError if NAME is a recipe
-    and ./NAME holds a run or images, and for the folder of a pipeline of diffusers.
+    and ./NAME holds a run or images, and for the folder of a diffusers pipeline.
     """
     if out is not None and source in recipe_files.names() and out == Path(source) and (out / RUN_FILE).is_file():
         return ChosenSource("run", f"./{source}", out)

@@ -1,17 +1,17 @@
-"""Published autoencoders, through diffusers: Stable Diffusion's VAE, the deep-compression one, DC-AE, and a pipeline's.
+"""Published autoencoders, loaded by diffusers: the VAE of Stable Diffusion, DC-AE, and the VAE of the run's pipeline.
 
-All take images in [-1, 1]. `SdVae`, `DcAe` and `PipelineVae` are the specs. Their `weights` is a folder, with a config
-and weights (`dumo.encoders.part`), or the name of such a model on the Hugging Face Hub.
+All take images in [-1, 1]. `SdVae`, `DcAe` and `PipelineVae` are the specs. Their `weights` is a folder with a config
+and weights (`dumo.encoders.part`), or a repository on the Hugging Face Hub.
 
 The order of events in `DiffusersCodec.open`:
 
-1. The folder is found, or fetched, and the hash of its weights is compared with that of the run.
-2. diffusers loads its class of autoencoder.
-3. A config of another variant is refused. The numbers of a variant are in `variants`; `PipelineVae` has none, and reads
-   its numbers from the config.
-4. The `LoadedCodec` calls the autoencoder through `_DiffusersCoder`, which gives latents or moments.
+1. The folder is found or downloaded, and the hash of its weights is compared with the hash in the run.
+2. diffusers loads the autoencoder class.
+3. A config that does not match the variant is refused. `variants` has the shape, shift and scale of each variant;
+   `PipelineVae` reads them from the config.
+4. The `LoadedCodec` calls the autoencoder through `_DiffusersCoder`, which returns latents or moments.
 
-To accept another class of a pipeline's autoencoder, add it to `KINDS`.
+To support another autoencoder class of pipelines, add it to `KINDS`.
 """
 
 from collections.abc import Mapping
@@ -39,29 +39,29 @@ HINT = f"{FIELD}=... names a folder with {CONFIG} and {DIFFUSERS_FILE}, or a mod
 
 
 class DiffusersCodec(CodecSpec):
-    """A codec whose autoencoder is a class of diffusers."""
+    """A codec with a diffusers autoencoder."""
 
     class_name: ClassVar[str]  # in diffusers
     takes_videos: ClassVar[bool] = False  # (b, c, frames, h, w): an image is one frame
 
     def find_folder(self) -> Path:
-        """Return the folder of config and weights, fetched if it is on the Hub. Raises UserError if there is none."""
+        """Return the folder with config and weights, downloading it if needed. Raises UserError if there is none."""
         folder = hub.path_of(self.weights, FIELD, choose_files)
         if not folder.is_dir():
             raise UserError(f"{FIELD}: there is no folder {self.weights}. {HINT}")
         return folder
 
     def open(self, device: str | torch.device = "cpu") -> LoadedCodec:
-        """Read the weights. Raises UserError where diffusers or they are missing, damaged or of another variant."""
+        """Load the weights. Raises UserError if diffusers or weights are missing, or weights damaged or mismatched."""
         net, sha256 = _load_model(self)
         coder = _DiffusersCoder(net.to(device), self)
         return LoadedCodec(self, coder, sha256, torch.device(device))
 
 
 class SdVae(DiffusersCodec):
-    """The VAE of Stable Diffusion 1, fine-tuned as ft-ema.
+    """The VAE of Stable Diffusion 1, in its ft-ema version.
 
-    The scale is one over the deviation over the first batch it was trained on (Rombach et al. 2022, App. G).
+    The scale is the inverse standard deviation over its first training batch (Rombach et al. 2022, App. G).
     """
 
     kind: Literal["sd-vae"] = "sd-vae"
@@ -74,7 +74,7 @@ class SdVae(DiffusersCodec):
 
 
 class DcAe(DiffusersCodec):
-    """DC-AE f32c32 (Chen et al. 2024), a 32nd of the side: trained on ImageNet (in), a mixture (mix), or for SANA.
+    """DC-AE f32c32 (Chen et al. 2024), a downsampling factor of 32: trained on ImageNet (in), a mixture (mix), or SANA.
 
     The scale is the scaling_factor of the published config.
     """
@@ -90,15 +90,15 @@ class DcAe(DiffusersCodec):
 
 
 class VaeKind(NamedTuple):
-    """What is particular about a class of autoencoders."""
+    """The properties of an autoencoder class that its config does not have."""
 
-    is_gaussian: bool = False  # the encoder gives a Gaussian per pixel
+    is_gaussian: bool = False  # the encoder returns a Gaussian per pixel
     takes_videos: bool = False  # (b, c, frames, h, w): an image is one frame
-    has_patch_norm: bool = False  # a net learns patches of 2 x 2 of its latent, normalized by numbers in the weights
-    default_scale: float | None = None  # diffusers' own, for configs from before they had one; None: there are none
+    has_patch_norm: bool = False  # latents are 2 x 2 patches, normalized by a batch norm in the weights
+    default_scale: float | None = None  # of diffusers, for old configs without a scaling factor
 
 
-KINDS = {  # of the autoencoders of pipelines, by their class in diffusers
+KINDS = {  # by class in diffusers
     "AutoencoderKL": VaeKind(is_gaussian=True, default_scale=0.18215),
     "AutoencoderDC": VaeKind(),
     "AutoencoderKLQwenImage": VaeKind(is_gaussian=True, takes_videos=True),
@@ -108,7 +108,7 @@ KINDS = {  # of the autoencoders of pipelines, by their class in diffusers
 
 
 class PipelineVae(PipelineSpec, DiffusersCodec):
-    """The autoencoder of the run's pipeline, with the shift and scale of its config. Its weights are the pipeline's."""
+    """The autoencoder of the run's pipeline, with the shift and scale of its config."""
 
     kind: Literal["pipeline"] = "pipeline"
     weights: str = Field(default="", exclude=True, json_schema_extra=FREE)  # set by `within`
@@ -116,7 +116,7 @@ class PipelineVae(PipelineSpec, DiffusersCodec):
     variants: ClassVar[Mapping[str, PublishedCodec]] = {}
 
     def within(self, pipeline: Pipeline | None) -> Self:
-        """Return this spec for a run with this pipeline, with the place and the hash of the autoencoder's weights."""
+        """Return this spec for a run with this pipeline, with the path and the hash of the autoencoder's weights."""
         codec = super().within(pipeline)
         weights = ""
         sha256 = None
@@ -127,12 +127,12 @@ class PipelineVae(PipelineSpec, DiffusersCodec):
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The autoencoder's config.json. Raises UserError where there is none, or another than the run began with."""
+        """The autoencoder's config.json. Raises UserError if it is missing, or has changed since the run started."""
         return self.pipeline.config(VAE)
 
     @property
     def class_name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride], of the folder, not of the class
-        """The autoencoder's class in diffusers. Raises UserError for one that is none of KINDS."""
+        """The autoencoder's class in diffusers. Raises UserError for a class that is not in KINDS."""
         class_name = str(self.config.get("_class_name"))
         if class_name not in KINDS:
             raise UserError(
@@ -143,20 +143,20 @@ class PipelineVae(PipelineSpec, DiffusersCodec):
 
     @property
     def takes_videos(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride], as `class_name`
-        """Whether the autoencoder takes videos. Raises UserError for a class that is none of KINDS."""
+        """Whether the autoencoder takes videos. Raises UserError for a class that is not in KINDS."""
         return KINDS[self.class_name].takes_videos
 
     @property
     def is_gaussian(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride], as `class_name`
-        """Whether the encoder gives a Gaussian per pixel. Raises UserError for a class that is none of KINDS."""
+        """Whether the encoder returns a Gaussian per pixel. Raises UserError for a class that is not in KINDS."""
         return KINDS[self.class_name].is_gaussian
 
     @property
     def published(self) -> PublishedCodec:
-        """The shape, shift and scale of latents by the config. Raises UserError where the config says none."""
+        """The shape, shift and scale of latents from the config. Raises UserError if the config has none."""
         channels, factor = _latent_size(self.config)
         kind = KINDS[self.class_name]
-        if kind.has_patch_norm:  # which takes the place of shift and scale
+        if kind.has_patch_norm:  # which replaces shift and scale
             return PublishedCodec(self.weights, channels=4 * channels, factor=2 * factor, scale=1.0)
         shift_and_scale = _shift_and_scale(self.config)
         scale = shift_and_scale.get("scale", kind.default_scale)
@@ -174,7 +174,7 @@ class PipelineVae(PipelineSpec, DiffusersCodec):
         )
 
     def facts(self) -> dict[str, Any]:
-        """Return what the codec computes, by the config, wherever its weights are."""
+        """Return the settings that the latents depend on, from the config, without the path of the weights."""
         facts: dict[str, Any] = {"kind": self.kind, "name": self.class_name}
         for name, value in self.published._asdict().items():
             if name != "weights":
@@ -182,30 +182,30 @@ class PipelineVae(PipelineSpec, DiffusersCodec):
         return facts
 
     def digest(self) -> str | None:
-        """Return the SHA-256 of the weights; None where they are not here."""
+        """Return the SHA-256 of the weights, or None if they are not on this machine."""
         if self.pipeline.is_published:
             return None
         weights = find_weights(self.pipeline.part_folder(VAE), DIFFUSERS)
         return None if weights is None else weights.sha256()
 
     def require_hash(self, sha256: str) -> None:
-        """Raise UserError if the weights have another SHA-256 than those that the run began with."""
+        """Raise UserError if the SHA-256 of the weights has changed since the run started."""
         self.pipeline.require_fact("vae.weights", sha256)
 
     def find_folder(self) -> Path:
-        """Return the folder of the pipeline's autoencoder, fetched if it is on the Hub. Raises UserError."""
+        """Return the folder of the pipeline's autoencoder, downloading it if needed. Raises as `Pipeline.fetch`."""
         self.pipeline.fetch()
         return self.pipeline.part_folder(VAE)
 
 
 class _DiffusersCoder:
-    """An autoencoder of diffusers as an `Autoencoder`."""
+    """Adapts a diffusers autoencoder to `Autoencoder`."""
 
     def __init__(self, net: nn.Module, spec: DiffusersCodec) -> None:
-        """Take an autoencoder of diffusers, of the class of `spec`."""
+        """Take a diffusers autoencoder of the class of `spec`."""
         self.net: Any = net
         self.spec = spec
-        self.patch_norm: Any = getattr(net, "bn", None)  # FLUX.2's batch norm: mean and variance of patches of 2 x 2
+        self.patch_norm: Any = getattr(net, "bn", None)  # FLUX.2's batch norm of 2 x 2 patches
 
     def encode(self, images: Images) -> Moments:
         """Encode images (b, 3, h, w) to latents, or to means and then standard deviations, along the channels."""
@@ -240,7 +240,7 @@ class _DiffusersCoder:
 
 
 def _load_model(codec: DiffusersCodec) -> tuple[nn.Module, str]:
-    """Load a codec's autoencoder by diffusers, in float32. Returns it, and the SHA-256 of its weights.
+    """Load a codec's autoencoder with diffusers, in float32. Returns it and the SHA-256 of its weights.
 
     Raises UserError as `DiffusersCodec.open`.
     """
@@ -251,7 +251,7 @@ def _load_model(codec: DiffusersCodec) -> tuple[nn.Module, str]:
     part_weights = require_weights(folder, DIFFUSERS, FIELD, HINT)
     sha256 = part_weights.sha256(HINT)
     codec.require_hash(sha256)
-    with quietly("diffusers"):  # it would show a bar of shards
+    with quietly("diffusers"):  # hides its progress bar of shards
         net, report = part_weights.build_model(getattr(diffusers, class_name))
     unfit_key = first_unfit_key(report)
     if unfit_key is not None:
@@ -262,7 +262,7 @@ def _load_model(codec: DiffusersCodec) -> tuple[nn.Module, str]:
 
 
 def _require_variant(codec: CodecSpec, config: Mapping[str, Any], folder: Path) -> None:
-    """Raise UserError where a model's config is not of the codec's variant, naming the variant that it is of."""
+    """Raise UserError, naming the matching variant, if a model's config does not match the codec's variant."""
     channels, factor = _latent_size(config)
     shift_and_scale = _shift_and_scale(config)
     matching: dict[PublishedCodec, str] = {}
@@ -280,10 +280,10 @@ def _require_variant(codec: CodecSpec, config: Mapping[str, Any], folder: Path) 
 
 
 def _shift_and_scale(config: Mapping[str, Any]) -> dict[str, float | list[float]]:
-    """Return the shift and scale of latents by an autoencoder's config; {} where it has none.
+    """Return the shift and scale of latents in an autoencoder's config, or {}.
 
-    Each is one number, or a list of one per channel. Deviations are in units of a scaling factor, where there is one,
-    as in the pipelines of Stable Diffusion XL.
+    Each is one number or a list with one per channel. Standard deviations are divided by the scaling factor, if there
+    is one, as in the pipelines of Stable Diffusion XL.
     """
     if config.get("latents_mean") and config.get("latents_std"):
         factor = config.get("scaling_factor", 1.0)
@@ -294,7 +294,7 @@ def _shift_and_scale(config: Mapping[str, Any]) -> dict[str, float | list[float]
 
 
 def _has_shift_and_scale(published: PublishedCodec, shift_and_scale: Mapping[str, float | list[float]]) -> bool:
-    """Whether the shift and scale of a config are the published ones. A config without them fits any codec."""
+    """Whether the shift and scale of a config equal the published ones. A config without them matches any codec."""
     expected = {"shift": published.shift, "scale": published.scale}
     for name, value in shift_and_scale.items():
         if np.size(value) not in (1, published.channels) or not np.allclose(value, expected[name], rtol=1e-3):
@@ -303,15 +303,15 @@ def _has_shift_and_scale(published: PublishedCodec, shift_and_scale: Mapping[str
 
 
 def _float_or_floats(value: float | list[float]) -> float | tuple[float, ...]:
-    """Convert a number of a config to a float, or a list of one per channel to a tuple of floats."""
+    """Convert a number to a float, or a list with one per channel to a tuple of floats."""
     array = np.asarray(value, float)
     return tuple(array.tolist()) if array.ndim else float(array)
 
 
 def _latent_size(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the channels of a latent by an autoencoder's config, and its factor: image pixels for each of its own."""
-    if "z_dim" in config:  # of videos: each entry is a block that halves the sides, and maybe the time
+    """Return the number of latent channels and the downsampling factor from an autoencoder's config."""
+    if "z_dim" in config:  # a video VAE: each block halves height and width
         halvings = len(config["temperal_downsample"])
-        return config["z_dim"], config.get("scale_factor_spatial") or 2**halvings  # more where it cuts patches first
+        return config["z_dim"], config.get("scale_factor_spatial") or 2**halvings  # larger with patches
     blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
     return config["latent_channels"], 2 ** (len(blocks) - 1)  # all blocks but the last halve the sides

@@ -1,14 +1,11 @@
-"""Captions as numbers: the condition c of a net that reads text. And files of prompts to sample from.
+"""Number captions, which are then the condition c of a text-conditional net, and read prompt files.
 
-Three things that share the text of a caption:
-
-- `Captions` numbers the distinct captions of a data set, as classes are numbered: c is the number of a caption, and the
-  number after the last means no caption. `Captions.from_images` numbers them; `draw` and `first_of` choose one caption
-  for each image of a batch.
-- A model that edits images reads a text and an image. Its caption holds both: `edit_caption` joins the text and the
-  image's SHA-256, and `split_caption` takes them apart.
-- `read_prompts` reads a file of prompts as people and benchmarks keep them: a text per line, JSON lines, or a folder of
-  text files.
+- `Captions` numbers the distinct captions of a data set: c is the number of a caption, and the number after the last
+  means no caption. `Captions.from_images` numbers them; `draw` and `first_of` choose one caption for each image of a
+  batch.
+- A caption of an image-editing model has a text and a source image: `edit_caption` joins the text and the image's
+  SHA-256, and `split_caption` splits them.
+- `read_prompts` reads prompts from a file with a text per line, from JSON lines, or from a folder of text files.
 """
 
 import re
@@ -25,11 +22,11 @@ from dumo.io.read import parse_json, read_text
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
-# Stands between a text and the hash of the image that it edits: ASCII's group separator (ours). Texts may hold it, too.
+# Separates a text from the hash of the image that it edits: the group separator of ASCII, which texts may also contain.
 _EDIT_SEPARATOR = "\x1d"
 _SHA256 = re.compile("[0-9a-f]{64}")
 _PROMPTS_HINT = "give a .txt with a prompt on each line, a .jsonl whose lines have a prompt, or a folder of .txt files"
-_TABLE_SUFFIXES = (".json", ".csv", ".tsv", ".parquet")  # of files that hold no prompt on each line
+_TABLE_SUFFIXES = (".json", ".csv", ".tsv", ".parquet")  # not line-based prompt files
 
 
 def edit_caption(text: str, sha256: str) -> str:
@@ -38,7 +35,7 @@ def edit_caption(text: str, sha256: str) -> str:
 
 
 def split_caption(caption: str) -> tuple[str, str]:
-    """Return the text of a caption, and the SHA-256 of the image that it edits; "" if it edits none.
+    """Return the text of a caption, and the SHA-256 of the image that it edits, or "".
 
     A caption edits an image if it ends with the separator and a SHA-256.
     """
@@ -50,19 +47,19 @@ def split_caption(caption: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Captions:
-    """The distinct captions of n images, and the numbers of each image's own captions.
+    """The distinct captions of n images, and the caption numbers of each image.
 
-    Caption k is `texts[k]`, and the number `len(texts)` means no caption. Blank captions are left out. Each
+    Caption k is `texts[k]`, and the number `len(texts)` means no caption. Blank captions are omitted. Each
     image has at least one number.
     """
 
     texts: tuple[str, ...]  # distinct, none blank
-    ids: Int64[Tensor, " m"]  # numbers of captions, image by image
-    ends: Int64[Tensor, " n"]  # the numbers of image i end here in `ids`, and those of image i + 1 begin
+    ids: Int64[Tensor, " m"]  # caption numbers, concatenated over images
+    ends: Int64[Tensor, " n"]  # the end of each image's numbers in `ids`
 
     @classmethod
     def from_images(cls, captions_by_image: Iterable[Sequence[str]]) -> "Captions":
-        """Number the captions of each image in the order of their first appearance, without surrounding blanks."""
+        """Number captions in the order of first appearance, after stripping whitespace."""
         number_of_text: dict[str, int] = {}
         ids: list[int] = []
         ends: list[int] = []
@@ -71,7 +68,7 @@ class Captions:
             for text in texts:
                 ids.append(number_of_text.setdefault(text, len(number_of_text)))
             if not texts:
-                ids.append(-1)  # no caption; its number is known once all texts are
+                ids.append(-1)  # no caption; replaced below by len(texts)
             ends.append(len(ids))
         no_caption = len(number_of_text)
         id_tensor = torch.tensor(ids, dtype=torch.long)
@@ -97,41 +94,41 @@ class Captions:
     def draw(
         self, images: Int64[Tensor, " b"], *key: int | str, batch: int, rows: slice = slice(None)
     ) -> Int64[Tensor, " b"]:
-        """Draw one caption of each image (b,), all equally likely, and return its number (b,).
+        """Draw one caption of each image (b,) uniformly, and return its number (b,).
 
-        `key` names the random numbers. The images are the `rows` of a batch of `batch` rows, so a rank draws for its
-        own rows what it would draw for them in the whole batch.
+        `key` seeds the random numbers. The images are the `rows` of a batch of `batch` rows, so that the result does
+        not depend on how a batch is divided among ranks.
         """
         u = torch.rand(batch, dtype=torch.float64, generator=stream(*key, "caption"))[rows]
         counts = self.counts[images]
         return self.ids[self.ends[images] - counts + (u * counts).long()]
 
     def digest(self) -> str:
-        """Return a short digest of the captions in their order. Captions of one digest have the same numbers."""
+        """Return a short digest of the captions, in order."""
         return digest.short(*self.texts)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to make images of, and a name for the files of its images."""
+    """A prompt, and a name for the files of its images."""
 
-    name: str  # of its own file without the ending, or its number among the lines that are not blank, from 00000
+    name: str  # the stem of its file, or its number among non-blank lines, from 00000
     text: str
-    line: str  # as the file has it
+    line: str  # the unparsed line
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Read the prompts of a file or folder, in order. Blank lines are left out.
+    """Read the prompts of a file or folder, in order, without blank lines.
 
-    Raises UserError where there are none, the file is a table, a file of a folder is empty, or a line of JSON has no
-    prompt.
+    Raises UserError if there are none, if the file is a table, if a file in the folder is empty, or if a JSON line has
+    no prompt.
     """
     suffix = path.suffix.lower()
     if path.is_dir():
         prompts = _read_folder(path)
     elif suffix == ".jsonl":
         prompts = _read_json_lines(path)
-    elif suffix in _TABLE_SUFFIXES:  # whose lines would be read as texts
+    elif suffix in _TABLE_SUFFIXES:  # do not read its lines as prompts
         raise UserError(f"{path} is no file of prompts: {_PROMPTS_HINT}")
     else:
         lines = _nonblank_lines(path).values()
@@ -142,7 +139,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def _read_folder(folder: Path) -> list[Prompt]:
-    """Read a prompt from each .txt file of a folder, by the order of names. Raises UserError for an empty file."""
+    """Read a prompt from each .txt file of a folder, sorted by name. Raises UserError for an empty file."""
     prompts: list[Prompt] = []
     for file in sorted(file for file in folder.iterdir() if file.suffix.lower() == ".txt"):
         content = read_text(file)
@@ -154,7 +151,7 @@ def _read_folder(folder: Path) -> list[Prompt]:
 
 
 def _read_json_lines(file: Path) -> list[Prompt]:
-    """Read a prompt from each line of JSON. Raises UserError for a line that has none, or is no JSON."""
+    """Read a prompt from each JSON line. Raises UserError for a line without a prompt or with invalid JSON."""
     prompts: list[Prompt] = []
     for i, (number, line) in enumerate(_nonblank_lines(file).items()):
         line_place = f"{file} line {number}"
@@ -167,11 +164,11 @@ def _read_json_lines(file: Path) -> list[Prompt]:
 
 
 def _nonblank_lines(file: Path) -> dict[int, str]:
-    """Return the lines of a file that are not blank, by their number among all lines, from 1."""
+    """Return the non-blank lines of a file by line number, from 1."""
     lines = read_text(file).split("\n")
     return {number: line for number, line in enumerate(lines, start=1) if line.strip()}
 
 
 def _line_name(i: int) -> str:
-    """Return the name of the prompt on line i of those that are not blank: 00000 for the first."""
+    """Return the name of the prompt on the i-th non-blank line: 00000 for the first."""
     return f"{i:05d}"

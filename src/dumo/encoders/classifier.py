@@ -1,14 +1,14 @@
-"""Small classifiers of digits and of CIFAR-10; their inner activations are the features of these data's metrics.
+"""Small classifiers of digits and of CIFAR-10, whose activations are the features of the metrics on these data sets.
 
 Features are standardised (about mean 0, variance 1 over the training images), so no feature outweighs another and a
-Fréchet distance counts in variances. Of digits there are 32, because a distance of n rows is biased in proportion to
-features / n and half the data set is 898 rows; 64 double that bias and see blur, noise and lost classes about as well
-(measured). Of CIFAR-10 there are 128, of which two do not vary over the training images and count for nothing. That net
-is trained without label smoothing, which draws the features of a class together (Müller et al. 2019) and so hides
-whether an image of a class is a good one.
+Fréchet distance is in units of variances. The digits net has 32 features, because the bias of a distance of n rows is
+proportional to features / n and half the data set is 898 rows; 64 features double the bias and detect blur, noise and
+missing classes about as well (measured). The CIFAR-10 net has 128, two of which are constant over the training images.
+It is trained without label smoothing, which contracts the features of a class (Müller et al. 2019) and so hides
+differences in image quality within a class.
 
-`digits` and `cifar10` are the classifiers with the weights that come with the package: ask them for `features` and
-`classify`. tools/train_classifier.py makes the files of weights again; their names of layers are file format.
+`digits` and `cifar10` are the classifiers with bundled weights; call their `features` and `classify`.
+tools/train_classifier.py trains the weights. Layer names are part of the file format.
 """
 
 from dataclasses import dataclass
@@ -27,13 +27,13 @@ Images = Float[Tensor, "n c h w"]
 Features = Float[Tensor, "n f"]
 Labels = Int64[Tensor, " n"]
 
-IMAGES_AT_ONCE = 500  # that go through a net together: ours
+IMAGES_AT_ONCE = 500  # per batch
 
 
 class DigitsClassifier(nn.Module):
-    """A net for grey images (n, 1, 8, 8): three convolutions, to 8x8, 4x4 and 2x2, then a linear layer of features.
+    """A net for grey images (n, 1, 8, 8): convolutions at 8x8, 4x4 and 2x2, then a linear layer of features.
 
-    Features are taken before the nonlinearity that follows them.
+    Features are taken before the nonlinearity.
     """
 
     width: ClassVar[int] = 32  # features
@@ -75,14 +75,14 @@ class ClassifierBlock(nn.Module):
         self.two = _conv(width, width)
 
     def forward(self, x: Float[Tensor, "n w h h"]) -> Float[Tensor, "n w h h"]:
-        """Map x (n, width, h, h) to the same shape; no number is negative."""
+        """Map x (n, width, h, h) to a non-negative tensor of the same shape."""
         return F.relu(x + self.two(F.relu(self.one(x))))
 
 
 class Cifar10Classifier(nn.Module):
     """A net for RGB images (n, 3, 32, 32): residual blocks at 16x16, 8x8 and 4x4, then the mean over the image.
 
-    16 M multiply-adds an image, so that a processor reads thousands of images a second.
+    It needs 16 M multiply-adds per image, so a CPU processes thousands of images per second.
     """
 
     width: ClassVar[int] = 128  # features
@@ -105,7 +105,7 @@ class Cifar10Classifier(nn.Module):
 
     def features(self, x: Images) -> Features:
         """Return the features of images in [-1, 1], before `head`."""
-        x = x.contiguous(memory_format=torch.channels_last)  # a third quicker on a processor
+        x = x.contiguous(memory_format=torch.channels_last)  # a third faster on a CPU
         return self.norm(self.trunk(x).mean((2, 3)))
 
     def logits(self, f: Features) -> Float[Tensor, "n 10"]:
@@ -119,7 +119,7 @@ class Cifar10Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class ShippedClassifier:
-    """A classifier with the weights that come with the package, on the CPU, in evaluation mode."""
+    """A classifier with bundled weights, on the CPU, in evaluation mode."""
 
     kind: type[DigitsClassifier | Cifar10Classifier]
     file: Path
@@ -131,15 +131,15 @@ class ShippedClassifier:
 
     @cached_property
     def net(self) -> DigitsClassifier | Cifar10Classifier:
-        """The net with its weights, read at first use."""
-        with torch.device("meta"):  # no weights are drawn, so nobody's random numbers move
+        """The net with its weights, loaded at first use."""
+        with torch.device("meta"):  # no random initialization, so the global generator does not advance
             net = self.kind()
         net.load_state_dict({name: w.float() for name, w in tensor_files.load(self.file).items()}, assign=True)
         return net.eval().requires_grad_(False)
 
     @cached_property
     def sha256(self) -> str:
-        """The SHA-256 of the file of weights; it goes with every number that was measured with them."""
+        """The SHA-256 of the weight file, which is reported with every score."""
         return digest.of_file(self.file)
 
     def features(self, x: Images) -> Features:
@@ -156,6 +156,6 @@ cifar10 = ShippedClassifier(Cifar10Classifier, Path(__file__).with_name("cifar10
 
 
 def _conv(inputs: int, outputs: int, *, size: int = 3, stride: int = 1) -> nn.Sequential:
-    """Return a convolution from `inputs` to `outputs` channels, then a batch normalisation."""
+    """Return a convolution from `inputs` to `outputs` channels, followed by batch normalisation."""
     conv = nn.Conv2d(inputs, outputs, size, stride, padding=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs))

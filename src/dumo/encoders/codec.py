@@ -1,15 +1,14 @@
-"""What all codecs share. A codec is a published autoencoder, and an affine map behind it.
+"""The base class of codecs. A codec is a published autoencoder, followed by an affine normalisation of its latents.
 
-The map brings a latent near mean 0 and standard deviation 1. With shift s and scale a, one number each or one per
-channel, a net learns x = (raw - s) a, and raw = x / a + s is decoded. Some encoders give a Gaussian per pixel: its mean
-and its standard deviation stand one after the other along the channels. The mean is mapped as x is, and the deviation
-is multiplied by a.
+Normalised latents have about mean 0 and standard deviation 1. With shift s and scale a, one number each or one per
+channel, a net learns x = (raw - s) a, and raw = x / a + s is decoded. Some encoders return a Gaussian per pixel: means
+and standard deviations, concatenated along the channels. Means are mapped as x is, and standard deviations are
+multiplied by a.
 
-- `CodecSpec` is the spec, which knows shapes and the map, and reads no weights. `dumo.encoders.autoencoder` and
-  `dumo.encoders.taesd` extend it, each by an `open` of its own.
-- `open` reads the weights and returns a `LoadedCodec`, which encodes images and decodes latents with its
-  `Autoencoder`.
-- `PublishedCodec` has the numbers that an autoencoder was published with.
+- `CodecSpec` is the spec, with the shapes and the normalisation. It reads no weights. Its subclasses in
+  `dumo.encoders.autoencoder` and `dumo.encoders.taesd` implement `open`.
+- `open` loads the weights and returns a `LoadedCodec`, which encodes images and decodes latents.
+- `PublishedCodec` has the shape, shift and scale of a published autoencoder.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,30 +30,30 @@ Images = Float[Tensor, "b 3 h w"]  # in [-1, 1]
 Moments = Float[Tensor, "b m y x"]  # m channels, or 2 m: means and standard deviations
 Latent = Float[Tensor, "b l y x"]
 
-FIELD = "data.codec.weights"  # the field of a run, for messages
-PIXELS_AT_ONCE = 2**20  # of images that go through the net together: 16 images of 256 x 256 (ours)
+FIELD = "data.codec.weights"  # the field of run.yaml, for messages
+PIXELS_AT_ONCE = 2**20  # per batch: 16 images of 256 x 256 (our choice)
 
 
 def images_at_once(height: int, width: int) -> int:
-    """Return the number of images of this size that go through an autoencoder together, at most."""
+    """Return the batch size of an autoencoder for images of this size."""
     return max(1, PIXELS_AT_ONCE // (height * width))
 
 
 class PublishedCodec(NamedTuple):
-    """What an autoencoder was published with."""
+    """The weights, shape, shift and scale of a published autoencoder."""
 
-    weights: str  # a file, a folder, or a model of the Hugging Face hub
+    weights: str  # a file, a folder, or a repository on the Hugging Face Hub
     channels: int  # of a latent
-    factor: int  # pixels of an image along a side, for each of a latent's
-    # x = (raw - shift) scale, where raw is the encoder's output: one number each, or one per channel
+    factor: int  # the downsampling factor
+    # x = (raw - shift) scale, where raw is the encoder's output; one number each, or one per channel.
     scale: float | tuple[float, ...]
     shift: float | tuple[float, ...] = 0.0
 
 
 class CodecSpec(Spec):
-    """A published autoencoder, before its weights are read. What it encodes is near mean 0 and deviation 1."""
+    """A published autoencoder, before its weights are loaded. Its latents have about zero mean and unit variance."""
 
-    is_gaussian: ClassVar[bool] = False  # whether the encoder gives a Gaussian per pixel; else it gives a latent
+    is_gaussian: ClassVar[bool] = False  # whether the encoder returns a Gaussian per pixel, not a latent
     variants: ClassVar[Mapping[str, PublishedCodec]]  # by name, the default first; a codec without variants has ""
     # Where the weights are, by default as published; environment variables and ~ are expanded.
     weights: str = Field(default="", json_schema_extra=MAYBE_PLACE | HUB_MODEL)
@@ -64,7 +63,7 @@ class CodecSpec(Spec):
     @model_validator(mode="before")
     @classmethod
     def _add_published_weights(cls, fields: Any) -> Any:  # noqa: ANN401, of any type: pydantic checks it after this
-        """Add the place of the published weights where the fields name none."""
+        """Add the path of the published weights if the fields have none."""
         if not isinstance(fields, dict):
             return fields
         default_variant = next(iter(cls.variants), "")
@@ -75,21 +74,21 @@ class CodecSpec(Spec):
 
     @property
     def published(self) -> PublishedCodec:
-        """What the autoencoder of the chosen variant was published with."""
+        """The published weights, shape, shift and scale of the chosen variant."""
         return self.variants[getattr(self, "variant", "")]
 
     @property
     def channels(self) -> int:
-        """The channels of a latent."""
+        """The number of latent channels."""
         return self.published.channels
 
     @property
     def factor(self) -> int:
-        """The pixels of an image along a side, for each of a latent's."""
+        """The downsampling factor."""
         return self.published.factor
 
     def digest(self) -> str | None:
-        """Return the SHA-256 of the weights at the path that is set; None where no weights are there."""
+        """Return the SHA-256 of the weights, or None if they are missing."""
         try:
             path = user_path(self.weights, FIELD)
         except UserError:
@@ -102,7 +101,7 @@ class CodecSpec(Spec):
         return None if part_weights is None else part_weights.sha256()
 
     def require_hash(self, sha256: str) -> None:
-        """Raise UserError if the weights have another SHA-256 than those that the run began with."""
+        """Raise UserError if the SHA-256 of the weights has changed since the run started."""
         if self.sha256 not in (None, sha256):
             raise UserError(
                 f"{FIELD}: {self.weights} has SHA-256 {sha256}, and this run has {self.sha256}: put those weights "
@@ -110,13 +109,13 @@ class CodecSpec(Spec):
             )
 
     def facts(self) -> dict[str, Any]:
-        """Return the fields that say what the codec computes, wherever its weights are."""
+        """Return the fields that the latents depend on, without the path of the weights."""
         return self.model_dump(exclude={"weights", "sha256"})
 
     def shape(self, height: int, width: int | None = None) -> tuple[int, int, int]:
-        """Return the shape (channels, height, width) of the latent of an image, whose height and width are in pixels.
+        """Return the shape (channels, height, width) of the latent of an image with this height and width in pixels.
 
-        The image is a square if `width` is None. Raises UserError where a side does not divide by the codec's factor.
+        The image is square if `width` is None. Raises UserError if a side is not a multiple of the downsampling factor.
         """
         if width is None:
             width = height
@@ -128,9 +127,9 @@ class CodecSpec(Spec):
         return self.channels, height // self.factor, width // self.factor
 
     def sample(self, moments: Moments, *key: int | str, rows: Sequence[int]) -> Latent:
-        """Draw a latent from each row's Gaussians, with random numbers of the key and the row's number in `rows`.
+        """Draw a latent from each row's Gaussians, with random numbers keyed by `key` and the row's number in `rows`.
 
-        Moments of a codec without Gaussians are latents already, and come back as they are.
+        If the codec has no Gaussians, the moments are latents and are returned unchanged.
         """
         if moments.shape[1] == self.channels:
             return moments
@@ -138,7 +137,7 @@ class CodecSpec(Spec):
         return mean + deviation * keyed_normal(*key, rows=rows, shape=mean.shape[1:]).to(mean)
 
     def normalise(self, raw: Moments) -> Moments:
-        """Map an encoder's output (b, m, y, x), latents or moments, to what a net learns, of this shape."""
+        """Normalise an encoder's output (b, m, y, x), latents or moments."""
         mean, *deviations = raw.split(self.channels, 1)  # no deviation, or one
         shift, scale = self._shift_and_scale(raw)
         normalised = [(mean - shift) * scale]
@@ -147,7 +146,7 @@ class CodecSpec(Spec):
         return torch.cat(normalised, 1)
 
     def restore(self, x: Moments) -> Moments:
-        """Map what a net learns (b, m, y, x) to an encoder's output, of this shape: the inverse of `normalise`."""
+        """Invert `normalise` on x (b, m, y, x)."""
         mean, *deviations = x.split(self.channels, 1)  # no deviation, or one
         shift, scale = self._shift_and_scale(x)
         restored = [mean / scale + shift]
@@ -157,7 +156,7 @@ class CodecSpec(Spec):
 
     @property
     def label(self) -> str:
-        """The codec in a few words, for messages: codec sd-vae sd."""
+        """The name of the codec for messages, such as "codec sd-vae sd"."""
         words = ["codec", getattr(self, "kind", ""), getattr(self, "variant", "")]
         return " ".join(word for word in words if word)
 
@@ -183,7 +182,7 @@ class Autoencoder(Protocol):
 
 @dataclass(frozen=True)
 class LoadedCodec:
-    """A codec with its weights. Images and latents go through the net a few at a time, and no gradient is recorded."""
+    """A codec with its weights. Encodes and decodes in small batches, without gradients."""
 
     codec: CodecSpec
     net: Autoencoder
@@ -192,10 +191,10 @@ class LoadedCodec:
 
     @torch.no_grad()
     def encode(self, images: Images) -> Moments:
-        """Encode images in [-1, 1] to x, or to the moments of x, near mean 0 and deviation 1.
+        """Encode images in [-1, 1] to normalised latents x, or to the moments of x.
 
-        Raises UserError where height or width does not divide by the codec's factor, or what the net makes is not of
-        the shape that the codec says.
+        Raises UserError if height or width is not a multiple of the downsampling factor, or if the encoder's output
+        does not have the shape in the spec.
         """
         height, width = images.shape[2:]
         channels, *sides = self.codec.shape(height, width)  # raises
@@ -214,7 +213,7 @@ class LoadedCodec:
 
     @torch.no_grad()
     def decode(self, x: Latent) -> Images:
-        """Decode x, near mean 0 and deviation 1, to images, which are clamped to [-1, 1]."""
+        """Decode normalised latents x to images, clamped to [-1, 1]."""
         height, width = x.shape[2:]
         factor = self.codec.factor
         decoded: list[Tensor] = []

@@ -147,7 +147,7 @@ class PromptReader:
     """The loaded text encoders of a pipeline."""
 
     spec: PromptReaderSpec
-    pipe: Any  # of diffusers
+    pipe: Any  # a diffusers object
     arguments: dict[str, Any]  # of encode_prompt, besides the prompt and the device
     num_tokenizers: int
     encoders: Sequence[nn.Module]

@@ -1,22 +1,20 @@
-"""The network of the FID: Inception-v3 as TensorFlow published it in December 2015, its weights under their own names.
+"""The network of the FID: Inception-v3 as published by TensorFlow in December 2015, with the original weight names.
 
-- `load` checks the user's file of weights and loads it into an `Inception`. A call of the `Inception` takes images and
-  returns `InceptionFeatures`.
-- `weights_path` says where the file should be, and `facts` what a report says of a loaded network.
+- `load` checks the user's weight file and loads it into an `Inception`, which maps images to `InceptionFeatures`.
+- `weights_path` returns the path of the file, and `facts` the entries of a report on a loaded network.
 
-The network is in the tables `STEM` and `BLOCKS`. Blocks follow one another, a block is branches side by side, and a
-branch is a row of steps. Names and shapes are those of the published file, so loading it checks both. It is not the
-Inception-v3 of later libraries (Szegedy et al. 2015): there are 1008 classes, an average takes no padding in, and the
-last block takes a maximum where its sibling takes an average.
+The tables `STEM` and `BLOCKS` define the network: a sequence of blocks of parallel branches, each a sequence of steps.
+Names and shapes are those of the published file, so loading it checks both. It differs from the Inception-v3 of later
+libraries (Szegedy et al. 2015): it has 1008 classes, average pooling excludes the padding, and the last block has max
+pooling instead of average pooling.
 
-Images are resized as the first TensorFlow did it (`resize_tf1`). Output pixel i lies at i n / m of the n input pixels,
-not at (i + 1/2) n / m - 1/2 (half a pixel off), and only its two neighbours count even where the image shrinks (no
-antialiasing). Both are known defects, and part of the measure: with another resize the FID is another number (Parmar
-et al. 2022). Columns are interpolated before rows, and positions are rounded to float32, so the numbers are the same to
-the last bits.
+Images are resized as in TensorFlow 1 (`resize_tf1`). Output pixel i is at i n / m of the n input pixels, not at
+(i + 1/2) n / m - 1/2 (half a pixel off), and downsampling interpolates between two neighbours only (no antialiasing).
+Both are known defects but part of the metric: another resize changes the FID (Parmar et al. 2022). Columns are
+interpolated before rows, and positions are rounded to float32, to agree with TensorFlow to the last bits.
 
-The weights are published as a pickle, and dumo reads none, because a pickle can run anything. A command in docs/data.md
-makes a safetensors file of it, which also notes the SHA-256 of its source.
+The weights are published as a pickle, which dumo does not read, because unpickling can run arbitrary code. A command in
+docs/data.md converts it to a safetensors file that records the SHA-256 of its source.
 """
 
 import os
@@ -36,38 +34,41 @@ from dumo.io.tensor_files import compare, read
 from dumo.types import UserError
 
 SIZE = 299  # pixels along each side of the network's input
-CLASSES = 1008  # of the published network
-WIDTH = 2048  # number of features of the FID; elsewhere in this file `width` is a number of channels
-PLANES = 7  # channels of the sFID's map (Nash et al. 2021): then it has about as many features as the FID
-SPATIAL_WIDTH = 17 * 17 * PLANES  # number of features of the sFID
-VARIABLE = "DUMO_INCEPTION"  # of the environment: the path of the weights
+CLASSES = 1008  # including unused ones
+WIDTH = 2048  # number of FID features; elsewhere in this file `width` is a number of channels
+PLANES = 7  # channels of the sFID's map (Nash et al. 2021), for about as many features as the FID
+SPATIAL_WIDTH = 17 * 17 * PLANES  # number of sFID features
+VARIABLE = "DUMO_INCEPTION"  # the environment variable with the path of the weights
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of the published file
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 
 
 class InceptionFeatures(NamedTuple):
-    """Features of n images, from one pass. All but `spatial` and `logits` are means over a map."""
+    """Features of n images from one forward pass."""
 
     f64: Float[Tensor, "n 64"]
     f192: Float[Tensor, "n 192"]
     f768: Float[Tensor, "n 768"]
-    pool: Float[Tensor, "n 2048"]  # of the FID, KID, precision and recall
-    spatial: Float[Tensor, "n 2023"]  # of the sFID, row by row, channels last, as ADM's reference files have it
-    logits: Float[Tensor, "n 1008"]  # of the Inception Score, which leaves out the last layer's bias
+    # For FID, KID, precision and recall.
+    pool: Float[Tensor, "n 2048"]
+    # For sFID: row by row, channels last, as in ADM's reference files.
+    spatial: Float[Tensor, "n 2023"]
+    # For the Inception Score, which omits the bias of the last layer.
+    logits: Float[Tensor, "n 1008"]
 
 
 class Conv(NamedTuple):
     """A step of a branch: convolution without bias, normalisation, ReLU."""
 
-    name: str  # of its weights in the published file
+    name: str  # in the published file
     out_channels: int
-    kernel: int | tuple[int, int] = 1  # pixels: a side, or height and width
+    kernel: int | tuple[int, int] = 1  # one side, or (height, width)
     stride: int = 1
     is_padded: bool = True  # padding keeps height and width, at stride 1
 
 
 Pool = Callable[[Tensor], Tensor]  # a step without weights
-Step = Conv | Pool | list[Conv]  # a list: convolutions side by side on one input
+Step = Conv | Pool | list[Conv]  # a list means parallel convolutions
 Branch = tuple[Step, ...]
 
 
@@ -77,12 +78,12 @@ _halving_max_pool = partial(F.max_pool2d, kernel_size=3, stride=2)
 
 
 def _chain(prefix: str, *shapes: tuple[int, int | tuple[int, int]]) -> Branch:
-    """Return convolutions in a row, named `prefix`_1, _2 ..., each of (output channels, kernel)."""
+    """Return consecutive convolutions named `prefix`_1, _2 ..., each with (output channels, kernel)."""
     return tuple(Conv(f"{prefix}_{i}", channels, kernel) for i, (channels, kernel) in enumerate(shapes, 1))
 
 
 def _block_35(pool_channels: int) -> tuple[Branch, ...]:
-    """Return a block on the 35 x 35 map, with `pool_channels` outputs of its pool branch."""
+    """Return a block on the 35 x 35 map, with `pool_channels` output channels in its pool branch."""
     return (
         (Conv("branch1x1", 64),),
         _chain("branch5x5", (48, 1), (64, 5)),
@@ -92,9 +93,9 @@ def _block_35(pool_channels: int) -> tuple[Branch, ...]:
 
 
 def _block_17(inner: int) -> tuple[Branch, ...]:
-    """Return a block on the 17 x 17 map, with `inner` channels inside of its 7 x 7 branches.
+    """Return a block on the 17 x 17 map, with `inner` channels inside its 7 x 7 branches.
 
-    Each 7 x 7 kernel is split into a row and a column.
+    Each 7 x 7 kernel is factorized into a row and a column.
     """
     row = (1, 7)
     column = (7, 1)
@@ -114,7 +115,7 @@ def _block_17(inner: int) -> tuple[Branch, ...]:
 
 
 def _block_8(pool: Pool) -> tuple[Branch, ...]:
-    """Return a block on the 8 x 8 map. Its two 3 x 3 branches end in a row and a column side by side."""
+    """Return a block on the 8 x 8 map. Its two 3 x 3 branches end in a row and a column in parallel."""
     three_by_three = [Conv("branch3x3_2a", 384, kernel=(1, 3)), Conv("branch3x3_2b", 384, kernel=(3, 1))]
     double_three_by_three = [Conv("branch3x3dbl_3a", 384, kernel=(1, 3)), Conv("branch3x3dbl_3b", 384, kernel=(3, 1))]
     return (
@@ -158,12 +159,12 @@ BLOCKS: dict[str, tuple[Branch, ...]] = {
     "Mixed_7b": _block_8(_average_pool),
     "Mixed_7c": _block_8(_max_pool),
 }
-# The block whose first channels are the sFID's: those of its first branch, TensorFlow's mixed_6/conv.
+# The first branch of this block (mixed_6/conv in TensorFlow) has the sFID features.
 SPATIAL_BLOCK = "Mixed_6d"
 
 
 class InceptionNorm(nn.Module):
-    """Batch normalisation by fixed moments: torch's, without its counter of batches, which the published file lacks."""
+    """Batch normalisation with fixed moments, without torch's `num_batches_tracked`, which the published file lacks."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -196,7 +197,7 @@ class InceptionUnit(nn.Module):
 
 
 class InceptionBlock(nn.Module):
-    """Branches side by side. Their outputs are joined along the channels."""
+    """Parallel branches, whose outputs are concatenated along the channels."""
 
     def __init__(self, branches: Sequence[Branch], width: int) -> None:
         super().__init__()
@@ -223,19 +224,19 @@ class Inception(nn.Module):
             self.add_module(name, block)
             width = block.width
         self.fc = nn.Linear(width, CLASSES)
-        self.origin: dict[str, str] = {}  # what the header of the file of weights says
+        self.origin: dict[str, str] = {}  # from the header of the weight file
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, images: Pixels) -> InceptionFeatures:
-        """Return features of images of any size, with colours 0 ... 255.
+        """Return the features of images of any size, with colours 0 ... 255.
 
-        They are computed in float32, whatever the precision around the call.
+        They are computed in float32, regardless of autocast.
         """
         device = self.fc.weight.device
         with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             x = (resize_tf1(images.to(device, torch.float32), SIZE) - 128) / 128
-            maps: dict[str, Tensor] = {}  # by the name of a block, or of the features of a branch of the stem
+            maps: dict[str, Tensor] = {}  # by name
             for name, branch in zip(("f64", "f192"), STEM, strict=True):
                 x = _run_branch(self, branch, x)
                 maps[name] = x
@@ -254,9 +255,9 @@ class Inception(nn.Module):
 
 
 def _add_weights(module: nn.Module, branch: Branch, width: int) -> int:
-    """Add the weights of a branch on `width` channels to a module, by their names.
+    """Add the weights of a branch with `width` input channels to a module, by name.
 
-    Returns the number of channels that come out.
+    Returns the number of output channels.
     """
     for step in branch:
         if isinstance(step, Conv):
@@ -264,7 +265,7 @@ def _add_weights(module: nn.Module, branch: Branch, width: int) -> int:
         elif isinstance(step, list):
             convs = step
         else:
-            continue  # no weights, and as many channels
+            continue  # pooling keeps the number of channels
         for conv in convs:
             module.add_module(conv.name, InceptionUnit(conv, width))
         width = sum(conv.out_channels for conv in convs)
@@ -272,7 +273,7 @@ def _add_weights(module: nn.Module, branch: Branch, width: int) -> int:
 
 
 def _run_branch(module: nn.Module, branch: Branch, x: Tensor) -> Tensor:
-    """Pass x (n, c, h, w) through one step of a branch after another, with the weights in a module."""
+    """Run the steps of a branch on x (n, c, h, w), with the weights in a module."""
     for step in branch:
         if isinstance(step, Conv):
             x = module.get_submodule(step.name)(x)
@@ -284,15 +285,15 @@ def _run_branch(module: nn.Module, branch: Branch, x: Tensor) -> Tensor:
 
 
 def resize_tf1(x: Float[Tensor, "n 3 h w"], size: int) -> Float[Tensor, "n 3 s s"]:
-    """Resize images to `size` x `size` pixels, as tf.image.resize_bilinear of TensorFlow 1 does by its defaults."""
+    """Resize images to `size` x `size` pixels, as tf.image.resize_bilinear of TensorFlow 1 with its defaults."""
     columns_resized = _resize_axis(x, size, 3)
     return _resize_axis(columns_resized, size, 2)
 
 
 def _resize_axis(x: Tensor, size: int, dim: int) -> Tensor:
-    """Resize the axis `dim` of x to `size` pixels: a + (b - a) share, where a and b are the pixels around a position.
+    """Resize the axis `dim` of x to `size` pixels by a + (b - a) share between neighbouring pixels a and b.
 
-    Behind the last pixel that pixel repeats.
+    The last pixel is repeated.
     """
     n = x.shape[dim]
     position = torch.arange(size, dtype=torch.float32) * torch.tensor(n / size, dtype=torch.float32)
@@ -305,16 +306,16 @@ def _resize_axis(x: Tensor, size: int, dim: int) -> Tensor:
 
 
 def weights_path(path: Path | str | None = None) -> Path | None:
-    """Return where the weights should be: `path`, or what `VARIABLE` says; None: neither is given."""
+    """Return the path of the weights: `path`, or the value of `VARIABLE`, or None if neither is set."""
     path = path or os.environ.get(VARIABLE)
     return Path(path) if path else None
 
 
 def load(path: Path | str | None = None, device: torch.device | str = "cpu") -> Inception:
-    """Load the network with the published weights, from `path` or, without it, from where `VARIABLE` says.
+    """Load the network with the published weights from `path`, or from the path in `VARIABLE`.
 
-    Raises UserError where there is no file, a weight has another name or shape, one is not finite float32, or the file
-    does not say that it was made of a source of the published `SHA256`.
+    Raises UserError if there is no file, if a weight has a wrong name or shape or is not finite float32, or if the
+    SHA-256 of the source that the file records is not `SHA256`.
     """
     file = weights_path(path)
     if file is None:
@@ -331,7 +332,7 @@ def load(path: Path | str | None = None, device: torch.device | str = "cpu") -> 
 
 
 def facts(weights: Mapping[str, Tensor], origin: Mapping[str, str]) -> dict[str, str]:
-    """Return what a report says of a network, by its weights and `origin`: their source and their hash."""
+    """Return the entries of a report on a network: the source in `origin` and the hash of its weights."""
     parts: list[bytes] = []
     for name, weight in sorted(weights.items()):
         parts.append(f"{name} {tuple(weight.shape)}".encode() + weight.cpu().numpy().tobytes())
@@ -343,9 +344,9 @@ def facts(weights: Mapping[str, Tensor], origin: Mapping[str, str]) -> dict[str,
 
 
 def _require_published(net: Inception, origin: dict[str, str], weights: dict[str, Tensor], file: Path) -> None:
-    """Raise UserError for weights that are not those of the published file, as far as can be seen.
+    """Raise UserError if names, shapes or source of the weights differ from the published file's.
 
-    Counters of batches are removed from `weights`, because the network has none.
+    `num_batches_tracked` is removed from `weights`, because the network has none.
     """
     for name in list(weights):
         if name.endswith("num_batches_tracked"):
@@ -361,5 +362,5 @@ def _require_published(net: Inception, origin: dict[str, str], weights: dict[str
 
 
 def _how_to_get_weights() -> str:
-    """Return what to do to get the weights, for messages."""
+    """Return how to get the weights, for messages."""
     return f"Fetch and convert them as docs/data.md says, and set {VARIABLE} to inception.safetensors."

@@ -48,7 +48,7 @@ class ByteTokenizer(Spec):
 class LoadedTokenizer:
     """A transformers tokenizer with its length and template. A call converts texts to token ids."""
 
-    library_tokenizer: Any  # of transformers
+    library_tokenizer: Any  # a transformers object
     length: int  # maximum number of tokens
     template: str = "{}"  # {} is replaced by the text
 

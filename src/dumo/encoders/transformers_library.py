@@ -27,11 +27,11 @@ def import_transformers(field: str) -> Any:  # noqa: ANN401, a module
     return require("transformers", "text", field)
 
 
-def load_model(folder: Path, class_name: str, field: str, hint: str) -> Any:  # noqa: ANN401, a model of transformers
+def load_model(folder: Path, class_name: str, field: str, hint: str) -> Any:  # noqa: ANN401, a transformers model
     """Load a transformers model of this class from a folder, in evaluation mode, in float32, on the CPU.
 
-    Raises UserError for a pickle, for damaged weights, and if a weight is missing, because transformers would initialize
-    it at random. The message names the field and ends with the hint.
+    Raises UserError for a pickle, for damaged weights, and if a weight is missing, because transformers would
+    initialize it at random. The message names the field and ends with the hint.
     """
     transformers = import_transformers(field)
     part_weights = require_weights(folder, TRANSFORMERS, field, hint)

@@ -179,7 +179,7 @@ class EncoderModel:
 
     spec: TextEncoder
     tokenizer: LoadedTokenizer
-    model: Any  # of transformers
+    model: Any  # a transformers object
     device: torch.device
 
     def to(self, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Compute image features with transformers: DINOv2 (Oquab et al. 2023, arXiv 2304.07193) and CLIP (Radford et al. 2021).
+"""Compute image features with DINOv2 (Oquab et al. 2023, arXiv 2304.07193) and CLIP (Radford et al. 2021).
 
 The user provides the model as a transformers folder. `load` returns an `ImageEncoder`, which computes `ImageFeatures`;
 `FEATURE_MODELS` has the model of each kind of features. `load_clip` returns a `Clip`, which computes CLIP scores.
@@ -95,7 +95,7 @@ class ImageEncoder:
 
     kind: FeatureKind
     folder: Path
-    model: Any  # of transformers
+    model: Any  # a transformers object
     side: int  # pixels
     mean: Float[Tensor, "3 1 1"]  # of colours in [0, 1]
     deviation: Float[Tensor, "3 1 1"]
@@ -122,7 +122,7 @@ class ImageEncoder:
             batch = pixels.new_zeros(1, 3, 1, 1)  # these models reject an empty batch; the row is removed below
         model_input = self.preprocess(batch).to(self.model.device)
         with using("fp32", self.model.device):
-            out: Any = self.model(pixel_values=model_input)  # of transformers
+            out: Any = self.model(pixel_values=model_input)  # a transformers object
         features = normalize(out.image_embeds) if self.kind == "cmmd" else out.pooler_output
         features = features[: len(pixels)]
         empty = features[:, :0]
@@ -187,7 +187,7 @@ class Clip:
     """A loaded CLIP and its preprocessing of images and texts."""
 
     folder: Path
-    model: Any  # of transformers
+    model: Any  # a transformers object
     tokenizer: LoadedTokenizer
     side: int  # pixels
     mean: Float[Tensor, "3 1 1"]  # of colours in [0, 1]

@@ -1,5 +1,4 @@
-"""A trained run as a folder for `dumo.load`, or as files of other programs: a pipeline of diffusers, a LoRA, one file.
+"""Export a trained run as a folder for `dumo.load`, a diffusers pipeline, a LoRA, or a single file of weights.
 
-`write.export` writes it, and `hub.push` uploads it; `stock.export_forms` says which forms a net can have. Touches the
-folder that it writes, and the Hub. Knows no command line.
+`write.export` writes it, `upload.push` uploads it, and `stock.export_forms` lists the formats that a net supports.
 """

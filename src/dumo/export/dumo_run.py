@@ -1,9 +1,9 @@
-"""Export a run of dumo's own network, or of a user's, as a folder that `dumo.load` opens.
+"""Export a run with a network from dumo or from the user as a folder that `dumo.load` opens.
 
-run.yaml            the run, without paths of this machine, and what is known of its data
-model.safetensors   the weights that it samples with
+run.yaml            the run, without local paths, and metadata of its data
+model.safetensors   the weights for sampling
 README.md           the model card
-pipeline.py         with model_index.json: opens the folder as a pipeline of diffusers, which calls dumo
+pipeline.py         with model_index.json: a custom diffusers pipeline, which calls dumo
 """
 
 import shutil
@@ -28,7 +28,7 @@ _PIPELINE = Path(__file__).parent / "shipped" / "pipeline.py"
 
 def write(trained: TrainedRun, provenance: model_card.Provenance, out: Path, name: str, *, dtype: str) -> None:
     """Write the run into the empty folder `out`, which will be called `name`; weights are rounded to `dtype`."""
-    # Write the run, and the weights that its samples are made with.
+    # Write the run, and the weights for sampling.
     run = without_paths(trained.spec)
     (out / RUN_FILE).write_text(dump(run, {HASH_KEY: config_hash(run)}), encoding="utf-8")
     weights = unshared(trained_state_dict(trained.net))
@@ -37,7 +37,7 @@ def write(trained: TrainedRun, provenance: model_card.Provenance, out: Path, nam
             weights[weight_name] = weight.to(getattr(torch, dtype))
     write_weights(out / EXPORTED_WEIGHTS, weights, kind="export", step=trained.step, run=config_hash(run))
 
-    # Write what diffusers and a reader need to open it. A pipeline makes images, and runs no code of a user's.
+    # Write the model card, and the diffusers pipeline, which only supports images and no user code.
     has_pipeline = trained.makes_images and not names_code(run)
     if has_pipeline:
         shutil.copy(_PIPELINE, out)

@@ -1,23 +1,23 @@
-"""A LoRA that diffusers and ComfyUI put on the untouched model, with all else that was trained.
+"""Export a LoRA for diffusers and ComfyUI, which includes the layers that were trained in full.
 
-Adapters are written as they are. The layers that were trained in full, the last one and the time embedder, are written
-as products of full rank, which are exact:
+Adapters are written unchanged. The layers that were trained in full (the last layer and the time embedder) are written
+as full-rank products, which are exact:
 
     W' x + b = W x + b + B (A x)      with  (B, A) = (1, W' - W) or (W' - W, 1), whichever is smaller.
 
-Their biases b stay fixed in training (`dumo.nets.dualized`), so no layer needs one of peft's `lora_bias`, which
-`fuse_lora` refuses for layers without a bias, quantised layers cannot merge, and ComfyUI does not read. A U-Net's last
-layer is a convolution.
+Their biases b stay fixed in training (`dumo.nets.dualized`). So peft's `lora_bias` is not needed, which `fuse_lora`
+refuses for layers without a bias, quantised layers cannot merge, and ComfyUI does not read. The last layer of a U-Net
+is a convolution.
 
-Both programs read the same file:
+diffusers and ComfyUI read the same file:
 
-- Layers of transformers have the names of diffusers, `transformer.X.lora_A.weight`. The ranks are in the header, where
-  diffusers looks for them; ComfyUI takes B A as it is.
+- Layers of transformers have diffusers' names, `transformer.X.lora_A.weight`. The header has the ranks for diffusers;
+  ComfyUI adds B A without scaling.
 - Layers of U-Nets have kohya's names, `lora_unet_X.lora_down.weight`, with their rank as alpha.
-- A few layers that ComfyUI does not find by their names in diffusers are there a second time, by its own names
-  (`StockPipeline.comfyui_names`). diffusers ignores these.
+- A few layers that ComfyUI does not find by diffusers' names are duplicated under ComfyUI's names
+  (`StockPipeline.comfyui_names`), which diffusers ignores.
 
-Adapters on top of those of a few-step run (`net.lora.subject`) are added to them by concatenated ranks,
+Adapters trained on top of a few-step run (`net.lora.subject`) are merged with the few-step adapters by concatenation,
 
     B_1 A_1 + B_2 A_2 = [B_1 B_2] [A_1; A_2],
 
@@ -47,7 +47,7 @@ from dumo.types import UserError
 # The file that diffusers looks for.
 FILE = "pytorch_lora_weights.safetensors"
 _METADATA = {"format": "pt"}
-# Begins the names that kohya's scripts give to layers of U-Nets, which A1111 reads, too.
+# The prefix of U-Net layers in kohya's scripts, which A1111 reads as well.
 _KOHYA_PREFIX = "lora_unet_"
 
 Layer = nn.Linear | nn.Conv2d
@@ -87,7 +87,7 @@ def write(exported: ExportedModel, provenance: model_card.Provenance, out: Path,
 
 
 def write_for_comfyui(exported: ExportedModel, file: Path, *, dtype: str, metadata: Mapping[str, str]) -> None:
-    """Write the LoRA as one file for ComfyUI, which diffusers reads, too, where it loads a LoRA for the class.
+    """Write the LoRA as one file for ComfyUI, which diffusers also reads if it supports LoRA for the class.
 
     Raises UserError as `lora_products`, and if ComfyUI could not use the file.
     """
@@ -103,22 +103,22 @@ def write_for_comfyui(exported: ExportedModel, file: Path, *, dtype: str, metada
 
 
 def save_file(exported: ExportedModel, file: Path, *, dtype: str, metadata: Mapping[str, str]) -> None:
-    """Write the tensors of a LoRA in `dtype`, with `metadata` and what diffusers reads of the ranks in the header."""
+    """Write the tensors of a LoRA in `dtype`, with `metadata` and the ranks for diffusers in the header."""
     products = lora_products(exported)
     weights: dict[str, Tensor] = {}
     for name, tensor in named_tensors(exported, products).items():
-        # An alpha is a number, which a short dtype may not hold.
+        # Alphas stay in float32, because a short dtype may not represent them.
         weight_dtype = getattr(torch, dtype) if tensor.ndim else torch.float32
         weights[name] = tensor.detach().to(weight_dtype).contiguous()
     header = dict(metadata)
-    # Kohya's names come with alphas, and diffusers refuses both.
+    # diffusers refuses a header with ranks if the names are kohya's, which have alphas.
     if exported.component_name != UNET:
         header["lora_adapter_metadata"] = json.dumps(adapter_config(products, exported.component_name))
     safetensors.torch.save_file(weights, file, header)
 
 
 def named_tensors(exported: ExportedModel, products: list[LayerProduct]) -> dict[str, Tensor]:
-    """Return the tensors of a LoRA by the names that diffusers and ComfyUI read."""
+    """Return the tensors of a LoRA under the names that diffusers and ComfyUI read."""
     weights: dict[str, Tensor] = {}
     if exported.component_name == UNET:
         for path, a, b in products:
@@ -133,21 +133,21 @@ def named_tensors(exported: ExportedModel, products: list[LayerProduct]) -> dict
         weights[f"{exported.component_name}.{path}.lora_A.weight"] = a
         weights[f"{exported.component_name}.{path}.lora_B.weight"] = b
         if path in comfyui_name_by_path:
-            # A file of safetensors holds no memory twice, so these are copies.
+            # Clone, because safetensors does not save tensors that share memory.
             weights[f"{comfyui_name_by_path[path]}.lora_A.weight"] = a.clone()
             weights[f"{comfyui_name_by_path[path]}.lora_B.weight"] = b.clone()
     return weights
 
 
 def adapter_config(products: list[LayerProduct], component: str) -> dict[str, Any]:
-    """Return the fields of peft's `LoraConfig`, after the name of the component, with which diffusers loads a LoRA.
+    """Return the fields of peft's `LoraConfig` for diffusers, prefixed by the name of the component.
 
-    Each layer's alpha is its rank, so that its product is added as it is. Without these fields diffusers takes the most
-    frequent rank as alpha of all layers, as of 0.36.
+    Each layer's alpha is its rank, so that its product is not scaled. Without these fields, diffusers 0.36 uses the most
+    frequent rank as the alpha of all layers.
     """
     rank_by_path = {path: len(a) for path, a, _ in products}
     [(frequent_rank, _)] = Counter(rank_by_path.values()).most_common(1)
-    # peft looks for a pattern at the end of a layer's path unless it begins with ^.
+    # peft matches a pattern at the end of a layer's path unless it begins with ^.
     other_ranks = {f"^{re.escape(path)}": rank for path, rank in rank_by_path.items() if rank != frequent_rank}
     fields: dict[str, Any] = {
         "r": frequent_rank,
@@ -160,9 +160,9 @@ def adapter_config(products: list[LayerProduct], component: str) -> dict[str, An
 
 
 def lora_products(exported: ExportedModel) -> list[LayerProduct]:
-    """Return the changes of all layers: of adapted ones, then of those that were trained in full.
+    """Return the changes of all layers: adapted layers, then layers that were trained in full.
 
-    Raises UserError if the run tuned all weights, and for a change that no product holds.
+    Raises UserError if the run tuned all weights, or for a change that is not a product.
     """
     if exported.spec.lora is None:
         raise UserError("net.lora is null: all weights were tuned, which no LoRA holds: export to diffusers")
@@ -173,7 +173,7 @@ def lora_products(exported: ExportedModel) -> list[LayerProduct]:
 
 
 def _adapter_products(exported: ExportedModel) -> Iterator[LayerProduct]:
-    """Yield the product of each adapted layer: two adapters as one, or with `subject_only` that of the subject."""
+    """Yield the product of each adapted layer: both adapters merged, or with `subject_only` the subject's adapter."""
     model: nn.Module = exported.net.model
     adapter_layers = {id(layer): layer for layer in adapters(model)}
     for path, module in model.named_modules():
@@ -187,10 +187,10 @@ def _adapter_products(exported: ExportedModel) -> Iterator[LayerProduct]:
 
 
 def _changed_layers(exported: ExportedModel) -> Iterator[tuple[str, Layer, Layer]]:
-    """Yield the layers that were trained in full and have changed: the path, the layer before, and the layer now.
+    """Yield the path, the original and the trained layer of each layer that was trained in full and has changed.
 
-    With `subject_only` there are none: the few-step run's export has them. Raises UserError for a change that is in no
-    weight of a linear layer or convolution.
+    With `subject_only` nothing is yielded, because the export of the few-step run has these layers. Raises UserError for
+    a change that is not in the weight of a linear layer or convolution.
     """
     if exported.subject_only:
         return
@@ -216,7 +216,7 @@ def _changed_layers(exported: ExportedModel) -> Iterator[tuple[str, Layer, Layer
 def change_as_product(path: str, old: Layer, new: Layer) -> LayerProduct:
     """Return the exact change from the layer `old` to the layer `new`, at `path` in the model.
 
-    Of a convolution, A is a convolution with its kernel, and B one of 1 x 1 behind that.
+    For a convolution, A is a convolution with the same kernel size, and B a 1 x 1 convolution.
     """
     change = new.weight.detach() - old.weight
     outputs, inputs, *kernel = change.shape

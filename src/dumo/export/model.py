@@ -1,10 +1,10 @@
-"""One head of a pretrained model that was tuned, as a model of its class in diffusers, and the pipeline that runs it.
+"""Convert one head of a fine-tuned pretrained model to its diffusers model class, and find the pipeline that runs it.
 
-An export calls `choose_exported_model`, then `require_pipeline`, which refuses what no stock pipeline samples as the
-run does, then `ExportedModel.build_model`. `dumo.export.stock` says how each pipeline is called.
+An export calls `choose_exported_model`, then `require_pipeline`, which raises an error if no stock pipeline samples as
+the run does, then `ExportedModel.build_model`. `dumo.export.stock` has the call arguments of each pipeline.
 
-A mean velocity u(x_t, t, r) is exported for a list of passes, `nfe`: Restart's, where r = 0, or those of Hop, which are
-the scheduler's Euler steps, x_s = x_t - (t - s) u(x_t, t, s). One embedding of time says both times (`dumo.nets.gap`).
+A mean velocity u(x_t, t, r) is exported for fixed numbers of passes, `nfe`: with r = 0 for Restart, or for Hop as Euler
+steps of the scheduler, x_s = x_t - (t - s) u(x_t, t, s). One time embedding then encodes both times (`dumo.nets.gap`).
 """
 
 import copy
@@ -37,7 +37,7 @@ from dumo.types import Cond, Heads, Objective, Sample, Time, UserError
 DTYPES = ("float32", "bfloat16", "float16")
 # Lists the components of a pipeline.
 INDEX = "model_index.json"
-# The numbers of passes to which a net of two times is fixed if none are given. A hop from t = 1 may have one end only.
+# The default numbers of passes for a net of two times. There can be only one hop from t = 1.
 _DEFAULT_PASSES = (1, 2)
 _DEFAULT_HOPS = (2,)
 Head = Literal["u", "v"]
@@ -45,28 +45,28 @@ Head = Literal["u", "v"]
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """One head of a tuned net, to be exported: u jumps to the data, v is the velocity of a flow."""
+    """One head of a fine-tuned net to export: the flow map u, or the velocity v."""
 
     run: Run
     spec: Pretrained
     net: Dualized
     head: Head
-    # The numbers of passes that it can make; () for any number, of a net of one time.
+    # The supported numbers of passes; () means any number, for a net of one time.
     nfe: tuple[int, ...] = ()
     dtype: str = "float32"
-    # Leave out the adapters of the few-step run, for use on top of that run's export.
+    # Omit the adapters of the few-step run, for use on top of its export.
     subject_only: bool = False
-    # The size of the images that its card shows how to make; None: the square.
+    # The image size in the example on the model card; None means square.
     size: Size | None = None
 
     @property
     def makes_hops(self) -> bool:
-        """Whether its passes are those of Hop, of a net of two times."""
+        """Whether a net of two times is sampled with Hop."""
         return bool(self.nfe) and isinstance(self.run.sample.solver, Hop)
 
     @property
     def pass_intervals(self) -> list[tuple[float, float]]:
-        """The times (t, r) from and to which each pass goes, t falling. Raises UserError if one t has two r."""
+        """The start and end times (t, r) of each pass, by decreasing t. Raises UserError if a t has several r."""
         end_by_start: dict[float, float] = {}
         for n in sorted(self.nfe):
             starts = self.run.path.nearest_net_times(self._start_times(n))
@@ -83,7 +83,7 @@ class ExportedModel:
 
     @cached_property
     def fixed_embedding(self) -> FixedTimes | None:
-        """The embedding of t that also encodes r; None for any number of passes. Raises as `pass_intervals`."""
+        """The embedding of t that also encodes r, or None for any number of passes. Raises as `pass_intervals`."""
         if not self.nfe:
             return None
         t, r = zip(*self.pass_intervals, strict=True)
@@ -96,7 +96,7 @@ class ExportedModel:
 
     @property
     def time_layer(self) -> nn.Linear | None:
-        """The last layer of the embedder of time, which adds that of t - r; None for a net of one time.
+        """The last layer of the time embedder, with the embedding of t - r added; None for a net of one time.
 
         Raises UserError as `pass_intervals`.
         """
@@ -106,7 +106,7 @@ class ExportedModel:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The passes and errors of the embedding, for dumo.json and a file's header; {} for any number of passes."""
+        """The passes and errors of the embedding for dumo.json and file headers, or {} for any number of passes."""
         if not self.fixed_embedding:
             return {}
         errors = {name: value for name, value in vars(self.fixed_embedding).items() if isinstance(value, float)}
@@ -114,7 +114,7 @@ class ExportedModel:
 
     @property
     def model_class(self) -> str:
-        """The name of the model's class in diffusers."""
+        """The model's class name in diffusers."""
         return type(self.net.model).__name__
 
     @property
@@ -124,9 +124,9 @@ class ExportedModel:
 
     @property
     def solver(self) -> Restart:
-        """The solver that the scheduler imitates: the run's own, or the default if the run samples by v.
+        """The solver that the scheduler reproduces: the run's solver, or the default if the run samples with v.
 
-        A Hop is replaced by a Restart that begins at its start. Raises UserError if no scheduler imitates the solver.
+        A Hop is replaced by a Restart with the same start. Raises UserError if no scheduler reproduces the solver.
         """
         solver = self.run.sample.solver
         if self.nfe and isinstance(solver, Hop):
@@ -134,19 +134,19 @@ class ExportedModel:
         return restart_for_scheduler(solver)
 
     def pipeline_times(self, passes: int) -> Sequence[float]:
-        """The times at which passes begin, as the pipeline counts them: sigmas, or indices of a diffusion's table."""
+        """Return the start times of passes for the pipeline: sigmas, or indices of a diffusion's table."""
         times = self._start_times(passes)
         path = self.run.path
         return path.nearest_indices(times) if isinstance(path, Diffusion) else times
 
     @property
     def component_name(self) -> str:
-        """The name that diffusers has for the model among a pipeline's components."""
+        """The name of the model's pipeline component in diffusers."""
         return self.spec.pipeline.model_part
 
     @property
     def source_folder(self) -> Path | None:
-        """The folder of the whole pipeline that the model came from; None if it came alone."""
+        """The folder of the model's pipeline, or None if the model came without one."""
         pipeline = self.spec.pipeline
         if pipeline.is_published or not (pipeline.folder / INDEX).is_file():
             return None
@@ -154,16 +154,16 @@ class ExportedModel:
 
     @cached_property
     def opened_dtype(self) -> str:
-        """The dtype in which the card opens a pipeline: the requested one, or that of the stored base model.
+        """The dtype in which the card loads a pipeline: the requested one, or the dtype of the stored base model.
 
-        Without a dtype, diffusers loads text encoders as they are stored and the rest in float32, which do not fit.
+        Without a dtype, diffusers loads text encoders in their stored dtype and the rest in float32, which fails.
         """
         if self.dtype != "float32" or self.source_folder is None:
             return self.dtype
         return stored_dtype(self.source_folder / self.component_name)
 
     def weights_variant(self, parts: Iterable[str]) -> str:
-        """The `variant` by which diffusers finds the weights of parts of the source; "" for files of plain names."""
+        """Return the `variant` with which diffusers finds the weights of these components, or ""."""
         if self.source_folder is None:
             return ""
         for part in parts:
@@ -174,27 +174,27 @@ class ExportedModel:
 
     @property
     def base_name(self) -> str:
-        """The tuned model's name on the Hub, or that of its folder, whose files may name an ancestor's repository."""
+        """The base model's repository, or its folder name, since files in a folder may name an ancestor's repository."""
         pipeline = self.spec.pipeline
         return pipeline.repository if pipeline.is_on_hub else Path(pipeline.source).name
 
     @property
     def base_subfolder(self) -> str:
-        """The folder of the tuned model inside the folder `base_name`; "" if it is that folder itself."""
+        """The folder of the base model inside `base_name`, or "" if it is that folder itself."""
         pipeline = self.spec.pipeline
         part_folder = pipeline.part_folder(TRANSFORMER)
         return "" if part_folder == pipeline.folder else part_folder.relative_to(pipeline.folder).as_posix()
 
     @property
     def class_embeddings(self) -> dict[str, Tensor]:
-        """The fixed embeddings of classes, (classes + 1, ...) each, by name; {} if it was tuned on texts."""
+        """The fixed class embeddings by name, (classes + 1, ...) each, or {} if the model was tuned on texts."""
         if not isinstance(self.spec.texts, Codes):
             return {}
         codes = self.net.texts
         return {name: rows.contiguous() for name, rows in codes.named_buffers() if len(rows)}
 
-    def build_model(self) -> Any:  # noqa: ANN401, a model of diffusers
-        """Build the model of diffusers: adapters merged into their layers, no path of this machine in its config."""
+    def build_model(self) -> Any:  # noqa: ANN401, a diffusers model
+        """Build the diffusers model, with merged adapters and without local paths in its config."""
         model = self.net.single_head_model(self.head, merged=self.spec.lora is not None, time_layer=self.time_layer)
         model.register_to_config(_name_or_path="")
         if self.dtype == "float32":
@@ -202,13 +202,13 @@ class ExportedModel:
         return _cast_copy(model, getattr(torch, self.dtype))
 
     def _start_times(self, n: int) -> list[float]:
-        """Return the times at which n passes begin."""
+        """Return the start times of n passes."""
         if self.makes_hops:
             return uniform_times(n, self.solver.start)[:-1]
         return self.solver.times(n)
 
     def _scheduler_times(self, times: Sequence[float]) -> Tensor:
-        """Times in [0, 1] as the pipeline's scheduler passes them to the model, in thousandths."""
+        """Convert times in [0, 1] to the scheduler's timesteps, in thousandths."""
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
         scheduler: Any = FlowMatchEulerDiscreteScheduler()
@@ -222,11 +222,11 @@ class ExportedModel:
 def choose_exported_model(
     run: Run, spec: Pretrained, net: Dualized, head: Head, nfe: tuple[int, ...], dtype: str
 ) -> ExportedModel:
-    """Take one head of a pretrained model for export. A flow map of two times is fixed to `nfe` passes.
+    """Choose one head of a pretrained model for export. A flow map of two times is fixed to `nfe` passes.
 
-    Everything else makes any number of passes, and `nfe` is not read. () takes the default. Raises UserError for a head
-    that the run does not sample by, or reads at other times than a stock model, and for passes that the solver cannot
-    make.
+    Other models support any number of passes and ignore `nfe`. () means the default. Raises UserError for a head that
+    the run does not sample with or evaluates at other times than a stock model, and for passes that the solver does not
+    support.
     """
     solver = run.sample.solver
     if head == "v" and net.gap is not None and not _reads_velocity_at_rest(run.objective):
@@ -260,7 +260,7 @@ def choose_exported_model(
 
 
 def _reads_velocity_at_rest(objective: Objective) -> bool:
-    """Whether an objective reads its velocity at r = t, as a stock model has it, from a net that takes r."""
+    """Whether an objective evaluates its velocity at r = t, as a stock model does."""
     t = torch.ones(1)
     ends: list[Tensor] = []
 
@@ -277,7 +277,7 @@ def _reads_velocity_at_rest(objective: Objective) -> bool:
 def require_pipeline(exported: ExportedModel) -> StockPipeline:
     """Return the pipeline that runs the model.
 
-    Raises UserError if there is none, and if it guides differently than the run.
+    Raises UserError if there is none, or if its guidance differs from the run's.
     """
     stock = exported.stock
     if stock is None:
@@ -297,7 +297,7 @@ def require_pipeline(exported: ExportedModel) -> StockPipeline:
 
 
 def stored_dtype(folder: Path) -> str:
-    """Return the dtype of most numbers of a model's weights; float32 if there are none, or it is none of DTYPES."""
+    """Return the most frequent dtype of a model's parameters, or float32 if there are none or it is not in DTYPES."""
     stored_weights = find_weights(folder, DIFFUSERS)
     if stored_weights is None:
         return "float32"
@@ -309,8 +309,8 @@ def stored_dtype(folder: Path) -> str:
 
 
 def _cast_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Copy a model, with its floating-point weights and buffers in `dtype`; the model itself stays as it is."""
-    # deepcopy takes these in place of the tensors of these ids, and copies the modules around them.
+    """Copy a model with its floating-point weights and buffers in `dtype`."""
+    # deepcopy uses these values for the tensors with these ids instead of copying them.
     copies: dict[int, object] = {}
     for parameter in model.parameters():
         copies[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)

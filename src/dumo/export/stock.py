@@ -1,4 +1,4 @@
-"""The stock pipelines of diffusers that run exported models, and how each is called.
+"""The stock diffusers pipelines that run exported models, and how each is called.
 
 `find_stock_pipeline` finds the `StockPipeline` of a model: by its pipeline's class in `PIPELINE_BY_CLASS`, else by the
 model's own class in `PIPELINE_BY_MODEL`. `StockPipeline.arguments` are those of a call. `export_forms` are the forms
@@ -22,7 +22,7 @@ TRAIN_TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class StockPipeline:
-    """A pipeline of diffusers that runs a class of model, and how it is called."""
+    """A diffusers pipeline that runs a class of model, and how it is called."""
 
     # The name of its class.
     pipeline: str

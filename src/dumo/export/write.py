@@ -250,7 +250,7 @@ def _write_pipeline(
     (out / "README.md").write_text(readme, encoding="utf-8")
 
 
-def _without_guidance(unet: nn.Module) -> Any:  # noqa: ANN401, a model of diffusers
+def _without_guidance(unet: nn.Module) -> Any:  # noqa: ANN401, a diffusers model
     """Return a UNet with which its pipeline runs no CFG, whatever guidance_scale is: its default would be wrong.
 
     As for LCM's models, the pipeline passes an embedding of the scale to the model instead. Here its weights are zero.

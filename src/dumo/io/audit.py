@@ -151,7 +151,7 @@ def _note_verified(folder: Path, whole: Mapping[str, list[int]]) -> None:
 
 
 def _sha256(file: Path, is_over: Event) -> str:
-    """Return the SHA-256 of a file; "" if `is_over` is set first. Raises OSError where it cannot be read."""
+    """Return the SHA-256 of a file; "" if `is_over` is set first. Raises OSError if it cannot be read."""
     digest = hashlib.sha256()
     for chunk in _chunks(file):
         digest.update(chunk)

@@ -73,7 +73,7 @@ def guard_path(folder: Path) -> Generator[None, None, None]:
 
 
 def require_in_place(path: Path) -> None:
-    """Raise UserError where `path`, or a folder above it, is guarded, and was removed, renamed or unmounted since."""
+    """Raise UserError if `path`, or a folder above it, is guarded, and was removed, renamed or unmounted since."""
     for folder, descriptor in [*_guarded.items()]:
         if not path.absolute().is_relative_to(folder):
             continue

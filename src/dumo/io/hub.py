@@ -27,7 +27,7 @@ from dumo.runtime import require, signals
 from dumo.runtime.formatting import bytes_text
 from dumo.runtime.progress import print_line
 
-INDEX = "model_index.json"  # in the folder of a pipeline of diffusers
+INDEX = "model_index.json"  # in the folder of a diffusers pipeline
 CARD = "README.md"
 TRANSFORMER = "transformer"
 UNET = "unet"  # where a UNet is the model

@@ -1,4 +1,4 @@
-"""Where runs lie; and trained runs that come with dumo: their names, and the folder of each, which is only read.
+"""Where runs lie; and trained runs that ship with dumo: their names, and the folder of each, which is only read.
 
 `holds_own_images` says which folders are left out where images of the user's are sought. `names` and `folder` say what
 there is of trained runs. `path_in` takes a place such as dumo:cifar10-trained/taef2.safetensors, a file of such a run
@@ -26,7 +26,7 @@ def holds_own_images(folder: str, names: Collection[str]) -> bool:
 
 
 def names() -> list[str]:
-    """Return the names of the runs that come with dumo, sorted."""
+    """Return the names of the runs that ship with dumo, sorted."""
     return sorted(run_folder.name for run_folder in FOLDER.iterdir() if run_folder.is_dir())
 
 

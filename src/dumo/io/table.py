@@ -232,7 +232,7 @@ class ShardTable:
         return load_bytes
 
     def tensors(self, number: int) -> dict[str, Tensor]:
-        """Return the columns of a shard, mapped into memory. Raises UserError where they are not as the index says."""
+        """Return the columns of a shard, mapped into memory. Raises UserError if they are not as the index says."""
         shard = self.index.shards[number]
         columns = self.index.columns
         tensors = tensor_files.load(self.folder / shard.file)
@@ -276,7 +276,7 @@ def read_finished_index(folder: Path, kind: type[K], missing: UserError) -> K:
 
 
 def require_intact(folder: Path, index: TableIndex, *, deep: bool = False) -> None:
-    """Raise UserError where a shard is missing or has another size; `deep`: or has another checksum."""
+    """Raise UserError if a shard is missing or has another size; `deep`: or has another checksum."""
     faults: list[str] = []
     for shard in index.shards:
         fault = shard.fault(folder, deep=deep)
@@ -318,7 +318,7 @@ def make_shards(
     extra_files: more files of the folder, their bytes by name.
     tick: is called with the number of the source's rows that this rank has read, and a note.
 
-    Raises UserError where the folder holds something else, or a shard has changed and is not to be repaired; OSError
+    Raises UserError if the folder holds something else, or a shard has changed and is not to be repaired; OSError
     where the disk is full, or nothing can be written; and as `make_shard`. Finished shards are kept.
     """
     _claim(folder, index, rank)

@@ -232,7 +232,7 @@ def combine_digests(digests: Mapping[str, str]) -> str:
 
 
 def whole_digest(file: Path, hint: str) -> str:
-    """Return the SHA-256 of a whole safetensors file, in hexadecimal. Raises UserError where it is damaged."""
+    """Return the SHA-256 of a whole safetensors file, in hexadecimal. Raises UserError if it is damaged."""
     with open_safetensors(file, hint):
         return digest.of_file(file)
 

@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).parents[1]  # the folder of dumo itself
 def shell_path(place: str | Path) -> str:
     """A path as one types it after a command: quoted, and with ./ before it where it would be taken for something else.
 
-    That is an option (it begins with a dash), and, of a Path, the name of a recipe or trained run that comes with dumo.
+    That is an option (it begins with a dash), and, of a Path, the name of a recipe or trained run that ships with dumo.
     A text is taken as somebody typed it, so it may be such a name.
     """
     text = str(place)

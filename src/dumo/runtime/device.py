@@ -74,7 +74,7 @@ def total_memory(device: torch.device) -> int:
 
 
 def require_memory(size: int, what: str, fix: str, device: torch.device | str = "cpu") -> None:
-    """Raise UserError where `size` bytes are more than the device has; 'meta' has room for all.
+    """Raise UserError if `size` bytes are more than the device has; 'meta' has room for all.
 
     The message begins with `what`, such as "the net takes", and ends with `fix`.
     """

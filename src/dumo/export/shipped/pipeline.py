@@ -1,4 +1,4 @@
-"""This run as a pipeline of diffusers: `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)`.
+"""This run as a diffusers pipeline: `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)`.
 
 dumo must be installed. It opens the folder at the first call, on a GPU if there is one, and makes the images.
 """
