@@ -21,9 +21,9 @@ Adapters trained on top of a few-step run (`net.lora.subject`) are merged with t
 
     B_1 A_1 + B_2 A_2 = [B_1 B_2] [A_1; A_2],
 
-for the untouched model; or they are written without those, for the few-step run's export (`subject_only`).
+for use with the base model; with `subject_only` they are written alone, for use with the export of the few-step run.
 
-`write` writes the folder for diffusers, with a scheduler and a card; `write_for_comfyui` writes the file alone.
+`write` writes a folder for diffusers, with a scheduler and a model card; `write_for_comfyui` writes only the file.
 """
 
 import json
@@ -142,8 +142,8 @@ def named_tensors(exported: ExportedModel, products: list[LayerProduct]) -> dict
 def adapter_config(products: list[LayerProduct], component: str) -> dict[str, Any]:
     """Return the fields of peft's `LoraConfig` for diffusers, prefixed by the name of the component.
 
-    Each layer's alpha is its rank, so that its product is not scaled. Without these fields, diffusers 0.36 uses the most
-    frequent rank as the alpha of all layers.
+    Each layer's alpha is its rank, so that its product is not scaled. Without these fields, diffusers 0.36 uses the
+    most frequent rank as the alpha of all layers.
     """
     rank_by_path = {path: len(a) for path, a, _ in products}
     [(frequent_rank, _)] = Counter(rank_by_path.values()).most_common(1)
@@ -189,8 +189,8 @@ def _adapter_products(exported: ExportedModel) -> Iterator[LayerProduct]:
 def _changed_layers(exported: ExportedModel) -> Iterator[tuple[str, Layer, Layer]]:
     """Yield the path, the original and the trained layer of each layer that was trained in full and has changed.
 
-    With `subject_only` nothing is yielded, because the export of the few-step run has these layers. Raises UserError for
-    a change that is not in the weight of a linear layer or convolution.
+    With `subject_only` nothing is yielded, because the export of the few-step run has these layers. Raises UserError
+    for a change that is not in the weight of a linear layer or convolution.
     """
     if exported.subject_only:
         return

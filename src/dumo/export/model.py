@@ -174,7 +174,7 @@ class ExportedModel:
 
     @property
     def base_name(self) -> str:
-        """The base model's repository, or its folder name, since files in a folder may name an ancestor's repository."""
+        """The base model's repository, or the name of its folder, whose files may name an ancestor's repository."""
         pipeline = self.spec.pipeline
         return pipeline.repository if pipeline.is_on_hub else Path(pipeline.source).name
 

@@ -1,10 +1,10 @@
-"""The model card next to an export, README.md: how to load it, what made it, and what it measured.
+"""Write the model card of an export, README.md: how to load it, how it was trained, and its scores.
 
-`Provenance.of` collects what an export says of its run: on its card, in dumo.json (`Provenance.facts`) and in the
-header of a file of weights (`header_metadata`). `tuned_card` returns the card of a tuned pretrained model, `own_card`
-that of a run with a network of its own. Both fill the one template in `cards`; huggingface_hub writes the YAML head.
+`Provenance.of` collects the metadata of a run for the card, for dumo.json (`Provenance.facts`) and for the header of a
+weight file (`header_metadata`). `tuned_card` returns the card of a fine-tuned pretrained model, and `own_card` that of
+a run with its own network. Both fill one template in `cards`; huggingface_hub writes the YAML metadata.
 
-Texts of users pass through the template's filters `plain`, `code` and `literal`, which escape them.
+User-provided text is escaped by the template filters `plain`, `code` and `literal`.
 """
 
 import json
@@ -42,36 +42,36 @@ from dumo.runtime import version
 from dumo.runtime.formatting import escape_line
 from dumo.types import UserError
 
-# The prompt in the code of a card.
+# The prompt in example code.
 PROMPT = "a red fox in the snow"
-# The file of the embeddings of classes, for a model that was tuned on them.
+# The file of class embeddings, for a model that was tuned on classes.
 CODES = "codes.safetensors"
 # The folder of a few-step run's export, as docs/pretrained.md calls it.
 FEW_STEPS = "few-steps"
-# What Markdown reads as markup. An underscore inside a word is not markup.
+# Markdown markup. An underscore inside a word is not markup.
 _MARKDOWN = re.compile(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)")
-# The calls on a card: their comments by the number of passes.
+# Comments on the calls in example code, by number of passes.
 _PASS_COMMENTS = {1: "one pass", 2: "two", 4: "four"}
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Which run, checkpoint and evaluation an export is of."""
+    """The run, checkpoint and evaluation of an export."""
 
     run: Run
     step: int
-    # The name and the SHA-256 of the file of weights.
+    # The name and the SHA-256 of the weight file.
     weights: str
     sha256: str
-    # The scales of guidance that was distilled into the weights, by what was guided.
+    # The guidance scales that were distilled into the weights, by target.
     baked: Mapping[str, float]
-    # The evaluation of these weights; None if there is none.
+    # The evaluation of these weights, if there is one.
     report: Mapping[str, Any] | None
     version: str = version()
 
     @property
     def about(self) -> str:
-        """The run in one line."""
+        """A one-line description of the run."""
         return self.run.about
 
     @property
@@ -81,7 +81,7 @@ class Provenance:
 
     @property
     def facts(self) -> dict[str, str]:
-        """The origin of an export, for programs: in dumo.json and in a file's header, with paths as they were typed."""
+        """The origin of an export for dumo.json and file headers, with paths as the user typed them."""
         return {
             "dumo": self.version,
             "step": str(self.step),
@@ -93,14 +93,14 @@ class Provenance:
 
     @property
     def few_step_name(self) -> str:
-        """The name of the few-step run on top of which adapters were trained; "" if there is none."""
+        """The name of the few-step run on top of which the adapters were trained, or ""."""
         if self.run.start and self.run.has_subject:
             return Path(self.run.start.source).name
         return ""
 
     @classmethod
     def of(cls, trained: TrainedRun) -> "Provenance":
-        """Return that of an opened run. An evaluation of other weights or other sampling settings is left out."""
+        """Return the provenance of an opened run, without evaluations of other weights or sampling settings."""
         run = trained.spec
         baked = dict[str, float]()
         target_scale = GuidanceScale.of(run.objective.needs).scale
@@ -129,10 +129,10 @@ def tuned_card(
     name: str,
     index: Mapping[str, Any] | None = None,
 ) -> str:
-    """Return the card of a tuned pretrained model: a folder called `name` that `from_pretrained` opens, or a LoRA.
+    """Return the card of a fine-tuned pretrained model: a folder called `name` for `from_pretrained`, or a LoRA.
 
-    `index` is the folder's model_index.json; None for a LoRA. A folder may consist of the model and its scheduler
-    alone, which then replace those of another pipeline.
+    `index` is the folder's model_index.json, or None for a LoRA. If the folder only has a model and a scheduler, they
+    replace the components of another pipeline.
     """
     # Show the call for the most frequent of several image sizes.
     sizes = _image_counts(exported.run.data)
@@ -140,7 +140,7 @@ def tuned_card(
         exported = replace(exported, size=next(iter(sizes)))
     run = exported.run
 
-    # Find out which parts of which pipeline the code of the card opens.
+    # Choose the pipeline and its components that the example code loads.
     source_parts = [*stock.parts]
     if index is None and not exported.subject_only:
         source_parts.append(exported.component_name)
@@ -150,7 +150,7 @@ def tuned_card(
     if index is None and exported.head == "u" and not stock.time_arguments and not exported.subject_only:
         scheduler = JUMP_SCHEDULER
 
-    # Show the scores of the exported head alone: those of solvers of the velocity, or of the flow map.
+    # Show only scores of the exported head, velocity or flow map.
     reads_velocity = exported.head == "v"
     rows = [row for row in _score_rows(provenance) if (row["solver"] in ("euler", "heun")) == reads_velocity]
     if reads_velocity:
@@ -175,7 +175,7 @@ def tuned_card(
         has_own_scheduler=scheduler == JUMP_SCHEDULER,
         absent_arguments="".join(f", {part}=None" for part in exported.spec.pipeline.absent_parts),
         few_steps_folder=FEW_STEPS,
-        # Every exported folder has two parts, the model and its scheduler.
+        # Every exported folder has a model and a scheduler.
         has_other_parts=num_parts > 2,
         variant=exported.weights_variant(source_parts),
         is_lora=index is None,
@@ -193,9 +193,9 @@ def tuned_card(
 
 
 def _image_counts(data: Data) -> dict[Size, int]:
-    """How many images a run on buckets has of each size, most frequent first; {} without buckets.
+    """Count the images of each bucket size, most frequent first; {} without buckets.
 
-    If the images cannot be counted here, it is 0 of every size, the nearest to a square first.
+    If the images are not on this machine, all counts are 0 and the sizes nearest to a square come first.
     """
     images = shown_data(data)
     if not isinstance(images, Images) or not images.buckets:
@@ -211,9 +211,9 @@ def _image_counts(data: Data) -> dict[Size, int]:
 
 
 def license_metadata(facts: Mapping[str, str]) -> dict[str, str]:
-    """Return the licence of a pipeline with these facts, for the YAML head of a card.
+    """Return the licence entries of a pipeline with these facts, for the YAML metadata of a card.
 
-    A link to a file of the base's repository is left out, for the export does not have that file.
+    A link to a file in the base model's repository is omitted, because the export does not have that file.
     """
     metadata = {key: facts[key] for key in LICENSE if key in facts}
     if "://" not in facts.get("license_link", ""):
@@ -222,22 +222,22 @@ def license_metadata(facts: Mapping[str, str]) -> dict[str, str]:
 
 
 def ignores_guidance(exported: ExportedModel) -> bool:
-    """Whether the model is exported such that its pipeline runs no CFG: a UNet whose guidance is in the weights."""
+    """Whether the export disables CFG: for a UNet with guidance distilled into the weights."""
     is_unguided = exported.head == "u" and exported.run.sample.guide.scale == 1
     return is_unguided and exported.component_name == UNET
 
 
 def _is_guided(stock: StockPipeline, run: Run) -> bool:
-    """Whether samples are guided by an argument of the pipeline."""
+    """Whether guidance is an argument of the pipeline call."""
     return run.sample.guide.scale != 1 and stock.guide_argument is not None
 
 
 def _pipeline_calls(exported: ExportedModel, stock: StockPipeline) -> list[tuple[str, str]]:
-    """Return the arguments of each call of the pipeline as text, and a comment on it."""
+    """Return the arguments of each pipeline call as text, and a comment."""
     condition = _image_arguments(exported, stock)
     embedded = exported.net.guidance
     scale = exported.run.sample.guide.scale
-    # A velocity is sampled at the pipeline's own times.
+    # A velocity is sampled at the pipeline's default times.
     if exported.head == "v":
         guidance = stock.guidance_arguments(embedded=embedded, scale=scale)
         return [(", ".join([*condition, *_keywords(guidance)]), "")]
@@ -253,12 +253,12 @@ def _pipeline_calls(exported: ExportedModel, stock: StockPipeline) -> list[tuple
 
 
 def _keywords(arguments: Mapping[str, Any]) -> list[str]:
-    """Return the keyword arguments of a call as text."""
+    """Format the keyword arguments of a call."""
     return [f"{name}={value}" for name, value in arguments.items()]
 
 
 def _image_arguments(exported: ExportedModel, stock: StockPipeline) -> list[str]:
-    """Return the arguments that ask for an image of a prompt, or of a class, at the size that the run has."""
+    """Return the arguments for an image of a prompt or a class, at the run's image size."""
     data = exported.run.data
     pixels = data.codec.factor if isinstance(data, Latents) else stock.pixels_per_latent
     height, width = (pixels * n for n in net_shape(data, exported.size)[1:])
@@ -272,16 +272,16 @@ def _image_arguments(exported: ExportedModel, stock: StockPipeline) -> list[str]
         if stock.cfg_needs_negative_prompt and _is_guided(stock, exported.run):
             arguments.append('negative_prompt=""')
     arguments += [f"height={height}", f"width={width}", *stock.extra_arguments]
-    # A model that came alone has no decoder.
+    # A model without a pipeline has no decoder.
     if exported.source_folder is None:
         arguments.append('output_type="latent"')
     return arguments
 
 
 def own_card(trained: TrainedRun, provenance: Provenance, name: str, *, dtype: str, has_pipeline: bool) -> str:
-    """Return the card of a run with a network of its own: a folder called `name`, its weights in `dtype`.
+    """Return the card of a run with its own network: a folder called `name`, with weights in `dtype`.
 
-    `has_pipeline` says whether diffusers opens the folder, too.
+    `has_pipeline` is whether diffusers can load the folder.
     """
     run = trained.spec
     argument, value = _condition_argument(run)
@@ -316,7 +316,7 @@ def own_card(trained: TrainedRun, provenance: Provenance, name: str, *, dtype: s
 
 
 def _condition_argument(run: Run) -> tuple[str, str]:
-    """The argument of `sample` that asks for images of two classes, of captions, or of nothing; and its value."""
+    """Return the name and value of the argument of `sample` for classes, captions or a count."""
     conditions = run.conditions
     if not conditions.count:
         return "count", "2"
@@ -324,14 +324,14 @@ def _condition_argument(run: Run) -> tuple[str, str]:
     if conditions.captions is None:
         return "labels", str(numbers)
     prompts = [PROMPT]
-    # Captions of images may be private, those of templates are not.
+    # Captions of images may be private; template captions are not.
     if isinstance(conditions.captions, Templates):
         prompts = [conditions.names[k] for k in numbers]
     return "prompts", f"[{', '.join(map(_python_literal, prompts))}]"
 
 
 def _places_to_sample(run: Run) -> list[tuple[str, str]]:
-    """Return the fields by which a run names autoencoders and text encoders outside of dumo, and what they say."""
+    """Return the fields with paths of external autoencoders and text encoders, and their values."""
     return [
         (field, place)
         for field, place in places(without_paths(run))
@@ -340,7 +340,7 @@ def _places_to_sample(run: Run) -> list[tuple[str, str]]:
 
 
 def label_list(run: Run) -> str:
-    """Return the labels of classes, with their names if they have some: "0 to 9", or "0 airplane, 1 automobile"."""
+    """Format the class labels, with names if there are any: "0 to 9", or "0 airplane, 1 automobile"."""
     count = run.conditions.count
     names = run.conditions.names
     if not count:
@@ -351,7 +351,7 @@ def label_list(run: Run) -> str:
 
 
 def _render(run: Run, provenance: Provenance, name: str, *, rows: list[Any], **values: object) -> str:
-    """Return the body of a card: the template filled with these values and those that all cards have."""
+    """Return the body of a card: the template filled with these values and the common ones."""
     return (
         _templates()
         .get_template("card.md.j2")
@@ -368,10 +368,10 @@ def _render(run: Run, provenance: Provenance, name: str, *, rows: list[Any], **v
 
 
 def _with_head(body: str, metadata: dict[str, Any], name: str, provenance: Provenance, rows: list[Any]) -> str:
-    """Return the card with its YAML head, in which the Hub finds the main score of each row."""
+    """Return the card with YAML metadata, which has the main score of each row for the Hub."""
     results: list[EvalResult] = []
     for row in rows:
-        # The first score is the one that the protocol is about.
+        # The first score is the main score of the protocol.
         score = _score_names(rows)[0]
         if row[score] is not None:
             results.append(
@@ -390,7 +390,7 @@ def _with_head(body: str, metadata: dict[str, Any], name: str, provenance: Prove
 
 
 def _score_rows(provenance: Provenance) -> list[Any]:
-    """Return the rows of the evaluation of these weights; [] if there is none."""
+    """Return the rows of the evaluation of these weights, or []."""
     report = provenance.report
     return [*report["results"], *report["contrast"]] if report else []
 
@@ -402,7 +402,7 @@ def _score_names(rows: list[Any]) -> list[str]:
 
 @cache
 def _templates() -> jinja2.Environment:
-    """Return the templates in `cards`, and the filters that they use."""
+    """Return the template environment of `cards`, with its filters."""
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("dumo.export", "cards"),
         undefined=jinja2.StrictUndefined,
@@ -417,12 +417,12 @@ def _templates() -> jinja2.Environment:
 
 
 def _escape_markup(text: str) -> str:
-    """Return a user's text for a cell of a table: neither HTML nor Markdown, which a page would show as such."""
+    """Escape HTML and Markdown in user-provided text for a table cell."""
     return _MARKDOWN.sub(r"\\\g<0>", escape(escape_line(text), quote=False))
 
 
 def _as_code(text: str) -> str:
-    """Return a user's text as code in a line of Markdown: between more backticks than it has in a row."""
+    """Format user-provided text as inline Markdown code, delimited by more backticks than it contains in a row."""
     text = escape_line(text)
     inside = re.findall("`+", text)
     if not inside:
@@ -432,12 +432,12 @@ def _as_code(text: str) -> str:
 
 
 def _python_literal(text: str) -> str:
-    """Return a string of Python, by JSON's escapes. What is no Unicode is escaped, too, so that a file can hold it."""
+    """Return a Python string literal with JSON escapes. Lone surrogates are escaped, so that it can be encoded."""
     return json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def header_metadata(exported: ExportedModel, provenance: Provenance) -> dict[str, str]:
-    """Return the metadata in the header of a file of weights."""
+    """Return the metadata for the header of a weight file."""
     return {
         "format": "pt",
         "class": exported.model_class,

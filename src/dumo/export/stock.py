@@ -1,8 +1,8 @@
-"""The stock diffusers pipelines that run exported models, and how each is called.
+"""The stock diffusers pipelines that run exported models, and their call arguments.
 
-`find_stock_pipeline` finds the `StockPipeline` of a model: by its pipeline's class in `PIPELINE_BY_CLASS`, else by the
-model's own class in `PIPELINE_BY_MODEL`. `StockPipeline.arguments` are those of a call. `export_forms` are the forms
-that the command line proposes.
+`find_stock_pipeline` finds the `StockPipeline` of a model by its pipeline's class in `PIPELINE_BY_CLASS`, or else by
+the model's class in `PIPELINE_BY_MODEL`. `StockPipeline.arguments` returns the arguments of a call. `export_forms`
+returns the formats that the command line proposes.
 
 To add a model, add a row to `PIPELINE_BY_MODEL`, or to `PIPELINE_BY_CLASS` for a variant of another pipeline's model.
 """
@@ -16,17 +16,17 @@ from dumo.encoders.transformers_library import quietly
 from dumo.nets import Pretrained
 from dumo.nets.family import class_of
 
-# t = 1 as schedulers and pipelines count times (their num_train_timesteps).
+# The timestep of t = 1 in schedulers and pipelines (num_train_timesteps).
 TRAIN_TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
 class StockPipeline:
-    """A diffusers pipeline that runs a class of model, and how it is called."""
+    """A diffusers pipeline that runs a model class, and its call arguments."""
 
-    # The name of its class.
+    # The class name.
     pipeline: str
-    # The argument that guides beyond what is in the weights; None if there is none.
+    # The argument for CFG, if there is one.
     guide_argument: str | None = "guidance_scale"
     # The value of `guide_argument` for no guidance.
     unguided_scale: float = 1.0
@@ -34,33 +34,33 @@ class StockPipeline:
     cfg_needs_negative_prompt: bool = False
     # Rescales the CFG output to the norm of the conditional prediction.
     rescales_cfg: bool = False
-    # The arguments for the times of passes; () if there are none.
+    # The arguments for the times of passes.
     time_arguments: tuple[str, ...] = ("sigmas",)
-    # Times are indices of a diffusion's table.
+    # Times are integer timesteps of a diffusion model.
     indexed_times: bool = False
     # The generator also draws the noise between two passes.
     seeds_scheduler: bool = False
-    # The mask of real tokens, if embeddings are not accepted without it.
+    # The argument for the token mask, if it is required with embeddings.
     mask_argument: str = ""
     # Embeddings are passed as a list, one item per caption.
     lists_embeddings: bool = False
     takes_image: bool = False
-    # Arguments without which it makes an image of another size, or warns.
+    # Arguments that keep the image size or avoid a warning.
     extra_arguments: tuple[str, ...] = ()
-    # On a side, if there is no decoder to ask.
+    # The downsampling factor if the autoencoder is unknown.
     pixels_per_latent: int = 8
     # The expression for the image in the result of a call.
     image_at: str = "images[0]"
     # It has load_lora_weights and fuse_lora.
     loads_lora: bool = True
-    # ComfyUI's own names of the layers that it does not find by their names in diffusers; None: it finds none by these.
-    # Read in `model_lora_keys_unet` of comfy/lora.py at commit 17358c8, and the maps of comfy/utils.py at 09708ea.
+    # ComfyUI's names of the layers that it does not find by diffusers' names; None means it finds no layer by these.
+    # See `model_lora_keys_unet` in comfy/lora.py at commit 17358c8, and the maps in comfy/utils.py at 09708ea.
     comfyui_names: Mapping[str, str] | None = None
 
     def arguments(self, times: Sequence[float], *, embedded: float | None = None, scale: float = 1.0) -> dict[str, Any]:
-        """Return the keyword arguments for passes that begin at `times`, guided as `guidance_arguments` says.
+        """Return the keyword arguments for passes that start at `times`, including `guidance_arguments`.
 
-        A pipeline without an argument for times is given their number, and its scheduler has them
+        A pipeline without an argument for times gets their number, and its scheduler has the times
         (`dumo.export.shipped.jumps`).
         """
         values = {"sigmas": times, "timesteps": times}
@@ -72,9 +72,9 @@ class StockPipeline:
         return arguments | self.guidance_arguments(embedded=embedded, scale=scale)
 
     def guidance_arguments(self, *, embedded: float | None = None, scale: float = 1.0) -> dict[str, float]:
-        """The keyword arguments for guidance by `scale`; 1 is no guidance. Without them a pipeline takes its default.
+        """Return the keyword arguments for CFG with `scale`; 1 means no guidance.
 
-        `embedded` is the guidance number that the net itself takes.
+        They override the pipeline's default. `embedded` is the guidance scale that the net embeds.
         """
         arguments: dict[str, float] = {}
         if self.guide_argument:
@@ -88,7 +88,7 @@ class StockPipeline:
         """The names of the pipeline's components other than model and scheduler."""
         import diffusers
 
-        # It would warn of image processors without torchvision, which no text needs.
+        # Hide the warning about image processors without torchvision.
         with quietly():
             pipeline_class = getattr(diffusers, self.pipeline)
         return sorted(component_names(pipeline_class) - {TRANSFORMER, UNET, "scheduler"})
@@ -139,7 +139,7 @@ PIPELINE_BY_MODEL: dict[str, StockPipeline] = {
     "AuraFlowTransformer2DModel": StockPipeline(
         "AuraFlowPipeline", mask_argument="prompt_attention_mask", comfyui_names=_SAME_NAMES
     ),
-    # Given sigmas alone, it calls the net at other times.
+    # With sigmas alone, it calls the net at different times.
     "CogView4Transformer2DModel": StockPipeline("CogView4Pipeline", time_arguments=("sigmas", "timesteps")),
     "PRXTransformer2DModel": StockPipeline(
         "PRXPipeline",
@@ -172,7 +172,7 @@ PIPELINE_BY_MODEL: dict[str, StockPipeline] = {
         comfyui_names=_SAME_NAMES,
     ),
 }
-# Pipelines of models whose class another pipeline has, too.
+# Pipelines whose model class is shared with another pipeline.
 PIPELINE_BY_CLASS: dict[str, StockPipeline] = {
     "StableDiffusionXLPipeline": replace(
         PIPELINE_BY_MODEL["UNet2DConditionModel"], pipeline="StableDiffusionXLPipeline"
@@ -188,29 +188,29 @@ PIPELINE_BY_CLASS: dict[str, StockPipeline] = {
     "Flux2KleinPipeline": StockPipeline("Flux2KleinPipeline", comfyui_names=_FLUX2_NAMES),
     "PixArtAlphaPipeline": replace(PIPELINE_BY_MODEL["PixArtTransformer2DModel"], pipeline="PixArtAlphaPipeline"),
 }
-# FLUX.2 [klein] whose model_index.json says is_distilled: its pipeline ignores guidance, and warns of its own default.
+# FLUX.2 [klein] with is_distilled in model_index.json: its pipeline ignores guidance, and warns of its default scale.
 DISTILLED_KLEIN = replace(
     PIPELINE_BY_CLASS["Flux2KleinPipeline"], guide_argument=None, extra_arguments=("guidance_scale=1.0",)
 )
 
 
 def export_forms(spec: Pretrained) -> list[str]:
-    """Return the values of `dumo export --to` for a net: only a file of weights if no stock pipeline runs it."""
+    """Return the values of `dumo export --to` for a net: only a weight file if no stock pipeline runs it."""
     stock = find_stock_pipeline(class_of(spec.pipeline.config(TRANSFORMER)), spec)
     if stock is None:
         return ["safetensors"]
     forms = ["diffusers"]
     if spec.lora is not None and stock.loads_lora:
         forms.append("lora")
-    # ComfyUI reads texts, no codes of classes.
+    # ComfyUI does not support class embeddings.
     if spec.lora is not None and stock.comfyui_names is not None and spec.texts.kind == "pipeline":
         forms.append("comfyui")
     return forms
 
 
 def find_stock_pipeline(model_class: str, spec: Pretrained) -> StockPipeline | None:
-    """The pipeline that runs a class of model with the inputs of the net `spec`; None if no stock pipeline does."""
-    # Only distilled SANA models take a guidance number, and their pipeline has another path.
+    """Return the stock pipeline that runs a model class with the inputs of the net `spec`, or None."""
+    # Only distilled SANA models embed the guidance scale, and their pipeline uses a different path.
     if model_class == "SanaTransformer2DModel" and spec.guidance is not None:
         return None
     model_family = spec.family

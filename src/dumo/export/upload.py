@@ -1,4 +1,4 @@
-"""Upload an export to the Hugging Face Hub by its own client, which reads token and address from the environment."""
+"""Upload an export to the Hugging Face Hub with huggingface_hub, which reads the token from the environment."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ from dumo.types import UserError
 
 
 def require_uploadable(repository: str, parts: str) -> None:
-    """Ask the Hub who we are, so that a missing token or network is found before minutes of work.
+    """Check the login on the Hub, so that a missing token or network is found before the export.
 
-    Raises UserError for a repository without an owner, whose card would name another one, and for linked parts, which
-    the client leaves out without an error. Raises the Hub's own errors.
+    Raises UserError for a repository without an owner, because the card has the full name, and for linked components,
+    which the client skips silently. Raises the Hub's errors.
     """
     if repository.count("/") != 1:
         raise UserError(f"--push {repository}: name the owner, too, as in OWNER/NAME")
@@ -21,7 +21,7 @@ def require_uploadable(repository: str, parts: str) -> None:
 
 
 def push(export: Path, repository: str) -> str:
-    """Upload a folder or a file, and return the address. A new repository is private. Raises the Hub's own errors."""
+    """Upload a folder or a file, and return its URL. A new repository is private. Raises the Hub's errors."""
     api = HfApi()
     message = f"Upload {export.name}"
     address = api.create_repo(repository, private=True, exist_ok=True)

@@ -1,17 +1,16 @@
-"""Export a run: `export` checks everything first, then writes all or nothing.
+"""Export a run. `export` checks everything before it writes, and leaves nothing behind on failure.
 
-It writes into a temporary place, which it then renames to `out`: the folder of a run with a network of its own
-(`dumo.export.dumo_run`), a pretrained model as the folder of a pipeline (`_write_pipeline`), a LoRA
-(`dumo.export.lora`), or one file of weights (`_write_file`). The folder of a pipeline, for
-`DiffusionPipeline.from_pretrained(OUT)`:
+It writes to a temporary path, which it then renames to `out`: the folder of a run with its own network
+(`dumo.export.dumo_run`), a pipeline folder of a pretrained model (`_write_pipeline`), a LoRA (`dumo.export.lora`), or
+one weight file (`_write_file`). A pipeline folder, for `DiffusionPipeline.from_pretrained(OUT)`:
 
 transformer/       the model, with one head instead of its last layer
-scheduler/         for a flow map, one that adds fresh noise between two passes; for a velocity, the source's own
-vae/ ...           the other parts of the pipeline that the model came from, if it came from one
-model_index.json   which parts there are
-codes.safetensors  the embeddings of classes, if the model was tuned on classes alone
+scheduler/         a scheduler that adds fresh noise between passes for a flow map, or the source's for a velocity
+vae/ ...           the other components of the source pipeline, if there is one
+model_index.json   the list of components
+codes.safetensors  the class embeddings, if the model was tuned on classes
 README.md          the model card
-dumo.json          the run, and the SHA-256 of the weights that were exported
+dumo.json          the run, and the SHA-256 of the exported weights
 """
 
 import json
@@ -48,15 +47,15 @@ from dumo.types import Objective, UserError
 Form = Literal["diffusers", "lora", "comfyui", "safetensors"]
 Parts = Literal["copy", "link", "none"]
 FORMS: tuple[Form, ...] = get_args(Form)
-# Forms that are one file, not a folder.
+# Formats that are one file, not a folder.
 FILE_FORMS = ("comfyui", "safetensors")
 PARTS: tuple[Parts, ...] = get_args(Parts)
-# Notes the run next to the weights.
+# The file with the run and the hash of its weights.
 ORIGIN = "dumo.json"
-# Keys of a source's model_index.json that do not hold for a tuned model begin so: its name, and the few-step settings
+# Prefixes of keys in a source's model_index.json that do not apply to a tuned model: its name, and few-step settings
 # that some servers read.
 _SOURCE_ONLY_KEYS = ("_name_or_path", "_use_default_values", "dmd2_")
-# The size of the embedding of a guidance scale that a UNet ignores. diffusers divides by half of it less one.
+# The size of a guidance embedding that the UNet ignores. diffusers divides by half of it minus one.
 _GUIDANCE_WIDTH = 4
 
 
@@ -74,13 +73,13 @@ def export(
 ) -> Path:
     """Write a run as a folder, a LoRA's folder or file, or a file of weights; return `out`.
 
-    A network of dumo's own or of a user's is written whole, for `dumo.load`. Of a pretrained model, one head is
+    A network from dumo or from the user is written as a whole, for `dumo.load`. For a pretrained model, one head is
     written for stock diffusers:
 
-    - `head` is u or v; None takes u if it was taught.
-    - `parts` of the pipeline that the model came from are copied, linked or left out ("none").
+    - `head` is u or v; None means u if it was trained.
+    - `parts`, the other components of the source pipeline, are copied, linked or omitted ("none").
     - `nfe` are the numbers of passes to which a network of two times is fixed.
-    - `alone` leaves out the few-step adapters below those of a subject.
+    - `alone` omits the few-step adapters under a subject's adapters.
 
     A run on another device is opened again on the CPU. `name` is what the card opens, OWNER/NAME on the Hub; None takes
     the name of `out`. Raises UserError for an unknown option, if `out` exists, and if no stock program samples as the
@@ -137,7 +136,7 @@ def require_vacant(out: Path) -> None:
 def _exported_model(
     trained: TrainedRun, to: str, *, head: str | None, nfe: Sequence[int], dtype: str, alone: bool
 ) -> ExportedModel:
-    """Return the head of a pretrained model to export. Raises UserError as `export`."""
+    """Choose the head of a pretrained model to export. Raises UserError as `export`."""
     spec = trained.spec.net
     assert isinstance(spec, Pretrained)
     path = trained.spec.path
@@ -149,7 +148,7 @@ def _exported_model(
     net = _net_with_uncoded_base(trained, spec) if to in ("diffusers", "safetensors") else trained.net
     assert isinstance(net, Dualized)
     chosen_head = _choose_head(trained.spec.objective, head)
-    # A LoRA is rounded alone, without what it is added to.
+    # A LoRA is rounded by itself, without the base weights.
     model_dtype = "float32" if to in ("lora", "comfyui") else dtype
     exported = choose_exported_model(trained.spec, spec, net, chosen_head, tuple(nfe), model_dtype)
     return replace(exported, subject_only=alone)
@@ -164,13 +163,13 @@ def _net_with_uncoded_base(trained: TrainedRun, spec: Pretrained) -> nn.Module:
     if uncoded_spec is spec:
         return trained.net
     net = build(trained.spec.model_copy(update={"net": uncoded_spec}), trained.device)
-    # Assign the trained weights, so that memory holds them once.
+    # Assign the trained weights, to avoid a copy in memory.
     net.load_state_dict(trained_state_dict(trained.net), strict=False, assign=True)
     return net.eval()
 
 
 def _choose_head(objective: Objective, head: str | None) -> Head:
-    """Return the head to export; None takes u if it was taught. Raises UserError for one that was not."""
+    """Return the head to export; None means u if it was trained. Raises UserError for a head that was not trained."""
     exportable: list[Head] = [name for name in ("u", "v") if name in objective.needs.heads]
     if not exportable:
         raise UserError(f"objective '{objective.kind}' has no head that can be exported: sample it by dumo sample")
@@ -182,7 +181,7 @@ def _choose_head(objective: Objective, head: str | None) -> Head:
 
 
 def _write_file(exported: ExportedModel, provenance: model_card.Provenance, file: Path, *, to: str, dtype: str) -> None:
-    """Write one file of weights: a LoRA for ComfyUI, or with `to` safetensors a whole model."""
+    """Write one weight file: a LoRA for ComfyUI, or the whole model if `to` is "safetensors"."""
     metadata = model_card.header_metadata(exported, provenance)
     if to == "comfyui":
         lora.write_for_comfyui(exported, file, dtype=dtype, metadata=metadata)
@@ -206,13 +205,13 @@ def _write_pipeline(
 ) -> None:
     """Write a pipeline into the empty folder `out`, which will be called `out_name`.
 
-    The source's other parts are copied, linked to, or left out. Raises UserError if no stock pipeline runs the model,
-    or the source's decoder reads other latents than the run has.
+    The source's other components are copied, linked or omitted. Raises UserError if no stock pipeline runs the model,
+    or if the run's latents are from another autoencoder.
     """
     stock = require_pipeline(exported)
     source = exported.source_folder
     index: dict[str, Any] = read_index(source) if source else {}
-    # The source may have an older name of the class, which the installed diffusers does not know.
+    # The source may have an older class name, which the installed diffusers does not have.
     index = {"_class_name": stock.pipeline} | {key: entry for key, entry in index.items() if key != "_class_name"}
     if source and parts != "none":
         exported.spec.pipeline.verify()
@@ -251,9 +250,9 @@ def _write_pipeline(
 
 
 def _without_guidance(unet: nn.Module) -> Any:  # noqa: ANN401, a diffusers model
-    """Return a UNet with which its pipeline runs no CFG, whatever guidance_scale is: its default would be wrong.
+    """Return a UNet with which its pipeline skips CFG for any guidance_scale, because the default would be wrong.
 
-    As for LCM's models, the pipeline passes an embedding of the scale to the model instead. Here its weights are zero.
+    As for LCM models, the pipeline passes an embedding of the scale to the model. Its projection has zero weights.
     """
     first_layer = unet.get_submodule("time_embedding.linear_1")
     assert isinstance(first_layer, nn.Linear)
@@ -265,9 +264,9 @@ def _without_guidance(unet: nn.Module) -> Any:  # noqa: ANN401, a diffusers mode
 
 
 def read_index(source: Path) -> dict[str, Any]:
-    """Return the model_index.json of a pipeline, without the keys that hold for the source alone.
+    """Return the model_index.json of a pipeline, without the keys that only apply to the source.
 
-    Raises UserError for a pipeline of two transformers: the second was not tuned, and would make some of the passes.
+    Raises UserError for a pipeline with two transformers, because the untuned second one would make some passes.
     """
     index = read_json(source / INDEX)
     if has_component(index.get(SECOND_TRANSFORMER)):
@@ -294,7 +293,7 @@ def other_parts(index: Mapping[str, Any]) -> list[str]:
 
 
 def _copy_part(part: Path, destination: Path, parts: Parts) -> None:
-    """Copy a part, or with `parts` link make a link to it."""
+    """Copy a component, or link to it if `parts` is "link"."""
     if parts == "link":
         destination.symlink_to(part.resolve(strict=True), target_is_directory=True)
     else:
@@ -302,10 +301,10 @@ def _copy_part(part: Path, destination: Path, parts: Parts) -> None:
 
 
 def _copy_files(source: Path, destination: Path) -> None:
-    """Copy the files of a folder, except pickles next to safetensors of their name, which hold the same weights.
+    """Copy the files of a folder, except pickles next to safetensors of the same name.
 
-    Raises the first OSError, while `shutil.copytree` continues and raises all of them as one. Raises Stopped between
-    two files once a stop is requested.
+    Raises the first OSError, unlike `shutil.copytree`, which continues. Raises Stopped between two files if a stop is
+    requested.
     """
     for folder, _, names in os.walk(source, followlinks=True, onerror=_raise_error):
         copied_folder = destination / Path(folder).relative_to(source)
@@ -320,12 +319,12 @@ def _copy_files(source: Path, destination: Path) -> None:
 
 
 def _raise_error(error: OSError) -> None:
-    """Raise the error of a folder that cannot be listed, which `os.walk` would skip."""
+    """Raise an error that `os.walk` would ignore."""
     raise error
 
 
 def require_own_autoencoder(data: Data) -> None:
-    """Raise UserError if the net makes latents of another autoencoder than the pipeline decodes with."""
+    """Raise UserError if the run's latents are not from the pipeline's autoencoder."""
     if isinstance(data, Latents) and data.codec.kind != "pipeline":
         raise UserError(
             f"data.codec is {data.codec.label}, and the pipeline decodes with its own autoencoder: train with "

@@ -1,4 +1,4 @@
-"""Images of a benchmark's prompts, four of each, in the files that its evaluator reads.
+"""Generate four images for each prompt of a benchmark, in the layout of its evaluator.
 
 Image j of prompt i is sample 4 i + j of the seed.
 
@@ -8,7 +8,7 @@ GenEval (Ghosh et al. 2023, evaluation/evaluate_images.py) reads every folder wh
     00000/samples/0000.png    four images, 0000.png to 0003.png
 
 DPG-Bench (Hu et al. 2024, dpg_bench/compute_dpg_bench.py) reads a picture for each of its text files, 0.png for 0.txt:
-four images, two to a row, with nothing between them, for it cuts them apart by their side.
+a 2 x 2 grid of four images without gaps.
 """
 
 from collections.abc import Sequence
@@ -39,10 +39,10 @@ def make_images(
     solver: str | None = None,
     bar: Bar = no_bar,
 ) -> list[Path]:
-    """Make four images of each prompt of `source`, in a new folder for each number of passes; return the folders.
+    """Generate four images for each prompt of `source`, in a new folder for each NFE; return the folders.
 
-    Several ranks share the prompts. Raises UserError for a run that reads no texts, or a solver or nfe that it cannot
-    use, and FileExistsError if a folder exists: an evaluator would read whatever is in it.
+    Several ranks share the prompts. Raises UserError for a run without text conditions, or a solver or nfe that it does
+    not support, and FileExistsError if a folder exists, because an evaluator would read its files.
     """
     prompts = read_prompts(source)
     spec = sampling_settings(trained.spec, nfe=nfe, seed=seed, solver=solver)
@@ -60,7 +60,7 @@ def make_images(
     for n, image_folder in zip(spec.nfe, folders, strict=True):
         with bar(f"sampling, {solver_kind} at {n}", len(c)) as tick:
             remaining_prompts = iter(own_prompts)
-            # A batch may end within a prompt.
+            # A batch may end in the middle of a prompt.
             pending: list[torch.Tensor] = []
             done = 0
             batches = trained.make_batches(c, nfe=n, seed=spec.seed, solver=spec.solver, indices=indices)
@@ -78,7 +78,7 @@ def make_images(
 
 
 def _write_images(layout: str, folder: Path, prompt: Prompt, pixels: picture.PixelRows) -> None:
-    """Write the images `pixels` (4, h, w, channels) of a prompt as a benchmark reads them."""
+    """Write the images `pixels` (4, h, w, channels) of a prompt in the layout of a benchmark."""
     if layout == "dpg":
         picture.write_picture(folder / f"{prompt.name}.png", picture.sheet(pixels, 2, scale=1, gap=0))
         return

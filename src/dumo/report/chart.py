@@ -1,4 +1,4 @@
-"""Charts of the results of plans: curves, points with error bars, heat maps and bars, as pictures on white.
+"""Draw charts of the results of plans: curves, points with error bars, heat maps and bars.
 
 `score_label` names their axes, and `log_unless_narrow` chooses between a linear and a logarithmic scale.
 """
@@ -19,10 +19,10 @@ from dumo.config.word import MERITS, word
 from dumo.io import picture
 
 PICTURE_DPI = 150
-# Of names, in turn. DuMo, which comes first, has green stars, as in the paper.
+# Colours of names, in order. DuMo, which comes first, has green stars as in the paper.
 COLOURS = ("#3d9657", "#3f7fbf", "#d2603a", "#8b62b0", "#b08c2c", "#5b6470", "#c2577f", "#2a9d9d")
 MARKS = "*osDv^PX"
-# Letters of a bold title and of an axis' label that fit into an inch of a picture.
+# Letters per inch of a bold title and of an axis label.
 TITLE_LETTERS_PER_INCH = 8
 LABEL_LETTERS_PER_INCH = 11
 # An axis whose ends have this ratio or more gets a logarithmic scale.
@@ -34,14 +34,14 @@ class CurvePoint(NamedTuple):
 
     x: float
     y: float
-    deviation: float | None  # the standard deviation of y; None: not known
+    deviation: float | None  # the standard deviation of y, if known
 
 
 class Dot(NamedTuple):
     """A value that is drawn as a mark."""
 
     value: float
-    deviation: float | None  # its standard deviation; None: not known
+    deviation: float | None  # its standard deviation, if known
 
 
 class Level(NamedTuple):
@@ -52,7 +52,7 @@ class Level(NamedTuple):
 
 
 def score_label(score: str) -> str:
-    """Return the label of an axis with means of this score and deviations over seeds."""
+    """Return the axis label for means and standard deviations of this score over seeds."""
     merit = word(MERITS, score)
     return f"{merit.title} ({merit.better}), mean ± deviation over seeds"
 
@@ -66,10 +66,10 @@ def curves(
     log_x: bool = False,
     level: Level | None = None,
 ) -> Image.Image:
-    """Return a curve per name, with error bars where a deviation is known.
+    """Draw a curve per name, with error bars if standard deviations are known.
 
-    y has a log scale unless the values span less than a factor of MAX_LINEAR_RATIO or reach zero; x has one with
-    `log_x`, and a tick at each point. With a `level` to compare with, the legend stands above the axes.
+    y has a log scale unless the values span less than a factor of MAX_LINEAR_RATIO or reach zero. With `log_x`, x has a
+    log scale and a tick at each point. With a `level`, the legend is above the axes.
     """
     figure = Figure((8.0 if level else 6.4, 4.2), dpi=PICTURE_DPI, layout="constrained")
     axes = figure.subplots()
@@ -109,7 +109,7 @@ def curves(
 def heat_map(
     title: str, x_label: str, y_label: str, values: Mapping[tuple[float, float], float], colour_label: str
 ) -> Image.Image:
-    """Return a cell with its value per (x, y), x to the right and y upwards; the least value is bold."""
+    """Draw a heat map of the value of each (x, y), with the values as text; the minimum is bold."""
     xs = sorted({x for x, _ in values})
     ys = sorted({y for _, y in values})
     table = np.full((len(ys), len(xs)), np.nan)
@@ -140,10 +140,10 @@ def heat_map(
 
 
 def dots(title: str, x_label: str, lines: Mapping[str, Mapping[str, Dot]], names: Sequence[str] = ()) -> Image.Image:
-    """Return a line per entry of `lines`, the first on top, with a mark for each of `names` that it has a value of.
+    """Draw a row per entry of `lines`, the first on top, with a mark for each value.
 
-    Marks have error bars where a deviation is known. x has a log scale unless the values span less than a factor of
-    MAX_LINEAR_RATIO or reach zero. `names` sets the order of colours; () is all names, as they come.
+    Marks have error bars if standard deviations are known. x has a log scale unless the values span less than a factor
+    of MAX_LINEAR_RATIO or reach zero. `names` sets the order of colours; () means the order of appearance.
     """
     names = names or _all_names(lines)
     width = max(7.6, 5 + 0.075 * max(map(len, lines)))  # half of it for the marks, however long the names
@@ -187,7 +187,7 @@ def dots(title: str, x_label: str, lines: Mapping[str, Mapping[str, Dot]], names
 
 
 def bars(title: str, x_label: str, y_label: str, groups: Mapping[str, Mapping[str, float]]) -> Image.Image:
-    """Return a group of bars per entry of `groups`, a bar per name in it, with its value on top."""
+    """Draw a group of bars per entry of `groups`, with the values on top."""
     names = _all_names(groups)
     width = 0.85 / len(names)
     figure = Figure((max(6.4, 1.5 + 0.4 * len(groups) * len(names)), 4.6), dpi=PICTURE_DPI, layout="constrained")
@@ -205,17 +205,16 @@ def bars(title: str, x_label: str, y_label: str, groups: Mapping[str, Mapping[st
 
 
 def _all_names(groups: Mapping[str, Iterable[str]]) -> list[str]:
-    """Return the names in all groups, each once, in the order in which they first come."""
+    """Return the distinct names in all groups, in order of first appearance."""
     return list(dict.fromkeys(name for group in groups.values() for name in group))
 
 
 def _error_bars(
     values: Sequence[float], deviations: Sequence[float | None], *, is_positive: bool
 ) -> list[list[float]] | None:
-    """Return the lengths of error bars, downwards and upwards; None where no deviation is known.
+    """Return the lengths of error bars, downwards and upwards, or None if there are no standard deviations.
 
-    `is_positive` is whether all values of the chart are: then no bar reaches down to zero, which a log scale does not
-    have.
+    If `is_positive`, all values of the chart are positive, and bars are clipped above zero for a log scale.
     """
     if not any(deviations):
         return None
@@ -227,7 +226,7 @@ def _error_bars(
 
 
 def log_unless_narrow(axis: Axis, set_scale: Callable[[str], None]) -> None:
-    """Give an axis a log scale with plain numbers, unless what is drawn spans little, or reaches zero.
+    """Give an axis a log scale with plain numbers, unless the values span little or reach zero.
 
     `set_scale` is the setter of the axis' scale, `axes.set_xscale` or `axes.set_yscale`.
     """
@@ -238,7 +237,7 @@ def log_unless_narrow(axis: Axis, set_scale: Callable[[str], None]) -> None:
 
 
 def log_ticks(axis: Axis, low: float, high: float) -> None:
-    """Put plain numbers on a log scale from `low` to `high`: the less it spans, the closer the ticks."""
+    """Put plain numbers on a log scale from `low` to `high`. A narrower range gets denser ticks."""
     if high < 5 * low:
         steps = (1, 1.5, 2, 3, 5, 7)
     elif high < 50 * low:

@@ -1,8 +1,8 @@
-"""Set several evaluations side by side in one table, if they were measured alike.
+"""Compare several evaluations in one table, if they were measured in the same way.
 
 `compare_by_protocol` makes a table for each protocol, for `dumo compare`, and `compare` makes one, for Python's
-`dumo.compare`. Both refuse evaluations whose measures differ (`dumo.report.evaluation_card.measure`), unless the
-caller says `anyway`.
+`dumo.compare`. Both refuse evaluations whose measures differ (`dumo.report.evaluation_card.measure`), unless `anyway`
+is set.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ from dumo.types import UserError
 # An evaluation with its card, as `read_report` returns it.
 Report = dict[str, Any]
 
-# Fields of a measure that are unknown, and not compared, if a card lacks them: of images that others made, the codec
-# and the seed; of images that were judged without classes, the classes of the reference.
+# Fields that are not compared if a card lacks them: the codec and the seed for existing images, and the classes of the
+# reference for images without classes.
 UNKNOWN_IF_ABSENT = ("codec", "seed", CLASSES_SHA256)
 SHA256_DIGITS = 64
 SHOWN_DIGITS = 8
@@ -41,7 +41,7 @@ def differing_fields(cards: Mapping[str, Card]) -> dict[str, dict[str, Any]]:
 
 
 def require_comparable(cards: Mapping[str, Card]) -> None:
-    """Raise UserError, with the fields that differ, if cards were not measured alike. `cards` are by source."""
+    """Raise UserError with the differing fields if the measures of cards differ. `cards` are by source."""
     lines: list[str] = []
     for field, values in differing_fields(cards).items():
         sources_by_value: dict[str, list[str]] = {}
@@ -57,7 +57,7 @@ def require_comparable(cards: Mapping[str, Card]) -> None:
 
 
 def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
-    """Set evaluations in one table. `sources` are folders of runs, or files of evaluations.
+    """Compare evaluations in one table. `sources` are run folders or evaluation files.
 
     Returns
 
@@ -78,17 +78,16 @@ def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
 
 
 def compare_by_protocol(sources: Sequence[str], *, anyway: bool) -> dict[str, dict[str, Any]]:
-    """Set evaluations in a table for each protocol, by the protocol's kind. Takes sources and raises as `compare`.
+    """Return a comparison table for each kind of protocol. Takes sources and raises as `compare`.
 
-    Evaluations by different protocols have no scores that could be compared. With `anyway` there is one table of all,
-    and its key is "".
+    Scores of different protocols are not comparable. With `anyway`, there is one table, with the key "".
     """
     reports = _read_reports(sources)
     if anyway:
         return {"": _compare_reports(reports, anyway=True)}
     reports_by_kind: dict[str, dict[str, Report]] = {}
     for source, report in reports.items():
-        # Brackets hold what is unusual in a protocol.
+        # Deviations from a protocol are in parentheses.
         kind, *_ = report["protocol"].split(" (")
         reports_by_kind.setdefault(kind, {})[source] = report
     return {kind: _compare_reports(of_kind, anyway=False) for kind, of_kind in reports_by_kind.items()}
@@ -125,7 +124,7 @@ def _compare_reports(reports: Mapping[str, Report], *, anyway: bool) -> dict[str
     varied_settings = _varied_settings(list(cards.values()))
     has_trained_on = any("trained_on" in card for card in cards.values())
 
-    # Set the rows of all evaluations below one another.
+    # Concatenate the rows of all evaluations.
     rows: list[Row] = []
     for source, report in reports.items():
         card = report["card"]
@@ -135,12 +134,12 @@ def _compare_reports(reports: Mapping[str, Report], *, anyway: bool) -> dict[str
         if has_trained_on:
             last_columns["trained_on"] = ", ".join(score.trained_on_names(report["results"][0], card)) or None
         settings = {name: card.get("solver", {}).get(name) for name in varied_settings}
-        # Euler's method, by which the contrast is made, has no settings.
+        # The contrast is sampled with Euler's method, which has no settings.
         no_settings = dict.fromkeys(varied_settings)
         rows += [first_columns | settings | row | last_columns for row in report["results"]]
         rows += [first_columns | no_settings | row | last_columns for row in report.get("contrast", [])]
 
-    # Mark the best rows of each number of passes.
+    # Mark the best rows for each NFE.
     first_rows = [report["results"][0] for report in reports.values()]
     has_class_mmd = all(CLASS_MMD in row for row in first_rows)
     rows = score.mark_best(rows, CLASS_MMD if has_class_mmd else score.first_score(first_rows[0]))

@@ -1,4 +1,4 @@
-"""A page to play with runs in the browser, for `dumo demo`.
+"""An interactive page to sample runs in the browser, for `dumo demo`.
 
 `open_demo` opens runs, `build_page` lays out the fields and a gallery for each run, and `serve` serves the page on this
 machine until a signal.
@@ -35,9 +35,9 @@ LOCAL_NAMES = ("localhost", "127.0.0.1")
 MAX_IMAGES = 64
 MAX_PASSES = 100
 MAX_GUIDANCE = 10.0
-# Of more classes, one is typed instead of chosen from a list.
+# With more classes, the class is typed instead of selected from a list.
 MAX_LISTED_CLASSES = 1000
-# Encoded prompts that are kept in memory; of a T5-XXL each takes 8 MB.
+# Encoded prompts that are kept in memory; with T5-XXL each takes 8 MB.
 MAX_ENCODED_PROMPTS = 64
 POLL_SECONDS = 0.1
 # As many columns of pictures as fit, and all rows: Gradio would scroll them in half a screen.
@@ -48,7 +48,7 @@ CSS = """
 
 
 def open_demo(folders: Sequence[str], *, weights: str | None = None, device: str = "auto") -> list[TrainedRun]:
-    """Open the runs of a page. Raises UserError if their classes differ, for then a class means two things."""
+    """Open the runs of a page. Raises UserError if their classes differ."""
     runs = [load_run(folder, weights=weights, device=device) for folder in folders]
     classes: list[object] = []
     for run in runs:
@@ -126,8 +126,8 @@ def sample(
 ) -> tuple[list[tuple[Image.Image, str]], str]:
     """Sample a run as `dumo sample` does. Returns pictures with captions, one of many points, and what they took.
 
-    `condition` is a prompt, or the name or number of a class; "" is all classes in turn. `letter` is that of a sampling
-    mode (`dumo.report.gallery.sampling_modes`). Raises UserError for what the run was not taught.
+    `condition` is a prompt, or the name or number of a class; "" means all classes in turn. `letter` is that of a sampling
+    mode (`dumo.report.gallery.sampling_modes`). Raises UserError for a mode that the run was not trained for.
     """
     conditions = trained.spec.conditions
     count = count if trained.makes_images else picture.SCATTER_POINTS
@@ -196,6 +196,6 @@ def serve(blocks: "gr.Blocks", port: int | None, when_ready: Callable[[str], Non
 
 
 def tunnel_text(url: str) -> str:
-    """Return a line on how to open the page on another machine."""
+    """Return a line with the command to open the page from another machine."""
     port = url.rstrip("/").rpartition(":")[2]
     return f"on another machine:  ssh -L {port}:localhost:{port} {socket.gethostname()}    then open http://localhost:{port}"

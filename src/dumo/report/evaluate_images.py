@@ -1,10 +1,10 @@
-"""Evaluate images that others made, with the scores and the card that samples of a run would have.
+"""Evaluate existing images with the same scores and card as samples of a run.
 
 `judge`, which `dumo evaluate --images` calls, opens the images (`open_images`), completes the protocol by their number
-and shape, finds the real images that they are compared with, hashes the images, scores them, and writes the report.
+and shape, finds the reference images, hashes the images, scores them, and writes the report.
 
 Images are read as the field's evaluators read them (pytorch-fid, torch-fidelity and clean-fid: `Image.convert("RGB")`):
-grey becomes three equal channels, and of 16-bit colours pillow gives the high byte. Three things differ: images are
+grey becomes three equal channels, and 16-bit colours are reduced to the high byte by pillow. Three things differ: images are
 turned as their EXIF tag says; 16-bit grey is rounded to 8 bits, as protocols round samples, where the evaluators clip
 it, almost all to white; and transparency lies over white. No image is resized or cropped, because the way it is done
 moves a FID (Parmar et al. 2022, arXiv 2104.11222): all must have one size.
@@ -53,7 +53,7 @@ CLASSES_KINDS = ("photos", "cifar10-features")
 DIGIT_NUMERALS = tuple("0123456789")
 # The protocols that judge images without captions.
 KINDS = sorted({*get_args(InceptionKind), *get_args(BundledKind), *get_args(vision.FeatureKind)} - {"toy"})
-# Pixels that are kept decoded, as of a run's data.
+# The size of the cache of decoded pixels, as for a run's data.
 MEMORY_BYTES = 2 * GIGABYTE
 
 # Sample indices (n,), and images (n, channels, height, width) in [-1, 1].
@@ -77,15 +77,15 @@ class _ImagesSettings(Spec):
 class ImageSet:
     """The images of a folder or file."""
 
-    # Reads them by row.
+    # Reads images by row.
     source: Source | NpzImages
-    # 3, height, width.
+    # (3, height, width).
     shape: tuple[int, ...]
     # None if they have no classes.
     labels: Labels | None
     # The name of the image in a row, for messages.
     name: Callable[[int], str]
-    # Why their classes cannot be read.
+    # The reason why their classes cannot be read.
     label_problem: str = ""
 
     def batches(self, total: int, channels: int) -> Iterator[Batch]:
@@ -185,7 +185,7 @@ def judge(
     total = protocol.total
     channels, num_judged_classes = judged_channels_and_classes(protocol, image_set, place)
 
-    # Find what they are compared with.
+    # Find the reference.
     labels_of_images = image_set.labels if num_judged_classes else None
     reference = _find_reference(protocol, tree, against, image_set, labels_of_images)
     labels = reference.labels
@@ -243,7 +243,7 @@ def judge(
 
 
 def _update_bar(tick: Tick) -> ImageTick:
-    """What to call after each batch to move the bar."""
+    """Return a callback for each batch that updates the bar."""
     return lambda done, total: tick(done, "")
 
 

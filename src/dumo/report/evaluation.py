@@ -43,7 +43,7 @@ from dumo.runtime.device import software_versions
 from dumo.runtime.progress import Bar, no_bar
 from dumo.types import UserError
 
-# Paths are no part of a file's name: the card has the hashes of their files.
+# Paths are not part of a report's file name; the card has the hashes of their files.
 PATH_FIELDS = ("protocol.reference", "protocol.model")
 
 
@@ -58,12 +58,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a run by its protocol, write the report, and return it. Its `file` says where it is.
 
-    `results` has one row per number of passes. If the run's solver is not Euler's, `contrast` has rows by Euler's steps
-    of the velocity at these passes and those that the config adds: they show what the other head, or the higher order,
-    is for. For likelihoods, `contrast` has Heun's steps at the passes of the protocol.
+    `results` has one row per NFE. If the run's solver is not Euler, `contrast` has rows for Euler steps of the velocity
+    at the same and at additional NFE of the config, to show the gain of the other head or of the higher order. For
+    likelihoods, `contrast` has Heun steps at the passes of the protocol.
 
-    `metrics` are scores of the user's own, by name. They are in the rows that are returned but not in the file, whose
-    card cannot say which code computed them. Several ranks share the work, and the first writes.
+    `metrics` are user-defined scores, by name. They are in the returned rows but not in the file, because its card does
+    not identify their code. Several ranks share the work, and the first writes.
 
     Raises UserError as the solvers and the protocol do, and OSError, before any work, if the folder is not writable.
     """
@@ -71,7 +71,7 @@ def evaluate(
     protocol = run.evaluate.protocol
     if protocol.reads_data:
         require_trained_images(trained)
-    # Open the reference and whatever computes the scores.
+    # Open the reference and the evaluator.
     evaluator = evaluator_of(run, run.evaluate, trained.device, bar, _stored_reference(trained))
     if metrics:
         dist.require_one_process("a metric of your own")
@@ -120,9 +120,9 @@ def evaluate(
 def evaluation_settings(
     run: Run, *, nfe: Sequence[int] | None, seed: int | None, solver: Solver | str | None = None
 ) -> Run:
-    """Return the run's settings with what a user asked for; None keeps what the run has.
+    """Return the run with the given settings; None keeps the run's setting.
 
-    Raises UserError for passes or a solver that its objective did not teach.
+    Raises UserError for an NFE or a solver that its objective does not support.
     """
     chosen_solver = choose_solver(run.sample, solver)
     passes = tuple(nfe or run.evaluate.nfe)

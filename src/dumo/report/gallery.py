@@ -1,4 +1,4 @@
-"""Trajectories: what a network makes of the same noise by number of passes, after several steps of its training.
+"""Draw trajectories: samples from the same noise by NFE, at several steps of the training.
 
 A trajectory (paper, Figs. 5 and 6) has a row per image and a column per number of passes. A row starts from the same
 noise in every column, by every sampling mode and after every step. `trajectories` draws them and `write_trajectories`
@@ -32,7 +32,7 @@ PASSES = (1, 2, 4, 8, 16, 50)
 # Rows of a trajectory.
 DEFAULT_COUNT = 8
 PANEL_GAP = 18
-# What a sampling mode follows, by its letter.
+# The kind of sampling of each mode, by letter.
 TAUGHT_BY_LETTER = {"u": "jumps", "v": "velocity"}
 
 
@@ -43,7 +43,7 @@ class SamplingMode:
     letter: str
     # The head that is used. v may be computed from a head of another name.
     head: str
-    # Says which head is used, and how.
+    # Describes the head and the solver.
     title: str
     solver: Solver = field(hash=False)
 
@@ -223,9 +223,9 @@ def open_milestone(trained: TrainedRun, step: int, file: Path | None) -> Trained
 
 
 def choose_modes(run: Run, nfe: Sequence[int] | None) -> list[SamplingMode]:
-    """Return the sampling modes that are taught, u before v, which takes Heun's steps.
+    """Return the supported sampling modes, u before v, which uses Heun steps.
 
-    Raises UserError for a number of passes that one of them cannot make.
+    Raises UserError for an NFE that one of them does not support.
     """
     modes = [*sampling_modes(run, Heun()).values()]
     for n in nfe or ():

@@ -27,8 +27,8 @@ def read_judgements(trained: TrainedRun) -> list[Judgement]:
     Each report has, in addition,
 
     - `name`: that of its file
-    - `columns`: its scores, the one that leads first; `summary`: some of them; `words`: what they are called
-    - `sentence`: how near the samples are to the data; `notes`: how they were measured
+    - `columns`: its scores, the main score first; `summary`: some of them; `words`: their titles
+    - `sentence`: the distance of the samples from the data; `notes`: how it was measured
     - `biased`: the scores that the run was trained on
     """
     paths = [trained.find_output(EVALUATION_FILE), *sorted(trained.folder.glob(OTHER_EVALUATIONS))]

@@ -1,6 +1,6 @@
-"""Names of files in a run's folder that say what differs from the run's own config: restart-nfe1-seed3.
+"""File names in a run's folder that list the differences from the run's config: restart-nfe1-seed3.
 
-So the files of different settings do not overwrite one another.
+Files of different settings therefore do not overwrite each other.
 """
 
 import re
@@ -44,12 +44,12 @@ def changed_parts(trained: TrainedRun, before: Fields, after: Fields) -> list[st
 def name_part(field: str, value: object, content: bytes | None = None) -> str:
     """A field and its value as a part of a name: seed3, heun, labels3-5. A long value is cut, and ends in a hash.
 
-    So does a value of which the name does not hold all: `content` is then what is hashed.
+    If `content` is given, the name ends in its hash.
     """
     name = "" if field.endswith(".kind") else field.split(".")[-1]
     text = re.sub(r"[^\w.]+", "-", str(value)).strip("-")
     if isinstance(value, int | float) and value < 0:
-        # Its sign was removed with the separators.
+        # The substitution above removed the sign.
         text = f"-{text}"
     if content is None and len(text) > MAX_VALUE_LENGTH:
         content = text.encode()

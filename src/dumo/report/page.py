@@ -44,13 +44,13 @@ from dumo.types import Sample, UserError
 # Rows and columns of a sheet of images; a column holds at most one class.
 ROWS = 8
 COLUMNS = 10
-# Samples that are read of data that are not in memory: fewer, the more pixels each has.
+# The number of samples to read from data that are not in memory; fewer if they have many pixels.
 MAX_DATA_ROWS = 2000
 MAX_DATA_PIXELS = 2**24
 PROMPT_PASSES = (1, 2, 4)
 # Captions that are shown if no prompts are given.
 NUM_CAPTIONS = 9
-# The share of a training's steps from which its losses count as late.
+# Losses count as late after this fraction of the training steps.
 LATE_FROM = 0.75
 
 Pictures = Mapping[int, Image.Image]  # by number of passes
@@ -70,7 +70,7 @@ class NearestPictures:
 
 @dataclass(frozen=True)
 class PromptSheet:
-    """Prompts, and what each becomes in several numbers of passes, from the same noise."""
+    """Prompts, and samples of each at several NFE from the same noise."""
 
     passes: Sequence[int]
     # A prompt, and its images side by side in the order of `passes`.
@@ -79,11 +79,11 @@ class PromptSheet:
 
 @dataclass(frozen=True)
 class PageParts:
-    """What a page shows besides the run's own fields. A part that is empty or None is left out."""
+    """The content of a page besides the run's fields. Empty or None fields are omitted."""
 
     # The number of samples in the data; None if they never end or are not on this machine.
     size: int | None = None
-    # Why the data could not be read.
+    # The reason why the data could not be read.
     missing: str = ""
     sheets: Pictures = field(default_factory=dict[int, Image.Image])
     data: Image.Image | None = None
@@ -151,7 +151,7 @@ class _DataRows:
     c: Tensor
     # The number of samples in all the data; None if they never end or are not on this machine.
     size: int | None
-    # Why they could not be read.
+    # The reason why they could not be read.
     missing: str = ""
 
 
