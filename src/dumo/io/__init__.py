@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and read without trust in what is there.
+"""Read and write files: writes are atomic, and reads validate their input.
 
 - Any file: `file` writes, `read` and `yaml` read, `digest` hashes.
 - Weights: `weights` in a file or folder, `deferred` until they are needed; `hub` and `trained` name where to get some.

@@ -1,14 +1,15 @@
-"""Whether the shards of a table still hold what was written: each is compared with its SHA-256 once.
+"""Verify the shards of a table: each is compared with its SHA-256 once.
 
-1. `Audit(folder, shards)` looks up which shards were found whole before: `.verified.json`, in the table's folder, has
-   the size and time that their files had then. Those are not read. Ranks of one machine share the others.
-2. If these have at most AT_ONCE_BYTES bytes, it reads them at once, which takes about a second for each GB, and raises
-   UserError for a shard that has changed. Otherwise a thread reads them while training begins, so that a table of
-   terabytes keeps nobody waiting.
-3. The data call `Audit.require` before each batch. It raises what the thread has found; the steps until then are lost.
+1. `Audit(folder, shards)` skips shards that were verified before: `.verified.json` in the table's folder has the size
+   and modification time of their files. The ranks of one machine share the other shards.
+2. If these have at most AT_ONCE_BYTES bytes, it reads them immediately, which takes about one second per GB, and raises
+   UserError for a changed shard. Otherwise a thread reads them while training starts, so that a large table does not
+   delay it.
+3. The data source calls `Audit.require` before each batch, which raises an error that the thread has found. The steps
+   until then are lost.
 
-A byte that changes on a disk without a new time of its file, after the shard was found whole, is not noticed: `verify`,
-which `dumo show RUN --check` calls, reads all shards.
+A later change that keeps the modification time is only detected by `verify`, which reads all shards and is called by
+`dumo show RUN --check`.
 """
 
 import hashlib
@@ -28,27 +29,27 @@ from dumo.runtime import signals
 from dumo.runtime.progress import bar
 from dumo.types import UserError
 
-AT_ONCE_BYTES = 2 * 10**9  # bytes that are read before the first batch, at most
+AT_ONCE_BYTES = 2 * 10**9  # the maximum to read before the first batch
 FILE = ".verified.json"
 _CHUNK_BYTES = 2**22  # bytes read at a time
 
 
 @dataclass
 class AuditState:
-    """What the reading thread and the training tell each other."""
+    """The state that the reading thread shares with the training."""
 
-    fault: str = ""  # the message about the first changed shard; "": none was found so far
+    fault: str = ""  # the message about the first changed shard, or ""
     is_over: Event = field(default_factory=Event)  # set: stop reading
 
 
 class Audit:
-    """The comparison of a table's shards with their checksums.
+    """Compares a table's shards with their checksums.
 
-    Raises UserError for a shard that has changed: when it is made, or from `require`, once that is known.
+    The constructor or `require` raises UserError for a changed shard.
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
-        """Compare at once, or start the thread that compares."""
+        """Compare immediately, or start the thread that compares."""
         self.state = AuditState()
         rank = int(os.environ.get("LOCAL_RANK", 0))
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -64,13 +65,13 @@ class Audit:
         weakref.finalize(self, self.state.is_over.set)  # the thread ends with the table
 
     def require(self) -> None:
-        """Raise UserError if a shard was found that has changed."""
+        """Raise UserError if a changed shard was found."""
         if self.state.fault:
             raise UserError(self.state.fault)
 
 
 def verify(folder: Path, shards: Sequence[Shard]) -> None:
-    """Compare all shards with their checksums, whatever was found before. Raises UserError for one that has changed."""
+    """Compare all shards with their checksums, verified or not. Raises UserError for a changed shard."""
     state = AuditState()
     _compare_with_bar(folder, shards, state)
     if state.fault:
@@ -78,7 +79,7 @@ def verify(folder: Path, shards: Sequence[Shard]) -> None:
 
 
 def _compare_with_bar(folder: Path, shards: Sequence[Shard], state: AuditState) -> None:
-    """Compare shards as `_compare`, with progress shown. Raises Stopped after a signal."""
+    """Call `_compare` with a progress bar. Raises Stopped after a signal."""
     with bar("comparing the cache with its checksums", len(shards)) as tick:
 
         def note_progress(done: int) -> None:
@@ -91,10 +92,10 @@ def _compare_with_bar(folder: Path, shards: Sequence[Shard], state: AuditState) 
 def _compare(
     folder: Path, shards: Sequence[Shard], state: AuditState, tick: Callable[[int], object] = lambda done: None
 ) -> None:
-    """Compare shards with their checksums, and note those that are whole.
+    """Compare shards with their checksums, and record the undamaged ones.
 
-    Ends at the first that is not, with the message in `state.fault`, or once `state.is_over` is set. `tick` is called
-    with the number of shards compared so far.
+    Stops at the first damaged shard, with the message in `state.fault`, or once `state.is_over` is set. `tick` is called
+    with the number of compared shards.
     """
     whole: dict[str, list[int]] = {}
     try:
@@ -117,23 +118,23 @@ def _compare(
 
 
 def _is_verified(folder: Path, shard: Shard, verified: Mapping[str, list[int]]) -> bool:
-    """Whether a shard was found whole, and its file has the size and time that it had then."""
+    """Whether a shard was verified, and its size and modification time have not changed."""
     try:
         return verified.get(shard.file) == _state_of(folder / shard.file)
-    except OSError:  # reading it says why
+    except OSError:  # reading the file raises it again
         return False
 
 
 def _state_of(file: Path) -> list[int]:
-    """Return the size of a file in bytes, and the time of its last change in ns. Raises OSError."""
+    """Return the size of a file in bytes and its modification time in ns. Raises OSError."""
     file_stat = file.stat()
     return [file_stat.st_size, file_stat.st_mtime_ns]
 
 
 def _read_verified(folder: Path) -> dict[str, list[int]]:
-    """Return the states of the shards that were found whole, by file.
+    """Return the states of verified shards, by file.
 
-    Nothing if there is no such file, or it is damaged.
+    The result is empty if the file is missing or damaged.
     """
     try:
         content = json.loads((folder / FILE).read_bytes())
@@ -143,7 +144,7 @@ def _read_verified(folder: Path) -> dict[str, list[int]]:
 
 
 def _note_verified(folder: Path, whole: Mapping[str, list[int]]) -> None:
-    """Add shards to those that were found whole; does nothing where nothing may be written."""
+    """Record verified shards, unless the folder is read-only."""
     if not whole:
         return
     with suppress(OSError), locked(folder / f"{FILE}.lock"):
@@ -161,7 +162,7 @@ def _sha256(file: Path, is_over: Event) -> str:
 
 
 def _chunks(file: Path) -> Iterator[memoryview]:
-    """The bytes of a file, _CHUNK_BYTES at a time, each in place of the one before."""
+    """Yield the bytes of a file in chunks of _CHUNK_BYTES, which share one buffer."""
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     with file.open("rb", buffering=0) as opened:
         while num_bytes := opened.readinto(buffer):

@@ -1,13 +1,13 @@
-"""Sources of data: batches to train on, a reference to compare samples with, images in order.
+"""Data sources: batches for training, reference samples for evaluation, and images in order.
 
-- What is asked of a source: `Data` by evaluation, `DataSource` by training, `Finite` by encoding. Users write sources,
-  too, so the methods of `DataSource` keep their names.
-- Sources: `TensorData` is in memory, `HeldOutSplit` has rows held out, `Endless` is drawn, `Bucketed` has several
-  shapes. Images and latents have sources of their own (`dumo.data`).
-- For sources: `rows_of` says which rows a step has, `mirrored_rows` which of its images are mirrored.
+- Protocols: `Data` for evaluation, `DataSource` for training, `Finite` for encoding. Users implement `DataSource`, so
+  its methods keep their names.
+- Sources: `TensorData` is in memory, `HeldOutSplit` holds out rows, `Endless` generates samples, `Bucketed` has several
+  shapes. The sources of images and latents are in `dumo.data`.
+- Helpers: `rows_of` returns the rows of a step, and `mirrored_rows` which of its images are mirrored.
 
-`rows` is a slice of the places in a batch, and `numbers` are of rows of the data set. A batch is a function of step,
-`batch_size`, seed and `rows` alone. So a run resumes by its step number, and each rank reads its own rows.
+`rows` is a slice of positions in a batch, and `numbers` are row numbers in the data set. A batch only depends on step,
+`batch_size`, seed and `rows`. So a run can resume at any step, and each rank reads its own rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,23 +24,23 @@ from dumo.io import digest
 from dumo.runtime.random import keyed_normal, stream
 from dumo.types import Cond, Sample
 
-CACHED_ORDERS = 2  # epochs: batches are made ahead, so also those of the next one. Ours
-_LOCK = Lock()  # else two threads would make the same order at once
+CACHED_ORDERS = 2  # the current epoch and, for prefetching, the next one
+_LOCK = Lock()  # prevents two threads from computing the same order
 
 
 @runtime_checkable
 class Data(Protocol):
-    """Samples x (n, *shape), images in [-1, 1], with class indices c (n,), all zero where there are no classes."""
+    """Samples x (n, *shape), images in [-1, 1], with class indices c (n,), all zero if there are no classes."""
 
     @property
     def size(self) -> int | None:
-        """The number of samples; None where they never end."""
+        """The number of samples, or None if endless."""
         ...
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
-        """The samples x and c to compare with: of a finite set all or n, else n fresh draws.
+        """Return reference samples x and c: all or n samples of a finite set, or n fresh draws.
 
-        i: the number of the choice, where n are chosen or drawn; another i gives others.
+        A different `i` gives a different choice or draw.
         """
         ...
 
@@ -50,33 +50,32 @@ class DataSource(Data, Protocol):
     """Data to train on."""
 
     def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """The samples x (b, *shape) and c (b,) of some rows of a step's global batch of `batch_size` rows.
+        """Return the samples x (b, *shape) and c (b,) of some rows of a step's global batch of `batch_size` rows.
 
-        No other rows are read, decoded or drawn. The result depends on the arguments alone. Several threads may call it
-        at once.
+        No other rows are read, decoded or generated. The result only depends on the arguments. Must be thread-safe.
         """
         ...
 
     def fingerprint(self) -> str | None:
-        """A short text that changes where samples are added, removed, renamed or replaced; decodes nothing.
+        """Return a short text that changes if samples are added, removed, renamed or replaced, without decoding.
 
-        None where samples never end.
+        Returns None if endless.
         """
         ...
 
     def numbers(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
-        """The numbers in the data set of some rows of a step's batch, (b,); None where samples never end."""
+        """Return the data set's row numbers (b,) of some rows of a step's batch, or None if endless."""
         ...
 
 
 @runtime_checkable
 class Finite(Protocol):
-    """A finite set of images that can be read in order, each once."""
+    """A finite set of images that can be read in order."""
 
     def __len__(self) -> int: ...
 
     def rows(self, rows: slice | Int64[Tensor, " n"], /) -> tuple[Tensor, Tensor]:
-        """The images at these places, a slice or rising numbers, with their classes; fewer where some cannot be read.
+        """Return the images at a slice or increasing row numbers, and their classes, without unreadable images.
 
         They are uint8 or in [-1, 1].
         """
@@ -98,7 +97,7 @@ class TensorData:
     def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Return the samples x and c of some rows of a step's batch.
 
-        Each epoch has all rows, in an order of its own.
+        Each epoch is a different permutation of all rows.
         """
         numbers = self.numbers(step, batch_size, seed, rows)
         return self.x[numbers], self.c[numbers]
@@ -108,7 +107,7 @@ class TensorData:
         return rows_of(step, batch_size, size=self.size, seed=seed, rows=rows)
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
-        """All samples, whatever n, seed and i are."""
+        """Return all samples, for any n, seed and i."""
         return self.x, self.c
 
     def __len__(self) -> int:
@@ -125,11 +124,11 @@ class TensorData:
 
 @dataclass(frozen=True)
 class HeldOutSplit(TensorData):
-    """The rows of a data set that are trained on; those that are held out are in `held_out`."""
+    """The training rows of a data set, whose other rows are in `held_out`."""
 
     full: TensorData  # all rows
     held_out: TensorData
-    trained_rows: Int64[Tensor, " n"]  # the numbers in `full` of those that are trained on
+    trained_rows: Int64[Tensor, " n"]  # the training rows' numbers in `full`
 
     @classmethod
     def of(cls, full: TensorData, held_rows: Int64[Tensor, " k"]) -> "HeldOutSplit":
@@ -152,26 +151,26 @@ class HeldOutSplit(TensorData):
 
 @dataclass(frozen=True)
 class Endless:
-    """A data set that is drawn, and never ends.
+    """An endless data set of random samples.
 
-    `sample_map` must make a row of its own numbers alone, by operations that are rounded once, as sums, products,
-    quotients and roots are. Then a row is the same in any batch: what torch rounds otherwise may depend on the place in
+    `sample_map` must compute each row independently, with correctly rounded operations (sums, products, quotients and
+    roots). Then a row is the same in any batch; the rounding of other torch operations may depend on the position in
     the batch.
     """
 
     sample_map: Callable[[Sample], tuple[Sample, Cond]]  # normal numbers (b, width) -> samples x and classes c
-    width: int  # how many normal numbers make a row
-    size: None = None  # it never ends
+    width: int  # the number of normal numbers per row
+    size: None = None  # endless
 
     def batch(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Fresh i.i.d. draws for some rows of a step's batch, keyed by (seed, step, row)."""
+        """Return fresh i.i.d. draws for some rows of a step's batch, keyed by (seed, step, row)."""
         return self.sample_map(keyed_normal(seed, step, "data", rows=range(batch_size)[rows], shape=[self.width]))
 
     def numbers(self, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> None:
-        """None: no row comes twice."""
+        """Return None, because rows never repeat."""
 
     def fingerprint(self) -> None:
-        """None: the run's spec says what the samples are."""
+        """Return None, because the run's spec defines the samples."""
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """Return the i-th choice of n fresh i.i.d. draws that are in no batch."""
@@ -230,7 +229,7 @@ class Bucketed:
         return self.shapes[k]
 
     def part_of_step(self, step: int, batch_size: int, seed: int) -> tuple[int, int]:
-        """The number of the part that makes a step's batch, and the number of that batch among the part's own."""
+        """Return the number of the part that makes a step's batch, and the number of the batch within the part."""
         counts = self.counts
 
         def batches_before(epoch: int) -> list[int]:
@@ -282,7 +281,7 @@ def mirrored_rows(step: int, batch_size: int, seed: int, rows: slice = slice(Non
 
 
 def _order(size: int, seed: int, epoch: int) -> Int64[Tensor, " n"]:
-    """The order of an epoch's rows, (size,); made once, because for millions of rows that takes longer than a step."""
+    """Return the order of an epoch's rows, (size,), from a cache, because a large permutation is slower than a step."""
     with _LOCK:
         return _permutation(size, seed, epoch)
 

@@ -1,8 +1,8 @@
-"""Parameters whose values are read later: a network too large for the host is built on the meta device.
+"""Load parameters on demand, for a network that is too large for host memory and is built on the meta device.
 
-A caller has such a network and its `Loaders`. A rank shards the network first, then loads one parameter after another
-and keeps its part (`dumo.training.layout.shard`). `load_parameters` loads all of them, for a network in one piece. The
-host then never holds more than one parameter in full, and what it keeps.
+A caller has such a network and its `Loaders`. A rank first shards the network, then loads the parameters one by one and
+keeps its shards (`dumo.training.layout.shard`). `load_parameters` loads all parameters of an unsharded network. At any
+time, host memory has at most one full parameter besides the shards.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-# By the name of a parameter on the meta device, what returns its values on the CPU. They may be mapped from a file, so
-# they are not to be changed.
+# Functions that return the values of a parameter on the CPU, by its name. Values may be memory-mapped, so they must not
+# be modified.
 Loaders = Mapping[str, Callable[[], Tensor]]
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -21,7 +21,7 @@ Net = TypeVar("Net", bound=nn.Module)
 def load_parameters(net: Net, loaders: Loaders, device: torch.device | str = "cpu") -> Net:
     """Load the parameters of a network, one by one, onto a device. Returns the network.
 
-    What is loaded onto the CPU stays mapped from its file.
+    Parameters on the CPU stay memory-mapped.
     """
     for name, load in loaders.items():
         path, _, last = name.rpartition(".")
@@ -32,5 +32,5 @@ def load_parameters(net: Net, loaders: Loaders, device: torch.device | str = "cp
 
 
 def is_fake(x: Tensor) -> bool:
-    """Whether a tensor is torch's `FakeTensor`: a device and a shape without values, to count bytes."""
+    """Whether a tensor is a `FakeTensor`, which has a device and a shape but no values."""
     return isinstance(x, FakeTensor)

@@ -1,8 +1,8 @@
 """SHA-256 of files, tensors and texts, in hexadecimal. Callers write `digest.of_file(file)`.
 
 - `of_file`, `of_bytes` and `of_stream` give the digest that other programs compute.
-- `of_tensor` and, for large ones, `of_samples` are ours: they add names, shapes and dtypes.
-- `short`, of texts, and `of_tensors` are ours, too, and have 64 bits.
+- `of_tensor` and, for large tensors, `of_samples` include names, shapes and dtypes.
+- `short`, for texts, and `of_tensors` return 64 bits.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_NUM_SAMPLES = 64  # values of each tensor in `of_samples`: ours
+_NUM_SAMPLES = 64  # values of each tensor in `of_samples`
 
 
 def of_file(file: Path) -> str:
@@ -37,7 +37,7 @@ def of_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def of_samples(tensors: Mapping[str, Tensor], loaders: Mapping[str, Callable[[], Tensor]] | None = None) -> str:
-    """Return the digest of large tensors with their names: of each the shape, the dtype and some values, evenly spread.
+    """Return the digest of the names, shapes, dtypes and some evenly spaced values of large tensors.
 
     `loaders` returns, by name, the values of tensors that are on the meta device.
     """
@@ -65,12 +65,12 @@ def short(*parts: str) -> str:
 
 
 def of_bytes(*parts: bytes | memoryview) -> str:
-    """Return the digest of all parts, one after the other."""
+    """Return the digest of the concatenated parts."""
     return of_stream(parts)
 
 
 def of_stream(parts: Iterable[bytes | memoryview]) -> str:
-    """Return the digest of parts that come one after the other; each is let go of once it is hashed."""
+    """Return the digest of concatenated parts, which are freed one by one."""
     sha256 = hashlib.sha256()
     for part in parts:
         sha256.update(part)

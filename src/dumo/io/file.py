@@ -1,10 +1,10 @@
-"""Files and folders written whole or not at all: under a hidden temporary name next to their own, then renamed.
+"""Write files and folders atomically: to a hidden temporary path next to the target, which is then renamed.
 
-So a file that has its name is whole, whenever the process stops. A `durable` one outlives a crash of the machine, too.
+So a file is complete even if the process is killed, and a `durable` one even if the machine crashes.
 
 `write` writes the bytes of a file; `atomic_write` yields a path for whatever else writes. Both refuse a folder that was
-moved meanwhile (`dumo.io.guard`). Code that writes longer than a `with` can last takes `temp_path_for` and, at the end,
-`commit`. `is_disk_full` knows the error of a full disk. `named_in_errors` names the file that could not be read.
+moved meanwhile (`dumo.io.guard`). Code that cannot write inside a `with` block uses `temp_path_for` and `commit`.
+`is_disk_full` recognizes the error of a full disk. `named_in_errors` adds the path of an unreadable file to errors.
 """
 
 import errno
@@ -56,10 +56,10 @@ def named_in_errors(path: Path | str) -> Generator[None, None, None]:
 
 
 def commit(temp_path: Path, path: Path, *, durable: bool = False) -> None:
-    """Rename what was written at `temp_path` to `path`, in place of what is there. `durable`: once it is on the disk.
+    """Rename `temp_path` to `path`, replacing what is there. If `durable`, flush it to disk first.
 
-    The umask then decides who may read the files: those of safetensors are private to their owner at first. Raises
-    IsADirectoryError where a file would take the place of a folder.
+    Applies the umask to files of safetensors, which are created private. Raises IsADirectoryError if a file would
+    replace a folder.
     """
     for part in (*temp_path.rglob("*"), temp_path):
         if part.stat().st_mode & 0o777 == _PRIVATE_MODE:
@@ -81,7 +81,7 @@ def write(path: Path, data: bytes, *, writer: int | str | None = None, durable: 
 
 
 def temp_path_for(path: Path, writer: int | str = "") -> Path:
-    """The hidden path of a file or folder while it is written or removed; `writer` "": there is one at a time."""
+    """Return the hidden temporary path of a file or folder. `writer` is "" if there is one writer at a time."""
     if writer == "":
         return path.with_name(f".{path.name}.tmp")
     return path.with_name(f".{path.name}.{writer}.tmp")
@@ -105,8 +105,8 @@ def flush(path: Path) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that the disk, the quota or the limit on a file's size is used up."""
-    from safetensors import SafetensorError  # not for those who only read a text
+    """Whether an error means that the disk, the quota or the file size limit is exhausted."""
+    from safetensors import SafetensorError  # slow to import
 
     if isinstance(error, SafetensorError):  # has the number of the system's error in its text alone
         match = re.search(r"os error (\d+)", str(error))
@@ -115,7 +115,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def _umask() -> int:
-    """Return the bits of the mode that new files do not get."""
-    mask = os.umask(0o077)  # it can be read by setting it only
+    """Return the umask."""
+    mask = os.umask(0o077)  # it can only be read by setting it
     os.umask(mask)
     return mask

@@ -1,8 +1,8 @@
-"""Folders in use: kept from other processes, and not written to once their path leads elsewhere.
+"""Lock folders against other processes, and refuse writes after a folder was moved.
 
 - `locked` holds a lock file, one process at a time.
-- `guard_path` watches a folder. Whatever writes files asks `require_in_place` first, which refuses where a watched
-  folder was removed, renamed or unmounted.
+- `guard_path` guards a folder. Code that writes files first calls `require_in_place`, which raises an error if a
+  guarded folder was removed, renamed or unmounted.
 """
 
 import os
@@ -23,8 +23,8 @@ def locked(
 ) -> Generator[None, None, None]:
     """Hold the lock file `path`, one process at a time; the file is removed at the end.
 
-    The operating system keeps the lock, so a killed process lets go of it. Raises UserError, with the words `busy`,
-    while another process holds it; None: wait, and call `while_waiting` again and again, which ends that by raising.
+    The lock is released if the process is killed. If another process holds it, raises UserError with the message
+    `busy`; if `busy` is None, waits and repeatedly calls `while_waiting`, which may raise to cancel.
     """
     lock = FileLock(path, timeout=-1 if busy is None else 0)
 
@@ -37,7 +37,8 @@ def locked(
     except Timeout as error:
         raise UserError(f"{busy} ({path} is locked)") from error
     except OSError as error:
-        # The system names a file that it cannot open, but not one that it cannot lock, as on some network drives.
+        # The error has a file name if the file cannot be opened, but not if it cannot be locked, as on some network
+        # drives.
         if error.filename is not None:
             raise
         path.unlink(missing_ok=True)

@@ -126,7 +126,7 @@ def sample(
 ) -> tuple[list[tuple[Image.Image, str]], str]:
     """Sample a run as `dumo sample` does. Returns pictures with captions, one of many points, and what they took.
 
-    `condition` is a prompt, or the name or number of a class; "" means all classes in turn. `letter` is that of a sampling
+    `condition` is a prompt, or the name or number of a class; "" means all classes in turn. `letter` names a sampling
     mode (`dumo.report.gallery.sampling_modes`). Raises UserError for a mode that the run was not trained for.
     """
     conditions = trained.spec.conditions

@@ -4,8 +4,8 @@
 and shape, finds the reference images, hashes the images, scores them, and writes the report.
 
 Images are read as the field's evaluators read them (pytorch-fid, torch-fidelity and clean-fid: `Image.convert("RGB")`):
-grey becomes three equal channels, and 16-bit colours are reduced to the high byte by pillow. Three things differ: images are
-turned as their EXIF tag says; 16-bit grey is rounded to 8 bits, as protocols round samples, where the evaluators clip
+grey becomes three equal channels, and pillow keeps the high byte of 16-bit colours. Three things differ: images are
+rotated by their EXIF tag; 16-bit grey is rounded to 8 bits, as protocols round samples, where the evaluators clip
 it, almost all to white; and transparency lies over white. No image is resized or cropped, because the way it is done
 moves a FID (Parmar et al. 2022, arXiv 2104.11222): all must have one size.
 
