@@ -94,7 +94,7 @@ def _compare(
 ) -> None:
     """Compare shards with their checksums, and record the undamaged ones.
 
-    Stops at the first damaged shard, with the message in `state.fault`, or once `state.is_over` is set. `tick` is called
+    Stops at the first damaged shard, with the message in `state.fault`, or once `state.is_over` is set. Calls `tick`
     with the number of compared shards.
     """
     whole: dict[str, list[int]] = {}

@@ -106,7 +106,7 @@ def flush(path: Path) -> None:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error means that the disk, the quota or the file size limit is exhausted."""
-    from safetensors import SafetensorError  # slow to import
+    from safetensors import SafetensorError  # imported only if needed
 
     if isinstance(error, SafetensorError):  # has the number of the system's error in its text alone
         match = re.search(r"os error (\d+)", str(error))
