@@ -1,16 +1,17 @@
-"""RCGM (Sun et al. 2025, its code as TwinFlow has it, arXiv 2512.05150): a short step of data, then N jumps of the net.
+"""RCGM (Sun et al. 2025, its code as TwinFlow has it, arXiv 2512.05150): a mean velocity, by a short step and N jumps.
 
-One jump u from t to r lands where these land: back by h along v*, then from s = t - h to r in N jumps of equal size, of
-the mean velocities u_i. Their displacement is I:
+The network learns the mean velocity u from t to r. Its target ends where a path of two parts ends: one Euler step of
+length h along the velocity v* of the data, from t to s = t - h, and N equal jumps of the network from s to r. With the
+mean velocities u_i of these jumps,
 
     I = sum of (t_i - t_(i+1)) u_i                                                            (1)
     (t - r) u = h v* + I                                                                      (2)
     u - u* = ((t - r) u - I) / h - v*                                                         (3)
 
-(3) is (2) in units of a velocity: as h vanishes it becomes MeanFlow's u + (t - r) du/dt - v*, whatever N is. N = 1 is
-SoFlow with a step of fixed length; with more the far jump is made of shorter ones. Within h of t, r included, u* = v*.
+(3) is (2) in units of a velocity. As h vanishes it becomes MeanFlow's u + (t - r) du/dt - v*, whatever N is. N = 1 is
+SoFlow with a step of fixed length, and a larger N splits the long jump into shorter ones. If t - r < h, u* = v*.
 
-Unlike DuMo: one head of two times, no derivative, and a bound on u - u*.
+Unlike DuMo, it has one head of two times, no derivative, and a bound on u - u*.
 """
 
 from typing import ClassVar, Literal
@@ -43,19 +44,24 @@ from dumo.runtime.limits import BLOCKS
 class RCGM(ObjectiveSpec):
     """Mean velocity from t to r, by N jumps of theta^-. Defaults: the tutorial of TwinFlow, `tutorials/mnist`."""
 
-    signed: ClassVar[bool] = False  # whether the net takes negative times, too
-    step: ClassVar[float] = 0.01  # h
-    clip: ClassVar[float] = 1.0  # bound of u - u*
+    # Whether the network also gets negative times.
+    signed: ClassVar[bool] = False
+    # The length h of the step along v*.
+    step: ClassVar[float] = 0.01
+    # The bound on each entry of u - u*.
+    clip: ClassVar[float] = 1.0
     kind: Literal["rcgm"] = "rcgm"
     times: Times = Below(of=Uniform())  # prepare_inputs
-    drop: float = Field(default=0.1, ge=0, le=1)  # ours: the tutorial has shuffled labels for none
-    guide: Guide = Guide(zeta=0.5)  # enhanced_ratio; 0.8, in two 4.0, for text to image
-    # N: estimate_order; with 1 theta^- is the net itself, above an average of 0.99.
+    # Our choice: the tutorial shuffles labels where we drop them.
+    drop: float = Field(default=0.1, ge=0, le=1)
+    # enhanced_ratio of the tutorial; its text-to-image configs have 0.8, and two of them 4.0.
+    guide: Guide = Guide(zeta=0.5)
+    # The number N of jumps (estimate_order). With 1, theta^- is the network itself, with more an EMA of decay 0.99.
     order: int = Field(default=2, ge=1, le=BLOCKS)
 
     @property
     def gain(self) -> float:
-        """The factor by which (3) multiplies the rounding of the net, at most."""
+        """The largest factor by which (3) multiplies rounding errors of the network."""
         return 1 / self.step
 
     @property
@@ -80,7 +86,7 @@ class RCGM(ObjectiveSpec):
         return self.guide(b, None, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])
 
     def _residual(self, u_hat: Sample, ref: Frozen, b: NoisyBatch, v_star: Sample) -> tuple[Sample, Sample]:
-        """u - u* clipped to its bound, with the gradient of u alone; and unclipped, without gradients."""
+        """Return the clipped error u - u*, with gradients through u_hat only, and the unclipped error, detached."""
         with torch.no_grad():
             gap = lift(b.t - b.r, b.x_t)
             unclipped_error = (gap * u_hat - self._displacement(ref, b, v_star)) / self.step - v_star  # (3)
