@@ -482,7 +482,7 @@ def test_an_export_is_uploaded_as_it_is(trained: dict[str, Path], here: Path) ->
 
 @pytest.mark.slow
 def test_a_killed_export_leaves_no_folder_of_its_name(trained: dict[str, Path], here: Path) -> None:
-    kill = "from dumo.export import own; own.write = lambda *a, **k: os.kill(os.getpid(), 9)"
+    kill = "from dumo.export import dumo_run; dumo_run.write = lambda *a, **k: os.kill(os.getpid(), 9)"
     killed = finish(start("export", trained["digits"], "--out", "out/one", cwd=here, first=f"import os; {kill}"))
     assert killed.code == -9
     assert not (here / "out/one").exists()

@@ -43,7 +43,7 @@ def test_a_teacher_has_the_knobs_of_its_run(monkeypatch: pytest.MonkeyPatch) -> 
     run = guided("sample.knobs.w=2")
     opened = SimpleNamespace(spec=run, net=build(run), file=Path("x"))
     monkeypatch.setattr(teacher, "load_run", lambda *_, **__: opened)
-    monkeypatch.setattr(teacher.weights, "sha256", lambda _: "0")
+    monkeypatch.setattr(teacher.tensor_files, "sha256", lambda _: "0")
     flow, _ = teacher._run_flow(Teacher(kind="run", source="x"), run.data, run.path, torch.device("cpu"))
     assert flow.knobs == run.sample.knobs
 

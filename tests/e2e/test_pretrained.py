@@ -189,7 +189,9 @@ def test_variants_are_refused_with_the_reason(here: Path, kind: str, does: str) 
     for part in ("transformer", "vae"):
         (here / "model" / part).mkdir(parents=True)
         (here / "model" / part / "config.json").write_text(json.dumps(published_config("Qwen/Qwen-Image")[part]))
-    (here / "model" / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    (here / "model" / "model_index.json").write_text(
+        json.dumps({"_class_name": kind, "transformer": ["diffusers", "QwenImageTransformer2DModel"]})
+    )
     refused("show", "qwen-image", "pipeline=model", named=(kind, does, "QwenImagePipeline"))
 
 

@@ -95,7 +95,10 @@ def test_jumps_that_know_their_volume_know_the_density(flow: Gaussian | Product,
 
 def test_a_solver_that_does_not_climb_is_refused() -> None:
     x, c = data(2)
-    for solver, says in ((Restart(), "'restart' has no way from data to noise: use heun"), (Hop(), "objective f2d2")):
+    for solver, says in (
+        (Restart(), "'restart' cannot integrate from data to noise: use heun"),
+        (Hop(), "objective f2d2"),
+    ):
         with pytest.raises(UserError, match=says):
             log_likelihood(readings(FLOW), Linear(), solver, x, c, 1, axes(x))
     with pytest.raises(UserError, match="nfe = 3"):

@@ -60,6 +60,7 @@ from dumo.objectives.base import (
     require_precise_passes,
 )
 from dumo.objectives.rcgm import RCGM
+from dumo.types import CHANGES
 
 # The rows of the first and the last kind of `Quarters`, by place.
 _FROM_NOISE = slice(0, None, 4)
@@ -82,7 +83,7 @@ class TwinFlow(RCGM):
     barron: float | None = Field(default=None, gt=0)
     # How du/dt is taken in place of RCGM's short step and its jumps, which 16 bits are too coarse for. In the limit of
     # h = 0 (3) of `rcgm` is u + (t - r) du/dt - v*, whatever its order is. None: the short step.
-    slope: Slope | None = None
+    slope: Slope | None = Field(default=None, json_schema_extra=CHANGES)
 
     @property
     def needs(self) -> Needs:

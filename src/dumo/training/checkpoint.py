@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from threading import Thread
@@ -132,7 +133,7 @@ class Checkpoint:
             raise Damaged(f"{file} was changed, or is of another step")
         return cls(path, listing.facts, listing.files)
 
-    @property
+    @cached_property
     def run_text(self) -> str:
         """The text of its run.yaml, which `find_fault` has compared with the list."""
         return (self.path / RUN_FILE).read_text(encoding="utf-8")

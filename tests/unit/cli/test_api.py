@@ -179,7 +179,7 @@ def test_a_metric_of_ones_own_stands_in_the_rows_that_are_returned(digits: Loade
     assert row["brightness"] == pytest.approx(samples.mean().item(), abs=1e-6)
     in_file = json.loads(Path(report["file"]).read_text())["results"][0]
     assert in_file == {name: value for name, value in row.items() if name != "brightness"}
-    with pytest.raises(dumo.UserError, match="metrics: nfe is a name that the report has already"):
+    with pytest.raises(dumo.UserError, match="metrics: the report already has a column nfe"):
         digits.evaluate(nfe=1, metrics={"nfe": lambda x: 0.0})
 
 

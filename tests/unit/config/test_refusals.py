@@ -68,9 +68,9 @@ FIELDS = [
     ("train.ref=0.5", "0.999"),
     ("objective.slope.kind=central; train.precision=tf32", "central"),
     ("objective.slope.kind=central; net.time_scale=20", "time_scale"),
-    ("net.patch=3", "net.patch 3"),
+    ("net.patch=3", "net.patch = 3"),
     ("net.width=98", "net.width"),
-    ("net.attention=5", "net.attention 5"),
+    ("net.attention=5", "net.attention = 5"),
     ("data.kind=moons", "protocol digits"),
     ("objective=flow_matching; sample.solver=restart", "'restart'"),
     ("sample.solver.kind=hop", "'hop'"),
@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_refused_and_what_does_is_not(recipe: str, fits: li
     [
         ("digits-ucgm", IN_BF16[1:], IN_BF16[0], "central"),
         ("digits", [IN_BF16[2], "objective.slope={kind: central, h: 0.05}"], "objective.slope.h=0.06", "central"),
-        ("digits", [], "net.patch=3", "net.patch 3"),
+        ("digits", [], "net.patch=3", "net.patch = 3"),
     ],
 )
 def test_what_takes_a_net_is_refused_when_a_run_is_opened(recipe: str, fits: list[str], more: str, named: str) -> None:

@@ -61,7 +61,7 @@ def test_ranks_share_the_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["sample.solver.kind=restart"], "'restart' has no way from data to noise"),
+        (["sample.solver.kind=restart"], "'restart' cannot integrate from data to noise"),
         (["sample.solver.kind=hop", "objective.times.both_ways=false"], "both_ways=true"),
     ],
 )

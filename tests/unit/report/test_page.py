@@ -443,4 +443,4 @@ def test_data_are_laid_out_by_class(digits: Path) -> None:
     assert (sheet[:, 3] == 0).all()
     assert (sheet[:, [*range(3), *range(4, 10)]] != 0).flatten(2).any(-1).all()
     assert report.draw_samples(run, sheet.flatten(0, 1), truth).height > 0
-    assert torch.equal(report.arrange_by_class(run_places, truth, c + 10), truth[:80])  # none of the first ten classes
+    assert torch.equal(report.arrange_by_class(run, truth, c + 10), truth[:80])  # none of the first ten classes

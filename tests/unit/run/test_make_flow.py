@@ -39,7 +39,7 @@ def test_the_flow_in_training_has_what_the_run_says() -> None:
 
     # The network itself is called, without an adapter, in the precision of the run, and is theta^-.
     assert flow._net_for_objective(None, None) is net
-    assert flow._reference(net).module is net
+    assert flow._theta_minus(net).module is net
     assert flow.precision == run.train.precision
 
 
@@ -52,7 +52,7 @@ def test_an_average_is_theta_and_the_teacher_answers_its_share() -> None:
         state_of(net, **{"0.9": average}),
         teacher=path_velocity,
     )
-    assert flow._reference(net).module is average
+    assert flow._theta_minus(net).module is average
     teacher_rows = flow.make_draws(0, (2,), batch=12).teacher_rows
     assert teacher_rows is not None
     assert torch.equal(teacher_rows, random_row_mask(3, 0, PRIOR, 12, 0.5))
