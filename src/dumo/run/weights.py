@@ -170,7 +170,7 @@ def _open_weights(
             file = file.parent
         file_name = str(file)
         is_part = (file.parent / STATE_FILE).is_file()
-        fault = Checkpoint.read(file.parent).find_fault({file.name}) if is_part else None
+        fault = Checkpoint.read(file.parent).find_fault({RUN_FILE, file.name}) if is_part else None
         if fault:
             raise UserError(f"{fault}: take other weights")
         run_folder.require_own_weights(run, file)

@@ -146,8 +146,8 @@ class Checkpoint:
     def find_fault(self, parts: Collection[str] | None = None, share: slice = slice(None)) -> str | None:
         """What is wrong, naming the file; None if its files are as listed.
 
-        All sizes are compared. run.yaml and the files of `parts` (net, ema-0.999; None: all) are hashed, or only a
-        `share` of their sorted names.
+        All sizes are compared. The files of `parts` (net, ema-0.999, run.yaml; None: all) are hashed, or only a `share`
+        of their sorted names.
         """
         # Another file of tensors in the folder of a part would be read, too.
         found = {file.relative_to(self.path).as_posix() for file in self.path.glob("*/*.safetensors")}
@@ -165,7 +165,7 @@ class Checkpoint:
 
         names = sorted(self.files)
         if parts is not None:
-            names = [name for name in names if name.split("/")[0] in {RUN_FILE, *parts}]
+            names = [name for name in names if name.split("/")[0] in parts]
         for name in names[share]:
             if digest.of_file(self.path / name) != self.files[name].sha256:
                 return f"{self.path / name} is damaged: its SHA-256 is not the one in {STATE_FILE}"
@@ -182,6 +182,8 @@ class Checkpoints:
         self._read: dict[int, Checkpoint] = {}
         # The steps whose checkpoints were found damaged or not finite, with what is wrong.
         self._rejected: dict[int, str] = {}
+        # The steps whose checkpoints were hashed and are whole.
+        self._whole: set[int] = set()
         # The buffers of the copy, by part and name: filling one again is many times as fast as a new one.
         self._memory: dict[tuple[str, str], Tensor] = {}
         self._group: ProcessGroup | None = None
@@ -206,9 +208,11 @@ class Checkpoints:
     def latest(self, parts: Collection[str] | None = None, *, together: bool = False) -> Checkpoint | None:
         """The last checkpoint that is not damaged, or None if there is none at all; warns of damaged ones.
 
-        `parts` are hashed, as in `Checkpoint.find_fault`. `together`: all ranks call it, share the hashing and get one
-        answer. Raises UserError if all are damaged.
+        run.yaml and `parts` are hashed, as in `Checkpoint.find_fault`. `together`: all ranks call it, share the hashing
+        and get one answer. Raises UserError if all are damaged.
         """
+        if parts is not None:
+            parts = {RUN_FILE, *parts}
         faults: list[str] = []
         for step in reversed(self.steps()):
             fault = self.find_fault(step, parts, together=together)
@@ -226,7 +230,10 @@ class Checkpoints:
         return None
 
     def find_fault(self, step: int, parts: Collection[str] | None = None, *, together: bool = False) -> str | None:
-        """What is wrong with the checkpoint of a step, or None; takes what `latest` takes."""
+        """What is wrong with the checkpoint of a step, or None. No file is hashed twice if all were hashed before."""
+        hashes_all = parts is None
+        if step in self._whole:
+            parts = ()
         share = slice(dist.rank(), None, dist.world()) if together else slice(None)
 
         def find() -> str | None:
@@ -239,6 +246,8 @@ class Checkpoints:
         fault = next(filter(None, faults), None)
         if fault:
             self._rejected[step] = fault
+        elif hashes_all:
+            self._whole.add(step)
         return fault
 
     def reject(self, step: int, fault: str) -> None:
@@ -410,6 +419,7 @@ class Checkpoints:
                 files.remove(temp_path)
             raise
         self._rejected.pop(facts.step, None)
+        self._whole.discard(facts.step)
         self._read.pop(facts.step, None)
 
     def prune(self, step: int, keep: int) -> None:
