@@ -1,7 +1,8 @@
-"""Work that all ranks do together: what fails on one rank fails on all, with the same error.
+"""Run functions on all ranks such that an error on one rank is raised on all ranks.
 
-`gather_results` gives every rank the results of all, `on_each_rank` each its own, and `on_main_rank` all of them that
-of rank 0. Without this, the ranks that did not fail would wait for the failed one in their next collective.
+`gather_results` returns the results of all ranks on every rank, `on_each_rank` returns each rank's own result, and
+`on_main_rank` returns the result of rank 0. Without this, the other ranks would wait for the failed rank in their next
+collective.
 """
 
 import errno
@@ -18,11 +19,11 @@ T = TypeVar("T")
 
 
 def gather_results(work: Callable[[], T], *, is_long: bool = False) -> list[T]:
-    """Call `work` on every rank and return the results of all, by rank. Every rank must call it.
+    """Call `work` on every rank and return the results of all ranks, by rank. Every rank must call it.
 
-    `is_long`: it may take longer on one rank than a collective waits. Results are sent to all ranks, so they must be
-    small. An error is raised unchanged on the rank where it occurs. The others raise a UserError, Stopped or OSError as
-    such, any other as a RuntimeError that names the rank.
+    Set `is_long` if `work` may take longer than the timeout of a collective. Results are sent to all ranks, so they
+    must be small. An error is raised unchanged on the rank where it occurs. The other ranks raise UserError, Stopped
+    and OSError with the same type, and any other error as a RuntimeError that names the rank.
     """
     if dist.world() == 1:
         return [work()]
@@ -40,7 +41,7 @@ def gather_results(work: Callable[[], T], *, is_long: bool = False) -> list[T]:
 
 
 def _exchange(outcome: object, *, is_long: bool) -> list[Any]:
-    """Send an outcome to all ranks, and return those of all."""
+    """Send an outcome to all ranks, and return the outcomes of all ranks."""
     if is_long:
         dist.wait_for_all()
     outcomes: list[Any] = [None] * dist.world()
@@ -49,20 +50,20 @@ def _exchange(outcome: object, *, is_long: bool) -> list[Any]:
 
 
 def on_each_rank(work: Callable[[], T]) -> T:
-    """Call `work` on every rank and return this rank's result, which may be large. Raises as `gather_results`."""
+    """Call `work` on every rank and return this rank's result, which is not sent. Errors as in `gather_results`."""
     results: list[T] = []
-    gather_results(lambda: results.append(work()))  # the result itself is not sent
+    gather_results(lambda: results.append(work()))
     return results[0]
 
 
 def on_main_rank(work: Callable[[], T], *, is_long: bool = False) -> T:
-    """Call `work` on rank 0 alone and return its result on all ranks. Takes and raises as `gather_results`."""
+    """Call `work` on rank 0 only and return its result on all ranks. Errors as in `gather_results`."""
     results = gather_results(lambda: work() if dist.is_main() else None, is_long=is_long)
     return cast(T, results[0])
 
 
 def sendable_error(error: BaseException) -> Exception:
-    """The error that the other ranks raise: of plain values, because it is pickled."""
+    """Return the error that the other ranks raise. It must be picklable."""
     if isinstance(error, UserError):
         return UserError(str(error))
     if isinstance(error, signals.Stopped):

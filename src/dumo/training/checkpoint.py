@@ -1,23 +1,23 @@
-"""Checkpoints: all that a run needs to resume to the bit, in one layout for any number of ranks.
+"""Checkpoints, from which a run resumes bit-identically, in one layout for any number of ranks.
 
     checkpoints/step-00000200/
-        net/00000.safetensors 00001.safetensors ...   a file of each rank, also if there is only one
+        net/00000.safetensors 00001.safetensors ...   one file per rank
         ema-0.999/...                                 each average of the weights
-        optimizer/...                                 its state, named <key>.<parameter>
-        run.yaml                                      the run when it was saved
+        optimizer/...                                 the optimizer state, named <key>.<parameter>
+        run.yaml                                      the config when it was saved
         state.json                                    the facts, and the size and SHA-256 of every other file
 
-- Save: `Checkpoints.save` copies what this rank holds to host memory and returns. A thread writes the copy to a hidden
-  folder, lists the files in state.json, renames the folder and removes old checkpoints. So a folder that is named
-  step-... was written completely.
-- Load: `Checkpoints.latest` finds the last checkpoint whose files are as listed, and `restore` fills a state from it,
-  on any number of ranks. `restore_last_finite` passes over a checkpoint with a NaN.
+- Save: `Checkpoints.save` copies this rank's tensors to host memory and returns. A thread writes the copy to a hidden
+  folder, lists the files in state.json, renames the folder and removes old checkpoints. A folder named step-... is
+  therefore complete.
+- Load: `Checkpoints.latest` finds the newest checkpoint whose files match state.json, and `restore` loads it into a
+  state on any number of ranks. `restore_last_finite` skips checkpoints with NaN.
 
-torch.distributed.checkpoint reads the parts that overlap (`dumo.io.tensor_files.fill`). It does not write them: its
-writer makes another copy of a rank's tensors while no other thread of Python runs. A file says only where its own
-tensors begin, so a missing file shows in state.json alone.
+torch.distributed.checkpoint reads overlapping shards (`dumo.io.tensor_files.fill`). It is not used for writing, because
+its writer copies a rank's tensors once more while holding the GIL. A file records only the offsets of its own tensors,
+so a missing file is detected only by state.json.
 
-Frozen weights are not saved: state.json has their digest (`dumo.training.frozen`).
+Frozen weights are not saved; state.json contains their digest (`dumo.training.frozen`).
 """
 
 import os
@@ -52,15 +52,15 @@ from dumo.types import UserError
 
 STATE_FILE = "state.json"
 RUN_FILE = "run.yaml"
-# Ends the message about weights of another network.
+# The fix in messages about weights of another network.
 FIX = "resume with the run.yaml that wrote it"
 
-# The tensors of a checkpoint, by part, such as net, and by name.
+# The tensors of a checkpoint by part (such as net) and by name.
 Parts = Mapping[str, Mapping[str, Tensor]]
 
 
 class Damaged(UserError):  # noqa: N818, a state of a file
-    """A file of a checkpoint is missing, unknown, or not as it was written."""
+    """Raised if a file of a checkpoint is missing, unexpected or damaged."""
 
 
 class FileEntry(BaseModel):
@@ -71,31 +71,31 @@ class FileEntry(BaseModel):
 
     @classmethod
     def of(cls, file: Path) -> "FileEntry":
-        """Make the entry of a file as it is now."""
+        """Measure a file."""
         return cls(bytes=file.stat().st_size, sha256=digest.of_file(file))
 
 
 class Facts(BaseModel):
-    """What a checkpoint says of its step."""
+    """The scalar state of a checkpoint."""
 
     step: int
-    # Images seen up to this step, repeats counted.
+    # Images seen up to this step, including repeats.
     images: int
-    # Skipped steps in a row, up to this one.
+    # Consecutive skipped steps up to this one.
     skips: int = 0
     trend: Trend = Trend()
-    # How many ranks wrote it.
+    # The number of ranks that wrote it.
     ranks: int = 1
     versions: dict[str, str] = {}
-    # The digest of the frozen weights, which no file holds; None if nothing is frozen.
+    # The digest of the frozen weights, which are not saved; None if nothing is frozen.
     frozen: str | None = None
-    # The number of threads of torch on a CPU, on which the order of sums depends; None on a GPU.
+    # The number of torch's CPU threads, which affects the order of sums; None on a GPU.
     threads: int | None = None
-    # How far a run is that ends by the clock; None if it ends by its steps.
+    # The elapsed time of a run with a time limit, else None.
     timing: Timing | None = Field(default=None, exclude_if=lambda timing: timing is None)
     # The log of the run up to this step.
     log: FileEntry | None = None
-    # What the images were that were read up to this step (`dumo.data.ledger`).
+    # The ledger of the images read up to this step (`dumo.data.ledger`).
     ledger: FileEntry | None = None
 
 
@@ -103,13 +103,13 @@ class Listing(BaseModel):
     """The content of state.json."""
 
     facts: Facts
-    # All other files, by their path inside the checkpoint.
+    # All other files by their path inside the checkpoint.
     files: dict[str, FileEntry]
     # A digest of the other fields.
     sum: str = ""
 
     def checksum(self) -> str:
-        """The value that `sum` must have."""
+        """Return the expected value of `sum`."""
         return digest.short(self.model_dump_json(exclude={"sum"}))
 
 
@@ -123,7 +123,7 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path) -> "Checkpoint":
-        """Read the state.json of a checkpoint. Raises Damaged if it is missing or was changed."""
+        """Read the state.json of a checkpoint. Raise Damaged if it is missing or was changed."""
         file = path / STATE_FILE
         try:
             listing = Listing.model_validate_json(file.read_text(encoding="utf-8"))
@@ -135,21 +135,21 @@ class Checkpoint:
 
     @cached_property
     def run_text(self) -> str:
-        """The text of its run.yaml, which `find_fault` has compared with the list."""
+        """The text of its run.yaml, whose hash `find_fault` compares."""
         return (self.path / RUN_FILE).read_text(encoding="utf-8")
 
     def sha256(self, part: str) -> str:
-        """The SHA-256 of a part by the listed ones of its files, as `tensor_files.sha256` makes it of the files."""
+        """Return the SHA-256 of a part from the listed hashes of its files, equal to `tensor_files.sha256`."""
         listed = {name: entry.sha256 for name, entry in self.files.items() if name.startswith(f"{part}/")}
         return tensor_files.combine_digests(listed)
 
     def find_fault(self, parts: Collection[str] | None = None, share: slice = slice(None)) -> str | None:
-        """What is wrong, naming the file; None if its files are as listed.
+        """Return a message about the first missing, unexpected or damaged file; None if all files match.
 
-        All sizes are compared. The files of `parts` (net, ema-0.999, run.yaml; None: all) are hashed, or only a `share`
-        of their sorted names.
+        All sizes are compared. The files of `parts` (such as net or run.yaml; None means all) are hashed, or only the
+        `share` of their sorted names.
         """
-        # Another file of tensors in the folder of a part would be read, too.
+        # Unlisted tensor files in the folder of a part would be loaded as well.
         found = {file.relative_to(self.path).as_posix() for file in self.path.glob("*/*.safetensors")}
         for name in sorted(found | self.files.keys()):
             file = self.path / name
@@ -173,18 +173,18 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints in a folder. To save, every rank has one and calls each method alike."""
+    """The checkpoints in a folder. To save, every rank creates one and calls the same methods."""
 
     def __init__(self, folder: Path) -> None:
-        """Take the folder; nothing is read yet."""
+        """Set the folder, without reading it."""
         self.folder = folder
-        # Each state.json is read once.
+        # Cache of state.json by step.
         self._read: dict[int, Checkpoint] = {}
-        # The steps whose checkpoints were found damaged or not finite, with what is wrong.
+        # Faults of damaged or non-finite checkpoints, by step.
         self._rejected: dict[int, str] = {}
         # The steps whose checkpoints were hashed and are whole.
         self._whole: set[int] = set()
-        # The buffers of the copy, by part and name: filling one again is many times as fast as a new one.
+        # Host buffers by part and name. Reusing a buffer is many times faster than allocating one.
         self._memory: dict[tuple[str, str], Tensor] = {}
         self._group: ProcessGroup | None = None
         self._work: Future[object] | None = None
@@ -192,24 +192,24 @@ class Checkpoints:
     # ------------------------------------------------------------------------------------------------------------ find
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, damaged ones included, in order."""
+        """Return the steps with a checkpoint, including damaged ones, in ascending order."""
         return [*paths_by_step(self.folder)]
 
     def path(self, step: int) -> Path:
-        """The folder of the checkpoint of a step."""
+        """Return the folder of a step's checkpoint."""
         return self.folder / folder_of(step)
 
     def read(self, step: int) -> Checkpoint:
-        """The checkpoint of a step. Raises Damaged, as `Checkpoint.read`."""
+        """Read the checkpoint of a step. Raise Damaged if its state.json is missing or was changed."""
         if step not in self._read:
             self._read[step] = Checkpoint.read(self.path(step))
         return self._read[step]
 
     def latest(self, parts: Collection[str] | None = None, *, together: bool = False) -> Checkpoint | None:
-        """The last checkpoint that is not damaged, or None if there is none at all; warns of damaged ones.
+        """Return the newest undamaged checkpoint, or None if there are no checkpoints. Warn about damaged ones.
 
-        run.yaml and `parts` are hashed, as in `Checkpoint.find_fault`. `together`: all ranks call it, share the hashing
-        and get one answer. Raises UserError if all are damaged.
+        run.yaml and `parts` are hashed, as in `Checkpoint.find_fault`. With `together`, all ranks must call it, hash a
+        share of the files each, and get the same result. Raise UserError if all checkpoints are damaged.
         """
         if parts is not None:
             parts = {RUN_FILE, *parts}
@@ -230,7 +230,7 @@ class Checkpoints:
         return None
 
     def find_fault(self, step: int, parts: Collection[str] | None = None, *, together: bool = False) -> str | None:
-        """What is wrong with the checkpoint of a step, or None. No file is hashed twice if all were hashed before."""
+        """Return a message about the fault of a step's checkpoint, or None. A whole checkpoint is not hashed again."""
         hashes_all = parts is None
         if step in self._whole:
             parts = ()
@@ -251,16 +251,16 @@ class Checkpoints:
         return fault
 
     def reject(self, step: int, fault: str) -> None:
-        """Treat the checkpoint of a step as damaged, though its files are as listed."""
+        """Treat the checkpoint of a step as damaged even if its files match state.json."""
         self._rejected[step] = fault
 
     def last_good(self, step: int) -> int | None:
-        """The last step up to `step` whose checkpoint is from before the loss diverged; None if there is none."""
+        """Return the last step up to `step` with a checkpoint from before the loss diverged, or None."""
         good_steps = (checkpoint.facts.step for checkpoint in self._sound(step) if checkpoint.facts.trend.is_good)
         return next(good_steps, None)
 
     def _sound(self, step: int) -> list[Checkpoint]:
-        """The checkpoints up to `step` whose files have the listed sizes, the last one first."""
+        """Return the checkpoints up to `step` whose files have the listed sizes, the newest first."""
         sound: list[Checkpoint] = []
         for older_step in reversed(self.steps()):
             if older_step <= step and self.find_fault(older_step, parts=()) is None:
@@ -281,15 +281,15 @@ class Checkpoints:
         before: Callable[[], object] | None = None,
         after: Callable[[], object] | None = None,
     ) -> None:
-        """Copy a state, and write it in a thread while training continues. Every rank must call it.
+        """Copy a state and write it in a thread while training continues. Every rank must call it.
 
-        A checkpoint of the step that exists already is left alone, unless it is damaged. Raises Diverged, on all ranks,
-        if a value is not finite; and what `wait` raises of the checkpoint before.
+        An existing undamaged checkpoint of the step is kept. Raise Diverged on all ranks if a value is not finite, and
+        the error of the previous checkpoint if it could not be written.
 
         - `run_text`: the content of run.yaml, on rank 0
-        - `keep`: how many checkpoints stay, as in `prune`
-        - `threads`, `log`, `ledger`: as in `Facts`
-        - `before`, `after`: called in the thread before it writes, and once the checkpoint has its name
+        - `keep`: the number of checkpoints to keep, as in `prune`
+        - `threads`, `log`, `ledger`: fields of `Facts`
+        - `before`, `after`: called in the thread before writing, and after the checkpoint was renamed
         """
         parts = parts_of(state)
         bad_tensor = find_nonfinite(parts, state.net)
@@ -310,7 +310,7 @@ class Checkpoints:
         )
         self.wait()
         own_parts, offsets = agreement.on_each_rank(lambda: self._copy_own_parts(parts))
-        # The thread has a process group of its own, since its collectives would mix with those of training.
+        # The thread needs its own process group, because its collectives would mix with those of training.
         if self._group is None:
             self._group = dist.new_group()
         work = Future[object]()
@@ -330,35 +330,35 @@ class Checkpoints:
                 work.set_exception(error)
 
         self._work = work
-        # A process that ends at once does not wait for a daemon.
+        # A daemon thread does not block the exit of the process.
         Thread(target=run, name="checkpoint", daemon=True).start()
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is written. Raises its error, once, on all ranks; older checkpoints stay."""
+        """Wait until the last checkpoint is written. Raise its error once, on all ranks; older checkpoints stay."""
         work = self._work
         if work:
-            # An interrupt leaves it to be waited for again.
+            # After an interrupt the next call waits again.
             wait([work])
             self._work = None
             work.result()
 
     @property
     def has_failed(self) -> bool:
-        """Whether the last checkpoint could not be written: `wait` raises why."""
+        """Whether the last checkpoint could not be written; `wait` raises its error."""
         return self._work is not None and self._work.done() and self._work.exception() is not None
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """Wait, also after an error of training, which is the one that is raised."""
+        """Wait for the last checkpoint, also after an error of training, which takes precedence."""
         if error is None:
             self.wait()
         elif self._work:
             wait([self._work])
 
     def _copy_own_parts(self, parts: Parts) -> tuple[Parts, Mapping[str, tensor_files.Offsets]]:
-        """Copy what this rank writes to host memory. Returns the copies, and where each begins in its tensor."""
+        """Copy the tensors that this rank writes to host memory. Return the copies and their offsets."""
         copies: dict[str, dict[str, Tensor]] = {}
         offsets = {part: assign_tensors(tensors) for part, tensors in parts.items()}
         for part, tensors in parts.items():
@@ -375,7 +375,7 @@ class Checkpoints:
     def _write(
         self, facts: Facts, run_text: str, own_parts: Parts, offsets: Mapping[str, tensor_files.Offsets]
     ) -> None:
-        """Write this rank's files to a hidden folder, which rank 0 then renames. Raises OSError on all ranks."""
+        """Write this rank's files to a hidden folder, which rank 0 then renames. Raise OSError on all ranks."""
         target = self.path(facts.step)
         temp_path = files.temp_path_for(target)
         exists = agreement.on_main_rank(target.exists)
@@ -402,7 +402,7 @@ class Checkpoints:
 
         def commit() -> None:
             write_state_file(temp_path, facts, entries)
-            # This rank may not see the files of others, on a disk of its own.
+            # The files of other ranks may be on another disk.
             fault = Checkpoint(temp_path, facts, entries).find_fault(())
             if fault:
                 raise UserError(f"{fault}: train in a folder on a file system that all ranks share")
@@ -423,10 +423,9 @@ class Checkpoints:
         self._read.pop(facts.step, None)
 
     def prune(self, step: int, keep: int) -> None:
-        """Remove the checkpoints up to `step` that come before the last `keep`. One rank calls it.
+        """Remove all checkpoints up to `step` but the last `keep` undamaged ones. Only one rank calls it.
 
-        Damaged ones do not count. If the loss had diverged in all that are kept, the last one from before stays, too,
-        with a warning.
+        If the loss had diverged in all of these, also keep the last checkpoint from before, with a warning.
         """
         sound = self._sound(step)
         if len(sound) < keep:
@@ -446,19 +445,19 @@ class Checkpoints:
 
 
 def assign_tensors(tensors: Mapping[str, Tensor]) -> tensor_files.Offsets:
-    """The tensors of which this rank writes its part, each with where that part begins in the whole tensor.
+    """Return the tensors whose shard this rank writes, with the shard's offset in the full tensor.
 
-    A part that several ranks hold is written by one of them. They take turns from the largest tensor on, so that all
-    write about as much. Every rank computes the same without asking others.
+    A replicated shard is written by one rank. Tensors are assigned from the largest to the smallest, so that all ranks
+    write about the same amount. Every rank computes the same assignment without communication.
     """
-    # By the number of a replica, how many values it writes.
+    # The number of values that each replica writes.
     load = Counter[int]()
     offsets: tensor_files.Offsets = {}
     for name, x in sorted(tensors.items(), key=lambda item: -item[1].numel()):
         replica, num_replicas = layout.replica_of(x)
         writer = min(range(num_replicas), key=lambda k: load[k])
         load[writer] += x.numel()
-        # A rank may hold no row of a tensor. One without any values is written all the same.
+        # Skip empty shards, but write empty tensors.
         if writer == replica and (layout.local_tensor(x).numel() or not x.numel()):
             offsets[name] = layout.local_offset(x)
     return offsets
@@ -475,16 +474,16 @@ def write_state_file(folder: Path, facts: Facts, entries: Mapping[str, FileEntry
 
 
 def step_of(place: Path, default: int) -> int:
-    """The step of weights, by the checkpoint that they are a part of or by their file's facts, else `default`."""
+    """Return the step of weights, from their checkpoint or from their file's metadata, else `default`."""
     if (place.parent / STATE_FILE).is_file():
         return Checkpoint.read(place.parent).facts.step
     return tensor_files.facts_of(place).get("step", default)
 
 
 def restore_last_finite(checkpoints: Checkpoints, checkpoint: Checkpoint, state: State) -> Checkpoint:
-    """Restore a checkpoint, or, if a value in it is not finite, the last one before it that is finite; return it.
+    """Restore a checkpoint, or the newest older one with finite values, and return it.
 
-    Every rank must call it. Raises UserError as `restore`, and as `Checkpoints.latest` if none is left.
+    Every rank must call it. Raise UserError if no checkpoint is finite.
     """
     while True:
         restore(checkpoint, state)
@@ -494,17 +493,17 @@ def restore_last_finite(checkpoints: Checkpoints, checkpoint: Checkpoint, state:
         fault = f"{checkpoint.path}: {bad_tensor} is not finite"
         checkpoints.reject(checkpoint.facts.step, fault)
         older = checkpoints.latest(together=True)
-        # It is in another folder, of the run that this one begins from.
+        # Without older checkpoints, this one belongs to another run, from which this run starts.
         if older is None:
             raise UserError(f"{fault}: begin from another step")
         checkpoint = older
 
 
 def restore(checkpoint: Checkpoint, state: State) -> None:
-    """Load a checkpoint into a state that was built from the same run, on any number of ranks.
+    """Load a checkpoint into a state of the same run, on any number of ranks. Every rank must call it.
 
-    Changes nothing unless all of it fits. Every rank must call it. Raises UserError naming the part and the first
-    tensor that is missing, unknown, or of another shape or dtype; or if the frozen weights differ.
+    Nothing is changed unless everything matches. Raise UserError, naming the first tensor that is missing, unexpected,
+    or of another shape or dtype, or if the frozen weights differ.
     """
     parts: dict[str, dict[str, Tensor]] = _weights_of(state)
 
@@ -531,9 +530,8 @@ def restore(checkpoint: Checkpoint, state: State) -> None:
 
 
 def parts_of(state: State) -> dict[str, dict[str, Tensor]]:
-    """All tensors of a checkpoint that this rank holds, by part and name."""
-    # The weights come first: a state dict frees the gathered weights of a sharded network, and the optimizer knows
-    # only its shards.
+    """Return this rank's tensors of a checkpoint, by part and name."""
+    # Get the weights first: a state dict reshards the gathered weights, and the optimizer state is keyed by shards.
     parts = _weights_of(state)
     names: dict[Tensor, str] = {p: name for name, p in state.net.named_parameters()}
     optimizer_state: dict[str, Tensor] = {}
@@ -545,7 +543,7 @@ def parts_of(state: State) -> dict[str, dict[str, Tensor]]:
 
 
 def _weights_of(state: State) -> dict[str, dict[str, Tensor]]:
-    """The trained weights of the network and of its averages, by part and name."""
+    """Return the trained weights of the network and of its averages, by part and name."""
     parts = {"net": frozen.trained_state_dict(state.net)}
     for key, average in state.averages.items():
         parts[f"ema-{key}"] = frozen.trained_state_dict(state.net, average.module)
@@ -553,9 +551,9 @@ def _weights_of(state: State) -> dict[str, dict[str, Tensor]]:
 
 
 def _empty_optimizer_state(place: Path, state: State) -> dict[str, Tensor]:
-    """Empty tensors for the optimizer's state in a checkpoint, each laid out as its parameter.
+    """Return uninitialized tensors for the optimizer state in a checkpoint, each sharded like its parameter.
 
-    Raises UserError if another optimizer wrote it.
+    Raise UserError if another optimizer wrote it.
     """
     saved = tensor_files.header(place)
     parameters = dict(state.net.named_parameters())
@@ -570,8 +568,8 @@ def _empty_optimizer_state(place: Path, state: State) -> dict[str, Tensor]:
             if name in names_in_group:
                 keys.add(key)
                 saved_names.add(name)
-        # The parameters of a group all have the same keys. Matrices that Muon moves have its momentum, whatever
-        # optimizer wrote the file.
+        # The parameters of a group have the same keys. Muon's matrices only have a momentum, whatever the file
+        # contains.
         if STACK_KEY in group:
             keys = {MOMENTUM_KEY}
         for key, name in product(keys, saved_names):
@@ -582,14 +580,14 @@ def _empty_optimizer_state(place: Path, state: State) -> dict[str, Tensor]:
 
 
 def _state_template(optimizer: torch.optim.Optimizer, key: str, p: Tensor) -> Tensor:
-    """A tensor of the shape, type and layout that entry `key` of the optimizer's state has for parameter p."""
+    """Return a tensor with the shape, dtype and sharding of entry `key` of the optimizer state of parameter p."""
     if key == "step":
         return torch.zeros(())
     return optimizer.empty_state(key, p) if isinstance(optimizer, AdamW8bitOptimizer) else p
 
 
 def _by_parameter_index(flat: Mapping[str, Tensor], state: State) -> dict[int, dict[str, Tensor]]:
-    """The optimizer's state as torch keys it: by the index of each parameter in the optimizer's groups."""
+    """Return the optimizer state in torch's format, by the index of each parameter in the optimizer's groups."""
     names = {p: name for name, p in state.net.named_parameters()}
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     indices = {names[p]: index for index, p in enumerate(parameters)}
@@ -603,8 +601,8 @@ def _by_parameter_index(flat: Mapping[str, Tensor], state: State) -> dict[int, d
 def find_nonfinite(parts: Parts, net: nn.Module) -> str | None:
     """Return the part and name of the first tensor with a value that is not finite; None if all are finite.
 
-    Of the buffers of `net`, and so of its averages, only NaN counts: a mask may be infinite by design, and running
-    statistics that break become NaN. Synchronizes each device once. Every rank must call it, and gets the same answer.
+    In buffers only NaN counts, because a mask may contain infinities by design, and broken running statistics become
+    NaN. Synchronizes each device once. Every rank must call it and gets the same result.
     """
     buffers = {name for name, _ in net.named_buffers(remove_duplicate=False)}
     flags_by_device: dict[torch.device, dict[str, Tensor]] = {}
@@ -612,7 +610,7 @@ def find_nonfinite(parts: Parts, net: nn.Module) -> str | None:
         for name, tensor in tensors.items():
             x = layout.local_tensor(tensor.detach())
             if x.is_floating_point() and x.numel():
-                # Both ends are NaN if one value is; this is nine times as fast as isfinite.
+                # Both ends are NaN if any value is NaN. This is nine times as fast as isfinite.
                 ends = torch.stack(torch.aminmax(x))
                 is_sound = ~ends.isnan() if name in buffers else ends.isfinite()
                 flags_by_device.setdefault(x.device, {})[f"{part}: {name}"] = is_sound.all()
@@ -631,9 +629,9 @@ def find_nonfinite(parts: Parts, net: nn.Module) -> str | None:
 
 
 def paths_by_step(folder: Path, suffix: str = "") -> dict[int, Path]:
-    """The paths in `folder` that are named as checkpoints, or as files of this suffix, by step, in order.
+    """Return the paths in `folder` named step-N and `suffix`, by step in ascending order.
 
-    Raises OSError for a folder that cannot be read, also a link to none: its disk may be missing.
+    Raise OSError if the folder cannot be read, or is a broken link, because its disk may be missing.
     """
     pattern = re.compile(rf"step-(\d+){re.escape(suffix)}")
     try:
@@ -651,14 +649,14 @@ def paths_by_step(folder: Path, suffix: str = "") -> dict[int, Path]:
 
 
 def folder_of(step: int) -> str:
-    """The name of the checkpoint of a step."""
+    """Return the folder name of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint; it is hidden first, so that half of one never looks like one.
+    """Remove a checkpoint. Rename it first, so that a partially removed folder is never taken for a checkpoint.
 
-    Of a file that some process has mapped, NFS keeps a part, and with it the hidden folder, until a later save. Of a
-    symbolic link the link alone is removed.
+    On NFS, a file that some process has mapped stays in the hidden folder until a later save. Of a symbolic link, only
+    the link is removed.
     """
     files.remove(checkpoint.rename(files.temp_path_for(checkpoint)))

@@ -1,8 +1,8 @@
-"""torch.compile of a net's blocks, or of the whole loss, as `train.compile` says.
+"""Compile a net's blocks or the whole loss with torch.compile, according to `train.compile`.
 
-The loop calls `compile_loss` once, before its first step, unless nothing is compiled; `compile_blocks` compiles the
-blocks of a net alone. In a guided batch the number of rows that need V(null) changes from step to step: blocks are
-compiled for the batch and, at the second number of rows, once for all numbers. A whole loss passes all rows.
+The trainer calls `compile_loss` once before its first step unless nothing is compiled; `compile_blocks` compiles only
+the blocks of a net. In a guided batch the number of rows that need V(null) varies between steps: blocks are compiled
+for the full batch, and at the second size once with dynamic shapes. A compiled loss passes all rows.
 """
 
 from typing import Literal
@@ -15,9 +15,9 @@ from dumo.types import Objective, UserError
 
 
 def compile_loss(net: nn.Module, objective: Objective, choice: Literal["blocks", "loss"]) -> Loss:
-    """The loss to train by: compiled, or the objective's own where `choice` is `blocks`, which compiles those in place.
+    """Return the compiled loss, or, if `choice` is `blocks`, compile the blocks in place and return the plain loss.
 
-    Raises UserError if the net has no blocks.
+    Raise UserError if the net has no blocks.
     """
     if choice == "loss":
         return torch.compile(objective.loss, fullgraph=True)
@@ -28,7 +28,7 @@ def compile_loss(net: nn.Module, objective: Objective, choice: Literal["blocks",
 def compile_blocks(net: nn.Module, *, dynamic: bool | None = None) -> None:
     """Compile a net's `regions`, or else its `blocks`, in place, and the tape of a dual slope.
 
-    Blocks are alike and share compiled code; `dynamic` is that of torch.compile. Raises UserError if the net has none.
+    Equal blocks share compiled code. `dynamic` is passed to torch.compile. Raise UserError if the net has no blocks.
     """
     blocks = getattr(net, "regions", getattr(net, "blocks", None))
     if not blocks:

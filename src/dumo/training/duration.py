@@ -1,24 +1,25 @@
-"""How long a run trains: by its steps, or by the clock.
+"""The duration of a training: a number of steps, or a time limit.
 
-`train.steps` and `train.minutes` are totals: the same command typed again, also by a restart of torchrun or Slurm,
-continues to that total. A run with `train.minutes` ends by the clock. Its learning rate falls with time, and its number
-of steps is not known before it ends.
+`train.steps` and `train.minutes` are totals: repeating the command, or a restart by torchrun or Slurm, continues to
+that total. With `train.minutes`, a run ends after this time. Its learning rate decays with time, and its number of
+steps is not known in advance.
 
-`Duration.of` says how long a run trains that begins, `Duration.resolve` one that resumes. `Clock.read` gives the
-`Timing` of a run by the clock before each step, on rank 0, whose clock counts for all ranks. `Timing` is part of a
-checkpoint, so a resumed run takes its schedule from there alone.
+`Duration.of` returns the duration of a new run, and `Duration.resolve` that of a resumed run. With a time limit,
+`Clock.read` returns the `Timing` before each step on rank 0, whose clock decides for all ranks. `Timing` is saved in
+checkpoints, so a resumed run continues its schedule from there.
 
-The learning rate of a run by the clock follows the share s of its time, which grows from 0 to 1. With `left` the
-seconds that were left for steps, dt seconds since the last reading give
+With a time limit, the learning rate depends on the elapsed share s of the time, which grows from 0 to 1. With `left`
+seconds remaining for steps at the last reading, and dt seconds since then,
 
     s' = s + (1 - s) dt / left,
 
-which is linear in time. It does not jump where a resumed command takes time to begin, nor where a checkpoint turns out
-to take longer. Other minutes stretch the schedule: the share is then the time that was trained, divided by them.
+which is linear in time. The share does not jump if a resumed command starts slowly, or if a checkpoint takes longer
+than the one before. Changing `train.minutes` stretches the schedule: the share is then the trained time divided by the
+new total.
 
-The clock of a command runs from where it is typed to its last line, without the time that encoding images takes. Only
-checkpoints record the time: a run that is stopped before its first one has all of its minutes again. The first
-checkpoint comes early (FIRST_SAVE_SHARE), to measure how long one takes: from then on time is left for the last one.
+The clock of a command runs from its start to its last line, except while images are encoded. The time is recorded only
+in checkpoints, so a run that is stopped before its first checkpoint starts over. The first checkpoint is saved early
+(FIRST_SAVE_SHARE) to measure its duration, so that time can be reserved for the last one.
 """
 
 from collections import deque
@@ -35,41 +36,41 @@ from dumo.training.settings import Train
 from dumo.types import UserError
 
 SECONDS_PER_MINUTE = 60.0
-# The median of this many steps is how long a step takes.
+# The duration of a step is estimated by the median of this many steps.
 _RECENT_STEPS = 5
-# The share of the time after which a command saves for the first time.
+# The share of the time after which a command saves its first checkpoint.
 FIRST_SAVE_SHARE = 0.1
 
 
 class Timing(BaseModel):
-    """How far a run by the clock is, as read before the last step."""
+    """The elapsed time of a run with a time limit, read before the last step."""
 
     model_config = ConfigDict(frozen=True)
 
-    # Minutes of training in all: `train.minutes`, as it was when the share was measured.
+    # Total minutes of training: `train.minutes` at the time the share was measured.
     minutes: float
-    # Seconds of these that are over, up to the last step.
+    # Elapsed seconds up to the last step.
     seconds: float = 0.0
-    # The share of the schedule that is over, in [0, 1]; 1: the run has ended.
+    # The elapsed share of the schedule, in [0, 1]; the run has ended at 1.
     share: float = 0.0
 
     @property
     def promised_seconds(self) -> float:
-        """Seconds of training in all."""
+        """Total seconds of training."""
         return SECONDS_PER_MINUTE * self.minutes
 
     @property
     def seconds_left(self) -> float:
-        """Seconds of training that are not over."""
+        """Remaining seconds of training."""
         return self.promised_seconds - self.seconds
 
     def at_end(self) -> "Timing":
-        """The timing of the run when it ends: what the last checkpoint takes counts as over, too."""
+        """Return the timing at the end of the run, including the last checkpoint."""
         return self.model_copy(update={"seconds": self.promised_seconds, "share": 1.0})
 
 
 class Trained(Protocol):
-    """What a checkpoint says of the training up to it."""
+    """The progress recorded in a checkpoint."""
 
     step: int
     timing: Timing | None
@@ -77,29 +78,29 @@ class Trained(Protocol):
 
 @dataclass(frozen=True)
 class Duration:
-    """How long a run trains, and how far it is by the clock."""
+    """The number of steps of a run, or its time limit with the elapsed time."""
 
-    # Steps in all. Of a run by the clock, the steps that its schedule counts its warmup in.
+    # Total steps. With a time limit, only the schedule uses them, to scale its warmup.
     steps: int
-    # None: the run ends by its steps.
+    # None if the run has no time limit.
     timing: Timing | None = None
 
     @classmethod
     def of(cls, train: Train) -> Self:
-        """The duration of a run that begins."""
+        """Return the duration of a new run."""
         return cls(train.steps, None if train.minutes is None else Timing(minutes=train.minutes))
 
     @classmethod
     def resolve(cls, requested: Train, recorded: Train | None, checkpoint: Trained) -> Self:
-        """The duration of a run that resumes.
+        """Return the duration of a resumed run.
 
-        - `requested`: how to train it.
-        - `recorded`: how the run in the folder was to be trained; None: the folder holds none.
+        - `requested`: the training settings.
+        - `recorded`: the training settings of the run in the folder; None if there is none.
         - `checkpoint`: the facts of the checkpoint to resume from.
 
-        Raises UserError if the run has trained for longer, or would not read what is requested.
+        Raise UserError if the run has trained for longer already, or would ignore a requested setting.
         """
-        # A run ends by its steps or by the clock from its beginning on: its schedule is a function of one of them.
+        # A run cannot switch between steps and minutes, because its schedule is a function of one of them.
         if recorded and (recorded.minutes is None) != (requested.minutes is None):
             given, other = ("steps", "minutes") if recorded.minutes is None else ("minutes", "steps")
             raise UserError(
@@ -119,7 +120,7 @@ class Duration:
                 "whatever its steps: set train.minutes"
             )
 
-        # The schedule is a function of the checkpoint's time alone. Other minutes stretch it.
+        # Continue from the checkpoint's time. Changed minutes stretch the schedule.
         trained = checkpoint.timing or Timing(minutes=requested.minutes)
         if trained.minutes == requested.minutes:
             return cls(requested.steps, trained)
@@ -138,46 +139,46 @@ class Duration:
         return step >= self.steps if self.timing is None else self.timing.share >= 1
 
     def progress(self, step: int) -> float:
-        """How much of the training is over after `step` steps, in [0, 1]."""
+        """Return the completed fraction of the training after `step` steps, in [0, 1]."""
         if self.timing is None:
             return step / self.steps
         return min(1.0, self.timing.seconds / self.timing.promised_seconds)
 
     def rate_factor(self, schedule: LearningRateSchedule, step: int) -> float:
-        """The factor of the learning rate for the update after `step` steps."""
+        """Return the factor of the learning rate for the update after `step` steps."""
         if self.timing is None:
             return schedule(step, self.steps)
         return schedule(self.timing.share * self.steps, self.steps)
 
 
 class Clock:
-    """Reads the clock of a run that ends by it."""
+    """The clock of a run with a time limit."""
 
     def __init__(self, timing: Timing, began: float, wall_clock: stopwatch.Clock | None = None) -> None:
-        """Continue from a timing, by a clock that read `began` seconds when the command began."""
+        """Continue from a timing. `began` is the time of `wall_clock` at the start of the command."""
         self.timing = timing
         self.wall_clock = wall_clock or stopwatch.wall_clock
-        # What the clock would have read when the training began.
+        # The time at which an uninterrupted training would have begun.
         self.origin = began - timing.seconds
-        # How long a checkpoint took the last time.
+        # The duration of the last checkpoint.
         self.save_seconds = 0.0
         self.step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self.last_seconds: float | None = None
-        # How long the command took up to its first step, if that left no time for steps; None: there was time.
+        # The seconds before the first step if no time was left for steps, else None.
         self.late_seconds: float | None = None
 
     def seconds(self) -> float:
-        """Seconds of training up to now."""
+        """Return the elapsed seconds of training."""
         return self.wall_clock() - self.origin
 
     def note_save(self, began: float) -> None:
-        """Note that a checkpoint, which began at these `seconds`, is written. The thread that writes it calls this."""
+        """Record the duration of a checkpoint that began at `began` seconds. Called by the thread that wrote it."""
         self.save_seconds = self.seconds() - began
 
     def read(self) -> Timing:
-        """Read the clock before a step and return the timing; share 1 means that the step about to run is the last."""
+        """Read the clock before a step and return the timing. If its share is 1, this step is the last."""
         seconds = self.seconds()
-        # What came before the first reading was no step.
+        # The time before the first reading is not a step.
         previous = seconds
         if self.last_seconds is not None:
             previous = self.last_seconds
@@ -185,10 +186,10 @@ class Clock:
         elapsed = seconds - previous
         step_seconds = median(self.step_seconds or [0.0])
         seconds_for_steps = self.timing.promised_seconds - self.save_seconds
-        # What was left for steps at the last reading.
+        # The time left for steps at the last reading.
         left_before = seconds_for_steps - step_seconds - previous
 
-        # End if this step and the next one would end late.
+        # Make this step the last if the next one would exceed the limit.
         if seconds + 2 * step_seconds > seconds_for_steps or elapsed >= left_before:
             if self.last_seconds is None:
                 self.late_seconds = seconds - self.timing.seconds

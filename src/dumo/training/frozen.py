@@ -1,9 +1,9 @@
-"""What is frozen in a net: parameters without gradients, and fixed tables (buffers outside its state dict).
+"""Frozen tensors of a net: parameters without gradients, and fixed tables (buffers outside its state dict).
 
-A net made of a pretrained model may train a few of its weights, or adapters alone. The frozen ones are in memory once:
-averages share them with the net (`copy_net`, `share_frozen`), and checkpoints hold the `trained_state_dict` alone.
+A net made from a pretrained model may train only a few weights or adapters. Frozen weights are in memory once: averages
+share them with the net (`copy_net`, `share_frozen`), and checkpoints contain only the `trained_state_dict`.
 
-`require` refuses to resume a run on other frozen weights than it began with, by their `digest`.
+`require` compares the `digest` of frozen weights, and refuses to resume a run if they have changed.
 """
 
 from collections.abc import Collection, Iterator
@@ -17,26 +17,26 @@ from dumo.types import UserError
 
 
 def frozen_weights(net: nn.Module) -> dict[str, nn.Parameter]:
-    """The frozen parameters by name; one with two names is there twice."""
+    """Return the frozen parameters by name, a shared parameter under each of its names."""
     return {name: p for name, p in net.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
 def _fixed_tables(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A module's own buffers that are not in its state dict, by name."""
+    """Return a module's own buffers that are not in its state dict, with their names."""
     names = module._non_persistent_buffers_set
     buffers = module.named_buffers(recurse=False, remove_duplicate=False)
     return ((name, table) for name, table in buffers if name in names)
 
 
 def trained_state_dict(net: nn.Module, module: nn.Module | None = None) -> dict[str, Tensor]:
-    """The state dict of a net, or of its copy `module`, without the net's frozen parameters."""
+    """Return the state dict of a net, or of its copy `module`, without the net's frozen parameters."""
     frozen = frozen_weights(net)
     state_dict = net.state_dict() if module is None else module.state_dict()
     return {name: x for name, x in state_dict.items() if name not in frozen}
 
 
 def copy_net(net: nn.Module) -> nn.Module:
-    """Copy a net; the copy shares the frozen parameters and fixed tables with it."""
+    """Copy a net. The copy shares frozen parameters and fixed tables with it."""
     shared: dict[int, Tensor] = {id(p): p for p in frozen_weights(net).values()}
     for module in net.modules():
         for _, table in _fixed_tables(module):
@@ -45,7 +45,7 @@ def copy_net(net: nn.Module) -> nn.Module:
 
 
 def share_frozen(copy: nn.Module, net: nn.Module) -> None:
-    """Make a copy share the frozen parameters and fixed tables of the net again."""
+    """Restore the sharing of frozen parameters and fixed tables between a copy and its net."""
     for copy_module, net_module in zip(copy.modules(), net.modules(), strict=True):
         for name, p in net_module.named_parameters(recurse=False, remove_duplicate=False):
             if not p.requires_grad:
@@ -55,7 +55,7 @@ def share_frozen(copy: nn.Module, net: nn.Module) -> None:
 
 
 def copy_buffers(copy: nn.Module, net: nn.Module) -> None:
-    """Replace the buffers of a copy that are in its state dict by copies of the net's."""
+    """Replace the buffers in the state dict of a copy by copies of the net's buffers."""
     for copy_module, net_module in zip(copy.modules(), net.modules(), strict=True):
         for name, buffer in net_module.named_buffers(recurse=False, remove_duplicate=False):
             if name not in net_module._non_persistent_buffers_set:
@@ -63,13 +63,13 @@ def copy_buffers(copy: nn.Module, net: nn.Module) -> None:
 
 
 def digest(net: nn.Module, loaders: Loaders | None = None, without: Collection[str] = ()) -> str | None:
-    """A SHA-256 of the frozen parameters: names, shapes, types, and some values of each, spread evenly.
+    """Return a SHA-256 of the frozen parameters: names, shapes, dtypes, and evenly spaced values of each.
 
-    `loaders` reads the parameters that are on the meta device; those named in `without` are left out. For a layer of
-    codes (`dumo.nets.lowbit`) the digest of the original weight counts (`origin`), not the codes: another version of
-    bitsandbytes may choose other ones. 20 B parameters take a second. Another model has another digest; a change of a
-    single value may go unseen. The fixed biases of heads are copies of the model's own, and a run may begin with one of
-    other heads, so these do not count. Returns None if nothing is frozen, or the net is on the meta device.
+    `loaders` read the parameters on the meta device; parameters named in `without` are skipped. For a quantized layer
+    (`dumo.nets.lowbit`) the digest of the original weight (`origin`) is used, because the codes depend on the version
+    of bitsandbytes. Different models have different digests, but a change of a single value may go unnoticed. 20 B
+    parameters take a second. The frozen biases of heads are skipped, because they are copies of the model's own and a
+    run may start from a run with other heads. Return None if nothing is frozen, or if the net is on the meta device.
     """
     all_frozen = frozen_weights(net)
     frozen = {name: p for name, p in all_frozen.items() if name not in without and not _is_bias_of_head(name)}
@@ -92,7 +92,7 @@ def _is_bias_of_head(name: str) -> bool:
 
 
 def require(now: str | None, before: str | None, whose: object) -> None:
-    """Raise UserError if a digest differs from that of the weights that `whose` training began with."""
+    """Raise UserError if the digest of frozen weights differs from the recorded one. `whose` names the run."""
     if now != before:
         raise UserError(
             f"{whose} was trained on other frozen weights than its net has now: put those back where its pipeline "

@@ -1,20 +1,19 @@
-"""How a run's weights are laid out over ranks: by torch's `fully_shard`, in place, on a mesh of replicas x shards.
+"""Shard a run's weights over ranks with torch's `fully_shard`, in place, on a mesh of replicas x shards.
 
-    train.share = 1            every rank holds all weights, gradients are averaged       (replicated, as DDP)
-    train.share = all ranks    each holds a shard, weights are gathered for a pass        (sharded, as FSDP)
+    train.share = 1            every rank has all weights, gradients are averaged         (replicated, as DDP)
+    train.share = all ranks    every rank has a shard, weights are gathered for a pass    (sharded, as FSDP)
     between                    shards within a replica, replicas are averaged             (hybrid, as HSDP)
 
 The order of events:
 
-1. `mesh_of` makes the mesh, and `shard` lays a net and its averages out over it, once, before the first step.
-2. A step calls `prepare_backward` before each backward pass. After a forward pass without a backward one it calls
-   `release`.
-3. A weight is read as a whole (`full_tensor`) or as this rank's part (`local_tensor`). `gather_net` makes a net in one
-   piece, for sampling.
+1. Before the first step, `mesh_of` creates the mesh, and `shard` shards a net and its averages over it.
+2. A step calls `prepare_backward` before each backward pass.
+3. A weight is read as a whole (`full_tensor`) or as this rank's shard (`local_tensor`). `gather_net` returns an
+   unsharded net for sampling.
 
-One process has no mesh, and never imports torch's sharding, which is slow to import; its net stays as it is, but for
-weights that are to be trained in bf16. The rest of dumo rarely needs to know: sharded parameters are `DTensor`s, which
-optimizers, averages and clipping take as tensors.
+A single process has no mesh and does not import torch's sharding, which is slow to import; its net is unchanged except
+for weights trained in bf16. Sharded parameters are `DTensor`s, which optimizers, averages and gradient clipping accept
+as tensors.
 """
 
 import warnings
@@ -39,9 +38,9 @@ if TYPE_CHECKING:
 
 
 def share_of(requested: int, ranks: int) -> int:
-    """How many ranks share one copy of the weights: `requested`, or all ranks if there are fewer.
+    """Return the number of shards of the weights: `requested`, or the number of ranks if that is less.
 
-    Raises UserError if that does not divide the number of ranks.
+    Raise UserError if it does not divide the number of ranks.
     """
     share = min(requested, ranks)
     if ranks % share:
@@ -51,7 +50,7 @@ def share_of(requested: int, ranks: int) -> int:
 
 
 def mesh_of(share: int, device: torch.device) -> "DeviceMesh | None":
-    """The mesh of all ranks, replicas of `share` ranks each; None for one process. Every rank must call it."""
+    """Create the mesh of replicas with `share` ranks each; None for one process. Every rank must call it."""
     if dist.world() == 1:
         return None
     from torch.distributed.device_mesh import init_device_mesh
@@ -73,30 +72,31 @@ def shard(
     restored: bool = False,
     in_bfloat16: bool = False,
 ) -> None:
-    """Shard a net and its averages over a mesh in place, block by block (`net.blocks`), onto its device.
+    """Shard a net and its averages over a mesh in place, block by block (`net.blocks`), onto the mesh's device.
 
-    Every rank must hold the same values, and keeps its part of them. Averages are on the meta device (`meta_copy`), and
-    get the values of the net.
+    Every rank must have the same values, and keeps its shard. Averages are on the meta device (`meta_copy`), and are
+    initialized with the values of the net.
 
-    - `loaders`: reads the parameters that are on the meta device, one by one
+    - `loaders`: read the parameters on the meta device, one by one
     - `reshard`: free gathered weights after each pass, else after the backward pass; averages always free them
-    - `restored`: trained weights are read from a checkpoint later, so they are not read
-    - `in_bfloat16`: round the net's trained parameters to bf16; averages begin as the net was before
+    - `restored`: do not read trained weights, because a checkpoint will be loaded
+    - `in_bfloat16`: round the net's trained parameters to bf16, after the averages are initialized
 
-    Averages go on sharing frozen parameters with the net. Without a mesh only `in_bfloat16` does anything.
+    Averages keep sharing frozen parameters with the net. Without a mesh only `in_bfloat16` has an effect.
     """
     if mesh is None:
         if in_bfloat16:
             _convert(net, _to_bfloat16)
         return
-    # Outputs may be views, of which torch warns at every pass; no objective changes one in place.
+    # torch warns about outputs that are views at every pass; no objective changes an output in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     _shard_net(net, mesh, loaders or {}, reshard=reshard, restored=restored)
     for average in averages:
         _shard_average(average, net, mesh, restored=restored)
     if in_bfloat16:
         _convert(net, _to_bfloat16)
-    for average in averages:  # fully_shard takes what it finds there at the first pass
+    # fully_shard collects the parameters at the first pass.
+    for average in averages:
         share_frozen(average, net)
 
 
@@ -108,7 +108,7 @@ def _shard_net(
     reshard: bool,
     restored: bool,
 ) -> None:
-    """Shard a net, and read this rank's part of each parameter; `restored`: those that are trained stay empty."""
+    """Shard a net and read this rank's shard of each parameter. With `restored`, trained ones stay uninitialized."""
 
     def read_part(name: str, like: Tensor) -> Tensor:
         part = torch.empty_like(like, device=mesh.device_type)
@@ -121,7 +121,7 @@ def _shard_net(
 
 
 def _shard_average(average: nn.Module, net: nn.Module, mesh: "DeviceMesh", *, restored: bool) -> None:
-    """Shard an average of a sharded net; it begins as the net, its trained parameters empty if `restored`."""
+    """Shard an average and copy the values of the sharded net. With `restored`, trained ones stay uninitialized."""
     net_parameters = dict(net.named_parameters())
     trained_names = [name for name, p in net_parameters.items() if p.requires_grad]
 
@@ -137,7 +137,7 @@ def _shard_average(average: nn.Module, net: nn.Module, mesh: "DeviceMesh", *, re
 
 
 def _shard_blocks(module: nn.Module, mesh: "DeviceMesh", *, reshard: bool) -> None:
-    """Shard a module's blocks, then all else in it; `reshard`: free gathered weights after each forward pass."""
+    """Shard a module's blocks, then the rest of it. With `reshard`, free gathered weights after each forward pass."""
     from torch.distributed.fsdp import fully_shard
 
     for part in (*getattr(module, "blocks", ()), module):
@@ -146,28 +146,28 @@ def _shard_blocks(module: nn.Module, mesh: "DeviceMesh", *, reshard: bool) -> No
 
 @torch.no_grad()
 def replace_parameters(module: nn.Module, names: Collection[str], make: Callable[[str, Tensor], Tensor]) -> None:
-    """Replace a sharded module's parameters of these names by what `make` returns for the name and the parameter."""
+    """Replace the named parameters of a sharded module by `make(name, parameter)`."""
     name_of: dict[Tensor, str] = {p: name for name, p in module.named_parameters() if name in names}
     _convert(module, lambda x: make(name_of[x], x) if x in name_of else x)
 
 
 def _convert(net: nn.Module, f: Callable[[Tensor], Tensor]) -> None:
-    """Replace each parameter and buffer x by f(x), sharded ones too. torch's public casts would convert all of them."""
+    """Replace each parameter and buffer x, sharded or not, by f(x)."""
     net._apply(f)
 
 
 def _to_bfloat16(x: Tensor) -> Tensor:
-    """A trained parameter in bf16; what is frozen, or a buffer, as it is."""
+    """Convert a trained parameter to bf16; return frozen parameters and buffers unchanged."""
     return x.bfloat16() if isinstance(x, nn.Parameter) and x.requires_grad else x
 
 
 def trains_in_16_bits(net: nn.Module) -> bool:
-    """Whether a net has trained weights of 16 bits, so that its passes need autocast."""
+    """Whether a net has trained weights in 16 bits, so that its passes need autocast."""
     return any(p.requires_grad and p.dtype in HALVES for p in net.parameters())
 
 
 def meta_copy(net: nn.Module) -> nn.Module:
-    """A copy of a net on the meta device, without values."""
+    """Copy a net to the meta device."""
     copies: dict[int, Tensor] = {}
     for p in net.parameters():
         copies[id(p)] = nn.Parameter(p.detach().to("meta"), p.requires_grad)
@@ -177,9 +177,9 @@ def meta_copy(net: nn.Module) -> nn.Module:
 
 
 def prepare_backward(net: nn.Module, is_last: bool, *, reshard: bool) -> None:
-    """Let the next backward pass average gradients over ranks if it is a step's last, else add them up on each rank.
+    """Average gradients over ranks in the next backward pass if it is the step's last, else accumulate them locally.
 
-    Gathered weights stay gathered from pass to pass, unless `reshard`.
+    Weights stay gathered between passes unless `reshard` is set.
     """
     modules = _sharded_modules(net)
     if modules:
@@ -189,12 +189,12 @@ def prepare_backward(net: nn.Module, is_last: bool, *, reshard: bool) -> None:
 
 
 def frees_gathered_weights(reshard: bool) -> bool:
-    """Whether gathered weights are freed after each pass, so that no cast of them may be kept either."""
+    """Whether gathered weights are freed after each pass, so that their casts must not be cached either."""
     return reshard and dist.world() > 1
 
 
 def _sharded_modules(net: nn.Module) -> "list[FSDPModule]":
-    """The sharded modules of a net, the root first; none if it is in one piece."""
+    """Return the sharded modules of a net, the root first; [] if it is not sharded."""
     if dist.world() == 1:
         return []
     from torch.distributed.fsdp import FSDPModule
@@ -203,32 +203,33 @@ def _sharded_modules(net: nn.Module) -> "list[FSDPModule]":
 
 
 def gather_net(net: nn.Module, build: Callable[[torch.device], nn.Module]) -> nn.Module:
-    """Return the net in one piece on every rank, in float32.
+    """Return the unsharded net in float32 on every rank.
 
-    That is the net itself, unless it is sharded or trained in bf16; then `build`, which takes a device, makes a net
-    that gets the trained weights. Every rank must call it.
+    If the net is sharded or trained in bf16, `build(device)` creates a new net that receives the trained weights;
+    otherwise the net itself is returned. Every rank must call it.
     """
     if not _sharded_modules(net) and not trains_in_16_bits(net):
         return unwrap(net)
     whole_net = build(next(net.parameters()).device)
     weights = whole_net.state_dict()
-    for name, x in trained_state_dict(net).items():  # one by one, so that there is no second whole net
+    # Gather one tensor at a time, to avoid a second full copy of the net.
+    for name, x in trained_state_dict(net).items():
         weights[name].copy_(full_tensor(x.detach()))
     return whole_net
 
 
 def full_tensor(x: Tensor) -> Tensor:
-    """The whole of a tensor, on every rank. Every rank must call it."""
+    """Return the full tensor on every rank. Every rank must call it."""
     return cast("DTensor", x).full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def local_tensor(x: Tensor) -> Tensor:
-    """The part of a tensor that is on this rank."""
+    """Return this rank's shard of a tensor."""
     return cast("DTensor", x).to_local() if hasattr(x, "to_local") else x
 
 
 def local_offset(x: Tensor) -> tuple[int, ...]:
-    """Where the part of a tensor that is on this rank begins in the whole tensor, by dimension."""
+    """Return the offset of this rank's shard in the full tensor, by dimension."""
     if not hasattr(x, "to_local"):
         return (0,) * x.ndim
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -238,12 +239,12 @@ def local_offset(x: Tensor) -> tuple[int, ...]:
 
 
 def offset_on_rank(x: Tensor) -> int:
-    """The number, in the whole of a tensor, of the first number on this rank; ranks share it by rows."""
+    """Return the flat index, in the full tensor, of the first element on this rank. Tensors are sharded by rows."""
     return local_offset(x)[0] * prod(x.shape[1:]) if hasattr(x, "to_local") else 0
 
 
 def replica_of(x: Tensor) -> tuple[int, int]:
-    """The number of this rank among those that hold the same part of a tensor, and how many they are."""
+    """Return the index of this rank among the ranks with the same shard of a tensor, and the number of these ranks."""
     if not hasattr(x, "to_local"):
         return dist.rank(), dist.world()
     sharded = cast("DTensor", x)
@@ -258,7 +259,7 @@ def replica_of(x: Tensor) -> tuple[int, int]:
 
 
 def empty_rows_like(x: Tensor, width: int) -> Tensor:
-    """An empty float32 tensor with as many rows as `x`, of `width` numbers each, sharded by rows as `x` is."""
+    """Return an uninitialized float32 tensor (rows of `x`, `width`), sharded by rows like `x`."""
     local_rows = torch.empty(local_tensor(x).shape[0], width, device=x.device)
     if not hasattr(x, "to_local"):
         return local_rows
@@ -276,7 +277,7 @@ def empty_rows_like(x: Tensor, width: int) -> Tensor:
 
 
 def shard_like(x: Tensor, like: Tensor) -> Tensor:
-    """Shard `x`, which all ranks hold whole, like the tensor `like` of its shape, without communication."""
+    """Shard the full tensor `x`, which is equal on all ranks, like the tensor `like`, without communication."""
     if not hasattr(like, "to_local"):
         return x
     from torch.distributed.tensor import distribute_tensor

@@ -1,10 +1,10 @@
-"""A run's log, metrics.jsonl and speed.jsonl: one JSON object per line, so a torn write costs at most the last line.
+"""A run's logs, metrics.jsonl and speed.jsonl: one JSON object per line, so a torn write loses at most the last line.
 
-Training calls `append` at each logged step, and `flush` before a checkpoint, which notes the size and hash of the log
-(`entry_of`). A resumed run removes the rows after its step (`rewind`).
-Everyone else reads by `read_log`. Who shows a row asks `is_weighted` whether its loss says more than its parts.
+Training calls `append` at each logged step, and `flush` before a checkpoint, which records the size and hash of the log
+(`entry_of`). A resumed run removes the rows after its step (`rewind`). All other code reads with `read_log`, and
+displays use `is_weighted` to decide whether to show the parts of the loss.
 
-JSON has no NaN and no infinity: they are written as null, such as the mean loss of an empty time bin.
+NaN and infinity, such as the mean loss of an empty time bin, are written as null.
 """
 
 import json
@@ -23,9 +23,9 @@ Row = dict[str, Any]
 
 
 def append(path: Path, row: Row) -> None:
-    """Append one line, and cut off a torn one before it; it is with the operating system on return.
+    """Remove a torn last line, and append a row. It is not flushed to disk.
 
-    Raises UserError as `require_in_place`.
+    Raise UserError if the folder was moved (`require_in_place`).
     """
     require_in_place(path)
     with path.open("a+b") as lines:
@@ -34,7 +34,7 @@ def append(path: Path, row: Row) -> None:
 
 
 def _drop_torn_line(lines: BinaryIO) -> None:
-    """Cut off what follows the last line's end, which a training leaves that is killed while it writes."""
+    """Truncate an incomplete last line, which a killed training may leave."""
     size = lines.seek(0, os.SEEK_END)
     lines.seek(max(0, size - 1))
     if lines.read() not in (b"", b"\n"):
@@ -43,21 +43,21 @@ def _drop_torn_line(lines: BinaryIO) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until the log is on the disk."""
+    """Flush the log to disk."""
     if path.exists():
         file.flush(path)
         file.flush(path.parent)
 
 
 def entry_of(path: Path) -> FileEntry | None:
-    """The size and the SHA-256 of a log, as a checkpoint lists them; None where there is no log."""
+    """Return the size and SHA-256 of a log for a checkpoint; None if there is no log."""
     return FileEntry.of(path) if path.exists() else None
 
 
 def read_log(path: Path) -> list[Row]:
-    """All rows, in order; none without a file. A last line that is no row is left out, as a torn write leaves one.
+    """Read all rows in order; [] if the file does not exist. An invalid last line, left by a torn write, is skipped.
 
-    Raises UserError if any other line is not a row with its step.
+    Raise UserError if any other line is invalid.
     """
     if not path.exists():
         return []
@@ -69,7 +69,7 @@ def read_log(path: Path) -> list[Row]:
             if not isinstance(row["step"], int):
                 raise TypeError("its step is no number")
             rows.append(row)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:  # no text, no JSON, or no row
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number == len(lines):
                 continue
             raise UserError(f"{path}, line {number} is no row of a log ({error}): mend or remove that line") from error
@@ -77,7 +77,7 @@ def read_log(path: Path) -> list[Row]:
 
 
 def is_weighted(loss: float | None, parts: Mapping[str, float | None]) -> bool:
-    """Whether a loss says something else than its parts: there are several, or its only part is another number.
+    """Whether a loss differs from its parts: it has several, or a single one with another value.
 
     Parts are mean squares; a loss that is weighted by its own size may be constant.
     """
@@ -88,10 +88,10 @@ def rewind(path: Path, step: int) -> None:
     """Remove the rows after `step`, which a resumed run logs again, and a torn last line."""
     if path.exists():
         text = "".join(to_line(row) for row in read_log(path) if row["step"] <= step)
-        # Only one process writes it, so its draft needs no own name.
+        # Only one process writes the log, so the temporary file needs no unique name.
         file.write(path, text.encode(), writer="", durable=True)
 
 
 def to_line(row: Row) -> str:
-    """A row as a line of strict JSON."""
+    """Format a row as a line of strict JSON."""
     return json.dumps(null_nonfinite(row), allow_nan=False) + "\n"

@@ -1,8 +1,8 @@
-"""What one training step measured: `StepMetrics.reduce` averages it over ranks.
+"""Metrics of a training step: `StepMetrics.reduce` averages them over ranks.
 
-All numbers are reduced at once and copied from the device once; this is the only place where a step waits for its
-device. They are sums and counts by bins of t, the gradient norm, and a few flags, so that all ranks decide alike: a
-loss that is not finite on one rank is not finite in the sum. `find_bad_rows` then tells which rows caused it.
+All numbers are reduced at once and copied from the device once; this is the only synchronization of a step. They are
+sums and counts by bins of t, the gradient norm, and a few flags. All ranks make the same decisions, because a loss that
+is not finite on one rank is not finite in the sum. `find_bad_rows` then finds the rows that caused it.
 """
 
 import math
@@ -22,7 +22,7 @@ from dumo.types import Cond, PerSample, Terms, Time
 _BINS = 10
 # Rows of a skipped step that the log lists.
 MAX_LISTED_ROWS = 16
-# Fields that the log leaves out: they are no measurements, or most steps lack them.
+# Fields that are not logged, because they are not metrics or are usually empty.
 _UNLOGGED_FIELDS = ("received_signal", "checkpoint_due", "timing", "skipped")
 
 # The t, class, index in the batch, and rank of a row.
@@ -31,9 +31,9 @@ BatchRow = dict[str, float | int | None]
 
 @dataclass(frozen=True)
 class Skipped:
-    """Why a step was not applied, and the rows that caused it. The names of the fields are keys in the log."""
+    """The reason that a step was skipped, and the rows that caused it. The field names are keys in the log."""
 
-    # The names of the values that are not finite: loss, parts, notes, or the gradient norm.
+    # The names of the non-finite values: loss, parts, notes, or the gradient norm.
     what: str
     # The number of bad rows, and of all rows of the batch.
     count: int
@@ -50,7 +50,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """The measurements of one step: means over the global batch."""
+    """The metrics of a step: means over the global batch."""
 
     # Steps done and images seen, including this step.
     step: int
@@ -65,13 +65,13 @@ class StepMetrics:
     # The norm of the gradient of all trained weights, before clipping.
     grad_norm: float
     lr: float
-    # Why the step was not applied; None if it was.
+    # The reason that the step was skipped; None if it was applied.
     skipped: Skipped | None = None
     # The number of a signal that any rank received; the same on all ranks.
     received_signal: int | None = None
     # Whether a checkpoint is due by rank 0's clock.
     checkpoint_due: bool = False
-    # Progress by rank 0's clock before this step; None for a run that ends by its steps.
+    # Progress by rank 0's clock before this step; None without a time limit.
     timing: Timing | None = None
 
     @classmethod
@@ -87,11 +87,11 @@ class StepMetrics:
         checkpoint_due: bool = False,
         timing: Timing | None = None,
     ) -> "StepMetrics":
-        """Average the measurements of a step over ranks. Every rank must call it.
+        """Average the metrics of a step over ranks. Every rank must call it.
 
         - `t` (b,), `terms` (b,) each: the times and loss terms of this rank's rows
         - `norm` (): the gradient norm, on the device
-        - `step`, `images`: done and seen, including this step
+        - `step`, `images`: steps done and images seen, including this step
         - `checkpoint_due`, `timing`: used on rank 0 only, whose clock decides for all ranks
         """
         # Reduce everything at once: sums by bins of t, and flags of ranks.
@@ -116,13 +116,13 @@ class StepMetrics:
         sums = {name: means[f"sums of {name}"] for name in columns}
         column_means = {name: sum(row) / sum(counts) for name, row in sums.items()}
 
-        # Read what all ranks decide together: signals, a checkpoint that is due, the clock.
+        # Read the shared flags: signals, a due checkpoint, the clock.
         signals_received = [number for number, flag in zip(signals.SIGNALS, means["signals"], strict=True) if flag]
         due_flag, over_flag = means["flags"]
         if timing and over_flag > 0:
             timing = timing.at_end()
         elif timing:
-            # Rank 0 wrote its clock and the others zeros, so the mean is multiplied by the number of ranks.
+            # Only rank 0 contributed its clock, so multiply the mean by the number of ranks.
             seconds, share = (value * dist.world() for value in means["clock"])
             timing = timing.model_copy(update={"seconds": seconds, "share": share})
         return cls(
@@ -154,7 +154,7 @@ class StepMetrics:
         return sum(map(abs, self.parts.values())) or abs(self.loss)
 
     def row(self) -> dict[str, Any]:
-        """The metrics as a row of the log."""
+        """Return the metrics as a log row."""
         row = asdict(self)
         logged = {name: value for name, value in row.items() if name not in _UNLOGGED_FIELDS}
         if self.skipped:
@@ -163,7 +163,7 @@ class StepMetrics:
 
 
 def join_terms(terms: Sequence[Terms]) -> Terms:
-    """The terms of all micro-batches as those of the whole batch."""
+    """Concatenate the terms of micro-batches."""
     first = terms[0]
     return Terms(
         torch.cat([part.loss for part in terms]),
@@ -173,7 +173,7 @@ def join_terms(terms: Sequence[Terms]) -> Terms:
 
 
 def find_bad_rows(metrics: StepMetrics, t: Time, c: Cond, terms: Terms) -> Skipped:
-    """Find the rows, of all ranks, whose values are not finite. Every rank must call it."""
+    """Find the rows of all ranks with non-finite values. Every rank must call it."""
     times_by_rank = dist.all_gather(t)
     times = torch.cat(times_by_rank)
     rank_of_row: list[int] = []
@@ -208,19 +208,19 @@ def find_bad_rows(metrics: StepMetrics, t: Time, c: Cond, terms: Terms) -> Skipp
 
 
 def _mean_over_ranks(parts: Mapping[str, Tensor], like: Tensor) -> dict[str, list[float]]:
-    """Average each tensor over ranks: one reduction, and one copy from the device of `like`. Returns flat lists."""
+    """Average tensors over ranks with one reduction and one copy from the device of `like`. Return flat lists."""
     flat = torch.cat([part.to(like).flatten() for part in parts.values()])
     numbers = iter(dist.mean(flat).tolist())
     return {name: list(islice(numbers, part.numel())) for name, part in parts.items()}
 
 
 def _sums_by_bin(bins: Tensor, column: PerSample) -> Tensor:
-    """The sum of the rows of each bin, of shape (_BINS,). `bins` has the bin of each row."""
+    """Return the sum of the rows of each bin, (_BINS,). `bins` (b,) is the bin of each row."""
     return column.new_zeros(_BINS).index_add_(0, bins, column)
 
 
 def _filled(t: Time, values: Sequence[float | bool]) -> Tensor:
-    """Numbers of the host on t's device, filled in one by one: a copy would wait for the device."""
+    """Create a tensor on t's device, filled element by element, because a copy would synchronize with the device."""
     row = t.new_zeros(len(values))
     for place, value in enumerate(values):
         if value:
@@ -229,10 +229,10 @@ def _filled(t: Time, values: Sequence[float | bool]) -> Tensor:
 
 
 def _means_by_bin(sums: Sequence[float], counts: Sequence[float]) -> list[float]:
-    """The mean of each bin; nan if it is empty."""
+    """Return the mean of each bin; nan if it is empty."""
     return [total / n if n else math.nan for total, n in zip(sums, counts, strict=True)]
 
 
 def _columns_of(terms: Terms) -> dict[str, PerSample]:
-    """The loss, its parts and notes, by name."""
+    """Return the loss, its parts and notes by name."""
     return {"loss": terms.loss, **terms.parts, **terms.notes}

@@ -1,8 +1,8 @@
-"""How the rows of a global batch are split over ranks and micro-batches.
+"""Split the rows of a global batch over ranks and micro-batches.
 
-A batch is split over ranks, and a rank's rows over its micro-batches: consecutive rows, of nearly equal size, equally
-many on every rank. The gradient is that of the mean loss over the global batch, so the split changes rounding only, and
-two ranks equal one rank with two micro-batches, to the bit.
+Micro-batches are consecutive rows of nearly equal size, and every rank has the same number of them. The gradient is
+that of the mean loss over the global batch, so the split affects only rounding, and two ranks are bit-identical to one
+rank with two micro-batches.
 """
 
 from itertools import pairwise
@@ -15,16 +15,16 @@ from dumo.types import Objective, UserError
 
 
 def rows_kept_together(spec: Train, objective: Objective) -> int:
-    """How many neighbouring rows share times, noise or targets; a micro-batch must not part them."""
+    """Return the size of groups of rows that share times, noise or targets. A micro-batch must not split a group."""
     return lcm(group_size(objective), spec.coupling.group if spec.coupling else 1)
 
 
 def split_batch(spec: Train, objective: Objective, ranks: int) -> list[list[slice]]:
-    """Split the global batch: for each rank, the rows of each of its micro-batches.
+    """Split the global batch. Return, for each rank, the rows of each of its micro-batches.
 
-    A micro-batch has at most `train.micro_batch` rows (None: all of a rank's), and never parts rows that belong
-    together. Raises UserError if the batch is not a multiple of a group of such rows, a group exceeds
-    `train.micro_batch`, or there are fewer groups than micro-batches.
+    A micro-batch has at most `train.micro_batch` rows (None means all rows of a rank) and never splits a group
+    (`rows_kept_together`). Raise UserError if the batch is not a multiple of the group size, if a group exceeds
+    `train.micro_batch`, or if there are fewer groups than micro-batches.
     """
     batch = spec.batch
     micro_batch = spec.micro_batch
@@ -51,10 +51,7 @@ def split_batch(spec: Train, objective: Objective, ranks: int) -> list[list[slic
 
 
 def rows_of_rank(spec: Train, objective: Objective) -> tuple[slice, list[slice]]:
-    """The rows of the global batch that this rank takes, and those of its micro-batches, counted from the first one.
-
-    Raises UserError as `split_batch`.
-    """
+    """Return this rank's rows of the global batch, and the rows of its micro-batches relative to the first of them."""
     micro_batches = split_batch(spec, objective, dist.world())[dist.rank()]
     first = micro_batches[0].start
     local = [slice(rows.start - first, rows.stop - first) for rows in micro_batches]

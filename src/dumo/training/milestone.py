@@ -1,8 +1,9 @@
-"""Weights outside of checkpoints: milestones, and the best weights of a run, each in one safetensors file.
+"""Save weights outside of checkpoints: milestones and best weights, each in one safetensors file.
 
-    milestones/step-00000200.safetensors   the weights that are sampled at a step of train.milestones; all stay
+    milestones/step-00000200.safetensors   the sampled weights at a step of train.milestones; never removed
 
-`save_weights` gathers them on rank 0. Their metadata have facts and a checksum (`dumo.io.tensor_files.write_weights`).
+`save_weights` gathers the weights on rank 0. The metadata contain facts and a checksum
+(`dumo.io.tensor_files.write_weights`).
 """
 
 from collections.abc import Mapping
@@ -19,18 +20,18 @@ from dumo.training.state import State
 
 
 def save_milestone(folder: Path, state: State, run: str = "") -> Path:
-    """Write the sampled weights (of the first average, else the net) as this step's milestone; return its path.
+    """Write the sampled weights (the first average, or else the net) as this step's milestone; return its path.
 
-    `run` is the identity of the run. Every rank must call it. Raises as `save_weights`.
+    `run` is the config hash of the run. Every rank must call it.
     """
     return save_weights(folder, state, state.sampled_net, "milestone", run)
 
 
 def save_weights(folder: Path, state: State, module: nn.Module, kind: str, run: str = "", **facts: object) -> Path:
-    """Write the trained weights of the net, or of its average `module`, as one file of this step; return its path.
+    """Write the trained weights of the net, or of its average `module`, to one file of this step; return its path.
 
-    The file says its kind, its step, the identity of its run, `run`, and `facts`. Replaces an older one. Every rank
-    must call it. Raises OSError on all ranks if the disk is full; the older file then stays.
+    The metadata contain kind, step, `run` (the config hash) and `facts`. An existing file is replaced. Every rank must
+    call it. Raise OSError on all ranks if the disk is full; an existing file is then kept.
     """
     target = folder / f"{folder_of(state.step)}.safetensors"
     whole = tensor_files.unshared(_gather_on_main_rank(frozen.trained_state_dict(state.net, module)))
@@ -44,12 +45,12 @@ def save_weights(folder: Path, state: State, module: nn.Module, kind: str, run: 
 
 
 def milestones(folder: Path) -> dict[int, Path]:
-    """The milestones in `folder` by step, in order."""
+    """Return the milestones in `folder` by step, in ascending order."""
     return paths_by_step(folder, ".safetensors")
 
 
 def _gather_on_main_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole of each tensor on rank 0, nothing on others. Every rank must call it."""
+    """Return the full tensors on rank 0, and nothing on other ranks. Every rank must call it."""
     if dist.world() == 1:
         return dict(tensors)
     gathered: dict[str, Tensor] = {}

@@ -1,10 +1,10 @@
-"""Optimizers, as values of a run: the field `train.optimizer`.
+"""Optimizer specs: the field `train.optimizer`.
 
-A spec (`AdamW`, `Adam`, `AdamW8bit`, `Muon`) holds the peak learning rate. Called with a net it builds the torch
+A spec (`AdamW`, `Adam`, `AdamW8bit`, `Muon`) contains the peak learning rate. Calling it with a net creates the torch
 optimizer of the trained weights.
 
-`half_rates` gives the fields to set where a training diverged; `time_embedder_parameters` the weights to which Muon may
-give a rate of their own.
+`half_rates` returns the fields to set after a training diverged; `time_embedder_parameters` returns the weights that
+may have their own learning rate with Muon.
 """
 
 from collections.abc import Collection
@@ -36,11 +36,11 @@ class Adaptive(Spec, Generic[OptimizerKind]):
     eps: LearningRate = Field(default=1e-8, json_schema_extra=QUIET)
 
     def __call__(self, net: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer of a net's trained weights."""
+        """Create the optimizer of a net's trained weights."""
         return self.optimizer_of(_trained_parameters(net))
 
     def optimizer_of(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """The torch optimizer of some parameters; if all are on a GPU a fused kernel, which rounds unlike a CPU's."""
+        """Create the torch optimizer of some parameters. Fused GPU kernels round differently than the CPU."""
         fused = True if all(p.is_cuda for p in params) else None
         return self.torch_class(params, self.lr, self.betas, self.eps, self.weight_decay, fused=fused)
 
@@ -65,7 +65,7 @@ class AdamW8bit(Adaptive[Literal["adamw8bit"]]):
     kind: Literal["adamw8bit"] = "adamw8bit"
 
     def __call__(self, net: nn.Module) -> AdamW8bitOptimizer:
-        """The optimizer of a net's trained weights. Raises UserError where bitsandbytes is missing."""
+        """Create the optimizer of a net's trained weights. Raise UserError if bitsandbytes is missing."""
         named_parameters = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
         return AdamW8bitOptimizer(named_parameters, **self.model_dump(exclude={"kind"}))
 
@@ -90,9 +90,9 @@ class Muon(Spec):
     eps: LearningRate = Field(default=1e-8, json_schema_extra=QUIET)
 
     def __call__(self, net: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer of a net's trained weights.
+        """Create the optimizer of a net's trained weights.
 
-        Raises UserError if its blocks have no matrix, or `time_lr` is given and no embedder of times is known.
+        Raise UserError if its blocks have no matrices, or if `time_lr` is set and no module embeds times.
         """
         num_stacked = block_matrices(net)
         if not num_stacked:
@@ -114,11 +114,12 @@ class Muon(Spec):
         if other_parameters:
             adamw = self._adamw(other_parameters, time_embedders)
             for group in adamw.param_groups:
-                group["ratio"] = group["lr"] / self.lr  # which the schedule keeps (`dumo.run.trainer`)
+                # The trainer keeps this ratio when the schedule changes lr.
+                group["ratio"] = group["lr"] / self.lr
         return MuonOptimizer(params_by_stack, adamw, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def _adamw(self, parameters: list[nn.Parameter], time_embedders: Collection[nn.Parameter]) -> torch.optim.Optimizer:
-        """AdamW of some parameters; with `time_lr` those of them in `time_embedders` are a second group."""
+        """Create AdamW for some parameters. With `time_lr`, `time_embedders` are a separate parameter group."""
         lr = self.adamw_lr or self.lr
         adamw = AdamW(lr=lr, betas=self.betas, weight_decay=self.weight_decay, eps=self.eps).optimizer_of(parameters)
         time_parameters = [p for p in parameters if p in time_embedders]
@@ -133,18 +134,18 @@ Optimizer = Annotated[AdamW | Adam | AdamW8bit | Muon, Field(discriminator="kind
 
 
 def half_rates(optimizer: Optimizer) -> dict[str, float]:
-    """Half of each rate that an optimizer has, by field."""
+    """Return half of each learning rate of an optimizer, by field."""
     rates = {name: getattr(optimizer, name, None) for name in ("lr", "adamw_lr", "time_lr")}
     return {name: rate / 2 for name, rate in rates.items() if rate is not None}
 
 
 def _trained_parameters(net: nn.Module) -> list[nn.Parameter]:
-    """The trained parameters of a net."""
+    """Return the trained parameters of a net."""
     return [p for p in net.parameters() if p.requires_grad]
 
 
 def time_embedder_parameters(net: nn.Module) -> set[nn.Parameter]:
-    """The trained weights of a net's embedders of times: of modules that say so by `embeds_times`."""
+    """Return the trained weights of a net's time embedders, which are modules with `embeds_times = True`."""
     parameters: set[nn.Parameter] = set()
     for module in net.modules():
         if getattr(module, "embeds_times", False):

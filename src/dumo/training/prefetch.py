@@ -1,4 +1,4 @@
-"""Batches and random numbers of later steps, made by threads while the present step runs: `Prefetch`."""
+"""Prefetch the batches and random numbers of later steps in threads while the current step runs."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,29 +7,31 @@ from typing import Generic, TypeVar
 import torch
 
 T = TypeVar("T")
-# Batches that are made ahead of the step, each by a thread. One hides a late file; more hide an epoch's slow start.
-BATCHES_AHEAD = 3  # ours
+# The number of prefetched batches, each read by a thread. One hides a slow file; more hide the slow start of an epoch.
+BATCHES_AHEAD = 3
 
 
 class Prefetch(Generic[T]):
-    """Calls `make(step)` ahead of use, in `depth` threads: asking for step s starts s + 1 ... s + depth.
+    """Calls `make(step)` ahead of use in `depth` threads: a call for step s starts s + 1 ... s + depth.
 
-    Any step may be asked for; errors of `make` are raised at its step. At the end of its `with` no thread is left.
+    Steps may be requested in any order, and errors of `make` are raised at their step. Exiting the context joins the
+    threads.
     """
 
     def __init__(self, make: Callable[[int], T], *, last: int, depth: int = 1) -> None:
-        """Start nothing yet. Step `last` and later ones are never made ahead."""
+        """Create the threads. Step `last` and later steps are never prefetched."""
         self.make = make
         self.last = last
         self.depth = depth
-        torch.get_num_threads()  # settles this thread's number of OpenMP threads: threads begun later would have 1
-        # Each thread here has one OpenMP thread. A team of them would take the cores from the step, which on two cores
-        # took 1.4 to 1.7 times as long.
+        # Initialize this thread's number of OpenMP threads before the pool sets it to 1 for later threads.
+        torch.get_num_threads()
+        # Use one OpenMP thread per worker: more would take cores from the step, which on two cores took 1.4 to 1.7
+        # times as long.
         self.executor = ThreadPoolExecutor(depth, "ahead", initializer=torch.set_num_threads, initargs=(1,))
         self.futures: dict[int, Future[T]] = {}
 
     def __call__(self, step: int) -> T:
-        """Wait for the value of `make(step)`, and return it. Raises what `make` raised."""
+        """Wait for `make(step)`, and return its value or raise its error."""
         future = self.futures.pop(step, None)
         if future is None:
             future = self.executor.submit(self.make, step)
