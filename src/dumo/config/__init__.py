@@ -1,4 +1,4 @@
-"""A run as one value: its parts by name, its text, whether its values fit together.
+"""The configuration of a run: its specs, parsing, overrides and validation.
 
-Touches its own text, names of classes and files of captions. Makes no net and asks no device.
+Builds no net and uses no device.
 """

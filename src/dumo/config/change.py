@@ -1,6 +1,6 @@
-"""Merge the changes of a file into its base, or of an override into a part (ADR 0002).
+"""Merge the changes of a file into its base, or of an override into a spec (ADR 0002).
 
-A part with another `kind` begins with that kind's defaults: the fields of the old kind are dropped.
+If the `kind` of a spec changes, the fields of the old kind are dropped, and the defaults of the new kind apply.
 """
 
 from typing import Any
@@ -11,10 +11,10 @@ from dumo.io.yaml import yaml_text
 
 
 def merge(base: dict[str, Any], change: dict[str, Any], where: str = "") -> dict[str, Any]:
-    """The base with the changes of a file, as a new tree. `where` is the dotted path to both, with a dot at its end.
+    """Return a new tree: the base with the changes of a file. `where` is the dotted path to both, ending in a dot.
 
-    Mappings are merged key by key; anything else, an empty mapping and another kind replace what was there. Raises
-    UserError if fields are given to a value of the base that has none.
+    Mappings are merged key by key; other values, an empty mapping or another kind replace the base's value. Raises
+    UserError if a change has fields for a plain value of the base.
     """
     merged = dict(base)
     for key, new in change.items():
@@ -31,5 +31,5 @@ def merge(base: dict[str, Any], change: dict[str, Any], where: str = "") -> dict
 
 
 def has_other_kind(part: dict[str, Any], kind: object, default: str | None = None) -> bool:
-    """Whether `kind` is given, and the part has a kind that is another; `default` is that of a part that says none."""
+    """Whether `kind` is given and differs from the kind of a part, which is `default` if the part has none."""
     return kind is not None and part.get("kind", default or kind) != kind

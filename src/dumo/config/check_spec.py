@@ -1,11 +1,10 @@
-"""Check that the parts of a run fit each other, and advise where a run departs from its sources.
+"""Check the compatibility of the specs of a run, and report departures from the papers or models it is based on.
 
-`check` raises UserError for the first mismatch between values. It builds no network and reads no file;
-`dumo.run.check_network` checks what needs those. Only mismatches that would train or judge wrongly without a word are
-refused here (docs/refusals.md).
+`check` raises UserError for the first mismatch between values. It builds no network and reads no file, unlike
+`dumo.run.check_network`. Only mismatches that would silently train or evaluate wrongly are refused (docs/refusals.md).
 
 `check_ranks` and `check_guidance` are also called on their own, with a number of ranks or the guidance of one request.
-`advice` refuses nothing: it returns lines to print before training.
+`advice` returns lines to print before training.
 """
 
 import shlex
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
 
 _KINDS_OF_ANY_SIZE = ("dit", "diffusers")
 
-# Advice is given beyond these ratios, either way.
+# Advice is given if a ratio or its inverse exceeds these values.
 _MAX_SIDE_RATIO = 2.0  # side of the images / side that the pipeline makes
 _MAX_DIFFUSION_SIDE_RATIO = 1.4  # the same for diffusion models, e.g. Stable Diffusion 2.1 (768 pixels) at 512
 _MAX_SD_RATIO = 1.2  # standard deviation of the data / that of the path
@@ -61,14 +60,14 @@ def check(run: "Run") -> None:
     objective = run.objective
     train = run.train
 
-    # What the network reads must be what the data give.
+    # The network's inputs must match the data.
     _check_captions(run)
     if getattr(data.captions, "source", None):
         _check_editing(run)
     _check_sizes(run)
     _check_augmentation(data, run.net, objective)
 
-    # The objective needs formulas for the path, times that teach what it reads, a precision and a teacher.
+    # The objective needs a supported path, suitable times, a precision and a teacher.
     require_path(objective, run.path.kind)
     require_times(objective)
     has_pairs = run.teacher is not None and bool(run.teacher.pairs)
@@ -103,7 +102,7 @@ def check(run: "Run") -> None:
 
 
 def _check_captions(run: "Run") -> None:
-    """Captions must be given exactly if the network reads them. Else they would be numbered as classes."""
+    """Raise UserError unless captions are given exactly if the network reads them; else they would be class numbers."""
     texts = run.net.texts
     has_captions = run.data.captions is not None
     reads_captions = texts is not None and texts.kind != "codes"
@@ -117,7 +116,7 @@ def _check_captions(run: "Run") -> None:
 
 
 def _check_editing(run: "Run") -> None:
-    """A model that edits images always has an image as its condition: nothing may leave the condition out."""
+    """Raise UserError if an image-editing model would drop its condition, which always includes an image."""
     training_guidance = GuidanceScale.of(run.objective.needs)
     reason = ""
     if run.objective.drop > 0:
@@ -133,7 +132,7 @@ def _check_editing(run: "Run") -> None:
 
 
 def _check_sizes(run: "Run") -> None:
-    """Images of several sizes need a network that takes them, and no teacher's pairs, which are squares."""
+    """Raise UserError if buckets are used with an incompatible network or with a teacher's pairs, which are squares."""
     buckets = buckets_field(run.data)
     if buckets is None:
         return
@@ -149,7 +148,7 @@ def _check_sizes(run: "Run") -> None:
 
 
 def _check_augmentation(data: Data, net: Net, objective: Objective) -> None:
-    """The network must take as many numbers as describe an image's augmentation, and training must not drop them."""
+    """Raise UserError if the network's augmentation labels do not match the data's, or if training drops them."""
     augment = shown_data(data).augment
     num_labels = augment.augment_dim if augment else 0
     if num_labels != net.augment:
@@ -170,7 +169,7 @@ def _check_augmentation(data: Data, net: Net, objective: Objective) -> None:
 
 
 def _check_precondition(run: "Run") -> None:
-    """A preconditioned network gives velocities on the linear path, at positive times."""
+    """Raise UserError if a preconditioned network is used off the linear path or at negative times."""
     objective = run.objective
     excess: list[str] = []
     if objective.needs.signed:
@@ -187,14 +186,14 @@ def _check_precondition(run: "Run") -> None:
 
 
 def _check_teacher(run: "Run") -> None:
-    """The teacher must give the velocity or the trajectories that the objective learns from, guided at most once."""
+    """Raise UserError if the teacher lacks what the objective learns from, or if guidance would apply twice."""
     objective = run.objective
     teacher = run.teacher
     gives_velocity = teacher is not None and not teacher.pairs
     gives_trajectories = teacher is not None and bool(teacher.pairs)
     require_teacher(objective, gives_velocity=gives_velocity, gives_trajectories=gives_trajectories)
     if objective.needs.teacher.points and objective.drop and may_have_classes(run.data):
-        # A trajectory belongs to its label. Without labels the net would learn the mean over all labels.
+        # Without labels, the net would learn the mean of trajectories over all labels.
         raise UserError(
             f"objective.drop = {objective.drop:g}: objective '{objective.kind}' learns trajectories, each of one "
             "label: set objective.drop=0"
@@ -215,8 +214,8 @@ def _check_teacher(run: "Run") -> None:
 
 
 def _check_start(run: "Run") -> None:
-    """An objective with a first stage needs that stage as theta^-, and adapters for a subject need a few-step run."""
-    # train.ref=1 is a decay of 1: the average that stays at the weights with which training began.
+    """Raise UserError if an objective's first stage, or the few-step run for a subject's adapters, is missing."""
+    # train.ref=1 is an EMA decay of 1, which keeps the initial weights.
     require_first_stage(run.objective, has_first_stage=run.start is not None and run.train.ref == 1)
     if run.start:
         require_names("start.heads", run.start.heads, run.objective.needs.heads, run.objective.kind)
@@ -258,7 +257,7 @@ def check_ranks(train: Train, objective: AnyObjective, ranks: int = 1) -> None:
 
 
 def _check_training_guidance(data: Data, objective: Objective) -> None:
-    """Guidance in training needs classes to guide by. A guide may be active although its scale is 1."""
+    """Raise UserError for guidance in training without classes. A guide may be active although its scale is 1."""
     if may_have_classes(data):
         return
     guidance = training_guidance(objective.needs)
@@ -276,7 +275,7 @@ def check_guidance(
     field: str = "sample.guide.scale",
     source: str = "",
 ) -> None:
-    """Raise UserError if `guide` guides a network that cannot be guided; `field` asks for it.
+    """Raise UserError if `guide`, which `field` sets, is active for a network that cannot be guided.
 
     `trained` is the guidance of the network in training. `source` names the network's run in the message, if it is
     another run than the one that is read.
@@ -293,7 +292,7 @@ def check_guidance(
 
 
 def _check_validation(evaluation: "Evaluation") -> None:
-    """Validation in training needs steps to choose the best of, and a protocol that judges samples, enough of them."""
+    """Raise UserError if validation in training has no interval, no protocol on samples, or too few samples."""
     kind = evaluation.protocol.kind
     if evaluation.best and not evaluation.every:
         raise UserError("evaluate.best keeps the best of the steps that are judged: set evaluate.every to some steps")
@@ -312,7 +311,7 @@ def captions_field(data: Data) -> str:
 
 
 def buckets_field(data: Data) -> str | None:
-    """Return the dotted path of the field by which images have several sizes; None if all have one size."""
+    """Return the dotted path of the field for buckets, or None if all images have one size."""
     images = shown_data(data)
     if not (isinstance(data, Images | Latents) and isinstance(images, Images) and images.buckets):
         return None
@@ -320,7 +319,7 @@ def buckets_field(data: Data) -> str | None:
 
 
 def ways_to_captions(data: Data) -> str:
-    """Return the end of a message: three ways to give a pretrained model the captions that it reads."""
+    """Return a hint for messages: three ways to provide captions for a pretrained model."""
     field = captions_field(data)
     return (
         f"Give them by {field}.kind=files, or make them of the classes' names by "
@@ -330,7 +329,7 @@ def ways_to_captions(data: Data) -> str:
 
 
 def may_have_classes(data: Data) -> bool:
-    """Whether the data have classes or captions, or may have some because classes are not counted yet."""
+    """Whether the data have classes or captions, or may have classes that are not counted yet."""
     return data.classes > 0 or not Conditions(data).are_known
 
 
@@ -352,7 +351,7 @@ def advice(run: "Run", sd: float | None = None) -> list[str]:
 
 
 def _size_advice(side: int, shape: Sequence[int], max_ratio: float) -> list[str]:
-    """Images (channels, height, width) far larger or smaller than those of `side` pixels that the pipeline makes."""
+    """Advise on images (channels, height, width) much larger or smaller than the pipeline's `side` pixels."""
     _, height, width = shape
     if 1 / max_ratio <= height / side <= max_ratio:
         return []
@@ -363,7 +362,7 @@ def _size_advice(side: int, shape: Sequence[int], max_ratio: float) -> list[str]
 
 
 def _reference_advice(objective: str, decay: float, train: Train) -> str:
-    """theta^- is the weights in training, and the objective's source averages them by this `decay`."""
+    """Advise to use an EMA with this `decay` for theta^-, as in the objective's paper."""
     fields = [f"train.ref={decay:g}"]
     if decay not in [ema.key for ema in train.ema]:
         averages = [ema.model_dump(mode="json") for ema in (*train.ema, Ema(decay=decay))]
@@ -375,7 +374,7 @@ def _reference_advice(objective: str, decay: float, train: Train) -> str:
 
 
 def _deviation_advice(objective: Objective, net: Net, path: FlowPath, sd: float) -> list[str]:
-    """Constants of the objective or net are for data of standard deviation 1, and these have sd / path.sd."""
+    """Advise on objectives or nets with constants for unit variance, if the standard deviation is sd / path.sd."""
     owners: list[str] = []
     if objective.needs.formulas.unit:
         owners.append(f"objective '{objective.kind}'")

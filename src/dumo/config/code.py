@@ -1,11 +1,11 @@
-"""Classes from outside (`module:Class`) in a run. It resumes only with the code that it began with.
+"""User-provided classes (`module:Class`) in a run, which can only be resumed with unchanged code.
 
-`is_from_outside` says whether a part is of such a class, `has_own_net` and `has_own_parts` whether the user wrote the
-net, or the net or the loss, and `names_code` whether a run takes consent.
+`is_from_outside` is whether a spec is of such a class, `has_own_net` and `has_own_parts` whether the user wrote the
+net, or the net or the loss, and `names_code` whether a run requires consent.
 
-`shell_command` adds to a command on a run what its classes need.
+`shell_command` adds --trust-code to a command if it is needed.
 
-`codes_of` hashes what a spec uses, for `resolved` in run.yaml; `require_same_code` compares with it later.
+`codes_of` hashes the code of a spec's classes for `resolved` in run.yaml; `require_same_code` compares the hashes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,39 +20,39 @@ from dumo.types.outside import OUTSIDE, branch, code_hash
 
 
 def is_from_outside(part: object) -> bool:
-    """Whether a part of a run is of a class that is not dumo's."""
+    """Whether a part of a run is of a user-provided class."""
     return branch(part) == OUTSIDE
 
 
 def has_own_net(run: Run) -> bool:
-    """Whether the net is a module of Python, or of a class from outside."""
+    """Whether the net is a Python module or of a user-provided class."""
     return run.net.kind == "module" or is_from_outside(run.net)
 
 
 def has_own_parts(run: Run) -> bool:
-    """Whether the net or the loss is a user's own."""
+    """Whether the net or the loss is user-provided."""
     return has_own_net(run) or is_from_outside(run.objective)
 
 
 def names_code(run: Run) -> bool:
-    """Whether training a run takes consent (`dumo.config.trust`): for a class from outside, or a teacher's function."""
+    """Whether training a run requires consent (`dumo.config.trust`), for a user's class or a teacher's function."""
     return _has_own_class(run) or (run.teacher is not None and run.teacher.kind == "python")
 
 
 def shell_command(run: Run, command: str) -> str:
-    """Return a command on a run, as one types it: with --trust-code if the run has a class from outside."""
+    """Return a command on a run, with --trust-code if the run has a user-provided class."""
     return f"{command} --trust-code" if _has_own_class(run) else command
 
 
 def _has_own_class(run: Run) -> bool:
-    """Whether a run has a class from outside, at any depth."""
+    """Whether a run has a user-provided class, at any depth."""
     return any(True for _ in codes_of(run))
 
 
 def codes_of(part: object) -> Iterator[tuple[str, str | None]]:
-    """The name of each class from outside in a spec, at any depth, with the hash of its code; None: no source is there.
+    """Yield the name of each user-provided class in a spec, at any depth, and the hash of its code, if available.
 
-    What is no spec has none.
+    Other values than specs have none.
     """
     if isinstance(part, Spec):
         if is_from_outside(part):
@@ -62,9 +62,9 @@ def codes_of(part: object) -> Iterator[tuple[str, str | None]]:
 
 
 def require_same_code(spec: Spec, resolved: Mapping[str, JsonValue], folder: Path) -> None:
-    """Raise UserError if the code of a class from outside has changed since the run in `folder` began.
+    """Raise UserError if the code of a user-provided class has changed since the run in `folder` started.
 
-    `resolved` has the hashes of that time under `code`. A class that has none there came later, and is not compared.
+    `resolved` has the original hashes under `code`. A class without a hash was added later and is not compared.
     """
     hash_by_name = resolved.get(CODE_KEY)
     if not isinstance(hash_by_name, dict):

@@ -1,7 +1,7 @@
-"""The classes or captions that a net is conditioned on: their names, their numbers, and the conditions of samples.
+"""The classes or captions that a net is conditioned on: names, numbers, and conditions of samples.
 
 `Conditions` has them for a data set. A condition c is a number: of a class, or of a caption in the order of the data;
-the number after the last one means no condition. `shown_data` and `squares` say which images a data set is of.
+the number after the last one means no condition. `shown_data` and `squares` return the images of a data set.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from dumo.types import UserError
 
 
 def shown_data(data: Data) -> ShownData:
-    """The data that people look at: images or points as they are, and for latents the images that were encoded."""
+    """Return the data for display: images or points, and for latents the original images."""
     return data.images if isinstance(data, Latents) else data
 
 
 def squares(data: Data) -> Data:
-    """Return the data as squares of one size: without buckets, if they have some.
+    """Return the data as squares of one size, without buckets.
 
     Latents in buckets become their images, because the cache does not hold each image as a square.
     """
@@ -34,7 +34,7 @@ def squares(data: Data) -> Data:
 
 
 def spread_evenly(count: int, total: int) -> Int64[Tensor, " count"]:
-    """`count` numbers spread evenly over 0 .. `total` - 1, or all of these in turn where `count` is larger."""
+    """Return `count` evenly spaced numbers in 0 .. `total` - 1, or all of them cyclically if `count` is larger."""
     return torch.arange(count) * max(total, count) // count % total
 
 
@@ -51,18 +51,18 @@ class Conditions:
 
     @property
     def are_known(self) -> bool:
-        """Whether it is known how many there are; False before they are counted in the data."""
+        """Whether the number of conditions is known; False before classes are counted."""
         data = shown_data(self.data)
         return bool(self.count) or not isinstance(data, Images) or data.is_counted
 
     @property
     def captions(self) -> Captioning | None:
-        """The captions that the net reads instead of classes; None: it reads classes."""
+        """The captions that the net reads, or None if it reads classes."""
         return self.data.captions
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the classes, or the captions; () if there are none, or their files are not here."""
+        """The names of the classes, or the captions; () if there are none or their files are missing."""
         data = self.data
         if data.captions is None:
             images = shown_data(data)
@@ -75,11 +75,11 @@ class Conditions:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The names for people: captions without the hashes of the images that they edit."""
+        """The names for display: captions without the hashes of edited images."""
         return tuple(split_caption(name)[0] for name in self.names)
 
     def name(self, c: int) -> str:
-        """What condition c is called: the class's name or the caption, else its number."""
+        """Return the class name or caption of condition c, or else its number."""
         if self.captions and c == self.count:
             return "no caption"
         names = self.names
@@ -117,9 +117,9 @@ class Conditions:
         return captions.draw(spread_evenly(n, num_images), "conditions", batch=n)
 
     def in_turn(self, count: int, only: Sequence[int] | None = None) -> Int64[Tensor, " n"]:
-        """The conditions (count,) of `count` samples: those of `only` in turn, or without it of all classes in turn.
+        """Return the conditions (count,) of `count` samples, which cycle through `only`, or through all classes.
 
-        Raises UserError for a condition out of range, or where `count` is 0.
+        Raises UserError for a condition out of range, or if `count` is 0.
         """
         from dumo.flow import sampling
 

@@ -17,8 +17,7 @@ from dumo.io import digest
 from dumo.io.yaml import yaml_text
 from dumo.types import marks_of
 
-# A change of a field marked "free" makes the same weights another way, or is of no weights at all. A change of a field
-# marked "changes" makes other weights from then on.
+# A change of a "free" field does not affect the weights. A change of a "changes" field affects them from then on.
 _MARKS_OF_CHANGE = {"free", "changes"}
 
 
@@ -48,10 +47,10 @@ class Difference:
 def differences(
     old: BaseModel, new: BaseModel, prefix: str = "", marks: frozenset[str] = frozenset()
 ) -> Iterator[Difference]:
-    """The fields in which two specs of one class differ.
+    """Yield the fields in which two specs of one class differ.
 
-    Parts that are specs of one class are compared field by field, other values whole. `prefix` stands before each path,
-    and `marks` are those of the part that the specs are.
+    Nested specs of one class are compared field by field, other values as a whole. `prefix` is prepended to each path,
+    and `marks` are inherited from the parent field.
     """
     for name, field in type(old).model_fields.items():
         was = getattr(old, name)
@@ -64,7 +63,7 @@ def differences(
 
 
 def config_hash(spec: BaseModel) -> str:
-    """Return a hash of all fields that decide training, those at their defaults included."""
+    """Return a hash of all fields that decide training, including defaults."""
     return digest.of_bytes(json.dumps(_deciding_fields(spec), sort_keys=True).encode())
 
 
@@ -72,7 +71,7 @@ def _deciding_fields(part: BaseModel) -> dict[str, Any]:
     """Return the fields of a spec that decide training, as JSON values."""
     tree: dict[str, Any] = {}
     for name, field in type(part).model_fields.items():
-        # What is never written is made from other fields when the run is read.
+        # Excluded fields are derived from other fields.
         if field.exclude or marks_of(field).keys() & _MARKS_OF_CHANGE:
             continue
         value = getattr(part, name)

@@ -1,4 +1,4 @@
-"""Find the number of a class that a person names by its name or number, and split several such labels.
+"""Find the number of a class by its name or number, and split lists of such labels.
 
 `dumo.config.conditions` calls these with the classes or captions of a run.
 """
@@ -12,11 +12,11 @@ from dumo.io.read import brief
 
 
 def label_index(text: str, names: Sequence[str], count: int, *, are_captions: bool = False) -> int:
-    """Return the number of the class, or caption, with this name, else this number.
+    """Return the number of the class or caption with this name or number.
 
     Raises UserError if there is none.
     """
-    # macOS names folders in form D of Unicode, a letter and its accent apart; keyboards write form C
+    # Normalize, because macOS stores folder names in Unicode form D, but keyboards produce form C.
     label = normalize("NFC", text.strip())
     names = [normalize("NFC", name) for name in names]
     if label in names:
@@ -34,9 +34,9 @@ def label_index(text: str, names: Sequence[str], count: int, *, are_captions: bo
 
 
 def split_labels(text: str, names: Sequence[str]) -> list[str]:
-    """Return the labels in a text with commas between them.
+    """Split a comma-separated list of labels.
 
-    A name may have commas, too: the longest that fits is taken.
+    Names may contain commas; the longest matching name is used.
     """
     known_names = {normalize("NFC", name) for name in names}
     max_parts = 1 + max((name.count(",") for name in names), default=0)

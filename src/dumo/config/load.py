@@ -41,10 +41,10 @@ S = TypeVar("S", bound=Spec)
 def load(source: str | Path | RunText, overrides: Sequence[str] = ()) -> Run:
     """Read a run from a recipe's name, a YAML file, a folder with a run.yaml, or a text that is read already.
 
-    A `Path` that exists is never taken for a recipe's name. Raises UserError, one line per mistake, each with its
-    dotted path and the nearest valid name.
+    An existing `Path` is never a recipe's name. Raises UserError with one line per mistake, each with its dotted path
+    and the nearest valid name.
     """
-    trust.accept(overrides)  # a user typed them, so code that they name may be imported
+    trust.accept(overrides)  # classes in the user's overrides may be imported
     text = source if isinstance(source, RunText) else read(source)
     return run_of(text, overrides)
 
@@ -69,21 +69,21 @@ def run_of(text: RunText, overrides: Sequence[str] = ()) -> Run:
 
 
 def _objective_kind(tree: dict[str, Any]) -> object:
-    """Return the kind of the objective in a tree; None if it has none, which is left to validation."""
+    """Return the kind of the objective in a tree, or None, which validation reports."""
     objective = tree.get("objective")
     return objective.get("kind") if isinstance(objective, dict) else None
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Run:
-    """Read the shipped recipe of this name, also where a file or folder here has the name. Raises UserError."""
+    """Load the shipped recipe of this name, even if a local file or folder has this name. Raises UserError."""
     return load(f"{SHIPPED_PREFIX}{name}", overrides)
 
 
 def parse(spec: type[S], tree: object, name: str = "") -> S:
     """Validate a tree of plain values as a spec. Types are as strict as in JSON: "2" is no number, 2.0 no integer.
 
-    Raises UserError, one line per mistake, each after `name` if that is a file's; and, before any code is imported, for
-    code that the tree names and nobody agrees to run (`dumo.config.trust`).
+    Raises UserError with one line per mistake, prefixed by `name` if it is a file; and, before any import, for user
+    code without consent (`dumo.config.trust`).
     """
     trust.require(trust.named_classes(tree), name)
     try:
@@ -98,7 +98,7 @@ def parse(spec: type[S], tree: object, name: str = "") -> S:
 
 
 def _fill(tree: dict[str, Any], resolved: dict[str, Any]) -> None:
-    """Set, in place, the fields of a tree that are missing or null to what was found when the run was first opened.
+    """Fill missing or null fields of a tree, in place, with the values found when the run was first opened.
 
     `resolved` has these values by dotted path.
     """
@@ -112,7 +112,7 @@ def _fill(tree: dict[str, Any], resolved: dict[str, Any]) -> None:
 
 
 def _part_at(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any] | None:
-    """Return the mapping at a path of names in a tree; None: there is none."""
+    """Return the mapping at a path of names in a tree, or None."""
     part: Any = tree
     for name in path:
         part = part.get(name) if isinstance(part, dict) else None
@@ -145,7 +145,7 @@ def dump(run: Run, header: Mapping[str, object] | None = None, *, short: bool = 
 
 
 def summary(part: BaseModel) -> dict[str, Any]:
-    """Return a spec as plain values, for people: without fields at a default that is null, empty or marked quiet.
+    """Return a spec as plain values, without fields at a default that is null, empty or marked quiet.
 
     `parse` reads it back as the same spec.
     """

@@ -1,4 +1,4 @@
-"""Pydantic's errors as one line each: the dotted path of the field, what is wrong, and the nearest valid name.
+"""Format each pydantic error in one line: the dotted path of the field, the mistake, and the nearest valid name.
 
 `explain` writes the lines for `dumo.config.load.parse`. The words are pydantic's own except for unknown keys and
 kinds, where the nearest valid name is added.
@@ -21,7 +21,7 @@ Location = tuple[int | str, ...]
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    """Pydantic's error as lines, one per mistake; `root` is the spec that was validated."""
+    """Format a pydantic error as lines, one per mistake; `root` is the validated spec."""
     return [_explain_one(mistake, root) for mistake in error.errors(include_url=False)]
 
 
@@ -49,8 +49,8 @@ def _explain_one(mistake: ErrorDetails, root: type[BaseModel]) -> str:
 
 
 def _hint(mistake: ErrorDetails, path: str, parent: type[BaseModel] | None, root: type[BaseModel]) -> str:
-    """Return the end of a message on an unknown key at `path`: the nearest field, or what would be valid there."""
-    # A field in an unknown part says what is meant, too: training.steps is near to train.steps.
+    """Return a hint for an unknown key at `path`: the nearest field, or the valid names."""
+    # Include a field of an unknown part in the search: training.steps is near train.steps.
     typed = path
     inner = mistake["input"]
     while isinstance(inner, dict) and len(inner) == 1:
@@ -59,7 +59,7 @@ def _hint(mistake: ErrorDetails, path: str, parent: type[BaseModel] | None, root
     part, _, name = path.rpartition(".")
     own_names = sorted(parent.model_fields) if parent else []
     if part:
-        # In a part that exists: a field of the same name elsewhere, or a similar one of this part.
+        # In an existing part, suggest a field of the same name elsewhere, or a similar field of this part.
         fields = [*field_paths(root)]
         is_of_another_kind = typed in fields
         meant = None if is_of_another_kind else _field_of_same_name(typed, fields)
@@ -75,9 +75,9 @@ def _hint(mistake: ErrorDetails, path: str, parent: type[BaseModel] | None, root
 
 
 def nearest_field(typed: str, root: type[BaseModel] = Run) -> str | None:
-    """The field of a spec, at any depth, that is nearest to a dotted path that a person typed; None: none is near.
+    """Return the field of a spec, at any depth, that is nearest to the typed dotted path, or None.
 
-    A field of the same name comes first, so that optimizer.lr is answered with train.optimizer.lr.
+    Fields of the same name are preferred, such as train.optimizer.lr for optimizer.lr.
     """
     fields = [*field_paths(root)]
     same_name = _field_of_same_name(typed, fields)
@@ -85,7 +85,7 @@ def nearest_field(typed: str, root: type[BaseModel] = Run) -> str | None:
         return same_name
     part, _, name = typed.rpartition(".")
     if part:
-        # Words that begin alike say little: trainer.max_iter is not train.max_skips.
+        # A common prefix is not enough: trainer.max_iter is not train.max_skips.
         fields = [field for field in fields if get_close_matches(name, [field.rpartition(".")[2]])]
     short_forms = SHORT_FORMS if root is Run else {}
     near_names = get_close_matches(typed, [*fields, *short_forms], n=1)
@@ -93,16 +93,16 @@ def nearest_field(typed: str, root: type[BaseModel] = Run) -> str | None:
 
 
 def _field_of_same_name(typed: str, fields: Sequence[str]) -> str | None:
-    """The field whose last name is that of a dotted path, and which is nearest to the path; None: there is none."""
+    """Return the nearest field with the same last name as a dotted path, or None."""
     name = typed.rpartition(".")[2]
     same_name = [field for field in fields if field.rpartition(".")[2] == name]
     return get_close_matches(typed, same_name, n=1, cutoff=0)[0] if same_name else None
 
 
 def field_paths(spec: type[BaseModel], parents: tuple[type[BaseModel], ...] = ()) -> Iterator[str]:
-    """The dotted paths of all fields of a spec, at any depth, of every kind of its parts; of a list its first item's.
+    """Yield the dotted paths of all fields of a spec, at any depth and for every kind; lists are represented by item 0.
 
-    A spec that lies in itself is not followed again.
+    Recursive specs are not followed.
     """
     for name, field in spec.model_fields.items():
         yield name

@@ -1,4 +1,4 @@
-"""Set fields of a run by words `field=value`, as they are typed after a command, written in a plan or given in Python.
+"""Apply overrides `field=value` to a run, from the command line, a plan or Python.
 
     train.steps=500                 a field, by its dotted path, and its value in YAML
     steps=500 lr=1e-4               short forms (SHORT_FORMS)
@@ -26,7 +26,7 @@ from dumo.types.outside import OUTSIDE, branch, import_class, members
 
 FieldPath = tuple[str, ...]  # the names in a dotted path
 
-# Fields that are set so often that their last name is enough.
+# Short forms of common fields.
 SHORT_FORMS = {
     "steps": "train.steps",
     "lr": "train.optimizer.lr",
@@ -34,14 +34,14 @@ SHORT_FORMS = {
     "seed": "train.seed",
     "minutes": "train.minutes",
 }
-# Lists whose items need not say their kind: what it is then.
+# The default kind of items in these lists.
 DEFAULT_KINDS: dict[FieldPath, str] = {("train", "ema"): "exponential"}
-# What objectives share. It belongs to the data and the comparison, not to the loss, so another objective keeps it.
+# Fields that are kept when the objective changes, because they belong to the comparison and not to the loss.
 SHARED_BY_OBJECTIVES = ("drop", "guide")
 
 
 def full_overrides(words: Iterable[str]) -> list[str]:
-    """Overrides `a.b=c` with short forms and kinds alone written out, e.g. net=unet as net.kind=unet.
+    """Expand short forms and bare kinds in overrides `a.b=c`, e.g. net=unet to net.kind=unet.
 
     Raises UserError for a word that is no override.
     """
@@ -49,7 +49,7 @@ def full_overrides(words: Iterable[str]) -> list[str]:
 
 
 def override(tree: dict[str, Any], words: Iterable[str]) -> None:
-    """Set fields of the tree in place, each by a word `a.b=c`. Of two words for one field the last one counts.
+    """Apply overrides `a.b=c` to the tree in place. The last of several overrides for a field wins.
 
     Otherwise their order does not matter: short paths are set before long ones, and a part's `kind` before its other
     fields. Raises UserError for a word without `=`, a path that leads nowhere, or two that contradict each other.
@@ -76,7 +76,7 @@ def sets_field(words: Sequence[str], field: str) -> bool:
 
 
 def _parse(word: str) -> tuple[FieldPath, object]:
-    """Return the path and the value of a word 'a.b=c'. Raises UserError for a word that is not written so."""
+    """Parse an override 'a.b=c' into path and value. Raises UserError for another format."""
     dotted, sign, right = word.partition("=")
     if not sign or not dotted:
         typed = brief(word) or "an empty text"
@@ -86,7 +86,7 @@ def _parse(word: str) -> tuple[FieldPath, object]:
     except yaml.YAMLError as error:
         raise UserError(f"{brief(word)}: '{brief(right)}' is not a YAML value") from error
     path = tuple(SHORT_FORMS.get(dotted, dotted).split("."))
-    # A text for a part is its kind. A pipeline has no kinds, and is meant by its source.
+    # A string for a part is its kind, or its source for a pipeline, which has no kinds.
     if isinstance(value, str):
         fields = _fields_of_part(path)
         for name in ("kind", "source"):
@@ -96,7 +96,7 @@ def _parse(word: str) -> tuple[FieldPath, object]:
 
 
 def _fields_of_part(path: FieldPath) -> set[str]:
-    """The names of the fields that the part of a run at a path may have, whatever its kind; none for a plain value."""
+    """Return the field names of the part at a path, over all kinds; empty for a plain value."""
     specs: list[type[Spec]] = [Run]
     for name in path:
         fields = [spec.model_fields[name] for spec in specs if name in spec.model_fields]
@@ -107,7 +107,7 @@ def _fields_of_part(path: FieldPath) -> set[str]:
 
 
 def _order(path: FieldPath) -> tuple[int, bool]:
-    """Return a sort key: short paths first, and of paths of one length those to a `kind`."""
+    """Return a sort key: short paths first, and `kind` before other fields."""
     return len(path), path[-1] != "kind"
 
 
@@ -128,7 +128,7 @@ def _put(tree: dict[str, Any], path: FieldPath, value: object) -> None:
 
 
 def _shared_fields(objective: dict[str, Any], kind: object) -> dict[str, Any]:
-    """The fields of an objective that one of another kind keeps; none if there is no such kind, as validation says."""
+    """Return the fields of an objective that another kind keeps; {} for an unknown kind, which validation reports."""
     fields: set[str] = set()
     if branch({"kind": kind}) == OUTSIDE:
         with suppress(UserError):
@@ -154,7 +154,7 @@ def _step(node: dict[str, Any] | list[Any], key: str, path: str) -> Any:  # noqa
 
 
 def _list_index(node: list[Any], key: str, path: str) -> int:
-    """Return the index into a list that `key`, the last part of a path, says. Raises UserError for what is none."""
+    """Parse `key`, the last part of a path, as an index into a list. Raises UserError for an invalid index."""
     if key not in [str(i) for i in range(len(node))]:
         fix = f"give a place from 0 to {len(node) - 1}" if node else "set it whole, as [...]"
         raise UserError(f"{brief(path)}: this is a list of {len(node)}; {fix}")

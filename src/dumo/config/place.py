@@ -1,4 +1,4 @@
-"""What lies at a path that a user named: a run's folder, images or the evaluation of a run.
+"""Detect the content of a path from the user: a run's folder, images or the evaluation of a run.
 
 `require_run_folder` raises UserError if there is no run; the other functions answer without raising.
 """
@@ -37,7 +37,7 @@ def require_run_folder(source: str | Path, folder: Path) -> None:
 
 
 def find_content(folder: Path, *, images: bool) -> Literal["run", "images"] | None:
-    """What a folder holds: "run" if it has a run.yaml, "images" if a file at any depth may hold images, else None.
+    """Return the content of a folder: "run" if it has a run.yaml, "images" if a file at any depth has images, or None.
 
     Files are known by their suffix. Hidden ones are left out, and below `folder` what dumo itself put there, as when
     images are opened (`dumo.data.rows.open_rows`). Links to folders are followed, each folder is visited once, and
@@ -67,12 +67,12 @@ def find_content(folder: Path, *, images: bool) -> Literal["run", "images"] | No
 
 
 def is_table(path: Path) -> bool:
-    """Whether a path has the suffix of a file that holds images, .parquet or .tar, in upper or lower case."""
+    """Whether a path has the suffix of an image table, .parquet or .tar, in upper or lower case."""
     return path.suffix.lower() in TABLE_SUFFIXES
 
 
 def find_run_file(path: Path) -> Path | None:
-    """`path` if it is a file, or its run.yaml if it is a folder; None if neither is there."""
+    """Return `path` if it is a file, or its run.yaml if it is a folder, or None."""
     file = path / RUN_FILE if path.is_dir() else path
     return file if file.is_file() else None
 

@@ -1,7 +1,7 @@
 """The recipes that ship with dumo, a YAML file per run.
 
-A recipe says what it is (`about`) and belongs to a `group`, one of `GROUPS`. It may name a `base` and hold only what it
-changes of it (ADR 0002); `dumo.config.source` merges the two.
+A recipe has a description (`about`) and a `group`, one of `GROUPS`. It may have a `base` and then only contains changes
+to it (ADR 0002); `dumo.config.source` merges the two.
 """
 
 from functools import cache
@@ -41,7 +41,7 @@ def text(name: str) -> str:
 
 @cache
 def tree(name: str) -> dict[str, Any]:
-    """Return the plain values of a recipe, without those of its base. They are kept: copy them before a change."""
+    """Return the plain values of a recipe, without its base. They are cached, so copy them before a change."""
     return parse_yaml(text(name))
 
 
@@ -51,7 +51,7 @@ def by_group() -> dict[str, list[str]]:
 
 
 def rows() -> list[dict[str, str | None]]:
-    """A row for each recipe, group by group: its name, what it is about, its group, and its base if it has one."""
+    """Return a row per recipe, by group: its name, description, group, and base if there is one."""
     recipe_rows: list[dict[str, str | None]] = []
     for group, group_names in by_group().items():
         for name in group_names:

@@ -89,7 +89,7 @@ class ChosenSource:
 
     @property
     def meaning(self) -> str:
-        """What the word was taken for, in words."""
+        """A description of the interpretation."""
         match self.kind:
             case "recipe":
                 return f"the recipe {self._shipped_name}"
@@ -108,7 +108,7 @@ class ChosenSource:
 
     @property
     def settings(self) -> list[str]:
-        """Overrides of what the word says, before those of the user."""
+        """Overrides that the source implies, to apply before the user's."""
         if self.kind != "trained":
             return []
         return [f"start={yaml_text({'source': f'{SHIPPED_PREFIX}{self._shipped_name}'})}"]
@@ -120,7 +120,7 @@ class ChosenSource:
 
 
 def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
-    """Decide what a word is: a recipe, a YAML file, a run's folder (or its run.yaml), a trained run of dumo's, images.
+    """Interpret a source as a recipe, a YAML file, a run's folder (or run.yaml), a bundled trained run, or images.
 
     `out` is the folder to train in, if one was given. If it has the name of a recipe and holds a run, that name means
     the run, so that `train digits --out digits` resumes when it is typed again. Raises UserError if NAME is a recipe
@@ -142,7 +142,7 @@ def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
     if (path / RUN_FILE).is_file():
         return ChosenSource("run", source, path, is_resumed=out is None or out == path)
     if path.is_dir() or (path.is_file() and is_table(path)):
-        # The folder of a pipeline may hold pictures of its samples, which nobody means to train on.
+        # The folder of a pipeline may contain sample images, which are not meant for training.
         if (path / hub.INDEX).is_file():
             option = shlex.quote(f"pipeline={yaml_text(str(source))}")
             raise UserError(
@@ -186,7 +186,7 @@ def _is_of_images(setting: str) -> bool:
 
 
 def _recipe_of(source: str | Path) -> str | None:
-    """The name of the recipe that a source means, or None if it is a path. A `Path` that exists is always a path.
+    """Return the recipe name that a source refers to, or None for a path. An existing `Path` is always a path.
 
     Raises UserError if ./NAME holds a run or images.
     """
@@ -196,7 +196,7 @@ def _recipe_of(source: str | Path) -> str | None:
 
 
 def trained_name_of(source: str | Path) -> str | None:
-    """Return the name of the trained run of dumo's that a source means, or None if it is a path.
+    """Return the bundled trained run that a source refers to, or None if it is a path.
 
     Raises UserError if ./NAME holds a run.
     """
@@ -206,7 +206,7 @@ def trained_name_of(source: str | Path) -> str | None:
 
 
 def _find_shipped_name(source: str, names: Collection[str], *, images: bool = False) -> str | None:
-    """Return the name among `names` that a source means, or None if it is a path.
+    """Return the name among `names` that a source refers to, or None if it is a path.
 
     Raises UserError if ./NAME holds a run, or with `images` also images: then the source may mean either.
     """
@@ -250,7 +250,7 @@ def choose_run_files(files: Collection[str]) -> list[str]:
 
 
 def read_file(file: Path) -> RunText:
-    """What a YAML file says, over its bases; in a run.yaml, with the latents and texts next to it. Raises UserError."""
+    """Read a YAML file, merged over its bases. For a run.yaml, use latents and texts next to it. Raises UserError."""
     text = parse_text(_file_text(file), file)
     if file.name == RUN_FILE:
         folder = file.absolute().parent
@@ -292,14 +292,14 @@ def _follow_moved_cache(tree: dict[str, Any], name: str, folder: Path) -> None:
 
 
 def without_resolved(text: RunText) -> RunText:
-    """Return the text of a run without what was found on its files, for a new run of its settings."""
+    """Return the text of a run without resolved values, for a new run with its settings."""
     tree = dict(text.tree)
     tree.pop(RESOLVED_KEY, None)
     return replace(text, tree=tree, hash=None, origin=None)
 
 
 def parse_text(text: str, file: Path) -> RunText:
-    """What the text of a YAML file says, over its bases. Raises UserError."""
+    """Parse the text of a YAML file, merged over its bases. Raises UserError."""
     tree = _parse_mapping(text, str(file))
     origin = tree.pop(ORIGIN_KEY, None)
     recorded_hash = tree.pop(HASH_KEY, None)
@@ -320,7 +320,7 @@ def _file_text(file: Path) -> str:
 def _merge_over_base(
     tree: dict[str, Any], name: str, file: Path | None, derived: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """A tree over its base, which may have a base itself; `derived` are the files and recipes whose base this is."""
+    """Merge a tree over its base, recursively; `derived` are the files and recipes that have this tree as a base."""
     if "base" not in tree:
         return tree
     place = str(file.resolve()) if file else name
@@ -355,7 +355,7 @@ def _read_base(base: object, name: str, file: Path | None) -> tuple[dict[str, An
         if base_file:
             tree = _parse_mapping(_file_text(base_file), str(base_file))
             _take_format(tree, base_file)
-            # What a run.yaml says of its run, and not of its settings.
+            # Remove entries of a run.yaml that are not settings.
             for key in (HASH_KEY, ORIGIN_KEY, RESOLVED_KEY):
                 tree.pop(key, None)
             return tree, str(base_file), base_file
@@ -365,7 +365,7 @@ def _read_base(base: object, name: str, file: Path | None) -> tuple[dict[str, An
 
 
 def _take_format(tree: dict[str, Any], file: Path) -> None:
-    """Remove the format from the tree of a file. Raises UserError for another than ours."""
+    """Remove the format from the tree of a file. Raises UserError for another format."""
     file_format = tree.pop(FORMAT_KEY, FORMAT)
     if file_format != FORMAT:
         raise UserError(f"{file} is of format {brief(yaml_text(file_format))}, and this dumo reads {FORMAT}")
@@ -386,7 +386,7 @@ def _parse_mapping(text: str, name: str) -> dict[str, Any]:
 
 
 def _hint(name: str) -> str:
-    """Return the end of a message that there is no source of this name: what is near to it, and how to list recipes."""
+    """Return a hint for a missing source: the nearest name, and how to list recipes."""
     here = [str(path) for path in Path(name).parent.glob("*") if path.is_dir() or path.suffix in (".yaml", ".yml")]
     near_names = get_close_matches(name, [*recipe_files.names(), *here, *run_folders()], n=1)
     hint = f"did you mean '{near_names[0]}'? " if near_names else ""

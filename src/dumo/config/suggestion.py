@@ -1,4 +1,4 @@
-"""Which of the valid names a person may have meant."""
+"""Suggest the valid name that is nearest to a typed name."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -9,7 +9,7 @@ from dumo.runtime.formatting import escape_line
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """Return the end of a message: the valid name that is nearest, or all of them if none is near."""
+    """Return a hint with the nearest valid name, or with all names if none is near."""
     near_names = get_close_matches(brief(name), names, n=1)
     return f"did you mean '{brief(near_names[0])}'?" if near_names else f"valid: {escape_line(', '.join(names))}"
 

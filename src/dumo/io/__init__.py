@@ -4,5 +4,4 @@
 - Weights: `tensor_files` reads them, `deferred` loads them on demand; `hub` and `run_places` locate them.
 - Data: `table` is a cache on disk, `audit` checks it, `data_source` provides batches.
 - `picture` writes samples as images.
-
 """

@@ -1,11 +1,11 @@
-"""Names on the Hugging Face Hub, OWNER/NAME: fetch what dumo reads of a repository into the Hub's usual cache.
+"""Download files of Hugging Face Hub repositories, OWNER/NAME, into the usual cache.
 
-A name stands where a path of a model, a data set or a run may stand. When a run is opened, `pin` writes the commit
-behind the name, OWNER/NAME@COMMIT, so a resumed run reads the same files. `fetch` downloads chosen files of a
-repository and returns their folder; `load_dataset` prepares a data set by the package `datasets`. Both take what is in
-the cache if the Hub cannot be reached. The client of the Hub reads HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE.
+A repository can be given instead of the path of a model, a data set or a run. When a run is opened, `pin` adds the
+commit, OWNER/NAME@COMMIT, so a resumed run reads the same files. `fetch` downloads chosen files of a
+repository and returns their folder; `load_dataset` prepares a data set by the package `datasets`. Both use the
+cache if the Hub cannot be reached. The client of the Hub reads HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE.
 
-Pipelines in PUBLISHED are known without a download: `published_config` has their configs.
+The configs of pipelines in PUBLISHED ship with dumo: `published_config` returns them.
 """
 
 import json
@@ -30,11 +30,11 @@ from dumo.runtime.progress import print_line
 INDEX = "model_index.json"  # in the folder of a diffusers pipeline
 CARD = "README.md"
 TRANSFORMER = "transformer"
-UNET = "unet"  # where a UNet is the model
+UNET = "unet"  # the model's component if it is a UNet
 VAE = "vae"
 SCHEDULER = "scheduler"
-# A file NAME.json for each of PUBLISHED and SMALL. It has the pipeline's class and the configs of parts by name;
-# `_readers` are the parameters of all text encoders, `_optional_readers` of those that may be left out.
+# The folder of the files NAME.json for PUBLISHED and SMALL. They have the pipeline's class and the configs of its
+# components; `_readers` counts the parameters of all text encoders, `_optional_readers` of the optional ones.
 _CONFIGS = files("dumo") / "encoders" / "published"
 # The names of these files by repository.
 PUBLISHED = {
@@ -47,17 +47,17 @@ PUBLISHED = {
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
     "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "pixart-sigma",
 }
-# Models of dumo's own, for latents of CIFAR-10, but for digits the second.
+# Small models of dumo, for latents of CIFAR-10 and, in the case of sd3-digits, for digits.
 SMALL = ("sd3-small", "sd3-digits", "unet-small")
 SUFFIX = ".safetensors"
 
 Kind = Literal["model", "dataset"]  # of a repository
-Choose = Callable[[Collection[str]], Iterable[str]]  # the files of a repository → those that are read
+Choose = Callable[[Collection[str]], Iterable[str]]  # all files of a repository → the files to download
 
 _HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([0-9a-f]{40}))?")  # OWNER/NAME or OWNER/NAME@COMMIT
-# A name with one of these endings is a file that is not there.
+# A name with one of these suffixes is a missing file.
 _FILE_SUFFIXES = (".yaml", ".yml", ".json", ".parquet", ".tar", ".npz", ".bin", ".ckpt", SUFFIX)
-# Above this size a download is asked for, if there is a terminal.
+# Above this size, a download must be confirmed on a terminal.
 _MAX_BYTES = 5e9
 
 
@@ -77,7 +77,7 @@ def is_hub_name(text: str) -> bool:
 
 
 def repository_of(name: str) -> str:
-    """OWNER/NAME of a name with or without a commit."""
+    """Return OWNER/NAME of a name with or without a commit."""
     return _split(name)[0]
 
 
@@ -89,9 +89,9 @@ def local_copy(name: str) -> Path | None:
 
 
 def pin(name: str, kind: Kind = "model") -> str:
-    """Return OWNER/NAME@COMMIT: the commit on the Hub now, or in the cache if the Hub cannot be reached.
+    """Return OWNER/NAME@COMMIT with the latest commit on the Hub, or in the cache if the Hub cannot be reached.
 
-    A name that has a commit stays, and so does one whose commit is not known: `fetch` raises the Hub's error.
+    Returns the name unchanged if it has a commit, or if the commit is unknown; then `fetch` raises the Hub's error.
     """
     repository, commit = _split(name)
     with suppress(*_client_errors()):
@@ -174,7 +174,7 @@ def load_dataset(name: str) -> Any:  # noqa: ANN401, a DatasetDict
 
 
 def is_prepared(name: str) -> bool:
-    """Whether `load_dataset` would open the data set without a connection. Asks nobody."""
+    """Whether `load_dataset` can open the data set from the cache. Does not use the network."""
     from huggingface_hub import snapshot_download  # slow to import
 
     repository, commit = _split(name)
@@ -186,7 +186,7 @@ def is_prepared(name: str) -> bool:
 
 
 def _prepared_folder(repository: str, commit: str | None) -> Path | None:
-    """The folder of Arrow files that `datasets` has made of a commit; None: there is none, or there are several."""
+    """Return the folder of Arrow files that `datasets` has prepared for a commit; None unless there is exactly one."""
     from huggingface_hub import constants  # slow to import
 
     cache = Path(os.environ.get("HF_DATASETS_CACHE") or f"{constants.HF_HOME}/datasets").expanduser()
@@ -209,15 +209,15 @@ def _newest_commit(repository: str, kind: Kind) -> str:
 
     Raises the Hub's error if neither is known.
     """
-    # The client notes in the cache which commit is the main branch.
+    # The client records the commit of the main branch in the cache.
     return _find_snapshot(repository, None, kind).name
 
 
 @lru_cache
 def _find_snapshot(repository: str, commit: str | None, kind: Kind) -> Path:
-    """Return the folder of a commit in the cache, with the card alone unless files were fetched before.
+    """Return the folder of a commit in the cache, downloading only its model card.
 
-    Asks the Hub. If that cannot be reached, the folder must be there; raises the Hub's error if it is not.
+    If the Hub cannot be reached, the folder must exist; otherwise raises the Hub's error.
     """
     from huggingface_hub import snapshot_download  # slow to import
 
@@ -227,7 +227,7 @@ def _find_snapshot(repository: str, commit: str | None, kind: Kind) -> Path:
 
 @lru_cache
 def _file_sizes(repository: str, commit: str, kind: Kind) -> dict[str, int] | None:
-    """Return the files of a commit with their sizes in bytes; None if the Hub does not tell."""
+    """Return the files of a commit with their sizes in bytes, or None if unknown."""
     from huggingface_hub import HfApi  # slow to import
 
     api = HfApi()
@@ -240,7 +240,7 @@ def _file_sizes(repository: str, commit: str, kind: Kind) -> dict[str, int] | No
 
 
 def _announce(repository: str, commit: str | None, num_bytes: int) -> None:
-    """Print what is downloaded; if it is much, ask on a terminal. Raises UserError if the answer is no."""
+    """Print the download, and confirm a large one on a terminal. Raises UserError if the answer is no."""
     if num_bytes == 0:
         return
     print_line(f"downloading {repository} at {commit}: {bytes_text(num_bytes)}")
@@ -255,7 +255,7 @@ def _announce(repository: str, commit: str | None, num_bytes: int) -> None:
 
 @contextmanager
 def _quiet_client(yes: bool = True) -> Generator[None]:
-    """Show no progress bars and no warnings of the Hub's client while inside."""
+    """Disable the progress bars and warnings of the Hub's client inside the block."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
     verbosity = logging.get_verbosity()
@@ -272,7 +272,7 @@ def _quiet_client(yes: bool = True) -> Generator[None]:
 
 
 def _client_errors() -> tuple[type[Exception], ...]:
-    """What the Hub's client raises: its own errors, which are OSErrors, and those of its HTTP library."""
+    """Return the exceptions of the Hub's client: its own errors, which are OSErrors, and its HTTP library's."""
     from huggingface_hub.errors import HfHubHTTPError  # slow to import
 
     return OSError, HfHubHTTPError.__bases__[0]

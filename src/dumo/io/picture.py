@@ -1,7 +1,6 @@
-"""Samples as pictures: the one place where numbers become colours, pictures, PNG and files. Sizes are in pixels.
+"""Convert samples to colours, pictures, PNG and files. Sizes are in pixels.
 
-1. Images in [-1, 1] become eight-bit colours (`to_uint8`, and `to_rows` with the channels last); `from_uint8` is the
-   way back.
+1. Images in [-1, 1] become 8-bit colours (`to_uint8`, and `to_rows` with channels last); `from_uint8` is the inverse.
 2. Colours become pictures of PIL: all in one (`sheet`), or each its own (`singles`). Points are scattered over the data
    (`scatter`), and a figure of matplotlib is drawn (`from_figure`).
 3. Pictures are joined on a page, with texts: `labelled_grid`.
@@ -28,10 +27,10 @@ from dumo.io import file as files
 from dumo.types import Sample, UserError
 
 Pixels = UInt8[Tensor, "n 3 h w"]
-PixelRows = UInt8[Tensor, "n h w 3"]  # as files hold them
+PixelRows = UInt8[Tensor, "n h w 3"]  # as in files
 Points = Float[Tensor, "_ d"]
 
-SCATTER_POINTS = 2000  # samples of a scatter: ours
+SCATTER_POINTS = 2000  # samples in a scatter plot
 
 MIN_READABLE_HEIGHT = 64  # pixels; a smaller image is enlarged to at least this height
 GAP = 6  # pixels between the pictures of a grid
@@ -42,9 +41,9 @@ _MAX_EMBEDDED_WIDTH = 1600  # pixels of a picture in a page: enough for a sheet 
 
 
 def to_uint8(x: Sample) -> Pixels:
-    """Images (n, 1 or 3, h, w) as colours 0 .. 255, grey in all three: -1 is 0 and 1 is 255, rounded and clamped.
+    """Convert images (n, 1 or 3, h, w) in [-1, 1] to RGB colours 0 .. 255, rounded and clamped.
 
-    Raises UserError if x is not finite, which has no colour.
+    Raises UserError if x is not finite.
     """
     if not x.isfinite().all():
         raise UserError(
@@ -55,27 +54,27 @@ def to_uint8(x: Sample) -> Pixels:
 
 
 def from_uint8(pixels: UInt8[Tensor, "n c h w"]) -> Sample:
-    """Images of colours 0 .. 255 as numbers -1 .. 1, in float32."""
+    """Convert colours 0 .. 255 to float32 in [-1, 1]."""
     return pixels.float().div_(127.5).sub_(1)
 
 
 def to_rows(x: Sample) -> PixelRows:
-    """Images as colours (n, h, w, 3), as files hold them, on the CPU. Raises UserError for what has no colour."""
+    """Convert images to colours (n, h, w, 3) on the CPU. Raises UserError if they are not finite."""
     return to_uint8(x).permute(0, 2, 3, 1).cpu().contiguous()
 
 
 def singles(x: Sample) -> list[Image.Image]:
-    """Return a picture of each image, not enlarged. Raises UserError for what has no colour."""
+    """Return a picture of each image, not enlarged. Raises UserError if they are not finite."""
     return [Image.fromarray(pixels.numpy()) for pixels in to_rows(x)]
 
 
 def sheet(
     pixels: PixelRows, columns: int, scale: int | None = None, gap: int = 2, *, clear: bool = False
 ) -> Image.Image:
-    """All images in one picture, row after row, `columns` to a row, with white gaps between them.
+    """Draw all images in one grid with `columns` columns and white gaps.
 
-    Each pixel becomes a square of side `scale`; None takes the least scale at which an image is readable. With `clear`,
-    gaps and empty cells are transparent, because a page may be dark.
+    Each pixel becomes a square of side `scale`; None means the smallest readable scale. With `clear`, gaps and empty
+    cells are transparent, because a page may be dark.
     """
     scale = scale or readable_scale(pixels.shape[1])
     cells = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
@@ -92,7 +91,7 @@ def sheet(
 
 
 def readable_scale(height: int) -> int:
-    """Return the least scale at which an image of this height is readable."""
+    """Return the smallest scale at which an image of this height is readable."""
     return -(-MIN_READABLE_HEIGHT // height)
 
 
@@ -103,7 +102,7 @@ def labelled_grid(
     row_names: Sequence[str] = (),
     gap: int = GAP,
 ) -> Image.Image:
-    """Pictures in a grid on white, row after row, `columns` to a row, in cells of the size of the largest picture.
+    """Draw pictures in a white grid with `columns` columns and cells of the size of the largest picture.
 
     `titles` are written above the columns, or above each picture if there are more titles than columns. `row_names` are
     written on the left.
@@ -150,10 +149,10 @@ def labelled_grid(
 
 
 def scatter(real: Points, samples: Mapping[str, Points], side: float = 3.0) -> Image.Image:
-    """A panel of `side` inches for each title of `samples`: real points grey, samples red, as in the paper's Fig. 3.
+    """Draw a panel of `side` inches for each title of `samples`: real points grey, samples red (paper, Fig. 3).
 
-    The frame is that of the real points with a tenth around it; samples farther off are not shown. Of points of more
-    than two numbers the first two are drawn.
+    The axes are limited to the real points plus a tenth on each side; samples outside are not shown. Only the first two
+    coordinates are drawn.
     """
     from matplotlib.figure import Figure  # slow to import
 
@@ -175,12 +174,12 @@ def scatter(real: Points, samples: Mapping[str, Points], side: float = 3.0) -> I
 
 
 def from_figure(figure: Any) -> Image.Image:  # noqa: ANN401, matplotlib's Figure is slow to import
-    """Draw a figure of matplotlib. The picture is transparent where the figure has no ground (facecolor "none")."""
+    """Render a matplotlib figure. The picture is transparent where the figure has no background (facecolor "none")."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
 
     canvas = FigureCanvasAgg(figure)
     with warnings.catch_warnings():
-        # A prompt may hold letters that the font lacks. They are drawn as boxes.
+        # Letters of a prompt that the font lacks are drawn as boxes.
         warnings.filterwarnings("ignore", r"Glyph \d+")
         canvas.draw()
     picture = Image.fromarray(np.array(canvas.buffer_rgba()))
@@ -189,21 +188,21 @@ def from_figure(figure: Any) -> Image.Image:  # noqa: ANN401, matplotlib's Figur
 
 
 def png(picture: Image.Image, *, optimize: bool = False) -> bytes:
-    """Return the bytes of a PNG; `optimize`: fewer bytes, for longer work."""
+    """Return the bytes of a PNG. `optimize` compresses better but more slowly."""
     buffer = BytesIO()
     picture.save(buffer, format="png", optimize=optimize)
     return buffer.getvalue()
 
 
 def embed(picture: Image.Image) -> str:
-    """Return a `data:` address that holds the picture itself, as a PNG of at most _MAX_EMBEDDED_WIDTH."""
+    """Return a `data:` URL with the picture as a PNG of at most _MAX_EMBEDDED_WIDTH."""
     thumbnail = picture.copy()
     thumbnail.thumbnail((_MAX_EMBEDDED_WIDTH, 8 * _MAX_EMBEDDED_WIDTH))
     return "data:image/png;base64," + b64encode(png(thumbnail, optimize=True)).decode()
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:
-    """Write a picture as PNG, whole or not at all. Raises OSError."""
+    """Write a picture as PNG, atomically. Raises OSError."""
     files.write(path, png(picture))
 
 
@@ -227,6 +226,6 @@ def write_points(path: Path, points: Float[Tensor, "n d"], c: Int[Tensor, " n"])
 
 
 def _write_arrays(path: Path, x: np.ndarray, c: np.ndarray) -> None:
-    """Write arrays arr_0 and arr_1 to a .npz file, whole or not at all."""
+    """Write arrays arr_0 and arr_1 to a .npz file, atomically."""
     with files.atomic_write(path) as temp_path, temp_path.open("wb") as file:  # savez would add an ending to a path
         np.savez(file, x, c.astype(np.int64))

@@ -1,10 +1,10 @@
-"""Reading what users name: paths, texts and JSON.
+"""Read paths, texts and JSON from users.
 
-- Paths: `user_path` expands one, and `cache_folder` is that of what can be computed again.
+- Paths: `user_path` expands a path, and `cache_folder` returns the folder for recomputable files.
 - Texts: `read_text`, `text_lines` and `decode_utf8` read UTF-8. `is_unicode` and `is_text_list` test values.
-- JSON: `read_json` and `parse_json` read it, `write_json` writes it. JSON has no NaN and no infinity: `null_nonfinite`
-  makes them null to write.
-- Messages: `brief` and `first_few` shorten what one shows.
+- JSON: `read_json` and `parse_json` read it, `write_json` writes it. `null_nonfinite` replaces NaN and infinity, which
+  JSON does not have, by null.
+- Messages: `brief` and `first_few` shorten texts and lists.
 """
 
 import json
@@ -24,12 +24,12 @@ CACHE_VARIABLE = "DUMO_CACHE"  # the environment variable that names the cache's
 
 
 def user_path(text: str, field: str) -> Path:
-    """Return the path with its variables' values; dumo:NAME/FILE is a file of a trained run that ships with dumo.
+    """Expand ~ and environment variables in a path; dumo:NAME/FILE is a file of a trained run that ships with dumo.
 
-    What exists as it is given is not expanded: folders may be called a$b or ~x.
+    An existing path is not expanded, because folders may be called a$b or ~x.
 
-    Raises UserError, naming the field, for a variable or a home that is not known, and for an empty text, which would
-    be the current folder.
+    Raises UserError, naming the field, for an unknown variable or home, and for an empty text, which would be the
+    current folder.
     """
     shipped_path = run_places.path_in(text)
     if shipped_path is not None:
@@ -58,13 +58,13 @@ def cache_folder() -> Path:
 
 
 def brief(text: object, max_length: int = 200) -> str:
-    """Return a text for a message, in one line; of a longer one the first `max_length` characters and "…"."""
+    """Return a text in one line for a message, truncated to `max_length` characters and "…"."""
     text = str(text)
     return escape_line(text) if len(text) <= max_length else f"{escape_line(text[:max_length])}…"
 
 
 def first_few(items: Iterable[Any], name: Callable[[Any], str] = str, *, max_items: int = FEW) -> str:
-    """Return the names of the first items in one line, and how many more there are: `a, b, c and 1,234 more`."""
+    """Return the names of the first items in one line, and the number of further items: `a, b, c and 1,234 more`."""
     items = list(items)
     text = ", ".join(escape_line(name(item)) for item in items[:max_items])
     num_more = len(items) - max_items
@@ -72,12 +72,12 @@ def first_few(items: Iterable[Any], name: Callable[[Any], str] = str, *, max_ite
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file, without a byte-order mark. Raises OSError, and UserError for what is not UTF-8."""
+    """Return the text of a file, without a byte-order mark. Raises OSError, and UserError for invalid UTF-8."""
     return "".join(text_lines(path, newline=None))
 
 
 def decode_utf8(data: bytes, where: str) -> str:
-    """Return a text without a byte-order mark. Raises UserError, with the place `where`, for what is not UTF-8."""
+    """Return a text without a byte-order mark. Raises UserError, which names `where`, for invalid UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -85,9 +85,9 @@ def decode_utf8(data: bytes, where: str) -> str:
 
 
 def text_lines(path: Path, newline: str | None = "") -> Iterator[str]:
-    """The lines of a file, without a byte-order mark, each with its end as it stands there; `newline` None: with \\n.
+    """Yield the lines of a file, without a byte-order mark; `newline` is as for `open`.
 
-    Raises OSError, and UserError for what is not UTF-8.
+    Raises OSError, and UserError for invalid UTF-8.
     """
     with file.named_in_errors(path), path.open(encoding="utf-8-sig", newline=newline) as lines:
         try:
@@ -97,7 +97,7 @@ def text_lines(path: Path, newline: str | None = "") -> Iterator[str]:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can hold a text: JSON can name halves of characters, as in "\\ud800", which it cannot."""
+    """Whether a text can be encoded in UTF-8. JSON may have lone surrogates, such as "\\ud800", which cannot."""
     if text.isascii():
         return True
     try:
@@ -108,12 +108,12 @@ def is_unicode(text: str) -> bool:
 
 
 def is_text_list(value: object) -> TypeGuard[list[str]]:
-    """Whether a value is a list, and all its items are texts."""
+    """Whether a value is a list of strings."""
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    """Write a JSON file whole, or not at all. Raises OSError."""
+    """Write a JSON file atomically. Raises OSError."""
     file.write(path, (json.dumps(null_nonfinite(tree), indent=2) + "\n").encode())
 
 
@@ -123,7 +123,7 @@ def read_json(path: Path) -> Any:  # noqa: ANN401, whatever stands there
 
 
 def parse_json(text: str, where: str) -> Any:  # noqa: ANN401, as above
-    """Return the value in a text of JSON, which `where` names in messages. Raises UserError for what is not JSON."""
+    """Parse JSON from `where`, which is named in messages. Raises UserError for invalid JSON."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -131,7 +131,7 @@ def parse_json(text: str, where: str) -> Any:  # noqa: ANN401, as above
 
 
 def null_nonfinite(value: object) -> object:
-    """Return the value with None for NaN and infinities, which JSON has not."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

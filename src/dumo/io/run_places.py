@@ -1,8 +1,8 @@
-"""Where runs lie; and trained runs that ship with dumo: their names, and the folder of each, which is only read.
+"""The paths of runs, and of the trained runs that ship with dumo, whose folders are read-only.
 
-`holds_own_images` says which folders are left out where images of the user's are sought. `names` and `folder` say what
-there is of trained runs. `path_in` takes a place such as dumo:cifar10-trained/taef2.safetensors, a file of such a run
-wherever dumo is installed. `dumo.run.read_only` opens them; `tools/ship.py` makes them.
+`holds_own_images` detects folders to skip in a search for the user's images. `names` and `folder` list the trained
+runs. `path_in` returns the path of a file in a trained run, such as dumo:cifar10-trained/taef2.safetensors.
+`dumo.run.read_only` opens trained runs; `tools/ship.py` creates them.
 """
 
 import os
@@ -17,9 +17,9 @@ SHIPPED_PREFIX = "dumo:"  # before a recipe's or trained run's name: the one tha
 
 
 def holds_own_images(folder: str, names: Collection[str]) -> bool:
-    """Whether dumo itself put the images into a folder, in which these names are: samples of a run, or runs/latents.
+    """Whether a folder with these file names has images from dumo: samples of a run, or runs/latents.
 
-    Who looks for images of the user's in a folder above leaves it out.
+    A search for the user's images skips such folders.
     """
     is_latents_folder = os.path.abspath(folder).endswith(f"{os.sep}{LATENTS_FOLDER}")
     return RUN_FILE in names or is_latents_folder
@@ -36,7 +36,7 @@ def folder(name: str) -> Path:
 
 
 def path_in(text: str) -> Path | None:
-    """Return the folder or file that dumo:NAME or dumo:NAME/FILE means; None where a text does not begin so."""
+    """Return the path of dumo:NAME or dumo:NAME/FILE, or None for another text."""
     if not text.startswith(SHIPPED_PREFIX):
         return None
     name, _, file = text.removeprefix(SHIPPED_PREFIX).partition("/")

@@ -1,4 +1,4 @@
-"""Files of images, by the ends of their names. Imports no torch, so that a folder without images is named at once."""
+"""File name suffixes of images. Does not import torch, so that a folder without images is reported quickly."""
 
 _READABLE_SUFFIXES = {
     ".jpg",
@@ -15,7 +15,7 @@ _READABLE_SUFFIXES = {
     ".pgm",
     ".pbm",
 }
-UNREADABLE_SUFFIXES = {".avif", ".heic", ".heif"}  # of telephones' formats
-# What is taken for an image by its name. Telephones' formats cannot be read, but errors then name such files.
+UNREADABLE_SUFFIXES = {".avif", ".heic", ".heif"}  # formats of mobile phones
+# Files that count as images. Unreadable formats are included, so that error messages name these files.
 IMAGE_SUFFIXES = _READABLE_SUFFIXES | UNREADABLE_SUFFIXES
-TABLE_SUFFIXES = (".parquet", ".tar")  # of files that hold images
+TABLE_SUFFIXES = (".parquet", ".tar")  # files that contain images

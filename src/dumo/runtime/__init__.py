@@ -1,9 +1,7 @@
-"""A process among others and on its machine: ranks, devices, signals, memory, progress, random numbers by key.
+"""The runtime of a process: ranks, devices, signals, memory, progress and keyed random numbers.
 
-Touches signals, threads and groups of ranks. Knows no file and no run.
-
-This file is about what is installed: `version` of dumo, `installed_version` of a package, `require` for an optional
-one, and `import_bitsandbytes`. `shell_path` writes a path for a command line. Importing it imports no torch.
+This file deals with installed packages: `version` of dumo, `installed_version`, `require` for an optional package, and
+`import_bitsandbytes`. `shell_path` quotes a path for a command line. Importing this module does not import torch.
 """
 
 import logging
@@ -19,10 +17,10 @@ PACKAGE = Path(__file__).parents[1]  # the folder of dumo itself
 
 
 def shell_path(place: str | Path) -> str:
-    """A path as one types it after a command: quoted, and with ./ before it where it would be taken for something else.
+    """Quote a path for a command line, and prefix it with ./ if it would be ambiguous.
 
-    That is an option (it begins with a dash), and, of a Path, the name of a recipe or trained run that ships with dumo.
-    A text is taken as somebody typed it, so it may be such a name.
+    It is ambiguous if it begins with a dash, or if it is a Path that equals the name of a recipe or trained run that
+    ships with dumo. A string is as a user typed it, so it may be such a name.
     """
     text = str(place)
     is_packaged = (PACKAGE / "recipes" / f"{text}.yaml").exists() or (PACKAGE / "trained" / text).exists()
@@ -33,12 +31,12 @@ def shell_path(place: str | Path) -> str:
 
 
 def version() -> str:
-    """This package's version; "source" where it is not installed."""
+    """Return the version of dumo, or "source" if it is not installed."""
     return installed_version("dumo") or "source"
 
 
 def installed_version(name: str) -> str | None:
-    """Return the version of a package, None where it is not installed."""
+    """Return the version of a package, or None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -48,8 +46,8 @@ def installed_version(name: str) -> str | None:
 def require(package: str, extra: str, subject: str) -> Any:  # noqa: ANN401, a module
     """Import an optional package, which belongs to an extra of dumo.
 
-    Raises UserError, which begins with `subject`, if the package is missing or the extra does not allow its version:
-    another version may compute something else without an error.
+    Raises UserError, which begins with `subject`, if the package is missing or the extra does not allow its version,
+    because another version may silently compute different results.
     """
     from packaging.requirements import Requirement  # slow to import
 
@@ -70,11 +68,11 @@ def require(package: str, extra: str, subject: str) -> Any:  # noqa: ANN401, a m
 
 
 def import_bitsandbytes() -> None:
-    """Import bitsandbytes without its search for kernels on a hub, where it is installed.
+    """Import bitsandbytes, if it is installed, without its search for kernels on the Hub.
 
-    The search needs the network. bitsandbytes makes it where the package `kernels` is installed, else logs an error:
-    so that package is hidden, and the log is quiet, while it is imported. Call this before diffusers or peft
-    are imported, which import it.
+    The search needs the network. bitsandbytes searches if the package `kernels` is installed, and otherwise logs an
+    error. So that package is hidden, and the log silenced, during the import. Call this before importing diffusers or
+    peft, which import bitsandbytes.
     """
     if not installed_version("bitsandbytes"):
         return

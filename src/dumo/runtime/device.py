@@ -1,11 +1,11 @@
-"""The device that a process computes on: which one, its memory and speed; and the versions of the software on it.
+"""The compute device of a process, its memory and speed, and software versions.
 
-- `choose_device` turns a name into a device.
-- `total_memory` gives the bytes of memory that a device has, and `require_memory` refuses what exceeds them.
-- `free_memory` gives memory back that is no longer used.
-- `peak_bytes` gives the most bytes that this process has held so far.
+- `choose_device` converts a name to a device.
+- `total_memory` returns the memory of a device, and `require_memory` raises an error if more is needed.
+- `free_memory` releases unused memory.
+- `peak_bytes` returns the peak memory of this process.
 - `known_peak_tflops` looks up the speed of a GPU.
-- `software_versions` gives the versions that reports and checkpoints note.
+- `software_versions` returns the versions that reports and checkpoints record.
 """
 
 import gc
@@ -22,16 +22,16 @@ from dumo.types import UserError
 
 # dense bf16 TFLOP/s, added in fp32, by a part of the GPU's name (NVIDIA's data sheets, SXM)
 _TFLOPS_BY_GPU = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "RTX 3090": 71.0, "RTX 4090": 165.0, "RTX 5090": 209.0}
-CONTAINER_LIMITS = (  # the files in which a container, as of Docker, reads how much memory it may take
+CONTAINER_LIMITS = (  # the files with the memory limit of a container
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),  # of older systems
 )
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of this name. 'auto' is the GPU (each rank's own, before they meet, too), else the CPU.
+    """Return the device of this name. 'auto' means the GPU (each rank's own, even before `dist.join`), else the CPU.
 
-    Raises UserError for a device that is not there, and for a GPU by number where there are several ranks.
+    Raises UserError for a missing device, and for a GPU number if there are several ranks.
     """
     _, world_size = dist.torchrun_rank_and_world()
     if world_size > 1:
@@ -51,14 +51,14 @@ def choose_device(name: str) -> torch.device:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give memory that nothing refers to any more back to the device, as that of an encoder that is no longer used."""
+    """Release unreferenced memory of the device, such as that of a deleted encoder."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of memory that a device has, free or not; of any device but a GPU, those of the machine or container."""
+    """Return the total memory of a GPU, or else of the machine or container, in bytes."""
     if device.type == "cuda":
         _, total = torch.cuda.mem_get_info(device)
         return total
@@ -74,7 +74,7 @@ def total_memory(device: torch.device) -> int:
 
 
 def require_memory(size: int, what: str, fix: str, device: torch.device | str = "cpu") -> None:
-    """Raise UserError if `size` bytes are more than the device has; 'meta' has room for all.
+    """Raise UserError if `size` bytes exceed the memory of the device, unless it is 'meta'.
 
     The message begins with `what`, such as "the net takes", and ends with `fix`.
     """
@@ -87,7 +87,7 @@ def require_memory(size: int, what: str, fix: str, device: torch.device | str = 
 
 
 def known_peak_tflops(device: torch.device) -> float | None:
-    """The dense bf16 peak of a GPU, in 10^12 operations a second; None of a GPU that is not listed, and of a CPU."""
+    """Return the dense bf16 peak of a GPU in TFLOP/s, or None for an unlisted GPU and for a CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -98,7 +98,7 @@ def known_peak_tflops(device: torch.device) -> float | None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the most bytes that this process has held so far: in a GPU's allocator, else in resident memory."""
+    """Return the peak memory of this process in bytes: of the GPU allocator, or else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

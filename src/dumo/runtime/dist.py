@@ -1,9 +1,9 @@
-"""Several processes that work together: ranks, their collectives, and how they meet.
+"""Distributed processes: ranks, collectives and rendezvous.
 
-Inside `join` the processes that torchrun started work together: they meet at a store and make a process group, which
-ends with it. `rank`, `world` and `is_main` number them. `mean`, `all_reduce_max`, `largest`, `all_gather`, `gather`,
-`num_synced_calls`, `barrier` and `wait_for_all` are collectives: every rank must call them. `new_group` serves a second
-thread. If a rank ends, torchrun ends the others; a collective that waits longer than `TIMEOUT` fails.
+Inside `join`, the processes that torchrun started have a store and a process group. `rank`, `world` and `is_main`
+number them. `mean`, `all_reduce_max`, `largest`, `all_gather`, `gather`, `num_synced_calls`, `barrier` and
+`wait_for_all` are collectives: every rank must call them. `new_group` is for a second thread. If a rank ends, torchrun
+ends the others; a collective that waits longer than `TIMEOUT` fails.
 
 Without torch.distributed there is one rank, number 0, and every collective returns its own tensor.
 
@@ -34,19 +34,19 @@ from dumo.types import UserError
 
 T = TypeVar("T")
 
-MIN_TORCH = "2.13"  # whose sharded weights and checkpoints were tried
-# How long ranks wait for each other, to meet and in a collective: as gloo by default, and a first step may compile
+MIN_TORCH = "2.13"  # the oldest version with tested sharding and checkpoints
+# The timeout of the rendezvous and of collectives: gloo's default, since the first step may compile.
 TIMEOUT = timedelta(minutes=30)
-_MEETING_INTERVAL = 0.01  # seconds between looks for the other ranks while they meet
-_WAITING_INTERVAL = 0.05  # seconds between looks in `wait_for_all`
-# count how often the torchrun of this node has started its ranks again, and Slurm has requeued the job
+_MEETING_INTERVAL = 0.01  # polling interval of the rendezvous, in seconds
+_WAITING_INTERVAL = 0.05  # polling interval of `wait_for_all`, in seconds
+# The environment variables that count restarts by torchrun on this node, and requeues by Slurm.
 _RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 has_joined = False  # whether this process ever met others; read by `dumo.cli.terminal`
 _store: Store | None = None  # that the ranks of the current `join` share
 _num_waits = 0  # calls of `wait_for_all` in the current `join`
-# the process group in which this thread meets the same thread of other ranks (`dumo.training.agreement`); None: the
-# default group
+# The process group of this thread and the same thread of other ranks (`dumo.training.agreement`); None means the
+# default group.
 group: ContextVar[ProcessGroup | None] = ContextVar("group", default=None)
 
 
@@ -56,7 +56,7 @@ def rank() -> int:
 
 
 def world() -> int:
-    """How many processes work together; 1 without torch.distributed."""
+    """Return the number of processes; 1 without torch.distributed."""
     return torch.distributed.get_world_size() if is_initialized() else 1
 
 
@@ -78,7 +78,7 @@ def mean(x: Tensor) -> Tensor:
 
 
 def all_reduce_max(x: Tensor) -> Tensor:
-    """The maximum of x over ranks, element by element, on every rank. Every rank must call it, with the same shape.
+    """Return the elementwise maximum of x over ranks, on every rank. Every rank must call it, with the same shape.
 
     x is on the CPU, and is not changed.
     """
@@ -118,10 +118,10 @@ def sharded_parts(net: nn.Module) -> list[Any]:
 
 
 def num_synced_calls(net: nn.Module, num_rows: int) -> int:
-    """How often every rank must call a net that takes its rows one by one, if this rank has `num_rows`.
+    """Return how often every rank must call a net that processes one row per call, if this rank has `num_rows`.
 
-    Under FSDP each call is a collective, so every rank must make as many as the rank with the most rows. Returns that
-    maximum; without FSDP, `num_rows`. Every rank must call it under FSDP.
+    Under FSDP each call is a collective, so the result is the maximum over ranks, and every rank must call this
+    function. Without FSDP it is `num_rows`.
     """
     if world() == 1:
         return num_rows
@@ -135,7 +135,7 @@ def num_synced_calls(net: nn.Module, num_rows: int) -> int:
 def all_gather(x: Tensor) -> list[Tensor]:
     """Gather x (n, *d) of every rank, in the order of ranks, on the CPU. n may differ. Every rank must call it.
 
-    A rank that comes early waits for the others without a time-out.
+    A rank waits for the others without a timeout.
     """
     if world() == 1:
         return [x.cpu()]
@@ -146,7 +146,7 @@ def all_gather(x: Tensor) -> list[Tensor]:
 
 
 def gather(x: Tensor) -> list[Tensor]:
-    """As `all_gather`, but on rank 0 alone; [] on the others, which need no memory for it."""
+    """Like `all_gather`, but only on rank 0; other ranks get [] and need no memory for it."""
     if world() == 1:
         return [x.cpu()]
     wait_for_all()
@@ -156,7 +156,7 @@ def gather(x: Tensor) -> list[Tensor]:
 
 
 def wait_for_all() -> None:
-    """Wait for all ranks without a time-out, for work that takes much longer on one of them. Every rank must call it.
+    """Wait for all ranks without a timeout, for work that takes much longer on one rank. Every rank must call it.
 
     Raises Stopped after a signal.
     """
@@ -178,7 +178,7 @@ def barrier() -> None:
 
 
 def new_group() -> ProcessGroup | None:
-    """Make one more gloo group of all ranks, for another thread; None if there is one rank. Every rank must call it."""
+    """Create a gloo group of all ranks for another thread; None if there is one rank. Every rank must call it."""
     if world() == 1:
         return None
     thread_group = torch.distributed.new_group(backend="gloo")
@@ -193,22 +193,22 @@ def is_initialized() -> bool:
 
 
 def torchrun_rank_and_world() -> tuple[int, int]:
-    """(rank, world) as torchrun sets them in the environment, before `join` too; (0, 1) without torchrun."""
+    """Return (rank, world) from torchrun's environment variables, even before `join`; (0, 1) without torchrun."""
     return _environment_integer("RANK", 0), _environment_integer("WORLD_SIZE", 1)
 
 
 def is_restart() -> bool:
-    """Whether torchrun or Slurm says that it has started this process again. torchrun does not count all restarts."""
+    """Whether torchrun or Slurm reports a restart of this process. torchrun does not count all restarts."""
     return any(_environment_integer(name, 0) > 0 for name in _RESTART_COUNTS)
 
 
 def _environment_integer(name: str, default: int) -> int:
-    """Return a whole number from the environment. Raises ValueError if it is not one."""
+    """Return an integer from the environment. Raises ValueError for another value."""
     return int(os.environ.get(name, default))
 
 
 def require_one_process(work: str) -> None:
-    """Raise UserError if torchrun started several processes, for `work` that processes do not share."""
+    """Raise UserError if torchrun started several processes, for `work` that is not distributed."""
     _, world_size = torchrun_rank_and_world()
     if world_size > 1:
         raise UserError(
@@ -218,7 +218,7 @@ def require_one_process(work: str) -> None:
 
 
 def require_distributed_torch(what: str) -> None:
-    """Raise UserError below torch `MIN_TORCH`. `what`, which needs it, begins the message."""
+    """Raise UserError below torch `MIN_TORCH`. The message begins with `what`."""
     if TorchVersion(torch.__version__) < MIN_TORCH:
         raise UserError(
             f"{what} needs torch {MIN_TORCH} or newer, here is {torch.__version__}: pip install 'torch>={MIN_TORCH}'"
@@ -227,10 +227,10 @@ def require_distributed_torch(what: str) -> None:
 
 @contextmanager
 def join() -> Generator[None, None, None]:
-    """Work together, while inside, with the other processes that torchrun started; without torchrun do nothing.
+    """Create the process group of the processes that torchrun started; without torchrun, do nothing.
 
-    Each rank gets a GPU of its own if there are enough (`take_own_gpu`). Backends: nccl for CUDA tensors, gloo for CPU
-    tensors; gloo for all where ranks share a GPU, which nccl rejects.
+    Each rank gets its own GPU if there are enough (`take_own_gpu`). The backends are nccl for CUDA tensors and gloo for
+    CPU tensors, or gloo for both if ranks share a GPU, which nccl rejects.
 
     Raises UserError below torch `MIN_TORCH`.
     """
@@ -272,21 +272,21 @@ def take_own_gpu() -> None:
 
 
 def _choose_backend() -> str:
-    """Return the backend, by whether each rank of this machine has a GPU."""
+    """Return the backend, depending on whether each rank of this machine has a GPU."""
     local_world_size = _environment_integer("LOCAL_WORLD_SIZE", 1)
     has_own_gpu = torch.cuda.device_count() >= local_world_size
     return "cpu:gloo,cuda:nccl" if has_own_gpu else "gloo"
 
 
 def _rendezvous() -> tuple[Store, int]:
-    """Wait for all ranks. Returns an empty store that they share, and the number of this rank."""
+    """Wait for all ranks. Returns an empty shared store and the number of this rank."""
     _, world_size = torchrun_rank_and_world()
     store, own_rank, _ = next(rendezvous("env://", timeout=TIMEOUT))
     return PrefixStore(_unique_run_id(store, own_rank, world_size), store), own_rank
 
 
 def _unique_run_id(store: Store, own_rank: int, world_size: int) -> str:
-    """Agree on an id for this start of all ranks, under which their store holds nothing yet. Every rank must call it.
+    """Agree on a new id for this start of all ranks, as a prefix in their store. Every rank must call it.
 
     torchrun keeps one store over its restarts, in which a rank may find the address of one that is dead (pytorch
     #135712, in 2.13 still). So rank 0 makes up an id. Every other rank asks for it under a token of its own, and

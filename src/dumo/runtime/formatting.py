@@ -1,7 +1,7 @@
-"""Numbers as text for people, and texts of others made safe to print.
+"""Format numbers for users, and escape untrusted text for the terminal.
 
 `number_text`, `bytes_text`, `duration_text`, `minutes_text` and `nfe_text` write numbers.
-`escape_controls` and `escape_line` spell out characters that would steer a terminal.
+`escape_controls` and `escape_line` escape terminal control characters.
 """
 
 import re
@@ -27,7 +27,7 @@ def bytes_text(size: float, base: int = 1000) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Seconds as hours, minutes and seconds, 1:02:03, or as minutes and seconds, 2:03; negative ones as -2:03."""
+    """Format seconds as h:mm:ss, such as 1:02:03, or as m:ss, such as 2:03 or -2:03."""
     whole_seconds = round(seconds)
     sign = "-" if whole_seconds < 0 else ""
     hours, rest = divmod(abs(whole_seconds), SECONDS_PER_HOUR)
@@ -38,7 +38,7 @@ def duration_text(seconds: float) -> str:
 
 
 def minutes_text(minutes: float) -> str:
-    """Minutes as a person says them: 9 seconds, 1 minute, 31.7 minutes."""
+    """Format minutes in words: 9 seconds, 1 minute, 31.7 minutes."""
     if minutes < 1:
         seconds = max(1, round(60 * minutes))
         return "1 second" if seconds == 1 else f"{seconds} seconds"
@@ -47,15 +47,15 @@ def minutes_text(minutes: float) -> str:
 
 
 def nfe_text(n: int) -> str:
-    """Return a number of passes of a sample through the net as text: 1 NFE, 2 NFE."""
+    """Format an NFE: 1 NFE, 2 NFE."""
     return f"{n} NFE"
 
 
 def escape_controls(text: str) -> str:
-    """Spell out the control characters of a text, so that a file's name cannot steer the terminal. Line breaks stay."""
+    """Escape the control characters of a text, except line breaks, so that a file name cannot control the terminal."""
     return _CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def escape_line(text: str) -> str:
-    """Spell out the control characters and line breaks of a text."""
+    """Escape the control characters and line breaks of a text."""
     return escape_controls(text).replace("\n", r"\n")

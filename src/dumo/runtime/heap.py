@@ -1,7 +1,7 @@
-"""Keep glibc's heap from holding on to freed memory while weights are made: `low_memory_heap`.
+"""Make glibc return freed memory to the system while weights are created: `low_memory_heap`.
 
-By default it may keep as much again as the weights take, where they are made one by one: on two ranks with an int8 base
-of 0.44 GB a rank then takes 3.1 GB at most, and 2.1 GB with it.
+By default glibc may keep as much memory as the weights need if they are created one by one: on two ranks with an int8
+base of 0.44 GB, the peak of a rank is 3.1 GB, and 2.1 GB with `low_memory_heap`.
 """
 
 import ctypes
@@ -18,11 +18,11 @@ _LARGEST_KEPT = 32 * MiB  # the largest block that glibc keeps, once it has free
 
 @contextmanager
 def low_memory_heap() -> Generator[None, None, None]:
-    """While inside, freed blocks of 128 KiB and more go back to the system at once; afterwards glibc's default holds.
+    """Return freed blocks of at least 128 KiB to the system immediately inside the block; then restore the default.
 
-    What is free goes back first, and again at the end: new blocks fill gaps between older ones before the heap grows,
-    and such a gap does not go back by itself. It is for making and examining weights, not for training: a step on a CPU
-    would take more than twice the time. Does nothing where the environment chooses, or without glibc.
+    The heap is trimmed at the start and at the end, because gaps between blocks are not returned automatically. This is
+    for creating and inspecting weights, not for training: a step on a CPU would take more than twice the time. Does
+    nothing if the environment sets the threshold, or without glibc.
     """
     libc = ctypes.CDLL(None)
     mallopt = getattr(libc, "mallopt", None)

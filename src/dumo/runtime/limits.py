@@ -1,7 +1,7 @@
-"""Upper bounds of the numbers in a run: beyond all that is trained, so that a typing error is refused.
+"""Upper bounds of the numbers in a run, far above realistic values, to catch typing errors.
 
-Fields of specs name them (`Field(le=STEPS)`), so a number past its bound is refused when the spec is read. Without a
-bound it would be an endless loop, or more memory than there is, long after. All bounds are ours.
+Spec fields use them (`Field(le=STEPS)`), so a larger number is refused when the spec is parsed, not after a long time
+by an endless loop or a lack of memory. All bounds are our choice.
 """
 
 BLOCKS = 1000  # of a net, one behind the other: as the deepest ResNets
@@ -21,7 +21,7 @@ GIGABYTE = 1e9  # bytes: the unit of fields of memory
 
 
 def require_order(**ends: float) -> None:
-    """Raise ValueError where the first of two numbers is above the second: `require_order(low=2, high=1)`."""
+    """Raise ValueError if the first of two numbers exceeds the second: `require_order(low=2, high=1)`."""
     (low, first), (high, second) = ends.items()
     if first > second:
         raise ValueError(f"{low} ({first}) must not be above {high} ({second})")

@@ -1,9 +1,9 @@
-"""Show how far a piece of work is. The work reports to a `Bar` and knows no terminal:
+"""Progress bars. Work reports its progress to a `Bar`:
 
     with bar("training", 1000) as tick:
         tick(10, "loss 0.3")  # units done so far, and a note
 
-`bar` shows the progress on stderr: as a bar of rich on a terminal, else as a plain line each minute. `no_bar` shows
+`bar` shows the progress on stderr: as a rich progress bar on a terminal, else as a line per minute. `no_bar` shows
 nothing. `print_line` prints a line above a bar.
 """
 
@@ -31,16 +31,16 @@ Tick = Callable[[int, str], None]  # (units done so far, a note)
 
 # Seconds between two plain lines.
 _LINE_SECONDS = 60.0
-# A bar of work that took fewer seconds is removed at its end, because it would say nothing any more.
+# A bar for work that took fewer seconds is removed at its end.
 _SHORT_SECONDS = 3.0
 
 
 @runtime_checkable
 class Bar(Protocol):
-    """A way to show how far a piece of work is."""
+    """A way to show progress."""
 
     def __call__(self, title: str, total: int, /) -> AbstractContextManager[Tick]:
-        """Show work of `total` units while inside; the context gives the `Tick` that the work calls."""
+        """Show the progress of `total` units of work inside the block. Yields the `Tick` that the work calls."""
         ...
 
 
@@ -91,7 +91,7 @@ def bar(title: str, total: int, /) -> Generator[Tick, None, None]:
 
 @cache
 def _console(is_live: bool) -> Console:
-    """Return the console of all bars: two bars on consoles of their own would write over each other."""
+    """Return the console that all bars share, because bars on different consoles would overwrite each other."""
     return Console(markup=False, emoji=False, stderr=True, force_terminal=is_live, force_interactive=is_live)
 
 
@@ -101,9 +101,9 @@ def print_line(line: str) -> None:
 
 
 def line_printer(work_bar: Bar) -> Callable[[str], None]:
-    """The function that prints the lines of work with this bar: `print_line`, but `ignore_line` with `no_bar`."""
+    """Return the function that prints lines next to this bar: `ignore_line` for `no_bar`, else `print_line`."""
     return ignore_line if work_bar is no_bar else print_line
 
 
 def ignore_line(line: str) -> None:
-    """Print nothing: in place of `print_line`."""
+    """Print nothing, in place of `print_line`."""

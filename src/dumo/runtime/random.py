@@ -1,4 +1,4 @@
-"""Random numbers by key: the same on every device and machine, and in any process at any time.
+"""Keyed random numbers, which are the same on every device and machine and in any process.
 
 For training, the key is (seed, step, name):
 
@@ -55,9 +55,9 @@ def stream(*key: int | str) -> torch.Generator:
 
 
 def random_row_mask(seed: int, step: int, name: str, batch: int, share: float) -> Bool[Tensor, " batch"]:
-    """Which rows of a step's batch are picked, (batch,): `share` of them, rounded to a row, at random places.
+    """Return a mask (batch,) of randomly chosen rows of a step's batch: a fraction `share`, rounded to a row.
 
-    The places are a function of seed, step, name and batch.
+    The mask depends on seed, step, name and batch.
     """
     is_picked = torch.zeros(batch, dtype=torch.bool)
     places = torch.randperm(batch, generator=stream(seed, step, name))
@@ -67,7 +67,7 @@ def random_row_mask(seed: int, step: int, name: str, batch: int, share: float) -
 
 @contextmanager
 def seeded_generators(key: int | None, device: torch.device) -> Generator[None, None, None]:
-    """Inside, torch's generators of the CPU and of a GPU begin at this key (None: 0); afterwards they are as before."""
+    """Seed torch's CPU and GPU generators with this key (None means 0) inside the block, then restore them."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(key or 0)
         if device.type == "cuda":
