@@ -68,7 +68,11 @@ def counted(cls: type[Spec], *, guided: bool) -> float | None:
         return None
     else:
         guidance = {}
-    objective = cls(**guidance, drop=0, **({"slope": DualSlope()} if "slope" in fields else {}))
+    objective = cls(
+        **guidance,
+        drop=0,
+        **({"slope": DualSlope()} if "slope" in fields and fields["slope"].default is not None else {}),
+    )
     with torch.device("meta"):
         net = DiT(width=256, depth=1, attention=1).build(objective.needs, SHAPE, 10)
     net.blocks.extend([net.blocks[0]] * (DEPTH - 1))
