@@ -1,12 +1,11 @@
-"""Whether a user's own network and loss can be trained, tried once before the first step of `dumo train`.
+"""Check a user-defined network and loss before the first step of `dumo train`.
 
-A step makes several passes of one network on the same rows, and a resumed run makes the passes that an uninterrupted
-one would have made. So the network must be pure, with independent rows and finite outputs (`dumo.flow.trainable`), and
-the loss must have one number for each row, and give the same numbers for the same batch. Otherwise training would run
-towards another target without an error.
+A step evaluates the network several times on the same rows, and a resumed run repeats the passes of an uninterrupted
+run. The network must therefore be pure, with independent rows and finite outputs (`dumo.flow.trainable`), and the loss
+must return one number per row, the same for the same batch. Otherwise training would silently use a wrong target.
 
-`require_contract` calls both as the first step calls them, on random numbers in place of data. dumo's own keep the
-contract by their tests, and are not tried.
+`require_contract` calls both as the first step does, on random numbers instead of data. dumo's own networks and losses
+are covered by tests and are not checked.
 """
 
 import copy
@@ -27,14 +26,15 @@ from dumo.runtime.random import random_batch
 from dumo.training.micro_batch import rows_of_rank
 from dumo.types import Array, Sample, Trail, UserError
 
-_STREAM_KEY = "outside"  # of the random numbers in place of data. Another key would draw other numbers
+# The key of the random numbers that replace data.
+_STREAM_KEY = "outside"
 
 
 def require_contract(run: Run, net: nn.Module, device: torch.device) -> None:
-    """Raise UserError if a user's own network or loss breaks the contract.
+    """Raise UserError if a user-defined network or loss violates the contract.
 
-    `net` is the run's network with random weights, because a last layer of zeros would hide what it draws. It is tried
-    in training mode, and has its own mode again afterwards.
+    `net` is the run's network with random weights, because a last layer of zeros would hide random operations. It is
+    tested in training mode, and its mode is restored.
     """
     objective = run.objective
     train = run.train
@@ -44,13 +44,14 @@ def require_contract(run: Run, net: nn.Module, device: torch.device) -> None:
         direct=True,
         classes=run.data.classes,
         path=run.path,
-        teacher=path_velocity if run.teacher else None,  # none is open yet
+        # The teacher is not open yet.
+        teacher=path_velocity if run.teacher else None,
         ref=None if train.ref == "self" else copy.deepcopy(net),
         precision=train.precision,
         seed=train.seed,
     )
 
-    # Put noise to random numbers in place of data, as the first pass of training does.
+    # Add noise to random numbers instead of data, as the first pass of training does.
     rank_rows, micro_batches = rows_of_rank(train, objective)
     rows = slice(rank_rows.start, rank_rows.start + micro_batches[0].stop)
     x, c = random_batch(_STREAM_KEY, rows.stop - rows.start, run.data.shape, run.data.classes)
@@ -75,9 +76,9 @@ def require_contract(run: Run, net: nn.Module, device: torch.device) -> None:
 
 
 def _points_on_path(path: FlowPath, x: Sample, z: Sample, points: int) -> Trail:
-    """x_t at the times k / points between data and noise, (b, points - 1, ...): a stand-in for a teacher's trajectory.
+    """Return x_t at the times k / points, (b, points - 1, ...), in place of a teacher's trajectory.
 
-    x are data in their own units.
+    x is in units of the data.
     """
     x_at_points: list[Array] = []
     for k in range(1, points):

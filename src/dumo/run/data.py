@@ -1,9 +1,9 @@
-"""Whether the data of a run are what it was trained on, and what its run.yaml records of them.
+"""Record the data of a run, and check that they have not changed when it resumes.
 
-- `resolved.data` in run.yaml has the standard deviation and the fingerprint of the data: `recorded_facts`,
+- `resolved.data` in run.yaml contains the standard deviation and the fingerprint of the data: `recorded_facts`,
   `with_data_facts`.
-- `images.ledger` has what the images were when they were read (`dumo.data.ledger`). `compare_data` compares with it
-  when a run resumes, `begin_ledger` makes it ready for what is read next, and `save_ledger` adds to it before a
+- `images.ledger` contains hashes of the images at the time they were read (`dumo.data.ledger`). `compare_data` compares
+  them when a run resumes, `begin_ledger` prepares the file for new records, and `save_ledger` appends to it before a
   checkpoint.
 """
 
@@ -27,29 +27,29 @@ from dumo.training import agreement
 from dumo.training.checkpoint import Checkpoint, FileEntry
 from dumo.types import UserError
 
-# The rows that are measured: the first of the first epoch in the order of seed 0.
+# The number of rows that are measured: the first of the first epoch in the order of seed 0.
 ROWS = 256
 _FIX = "give another folder with --out, or begin a new run with the data as they are by --from STEP --out NEW"
 _PROBLEM = f"is not what it was when this run read it: put it back as it was, on all ranks alike, {_FIX}"
 
 
 class DataFacts(BaseModel):
-    """What run.yaml records of a run's data."""
+    """The measurements of a run's data in run.yaml."""
 
     # The standard deviation over all numbers of the first ROWS rows, EDM's sigma_data.
     sd: float
-    # Of the source; None if it has none.
+    # The fingerprint of the source; None if it has none.
     fingerprint: str | None = None
 
 
 def recorded_facts(run: Run) -> DataFacts | None:
-    """What a run.yaml records of the data of its run; None before training begins."""
+    """Return the recorded measurements of a run's data; None before training begins."""
     facts = run.resolved.get(DATA_KEY)
     return None if facts is None else DataFacts.model_validate(facts)
 
 
 def require_same_fingerprint(recorded: Run, source: DataSource, folder: Path) -> None:
-    """Raise UserError if the data have another fingerprint than those that a run was trained on."""
+    """Raise UserError if the fingerprint of the data differs from the recorded one."""
     facts = recorded_facts(recorded)
     fingerprint = source.fingerprint()
     if facts and facts.fingerprint not in (None, fingerprint):
@@ -57,7 +57,7 @@ def require_same_fingerprint(recorded: Run, source: DataSource, folder: Path) ->
 
 
 def with_data_facts(run: Run, recorded: Run | None, source: DataSource) -> Run:
-    """The run with what is recorded of its data, or with what they are now. One process calls it."""
+    """Return the run with recorded or else new measurements of its data. Only one process calls it."""
     facts = recorded_facts(recorded) if recorded else None
     if facts is None:
         facts = DataFacts(sd=measure(source), fingerprint=source.fingerprint())
@@ -65,20 +65,20 @@ def with_data_facts(run: Run, recorded: Run | None, source: DataSource) -> Run:
 
 
 def measure(source: DataSource) -> float:
-    """The standard deviation over all numbers of the first ROWS rows, EDM's sigma_data."""
+    """Return the standard deviation over all numbers of the first ROWS rows, EDM's sigma_data."""
     x, _ = source.batch(0, ROWS, 0)
     return x.double().std().item()
 
 
 def compare_data(data: Data, source: object, folder: Path, last: Checkpoint | None) -> None:
-    """Compare the data, opened as `source`, with those that the checkpoint `last` of a run was trained on.
+    """Compare the data, opened as `source`, with the data of the checkpoint `last`.
 
-    1. Compare a cache of latents with the images that it was made of.
+    1. Compare a cache of latents with its source images.
     2. Compare names and classes with those of the checkpoint.
-    3. Hash images of another size or time than they had, and compare them. All others are compared when they are read.
+    3. Hash and compare images with a changed size or modification time. Other images are compared when they are read.
 
-    Every rank must call it; the ranks of a machine share the hashing. Raises UserError on every rank, with the names,
-    if there is a difference.
+    Every rank must call it; the ranks of a machine share the hashing. Raise UserError on every rank if the data differ,
+    with the names of changed images.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -101,14 +101,14 @@ def compare_data(data: Data, source: object, folder: Path, last: Checkpoint | No
 
 
 def changed_data_error(folder: Path, problem: str) -> UserError:
-    """The error that the data of a run have changed."""
+    """Return the error for changed data."""
     return UserError(
         f"{folder}: the data are not those that it was trained on ({problem}): put them back as they were, {_FIX}"
     )
 
 
 def require_images(folder: Path, ledger: Ledger, last: Checkpoint) -> None:
-    """Hash all images, and raise UserError, with names, if they are others than a checkpoint was trained on."""
+    """Hash all images, and raise UserError with the names of those that have changed since a checkpoint."""
     recorded = read_ledger(folder, last)
     problem = ledger.difference(recorded)
     if not problem:
@@ -122,7 +122,7 @@ def require_images(folder: Path, ledger: Ledger, last: Checkpoint) -> None:
 
 
 def read_ledger(folder: Path, last: Checkpoint) -> Recorded:
-    """What the images were up to a checkpoint. Raises UserError if the run's file is not as the checkpoint lists it."""
+    """Read the ledger of images up to a checkpoint. Raise UserError if the file does not match the checkpoint."""
     entry = last.facts.ledger
     assert entry is not None, "the run is of images"
     file = folder / ledgers.FILE
@@ -135,7 +135,7 @@ def read_ledger(folder: Path, last: Checkpoint) -> Recorded:
 
 
 def begin_ledger(folder: Path, source: object, last: Checkpoint | None) -> None:
-    """Bring the file of what the images were to a checkpoint, or begin it. For one process."""
+    """Truncate the ledger file to a checkpoint, or create it. Only one process calls it."""
     ledger = ledger_of(source)
     if ledger is None:
         return
@@ -147,9 +147,9 @@ def begin_ledger(folder: Path, source: object, last: Checkpoint | None) -> None:
 
 
 def save_ledger(folder: Path, ledger: Ledger | None) -> FileEntry | None:
-    """Add the images that any rank has read to the run's file. Returns what a checkpoint lists of it.
+    """Append the images that any rank has read to the ledger file. Return its entry for the checkpoint.
 
-    Every rank must call it. Raises UserError, on all ranks, if two ranks have read other contents of one image.
+    Every rank must call it. Raise UserError on all ranks if two ranks have read different contents of an image.
     """
     if ledger is None:
         return None
@@ -169,7 +169,7 @@ def save_ledger(folder: Path, ledger: Ledger | None) -> FileEntry | None:
 
 
 def _merge(ledger: Ledger, of_ranks: list[NDArray[np.void]]) -> NDArray[np.void]:
-    """The records of all ranks, one of each image. Raises UserError if two of an image have other hashes."""
+    """Merge the records of all ranks, one per image. Raise UserError if the hashes of an image differ."""
     records = np.concatenate(of_ranks)
     records = records[np.argsort(records["image"], kind="stable")]
     is_same_image = records["image"][1:] == records["image"][:-1]

@@ -1,12 +1,11 @@
-"""The network that a run's spec describes, before any weights of a folder.
+"""Build the network of a run, without trained weights.
 
-`meta_net` makes it on the meta device, to count and to check it. `init_net` makes it with its initial weights.
-`deferred_net` leaves the weights of a pipeline in their files, with what reads each. `dumo.run.weights` loads trained
-ones.
+`meta_net` builds it on the meta device, for counting and checks, and `init_net` with its initial weights.
+`deferred_net` leaves the weights of a pipeline in their files and returns loaders. `dumo.run.weights` loads trained
+weights.
 
-`num_parameters` is the size of a network. `require_room` asks whether a device has room for it, `require_room_to_train`
-whether it has room to train it; `dumo.run.memory` counts both. `make_flow` joins a network and its objective, as they
-are trained.
+`num_parameters` counts parameters. `require_room` and `require_room_to_train` check the memory of a device, counted by
+`dumo.run.memory`. `make_flow` combines a network and its objective for training.
 """
 
 from math import prod
@@ -30,7 +29,7 @@ from dumo.types import TeacherVelocity
 
 
 def make_flow(run: Run, state: State, *, teacher: TeacherVelocity | None = None) -> Flow:
-    """The net of a state and the run's objective, as they are trained. `teacher` replaces the data's velocity."""
+    """Combine the net of a state and the run's objective for training. `teacher` replaces the data's velocity."""
     train = run.train
     return Flow(
         state.net,
@@ -48,9 +47,9 @@ def make_flow(run: Run, state: State, *, teacher: TeacherVelocity | None = None)
 
 
 def meta_net(run: Run, *, short: bool = False) -> nn.Module:
-    """The net on the meta device, without values. Raises UserError if it does not fit the data.
+    """Build the net on the meta device. Raise UserError if it does not fit the data.
 
-    `short`: only the first blocks of a pretrained net, which takes long.
+    With `short`, build only the first blocks of a pretrained net, because the whole net takes long.
     """
     spec = run.net
     if short and isinstance(spec, Pretrained):
@@ -60,17 +59,17 @@ def meta_net(run: Run, *, short: bool = False) -> nn.Module:
 
 
 def init_net(run: Run) -> nn.Module:
-    """The net at step 0 on the CPU, its weights keyed by the run's seed, or those of its pipeline.
+    """Build the net at step 0 on the CPU, with weights from its pipeline or initialized from the run's seed.
 
-    Raises UserError as building a net does, and if texts cannot be loaded.
+    Raise UserError if texts cannot be loaded.
     """
     return load_parameters(*deferred_net(run))
 
 
 def deferred_net(run: Run) -> tuple[nn.Module, Loaders]:
-    """The net at step 0, and what reads the weights of its pipeline, which are on the meta device.
+    """Build the net at step 0, and return it with the loaders of its pipeline weights, which are on the meta device.
 
-    Any other net has all weights, and there is nothing to read. Raises UserError as `init_net`.
+    A net without a pipeline has all weights and no loaders.
     """
     needs = run.objective.needs
     loaders: Loaders = {}
@@ -85,7 +84,7 @@ def deferred_net(run: Run) -> tuple[nn.Module, Loaders]:
 
 
 def _load_texts(run: Run, net: nn.Module) -> None:
-    """Hand the part of a net that looks up texts the captions of the data."""
+    """Load the captions of the data into the text module of a net."""
     spec = run.net.texts
     if not isinstance(spec, TextsSpec):
         return
@@ -95,7 +94,7 @@ def _load_texts(run: Run, net: nn.Module) -> None:
 
 
 def num_parameters(net: nn.Module) -> int:
-    """The number of a net's parameters. Codes and scales count as the weights that they stand for."""
+    """Return the number of a net's parameters. Quantized weights count as the original weights."""
     total = sum(p.numel() for p in net.parameters())
     if isinstance(net, Dualized):
         total += num_unstored_weights(net)

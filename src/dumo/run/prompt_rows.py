@@ -1,10 +1,10 @@
-"""Prompts: texts of the user's own, as rows behind those of the captions that a net was trained on.
+"""Map prompts to condition numbers, in addition to the captions that a net was trained on.
 
-A prompt that is a caption of the data has that caption's number. Another is encoded once, as captions are, and has a
-number of its own as long as the run is open. So whatever samples by numbers of classes also samples by prompts.
+A prompt that equals a caption of the data has the caption's number. Other prompts are encoded once, like captions, and
+keep a new number as long as the run is open. Code that samples by class number therefore also supports prompts.
 
-`conditions_of_prompts` returns these numbers, `names_of_conditions` the texts of numbers. `open_source_images` returns
-what reads the images that captions or prompts edit.
+`conditions_of_prompts` returns the numbers of prompts, and `names_of_conditions` the texts of numbers.
+`open_source_images` returns a reader of the images to edit.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,9 +26,9 @@ from dumo.types import UserError
 
 
 def open_source_images(data: Data, device: torch.device | str, file_of: Callable[[str], Path]) -> SourceImages | None:
-    """A reader of the images that the captions of some data edit, through the data's codec; None: they edit none.
+    """Return a reader that encodes source images with the data's codec; None if captions do not edit images.
 
-    `file_of` says where an image lies, by its hash. Raises UserError where the codec or an image cannot be read.
+    `file_of` maps the hash of an image to its path. Raise UserError if the codec or an image cannot be read.
     """
     if not (isinstance(data, Latents) and data.images.source):
         return None
@@ -43,7 +43,7 @@ def open_source_images(data: Data, device: torch.device | str, file_of: Callable
 
 
 def sources_identity(data: Data) -> str:
-    """The identity of the images that the captions of some data edit: of the codec and of their size; "": none."""
+    """Return the identity of encoded source images: codec, shape and crop; "" if captions do not edit images."""
     if not (isinstance(data, Latents) and data.images.source):
         return ""
     codec_hash = data.codec.sha256 or data.codec.digest()
@@ -51,7 +51,7 @@ def sources_identity(data: Data) -> str:
 
 
 def _read_pixels(file: Path, to_pixels: ToSquare) -> Tensor:
-    """The image of a file, uint8 (3, h, w). Raises UserError for what is none."""
+    """Read an image file, uint8 (3, h, w). Raise UserError if it cannot be read."""
     try:
         return to_pixels(file.read_bytes())
     except Unreadable as error:
@@ -59,12 +59,12 @@ def _read_pixels(file: Path, to_pixels: ToSquare) -> Tensor:
 
 
 def edits_images(data: Data) -> bool:
-    """Whether the captions of some data edit images."""
+    """Whether the captions of the data edit images."""
     return isinstance(data, Latents) and data.images.source is not None
 
 
 def texts_of(net: nn.Module) -> Texts | None:
-    """The part of a network that has a row for every condition; None if it reads no texts."""
+    """Return the module of a network with a row for every text; None if it has no text conditions."""
     for module in net.modules():
         if isinstance(module, Texts):
             return module
@@ -74,10 +74,10 @@ def texts_of(net: nn.Module) -> Texts | None:
 def conditions_of_prompts(
     net: nn.Module, data: Data, prompts: Sequence[str], source: Path | None = None
 ) -> Int64[Tensor, " b"]:
-    """The condition of each prompt, its number, by which to sample. Warns where a prompt is cut.
+    """Return the condition number of each prompt. Warn if a prompt is truncated.
 
-    `source` is the image that the prompts edit. Raises UserError for a blank prompt, and where the run reads no texts,
-    or its encoder is missing, or another than the run was trained with.
+    `source` is the image to edit. Raise UserError for a blank prompt, if the run has no text conditions, or if its text
+    encoder is missing or has changed.
     """
     conditions = Conditions(data)
     if not prompts:
@@ -90,12 +90,12 @@ def conditions_of_prompts(
         raise UserError(f"this run was trained without captions, so it reads no prompts: {fix}")
     captions = _as_captions(data, prompts, source)
 
-    # prompts that are used again count as the last used
+    # Mark repeated prompts as the most recently used.
     for caption in dict.fromkeys(captions):
         if caption in texts.prompts:
             texts.prompts[caption] = texts.prompts.pop(caption)
 
-    # number the new ones
+    # Encode and number the new prompts.
     numbers = {caption: k for k, caption in enumerate(conditions.names)} | texts.prompts
     new_captions = [caption for caption in dict.fromkeys(captions) if caption not in numbers]
     if new_captions:
@@ -111,9 +111,9 @@ def conditions_of_prompts(
 
 
 def _as_captions(data: Data, prompts: Sequence[str], source: Path | None) -> list[str]:
-    """The prompts as captions: where the run was trained on such, captions that edit the image in `source`.
+    """Convert prompts to captions, with the hash of `source` if the run edits images.
 
-    Raises UserError if the run edits images and there is no source, or edits none and there is one.
+    Raise UserError unless a source is given if and only if the run edits images.
     """
     if edits_images(data) and source is None:
         raise UserError("this run edits images, and the one to edit is missing: dumo sample takes it by --source FILE")
@@ -126,7 +126,7 @@ def _as_captions(data: Data, prompts: Sequence[str], source: Path | None) -> lis
 
 
 def names_of_conditions(net: nn.Module, data: Data, c: Tensor) -> list[str]:
-    """What each of these conditions is called: a class's name, a caption, or a prompt."""
+    """Return the class name, caption or prompt of each condition."""
     texts = texts_of(net)
     prompt_of = {number: caption for caption, number in texts.prompts.items()} if texts else {}
     conditions = Conditions(data)

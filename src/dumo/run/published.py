@@ -1,7 +1,7 @@
-"""Published weights that a run begins with: a velocity of SiT's, or the trunk of a DiT, which predicts noise.
+"""Load published weights as the start of a run: the velocity of a SiT, or the trunk of a DiT, which predicts noise.
 
-`read` is the entrance. It checks that the run's net is the published one, loads the file under its authors' names,
-checks that it has the net's layers, and converts their names to ours.
+`read` is the entry point. It checks that the run's net equals the published one, loads the file, checks its layers, and
+converts their names to those of dumo.
 """
 
 from collections.abc import Collection
@@ -22,18 +22,20 @@ from dumo.nets.embed import FREQUENCIES
 from dumo.types import UserError
 
 _ATTENTION_BY_WIDTH = {width: attention for width, _, attention in SIZES.values()}
-_CONFIG_FILE = "config.json"  # of a diffusers folder
+# The config file of a diffusers folder.
+_CONFIG_FILE = "config.json"
 _DIFFUSERS_CLASS = "DiTTransformer2DModel"
 _CONFIG_FIX = "take another copy of the model"
 _TRUNK = ("embed.", "positions", "label.", "blocks.")
-_OTHER_CONVERTED = ("heads.v.out.weight", "heads.v.out.bias", "scalars.embedders.t.0.weight")  # not of the trunk
+# Converted weights outside the trunk.
+_OTHER_CONVERTED = ("heads.v.out.weight", "heads.v.out.bias", "scalars.embedders.t.0.weight")
 
 
 def read(start: Start, spec: Net, path: FlowPath, net: nn.Module) -> dict[str, Tensor]:
-    """The weights of `start.source` by the names of the run's net; of kind dit those of the trunk alone.
+    """Read the weights of `start.source` under the names of the run's net; for kind dit only the trunk.
 
-    Raises UserError if the net is another function than the published one, the file has other layers or is a pickle,
-    the folder is not diffusers' of a DiT, or the path is not linear.
+    Raise UserError if the net differs from the published one, if the file has other layers or is a pickle, if the
+    folder is not a diffusers DiT, or if the path is not linear.
     """
     file = hub.path_of(start.source, "start.source", _choose_files)
     if not isinstance(spec, DiT) or not isinstance(net, Transformer):
@@ -51,11 +53,12 @@ def read(start: Start, spec: Net, path: FlowPath, net: nn.Module) -> dict[str, T
 
 
 def _require_published_net(start: Start, spec: DiT, path: FlowPath) -> None:
-    """Raise UserError where a run's net is another function than the published one of its width, or on another path."""
+    """Raise UserError if a run's net or path differs from that of the published net of the same width."""
     prefix = f"start.kind {start.kind}: the published net"
     required_fields: dict[str, object] = dict(PUBLISHED_FIELDS)
     required_fields["attention"] = _ATTENTION_BY_WIDTH.get(spec.width, spec.attention)
-    del required_fields["late"]  # where r = t it is the published one
+    # At r = t, `late` does not change the function.
+    del required_fields["late"]
     if start.kind == "sit":
         required_fields["time_scale"] = 1.0
     for field, value in required_fields.items():
@@ -72,7 +75,7 @@ def _require_published_net(start: Start, spec: DiT, path: FlowPath) -> None:
 
 
 def _load_tensors(start: Start, place: Path) -> dict[str, Tensor]:
-    """The tensors of a file, or of a diffusers folder of a DiT, by the authors' names. Raises UserError as `read`."""
+    """Load the tensors of a file, or of the diffusers folder of a DiT, under the authors' names."""
     if not place.is_dir():
         return load(place)
     files = [*place.glob(f"*{hub.SUFFIX}")]
@@ -94,7 +97,7 @@ def _load_tensors(start: Start, place: Path) -> dict[str, Tensor]:
 
 
 def _choose_files(files: Collection[str]) -> list[str]:
-    """Choose what is read of a repository: the model of diffusers in it, or else its files of weights at the top."""
+    """Choose the files of a repository: its diffusers model, or else its top-level weight files."""
     for folder in ("", "transformer"):
         if str(Path(folder, _CONFIG_FILE)) in files:
             return choose_files(files, folder)
@@ -102,11 +105,11 @@ def _choose_files(files: Collection[str]) -> list[str]:
 
 
 def _require_layers(start: Start, tensors: dict[str, Tensor], net: Transformer) -> None:
-    """Raise UserError unless the tensors, by the authors' names, are those of a SiT or DiT of the net's sizes."""
+    """Raise UserError unless the tensors, under the authors' names, are a SiT or DiT of the net's sizes."""
     prefix = f"start.source: {start.source} is no SiT or DiT of these sizes,"
     fix = "set net.depth, take the part that holds the model (`ema`), or another file"
 
-    # compare the names
+    # Compare the names.
     trunk_names = {name for name in net.state_dict() if name.startswith(_TRUNK)}
     source_names: set[str] = set()
     for name in tensors:
@@ -118,7 +121,7 @@ def _require_layers(start: Start, tensors: dict[str, Tensor], net: Transformer) 
     if missing:
         raise UserError(f"{prefix} it has nothing for {missing[0]}: {fix}")
 
-    # compare the shapes; a DiT puts out a variance, too
+    # Compare the shapes. A DiT also predicts a variance.
     width, patch_numbers = net.embed.weight.shape
     channels = patch_numbers // net.patch**2
     shapes = {

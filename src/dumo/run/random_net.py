@@ -1,7 +1,7 @@
-"""A run's network with random weights in all layers, to test or time it before it is trained.
+"""Build a run's network with random weights in all layers, to test or time it before training.
 
-A fresh network is not enough: its last layers are zero, so all it computes is zero, and so are its derivatives. A
-pretrained network is built from its config, and texts are random, so nothing is downloaded.
+The last layers of a new network are zero, and so are its outputs and derivatives. A pretrained network is built from
+its config with random text embeddings, so nothing is downloaded.
 """
 
 import torch
@@ -14,16 +14,16 @@ from dumo.nets.text_rows import TextsSpec
 from dumo.run.weights import init_on_device
 from dumo.runtime.random import stream
 
-# The standard deviation of what is added to biases and gains, so that gains stay near 1.
+# The standard deviation of the noise added to biases and gains, so that gains stay near 1.
 _VECTOR_NOISE = 0.1
-# Scales the weights of a subject's adapter, which is a third summand of a layer.
+# The scale of a subject's adapter weights, which are the third term of a layer.
 _SUBJECT_SCALE = 0.1
 
 
 def random_net(run: Run, device: torch.device) -> nn.Module:
-    """Build the run's network with random weights by the run's seed.
+    """Build the run's network with random weights from the run's seed.
 
-    The device must have room for it (`dumo.run.net.require_room`).
+    The caller checks the memory of the device (`dumo.run.net.require_room`).
     """
     spec = with_random_texts(run.net)
     if isinstance(spec, Pretrained):
@@ -46,22 +46,22 @@ def random_net(run: Run, device: torch.device) -> nn.Module:
 
 
 def short_run(run: Run) -> Run:
-    """The run with a network of at most two blocks of each kind, for tests that take little memory and time."""
+    """Return the run with a network of at most two blocks of each kind, to save memory and time."""
     return run.model_copy(update={"net": cut_to_two_blocks(run.net)})
 
 
 def with_random_texts(net: Net) -> Net:
-    """The spec of a network, with random rows of text."""
+    """Return the spec of a network with random text embeddings."""
     if isinstance(net.texts, TextsSpec):
         return net.model_copy(update={"texts": net.texts.with_random_rows()})
     return net
 
 
 def cut_to_two_blocks(net: Net) -> Net:
-    """The spec of a network, with at most two blocks of each kind."""
+    """Return the spec of a network with at most two blocks of each kind."""
     if isinstance(net, Pretrained):
         return net.short(2)
-    # A network without blocks, or a user's own, has none of these fields.
+    # Networks without blocks and user-defined networks do not have these fields.
     depth: int | None = getattr(net, "depth", None)
     route: object = getattr(net, "route", None)
     late: int | None = getattr(net, "late", None)
@@ -70,7 +70,7 @@ def cut_to_two_blocks(net: Net) -> Net:
     short_depth = min(2, depth)
     update: dict[str, int | None] = {"depth": short_depth}
     if route:
-        # It names blocks that are cut.
+        # The route refers to removed blocks.
         update["route"] = None
     if late is not None:
         update["late"] = min(late, short_depth - 1)

@@ -1,7 +1,7 @@
-"""Runs that are only read: those that come with dumo, and runs on the Hugging Face Hub, OWNER/NAME.
+"""Read-only runs: runs that ship with dumo, and runs on the Hugging Face Hub, OWNER/NAME.
 
-Each is an exported run (`dumo.export.dumo_run`). Those that come with dumo are in half precision, in `dumo/trained`,
-which `tools/ship.py` makes. `find` says which folder a name means, `output_folder` where commands write their output.
+Each is an exported run (`dumo.export.dumo_run`). Bundled runs are in half precision in `dumo/trained`, created by
+`tools/ship.py`. `find` returns the folder of a run, and `output_folder` the folder to which commands write.
 """
 
 from pathlib import Path
@@ -13,10 +13,10 @@ from dumo.io.run_places import SHIPPED_PREFIX
 
 
 def find(source: str | Path) -> Path:
-    """The folder of the run of this name; another source as the path that it is. A run on the Hub is fetched.
+    """Return the folder of a run, given its name or path. A run on the Hub is downloaded.
 
-    In a text, ~ and $NAMES of environment variables are expanded; a Path is taken as it is. Raises UserError if ./NAME
-    holds a run, too, or a variable is not set; and the Hub's errors.
+    In a str, ~ and environment variables are expanded; a Path is used unchanged. Raise UserError if a bundled run's
+    name is also a run folder ./NAME, or if a variable is not set.
     """
     if isinstance(source, str) and hub.is_hub_name(source):
         return hub.fetch(source, choose_run_files)
@@ -25,7 +25,7 @@ def find(source: str | Path) -> Path:
 
 
 def lasting_name(source: str | Path) -> str | None:
-    """What opens a run that is only read again, dumo:NAME or OWNER/NAME@COMMIT; None for a folder."""
+    """Return the permanent name of a read-only run, dumo:NAME or OWNER/NAME@COMMIT; None for a folder."""
     if isinstance(source, str) and hub.is_hub_name(source):
         return hub.pin(source)
     name = trained_name_of(source)
@@ -33,9 +33,9 @@ def lasting_name(source: str | Path) -> str | None:
 
 
 def output_folder(source: str | Path) -> Path:
-    """The folder that commands write into: a run's own, and for a run that is only read NAME, in the current one.
+    """Return the folder to which commands write: the run's folder, or ./NAME for a read-only run.
 
-    Where ./NAME holds a run of the user's, it is dumo-NAME. Raises as `find`.
+    If ./NAME is a run folder of the user, return ./dumo-NAME.
     """
     if isinstance(source, str) and hub.is_hub_name(source):
         name = Path(hub.repository_of(source)).name
@@ -47,5 +47,5 @@ def output_folder(source: str | Path) -> Path:
 
 
 def _path(source: str | Path) -> Path:
-    """The path of a source that is no name. Raises UserError for a variable that is not set."""
+    """Return the path of a source. Raise UserError if an environment variable is not set."""
     return source if isinstance(source, Path) else user_path(source, "the run's folder")

@@ -1,11 +1,11 @@
-"""Sheets of samples that a run draws as it trains, after the steps that `train.sheets` names.
+"""Render sheets of samples during training, after the steps in `train.sheets`.
 
-A sheet, such as sheets/step-00001000-nfe1.png, shows what the sampled weights make of the same noise, by the run's own
-solver. `RenderSheets` draws them.
+A sheet, such as sheets/step-00001000-nfe1.png, shows samples of the averaged weights from the same noise every time,
+with the run's solver. `RenderSheets` renders them.
 
-Sheets change nothing of the training: samples have random streams of their own (`dumo.runtime.random`), and the network
-gets its mode back. Ranks sample together, each some of the images, so that no rank needs all weights. What a stop
-leaves out is drawn when the run resumes from that step.
+Sheets do not affect training: samples have separate random streams (`dumo.runtime.random`), and the network's mode is
+restored. The samples are divided over ranks, so that no rank needs all weights. Sheets that are missing after an
+interruption are rendered when the run resumes from that step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,12 +37,12 @@ SHEET_COUNT = 64
 
 
 class RenderSheets(Hook):
-    """Draws sheets of samples after the steps that `train.sheets` names."""
+    """Renders sheets of samples after the steps in `train.sheets`."""
 
     def __init__(self, run: Run) -> None:
-        """Check that sheets can be drawn: a missing codec must end the run now, not after weeks.
+        """Open the codec once, so that a missing codec fails before training. Every rank must call it.
 
-        Every rank must call it. Raises UserError on all ranks if the codec cannot be opened.
+        Raise UserError on all ranks if the codec cannot be opened.
         """
         self.run = run
         data = run.data
@@ -59,7 +59,7 @@ class RenderSheets(Hook):
         return sheet_conditions(self.run.conditions)
 
     def before_training(self, trainer: "Trainer") -> None:
-        """Draw what is due at the step that the run resumes from, and missing."""
+        """Render missing sheets of the step from which the run resumes."""
         missing: list[tuple[Path, int]] = []
         if trainer.state.step:
             for file, nfe in self._sheets_due(trainer):
@@ -68,24 +68,24 @@ class RenderSheets(Hook):
         self._render_sheets(trainer, missing)
 
     def after_step(self, trainer: "Trainer", metrics: StepMetrics) -> None:
-        """Draw what is due after this step.
+        """Render the sheets that are due after this step.
 
-        Draws nothing if the run is asked to stop: a checkpoint of this step is saved, and the sheets are drawn when the
-        run resumes from there. What is begun is finished, since the next checkpoint is of a later step.
+        After a signal nothing is rendered: the checkpoint of this step is saved, and the resumed run renders the
+        sheets. A signal during rendering waits, because the next checkpoint belongs to a later step.
         """
         if metrics.received_signal is None:
             with signals.uninterrupted():
                 self._render_sheets(trainer, list(self._sheets_due(trainer)))
 
     def _sheets_due(self, trainer: "Trainer") -> Iterator[tuple[Path, int]]:
-        """Yield the file of each sheet that is drawn after this step, and its NFE."""
+        """Yield the file and the NFE of each sheet that is due after this step."""
         step = trainer.state.step
         if self.run.train.is_sheet_due(step):
             for nfe in self.run.sample.nfe:
                 yield trainer.folder.path / "sheets" / f"step-{step:08d}-nfe{nfe}.png", nfe
 
     def _render_sheets(self, trainer: "Trainer", sheets: Sequence[tuple[Path, int]]) -> None:
-        """Sample and draw the sheets of a step, files and NFE. They share an autoencoder, which is freed after them."""
+        """Render the sheets of a step, given as files and NFE. They share an autoencoder, which is freed afterwards."""
         if not sheets:
             return
         trained = TrainedRun(self.run, trainer.folder, trainer.state.sampled_net, trainer.state.step)
@@ -93,7 +93,7 @@ class RenderSheets(Hook):
             self._render_sheet(trainer, trained, file, nfe)
 
     def _render_sheet(self, trainer: "Trainer", trained: TrainedRun, file: Path, nfe: int) -> None:
-        """Sample and draw one sheet. Every rank must call it. A full disk ends no training here."""
+        """Render one sheet. Every rank must call it. If the disk is full, print a warning."""
         run = self.run
         x = self.sample(trained, nfe, len(self.c))
         if dist.is_main():
@@ -104,14 +104,14 @@ class RenderSheets(Hook):
                 trainer.print_line(f"warning: no sheet {file.stem}: {error}")
 
     def sample(self, trained: TrainedRun, nfe: int, count: int) -> Sample:
-        """The first `count` samples (count, *shape), not decoded, on the CPU of rank 0. Every rank must call it."""
+        """Return the first `count` samples (count, *shape), not decoded, on rank 0's CPU. Every rank must call it."""
         with _without_compiling(self.run):
             batches = list(trained.make_batches(self.c[:count], nfe=nfe, decodes=False))
         return gather_samples(batches, self.run.data.shape).x
 
 
 def _without_compiling(run: Run) -> AbstractContextManager[object]:
-    """Inside, a compiled network runs uncompiled, so that it is not compiled again for a few samples."""
+    """Return a context in which a compiled network runs eagerly, to avoid recompilation for a few samples."""
     if run.train.compile == "none":
         # The stance imports the compiler, which takes a second.
         return nullcontext()
@@ -119,9 +119,9 @@ def _without_compiling(run: Run) -> AbstractContextManager[object]:
 
 
 def sheet_conditions(conditions: Conditions) -> Tensor:
-    """The condition (n,) of each sample on a sheet.
+    """Return the condition (n,) of each sample on a sheet.
 
-    All classes or captions in turn; if there are more of them than samples, evenly spaced ones.
+    The samples cycle through all classes or captions, or use evenly spaced ones if there are too many.
     """
     is_image = len(shown_data(conditions.data).shape) == 3
     num_samples = SHEET_COUNT if is_image else SCATTER_POINTS

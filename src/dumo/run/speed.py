@@ -1,10 +1,10 @@
-"""How fast a run trains: shown by its bar, and kept in speed.jsonl next to its log.
+"""Measure the training speed, which the progress bar shows and speed.jsonl records.
 
-`Meter` measures it: `begin` before the first step, `note` after each. `log_with_speeds` joins the log's rows with their
-speeds, and `seconds_between` says how long steps took, or will take.
+Call `Meter.begin` before the first step and `Meter.note` after each step. `log_with_speeds` joins log rows with their
+speeds, and `seconds_between` estimates the duration of a range of steps.
 
-Times are the machine's, not the run's: they have a file of their own, so that a log is the same to the bit wherever and
-however often the run was stopped. It is only ever added to; of a step that was made twice the last row holds.
+Speeds are in a separate file, so that the log is bit-identical on any machine and after any interruption. The file is
+append-only; if a step occurs twice, its last row counts.
 """
 
 import math
@@ -29,18 +29,22 @@ FILE = "speed.jsonl"
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed since the row before: wall time, with checkpoints and all else that the run did but judge itself."""
+    """The speed since the previous row, by wall time including checkpoints but excluding validation."""
 
     step: int
-    at: float  # when: seconds since 1970
-    seconds: float  # since the row before, or since the training began
+    # Unix time.
+    at: float
+    # Seconds since the previous row or the start of training.
+    seconds: float
     steps_per_second: float
     images_per_second: float
-    bytes: int  # the most so far on rank 0: of a GPU's allocator, else resident
-    share_of_peak: float | None  # counted operations over the dense bf16 peak of all GPUs; None where it is not known
+    # Peak memory of rank 0: of the GPU's allocator, or resident on a CPU.
+    bytes: int
+    # Counted FLOPS over the dense bf16 peak of all GPUs; None if unknown.
+    share_of_peak: float | None
 
     def __str__(self) -> str:
-        """As the bar says it."""
+        """Format the speed for the progress bar."""
         text = f"{number_text(self.images_per_second)} images/s, {bytes_text(self.bytes)}"
         if self.share_of_peak is not None:
             text += f", {self.share_of_peak:.0%} of peak"
@@ -48,7 +52,7 @@ class Speed:
 
 
 class Meter:
-    """Measures a training from here on, on rank 0: a row for each step that is logged."""
+    """Measures the speed on rank 0, and writes a row for each logged step."""
 
     def __init__(
         self,
@@ -58,7 +62,7 @@ class Meter:
         flops: float | None,
         clock: Clock = wall_clock,
     ) -> None:
-        """Nothing is measured before `begin`. `flops` are the operations of a step, for an image; None: not known."""
+        """`flops` are the operations of a step per image; None if unknown."""
         self.train = train
         self.path = folder / FILE
         self.device = device
@@ -66,20 +70,21 @@ class Meter:
         self.peak_tflops = known_peak_tflops(device) if dist.is_main() else None
         self.flops = flops
         self.last: Speed | None = None
-        self.first_step = 0  # of what the next row measures
-        self.began = 0.0  # by the clock, when that step was done
+        # The step after which the current interval began, and its time.
+        self.first_step = 0
+        self.began = 0.0
 
     def begin(self, step: int) -> None:
-        """Measure from now on, the step of this number being done."""
+        """Start measuring after step `step`."""
         self.first_step = step
         self.began = self.clock()
 
     def leave_out(self, seconds: float) -> None:
-        """Count these seconds, which have passed since the last row, as no training."""
+        """Exclude these seconds from the current interval."""
         self.began += seconds
 
     def note(self, metrics: StepMetrics) -> str:
-        """The text of the bar after a step. On rank 0 a row is added where one is due."""
+        """Return the text of the progress bar after a step. On rank 0, write a row if it is due."""
         if dist.is_main() and metrics.step % self.train.log_every == 0:
             self.last = self._measure(metrics.step)
             log.append(self.path, asdict(self.last))
@@ -94,7 +99,7 @@ class Meter:
         return {**row, "speed": {name: speed[name] for name in speed if name not in ("step", "at")}}
 
     def _measure(self, step: int) -> Speed:
-        """The speed of the steps up to this one since the last call, or since `begin`."""
+        """Return the speed since the last call or `begin`."""
         now = self.clock()
         steps = step - self.first_step
         seconds = now - self.began
@@ -117,7 +122,7 @@ class Meter:
 
 
 def _loss_text(metrics: StepMetrics) -> str:
-    """The loss, and its parts where it is weighted by its own size, since that says nothing."""
+    """Format the loss, with its parts if the loss is weighted by its own size and therefore not informative."""
     if not math.isfinite(metrics.loss):
         return "step skipped"
     losses = [f"loss {metrics.loss:.4f}"]
@@ -127,9 +132,9 @@ def _loss_text(metrics: StepMetrics) -> str:
 
 
 def log_with_speeds(folder: Path) -> list[log.Row]:
-    """The rows of a run's log, each with its `speed` where that was measured: the last row of its step in speed.jsonl.
+    """Return the rows of a run's log, each with `speed`, the last row of its step in speed.jsonl, if available.
 
-    Raises UserError where there is no log, and as `log.read_log`.
+    Raise UserError if there is no log.
     """
     if not (folder / LOG_FILE).is_file():
         raise UserError(f"{folder} has no {LOG_FILE}: give the folder of a run that has trained a while")
@@ -142,11 +147,12 @@ def log_with_speeds(folder: Path) -> list[log.Row]:
 
 
 def seconds_between(folder: Path, first: int, last: int) -> float | None:
-    """How long the run trains from step `first` to step `last`; None where no speed was measured.
+    """Estimate the seconds from step `first` to step `last`; None if no speed was measured.
 
-    A step that was made twice counts once, at its last speed; steps beyond those measured have the last speed.
+    Repeated steps count once with their last speed, and future steps with the last measured speed.
     """
-    rates: dict[int, float] = {}  # steps a second, by the step up to which they hold
+    # Steps per second, by the last step of each interval.
+    rates: dict[int, float] = {}
     for row in log.read_log(folder / FILE):
         rates[row["step"]] = row["steps_per_second"]
     if not rates:
