@@ -1,11 +1,10 @@
-"""The peak memory of one rank of several, counted by one process without values.
+"""Estimate the peak memory per rank of distributed training, in a single process without values.
 
-`peak_bytes` is the entry point. It makes one rank's step on fake tensors, in a group of ranks that do not exist
-(`fake_ranks`), so that nothing is sent. The network is sharded as training shards it (`dumo.training.layout`), so
-weights are gathered and freed as they are there. torch's `FSDPMemTracker` follows the memory through the second step,
-because the optimizer makes its state in the first.
+`peak_bytes` is the entry point. It runs one rank's step on fake tensors in a fake process group (`fake_ranks`) without
+communication. The network is sharded as in training (`dumo.training.layout`), so weights are gathered and freed as
+there. torch's `FSDPMemTracker` tracks the memory of the second step, because the first one creates the optimizer state.
 
-The memory of drivers and NCCL and the fragmentation of the allocator come on top.
+The memory of drivers and NCCL, and the fragmentation of the allocator, are not included.
 """
 
 import warnings
@@ -32,7 +31,7 @@ from dumo.types import NoisyBatch, Objective
 
 @contextmanager
 def fake_ranks(ranks: int) -> Generator[None, None, None]:
-    """Inside, this process is the first of a group of `ranks` ranks; the others do not exist."""
+    """Make this process rank 0 of a fake process group of `ranks` ranks inside the context."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
@@ -45,13 +44,13 @@ def fake_ranks(ranks: int) -> Generator[None, None, None]:
 def peak_bytes(
     net: nn.Module, objective: Objective, path: FlowPath, shape: tuple[int, ...], train: Train, *, rows: int, ranks: int
 ) -> int:
-    """The most bytes that a rank holds in a step whose micro-batches have `rows` rows of this shape.
+    """Return the peak bytes of a rank in a step with micro-batches of `rows` rows of this shape.
 
-    `net` is on the meta device, and stays as it is. A deep network is counted by a few of its blocks
-    (`cost.count_by_depth`); a U-Net of diffusers is counted whole, which can take minutes.
+    `net` is on the meta device and is not changed. The count of a deep network is extrapolated from a few blocks
+    (`flops.count_by_depth`); a diffusers U-Net is counted whole, which can take minutes.
     """
     with fake_ranks(ranks), warnings.catch_warnings():
-        # A dual slope warns that another pass is needed where gathered weights are freed.
+        # Ignore the warning of a dual slope that freed weights need another pass.
         warnings.simplefilter("ignore")
         peaks: list[int] = []
         for noised, _ in flops.phases(objective, path, rows, shape):
@@ -60,7 +59,7 @@ def peak_bytes(
 
 
 def _peak(net: nn.Module, objective: Objective, path: FlowPath, train: Train, noised: NoisyBatch) -> int:
-    """The peak of a rank's step on a batch on the meta device, of a deep network by a few blocks."""
+    """Return the peak of a rank's step on a batch on the meta device, extrapolated if the network is deep."""
 
     def count(part: nn.Module) -> int:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -77,9 +76,9 @@ def _peak(net: nn.Module, objective: Objective, path: FlowPath, train: Train, no
 
 
 def _follow_step(state: State, objective: Objective, path: FlowPath, train: Train, batch: NoisyBatch) -> int:
-    """Make the second step of the first rank, micro-batches of this batch and the update; return its peak bytes.
+    """Run the second step of rank 0, with micro-batches of this batch and the update; return its peak bytes.
 
-    Two micro-batches stand for all: one between them gathers as much as the last, and reduces no gradients.
+    Two micro-batches suffice: those in between gather as much as the last one, and reduce no gradients.
     """
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
@@ -87,7 +86,7 @@ def _follow_step(state: State, objective: Objective, path: FlowPath, train: Trai
     _, micro_batches = rows_of_rank(train, objective)
     num_micro_batches = min(len(micro_batches), 2)
 
-    # The first step: the optimizer makes its state. torch also works out, on whole weights, how to move sharded ones.
+    # The first step creates the optimizer state, and torch propagates the sharding of its operations on full weights.
     for p in net.parameters():
         p.grad = torch.empty_like(p) if p.requires_grad else None
     _update(state)
@@ -106,23 +105,23 @@ def _follow_step(state: State, objective: Objective, path: FlowPath, train: Trai
 
 
 def _update(state: State) -> None:
-    """Update weights and averages by the gradients, as a step of training does."""
+    """Update weights and averages as a training step does."""
     state.optimizer.step()
     for average in state.averages.values():
         average.update(state.net, 1)
 
 
 class _Loss(nn.Module):
-    """The loss of a pass as a module: the tracker allows several calls of a network inside another module alone."""
+    """The loss as a module, because the tracker allows repeated calls of a network only inside another module."""
 
     def __init__(self, state: State, objective: Objective, path: FlowPath, train: Train, batch: NoisyBatch) -> None:
         super().__init__()
         average = None if train.ref == "self" else state.averages[train.ref].module
         flow = Flow(state.net, objective, direct=True, path=path, ref=average, precision=train.precision)
         self.batch = batch
-        # In a partial, so that the network is no submodule of this one.
+        # Wrap the network in a partial, so that it is not a submodule of this module.
         self.loss = partial(flow.compute_loss, cache_casts=not layout.frees_gathered_weights(train.reshard))
 
     def forward(self) -> Tensor:
-        """The sum of the loss over the batch, a number."""
+        """Return the sum of the loss over the batch."""
         return self.loss(self.batch).loss.sum()

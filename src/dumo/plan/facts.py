@@ -1,4 +1,4 @@
-"""What a run is, counted on a network without values: its size, and what a step costs and teaches."""
+"""Count the size of a run's network and the cost of a step on the meta device, for `dumo show`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,29 +9,34 @@ from dumo.run.net import meta_net, num_parameters
 from dumo.runtime.random import stream
 from dumo.types import Objective
 
-# Where t - r is larger, one-step sampling is taught.
+# Rows with t - r above this value train one-step sampling.
 _LARGE_STEP = 0.9
-# Draws of times by which the share of such rows is measured.
+# Number of sampled times from which the share of these rows is estimated.
 _NUM_DRAWS = 1_000_000
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run is before it is run. `dumo show --json` prints the fields."""
+    """The properties of a run before training. `dumo show --json` prints the fields."""
 
-    spec: dict[str, Any]  # the run as plain values
+    # The run as plain values.
+    spec: dict[str, Any]
     parameters: int
     parameters_trained: int
-    forward_flops_per_image: float  # floating-point operations of a forward pass, for an image or a point
-    forward_units_per_step: float  # floating-point operations of a step over those of a forward pass
+    # Floating-point operations of a forward pass, per image or point.
+    forward_flops_per_image: float
+    # Floating-point operations of a step over those of a forward pass.
+    forward_units_per_step: float
     # How a dual slope computes du/dt: `DualStrategy` and its `text`; None without a dual slope.
     slope: dict[str, Any] | None
-    far: float | None  # P(t - r > 0.9), the rows that teach one-step sampling; None if no jump is taught
-    guidance_scale: float  # the effective one in training; 1 is none
+    # P(t - r > 0.9), the share of rows that train one-step sampling; None if the objective learns no jumps.
+    far: float | None
+    # The effective guidance scale in training; 1 means no guidance.
+    guidance_scale: float
 
 
 def show(run: Run) -> RunFacts:
-    """Count what a run is."""
+    """Count the properties of a run."""
     net = meta_net(run)
     step = flops.step_cost(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
     learns_jumps = run.readings.endpoint or run.readings.flow_map
@@ -48,6 +53,6 @@ def show(run: Run) -> RunFacts:
 
 
 def far_share(objective: Objective) -> float:
-    """P(t - r > 0.9), measured on a million draws: the share of the rows that teach one-step sampling."""
+    """Estimate P(t - r > 0.9) from a million sampled times: the share of rows that train one-step sampling."""
     t, r = objective.times(_NUM_DRAWS, stream("show"))
     return (t - r > _LARGE_STEP).double().mean().item()

@@ -1,14 +1,14 @@
-"""Fill the two caches that a recipe trains on: of latents of images, and of encoded captions.
+"""Fill the caches of image latents and encoded captions for training.
 
-Training calls `encode_what_is_missing` before it loads its net. `dumo encode` fills the same caches ahead:
+Training calls `encode_what_is_missing` before it loads its net. `dumo encode` fills the same caches in advance:
 
-1. `encoding_work` says what a recipe, or a folder of images with options, has to encode; `options_as_overrides` writes
-   the options as overrides.
-2. `encode` makes the latents.
-3. `encode_texts` encodes the captions, unless `reason_without_cached_texts` says why not.
+1. `encoding_work` determines what to encode for a recipe, or for a folder of images with options, which
+   `options_as_overrides` converts to overrides.
+2. `encode` encodes the images.
+3. `encode_texts` encodes the captions, unless `reason_without_cached_texts` returns a reason not to.
 
-Any number of ranks may share the work, and need not run at once: rank k of n makes the shards k, k + n, k + 2 n ... A
-killed rank is started again, and the folder is the same to the last bit. What is damaged is named and made again
+Any number of ranks can share the work, even at different times: rank k of n makes the shards k, k + n, k + 2 n ... A
+killed rank can be restarted, and the result is bit-identical. Damaged shards are reported and encoded again
 (`dumo.io.table`).
 """
 
@@ -41,19 +41,21 @@ from dumo.runtime.progress import Bar, no_bar
 from dumo.training import agreement
 from dumo.types import Spec, UserError
 
-_SHARD_ROWS = 1024  # images to a shard: ours
+# Images per shard.
+_SHARD_ROWS = 1024
 
 
 class _LatentsOnly(Spec):
     """The parts of a run that are needed to encode a folder of images."""
 
     data: Latents
-    pipeline: Pipeline | None = None  # of the codec
+    # The pipeline of the codec.
+    pipeline: Pipeline | None = None
 
 
 @dataclass(frozen=True)
 class EncodeResult:
-    """What this rank did in the cache of latents."""
+    """The result of this rank's work on the cache of latents."""
 
     folder: Path
     make_result: MakeResult
@@ -61,11 +63,11 @@ class EncodeResult:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the cache is finished, also by other ranks."""
+        """Whether all ranks have finished the cache."""
         return self.read_index() is not None
 
     def read_index(self) -> TableIndex | None:
-        """The index of what is in the folder now; None: other ranks have shards to make."""
+        """Return the current index of the folder; None if other ranks have unfinished shards."""
         index = table.read_index(self.folder, self.index_type)
         return index if index and index.shards else None
 
@@ -85,7 +87,7 @@ class EncodeResult:
 
 @dataclass(frozen=True)
 class TextResult:
-    """What this rank did in the cache of texts."""
+    """The result of this rank's work on the cache of captions."""
 
     folder: Path
     make_result: MakeResult
@@ -93,7 +95,7 @@ class TextResult:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all captions are encoded, also those of other ranks."""
+        """Whether all ranks have encoded their captions."""
         return not self.make_result.missing
 
     def lines(self) -> Iterator[str]:
@@ -109,10 +111,11 @@ class TextResult:
 
 @dataclass(frozen=True)
 class EncodingWork:
-    """What there is to encode: the images of latents, the captions of a run whose net reads them, or both."""
+    """The data to encode: images for latents, captions for the text encoder of a run, or both."""
 
     data: Data
-    run: Run | None = None  # None: there are no captions to encode
+    # None if there are no captions to encode.
+    run: Run | None = None
 
 
 def encoding_work(
@@ -124,10 +127,10 @@ def encoding_work(
     side: int | None,
     count: int | None = None,
 ) -> EncodingWork:
-    """What to encode, and into which folders: as a recipe says, or a folder of images and options.
+    """Determine what to encode, for a recipe or for a folder of images with options.
 
-    Raises UserError if the recipe trains on neither latents nor encoded captions, an option is missing, or the text
-    encoder or its tokenizer is missing.
+    Raise UserError if the recipe trains on neither latents nor encoded captions, if an option is missing, or if the
+    text encoder or its tokenizer is missing.
     """
     settings = [*options_as_overrides(out, codec, side, count), *overrides]
     if choose(source).kind == "images":
@@ -136,7 +139,7 @@ def encoding_work(
 
 
 def _work_of_images(root: str, settings: Sequence[str]) -> EncodingWork:
-    """What to encode of a folder of images: their latents, and mirrored ones, too."""
+    """Determine the work for a folder of images: latents of the images and of their mirror images."""
     tree: dict[str, Any] = {"data": {"kind": "latents", "images": {"root": root, "flip": True}}}
     override(tree, settings)
     spec = parse(_LatentsOnly, tree)
@@ -146,7 +149,7 @@ def _work_of_images(root: str, settings: Sequence[str]) -> EncodingWork:
 
 
 def _work_of_recipe(source: str, settings: Sequence[str]) -> EncodingWork:
-    """What to encode for a recipe, a file or a run. Raises UserError where there is nothing."""
+    """Determine the work for a recipe, a file or a run. Raise UserError if there is nothing to encode."""
     run = load_resolved(source, settings, fetches=True)
     texts = run.net.texts
     if not isinstance(run.data, Latents) and not isinstance(texts, EmbeddedTexts):
@@ -156,14 +159,15 @@ def _work_of_recipe(source: str, settings: Sequence[str]) -> EncodingWork:
         )
     if not isinstance(texts, EmbeddedTexts):
         return EncodingWork(run.data)
-    if isinstance(texts, PipelineTexts):  # now, as images may take hours, and captions come after them
+    # Fail now if files are missing, because captions are encoded after the images, which may take hours.
+    if isinstance(texts, PipelineTexts):
         texts.pipeline.require_text_files()
     texts.reader_spec.require_tokenizers()
     return EncodingWork(run.data, run)
 
 
 def options_as_overrides(out: str | None, codec: str | None, side: int | None, count: int | None) -> list[str]:
-    """The options of `dumo encode` as overrides of a recipe, each a.b=c."""
+    """Return the options of `dumo encode` as overrides of a recipe, each a.b=c."""
     fields = {"data.root": out, "data.codec.kind": codec, "data.images.side": side, "data.images.count": count}
     return [f"{field}={yaml_text(value)}" for field, value in fields.items() if value is not None]
 
@@ -180,11 +184,11 @@ def encode(
     device: str = "auto",
     bar: Bar = no_bar,
 ) -> EncodeResult:
-    """Make this rank's shards of the cache, with mirrored images where data are flipped.
+    """Encode this rank's shards of the cache, with mirror images if the data are flipped.
 
-    `store`, `dtype` and `shard_rows` are fields of the `CachePlan`. None: a cache that is begun keeps its own; a new
-    one takes the plan's defaults. Raises UserError if the images or the codec cannot be opened, a field of the plan is
-    refused, or the folder holds something else, or a cache of other images.
+    `store`, `dtype` and `shard_rows` are fields of the `CachePlan`. None means the value of an existing cache, or else
+    the default. Raise UserError if the images or the codec cannot be opened, if a field is invalid, or if the folder
+    contains other files or a cache of other images.
     """
     torch_device = choose_device(device)
     images = data.images
@@ -234,22 +238,22 @@ def encode(
 
 
 def ensure_cache(data: Latents, *, device: str, bar: Bar) -> None:
-    """Make the cache if it is missing, or finish it. A finished cache, and one whose images are not here, stay as is.
+    """Fill the cache if it is missing or unfinished and its images are on this machine.
 
-    Processes that start together make it once: the others wait. Raises UserError and Stopped as `encode`; finished
-    shards are kept.
+    If several processes start together, one fills the cache and the others wait. Finished shards are kept after an
+    error.
     """
     if cache.is_finished(data.folder) or not data.images.is_here:
         return
     with _locked_to_fill(data.folder):
-        # Another process may have made it while this one waited.
+        # Another process may have filled it while this one waited.
         if not cache.is_finished(data.folder):
             encode(data, device=device, bar=bar)
 
 
 @contextmanager
 def _locked_to_fill(folder: Path) -> Generator[None, None, None]:
-    """Hold the lock of a folder that is to be filled, a file next to it. Waits while another process holds it."""
+    """Lock a folder by a file next to it. Wait while another process holds the lock."""
     lock = folder.with_name(f".{folder.name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with locked(lock, while_waiting=signals.check):
@@ -257,33 +261,33 @@ def _locked_to_fill(folder: Path) -> Generator[None, None, None]:
 
 
 def captions(data: Data) -> Sequence[str]:
-    """The captions of the data, by number. Raises UserError if there are none, or they cannot be read."""
+    """Return the captions of the data, by number. Raise UserError if there are none or they cannot be read."""
     if data.captions is None:
         raise UserError(f"data '{data.kind}' give no captions to encode: set data.captions, or net.texts=null")
     return data.caption_texts()
 
 
 def reason_without_cached_texts(run: Run) -> str:
-    """A line that says why the captions of a run are not encoded before training; "" if they are.
+    """Return the reason that the captions of a run are not encoded before training; "" if they are.
 
-    Raises UserError if the data have no captions.
+    Raise UserError if the data have no captions.
     """
     texts = run.net.texts
     return texts.reason_without_cache(len(captions(run.data))) if isinstance(texts, PipelineTexts) else ""
 
 
 def _text_folder(run: Run, texts: EmbeddedTexts) -> Path:
-    """The folder of a run's text encoder in the cache. Raises UserError if the encoder is missing."""
+    """Return the cache folder of a run's text encoder. Raise UserError if the encoder is missing."""
     return texts.cache_root / texts.find_identity(sources_identity(run.data))
 
 
 def encode_texts(
     run: Run, *, deep: bool, rank: int = 0, world: int = 1, device: str = "auto", bar: Bar = no_bar
 ) -> TextResult | None:
-    """Encode this rank's share of the captions that the cache lacks, and of its damaged shards; None: no net reads any.
+    """Encode this rank's share of missing captions and damaged shards. Return None if the run needs no text cache.
 
-    `deep` compares all shards with their checksums. The encoder is let go of at the end. Raises UserError if the data
-    have no captions, or the encoder cannot be opened.
+    With `deep`, all shards are compared with their checksums. The encoder is freed at the end. Raise UserError if the
+    data have no captions, or if the encoder cannot be opened.
     """
     spec = run.net.texts
     if not isinstance(spec, EmbeddedTexts) or reason_without_cached_texts(run):
@@ -291,7 +295,8 @@ def encode_texts(
     torch_device = choose_device(device)
     texts = [*captions(run.data), ""]
     folder = _text_folder(run, spec)
-    files_by_hash: Mapping[str, Path] = {}  # of the images that captions edit
+    # The source images of captions that edit images.
+    files_by_hash: Mapping[str, Path] = {}
     if isinstance(run.data, Latents) and run.data.images.source:
         files_by_hash = run.data.images.source_images()
     make_result = textcache.fill_cache(
@@ -310,11 +315,11 @@ def encode_texts(
 
 
 def encode_what_is_missing(run: Run, *, device: str, bar: Bar, print_line: Callable[[str], None]) -> None:
-    """Make latents and texts that a run lacks, before its net is loaded. Every rank must call it.
+    """Encode missing latents and captions of a run, before its net is loaded. Every rank must call it.
 
-    Rank 0 makes the latents, and all ranks share the captions. `print_line` is called with a line for each damaged
-    shard that was made again. Processes that start together make everything once. Raises UserError and Stopped as
-    `encode` and `encode_texts`; finished shards are kept.
+    Rank 0 encodes the images, and all ranks share the captions. `print_line` receives a line for each damaged shard
+    that was encoded again. If several processes start together, one does the work. Finished shards are kept after an
+    error.
     """
     if isinstance(run.data, Latents):
         agreement.on_main_rank(partial(ensure_cache, run.data, device=device, bar=bar), is_long=True)
@@ -323,7 +328,8 @@ def encode_what_is_missing(run: Run, *, device: str, bar: Bar, print_line: Calla
         return
     if reason_without_cached_texts(run):
         return
-    deep = texts.fits_device(run.data.classes)  # then few shards are compared with their checksums
+    # Compare checksums only if the cache is small.
+    deep = texts.fits_device(run.data.classes)
     folder = _text_folder(run, texts)
     if agreement.on_main_rank(lambda: textcache.is_filled(folder, [*captions(run.data), ""], deep=deep), is_long=True):
         return

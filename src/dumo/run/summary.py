@@ -1,6 +1,6 @@
-"""The lines that a training shows before its first step.
+"""The lines that a training prints before its first step.
 
-`training_summary` says what is trained on what, and `empty_classes_line` which classes lack images.
+`training_summary` describes the training, and `empty_classes_line` names classes without images.
 """
 
 from pathlib import Path
@@ -56,7 +56,7 @@ def training_summary(
     - `net`: the network on the meta device.
     - `size`: the number of rows of the data; None if they are generated.
     - `step`: the number of steps done.
-    - `timing`: the progress by the clock, for a run that ends by it.
+    - `timing`: the elapsed time of a run with a time limit.
     """
     unit = "images" if len(run.shown_shape) == 3 else "points"
     length_text = f"steps {step:,} to {run.train.steps:,}"
@@ -71,13 +71,13 @@ def training_summary(
 
 
 def _time_left_text(step: int, timing: Timing) -> str:
-    """The time that is left of a run that ends by the clock."""
+    """Format the remaining time of a run with a time limit."""
     promised = duration_text(timing.promised_seconds)
     return f"{duration_text(timing.seconds_left)} of {promised} are left, from step {step:,} on, each"
 
 
 def _data_text(run: Run, size: int | None, unit: str) -> str:
-    """The number of rows of the data, and their classes or captions."""
+    """Format the number of rows of the data, and their classes or captions."""
     conditions = run.conditions
     text = f"{size:,} {unit}" if size is not None else f"{unit} drawn anew"
     if not run.data.classes:
@@ -91,7 +91,7 @@ def _data_text(run: Run, size: int | None, unit: str) -> str:
 
 
 def _weights_text(net: nn.Module) -> str:
-    """The number of parameters of a network, and of those that are trained if some are frozen."""
+    """Format the number of parameters of a network, and the number of trained ones if some are frozen."""
     total = num_parameters(net)
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     text = f"{total:,} parameters"
@@ -99,7 +99,7 @@ def _weights_text(net: nn.Module) -> str:
 
 
 def _layout_text(share: int, device: torch.device) -> str:
-    """The device, and how the weights are sharded over ranks."""
+    """Format the device, and the sharding of weights over ranks."""
     device_name = str(device)
     if device.type == "cuda":
         device_name += f" ({torch.cuda.get_device_name(device)})"

@@ -36,9 +36,9 @@ class _SheetLayout:
 
 
 def _sheet_layout(c: Tensor, conditions: Conditions, names: Sequence[str] | None = None) -> _SheetLayout:
-    """The layout of a sheet of images of the conditions c (n,); `names` are theirs, if not those of the data.
+    """Return the layout of a sheet of images with conditions c (n,). `names` defaults to the names in the data.
 
-    A column holds one class where classes come in turn and are few; elsewhere every image has its own title.
+    If there are few classes in a repeating order, each column shows one class; otherwise every image has a title.
     """
     if not conditions.count:
         return _SheetLayout(columns=8)
@@ -57,7 +57,7 @@ def _sheet_layout(c: Tensor, conditions: Conditions, names: Sequence[str] | None
 def render_sheet(
     pixels: PixelRows, c: Tensor, conditions: Conditions, names: Sequence[str] | None = None
 ) -> Image.Image:
-    """Images of the conditions c (n,) as a sheet with titles."""
+    """Render images with conditions c (n,) as a sheet with titles."""
     layout = _sheet_layout(c, conditions, names)
     if not layout.titles:
         return picture.sheet(pixels, layout.columns)
@@ -66,7 +66,7 @@ def render_sheet(
 
 
 def data_points(data: Data, seed: int) -> picture.Points:
-    """DATA_POINTS points (n, d) of the data, to stand behind a scatter of samples, chosen by `seed`."""
+    """Return DATA_POINTS points (n, d) of the data, chosen by `seed`, as the background of a scatter plot."""
     points, _ = data.originals().reference(DATA_POINTS, seed)
     return points
 
@@ -80,12 +80,11 @@ def write_samples(
     seed: int,
     names: Sequence[str] | None = None,
 ) -> Path:
-    """Write samples of the conditions c (n,) as one file or folder, and return its path.
+    """Write samples with conditions c (n,) to one file or folder, and return its path.
 
-    `rows` are as `TrainedRun.to_file_rows` makes them. `stem` is the path without its ending, `form` one of FORMS.
-    `names` are those of the conditions, if not those of the data. Next to single images of captions lies a table of
-    them, blank for no caption, which `data.images.captions` reads. Points are drawn before
-    some of the data, chosen by `seed`.
+    `rows` are in the format of `TrainedRun.to_file_rows`. `stem` is the path without suffix, and `form` one of FORMS.
+    `names` of the conditions default to the names in the data. With single images, captions are written to a table that
+    `data.images.captions` can read. Points are plotted over data points chosen by `seed`.
     """
     are_points = len(shown_data(data).shape) == 1
     conditions = Conditions(data)
@@ -118,7 +117,7 @@ def write_samples(
 
 
 def _write_captions(folder: Path, texts: Sequence[str]) -> None:
-    """Write metadata.csv with the caption of each image in a folder, as `picture.write_singles` numbers them."""
+    """Write metadata.csv with the caption of each image in a folder, numbered as by `picture.write_singles`."""
     csv_text = StringIO()
     table = csv.writer(csv_text)
     table.writerow(("file_name", CAPTION_COLUMNS[0]))

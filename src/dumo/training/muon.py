@@ -1,7 +1,7 @@
-"""The optimizer Muon (Jordan et al. 2024): matrices move along their orthogonalized momentum.
+"""The Muon optimizer (Jordan et al. 2024), which updates matrices along their orthogonalized momentum.
 
-`MuonOptimizer` is what the spec `dumo.training.optim.Muon` builds, of the matrices that `block_matrices` finds in a
-net, and of another optimizer for all else. `orthogonalize` is the step's one equation.
+The spec `dumo.training.optim.Muon` creates a `MuonOptimizer` for the matrices that `block_matrices` finds in a net, and
+another optimizer for all other parameters. `orthogonalize` is the equation of the update.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,16 +42,16 @@ def orthogonalize(m: Matrices) -> Matrices:
 
 
 class MuonOptimizer(torch.optim.Optimizer):
-    """Muon for matrices, and another optimizer for all else, behind one optimizer: they share groups and state.
+    """Muon for matrices combined with another optimizer for other parameters; both share groups and state.
 
-    A matrix moves by its orthogonalized momentum (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): if
-    that is U S V^T, the step is along U V^T, as far in rare directions as in common ones. `torch.optim.Muon` makes the
-    same steps, but takes fused matrices for one, and rounds to bf16 on a CPU, too, so that a sharded matrix makes
-    another step than a whole one.
+    A matrix is updated by its orthogonalized momentum (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon):
+    for the momentum U S V^T the step is along U V^T, equally far in rare and common directions. `torch.optim.Muon`
+    takes the same steps, but treats fused matrices as one, and rounds to bf16 on a CPU as well, so that sharded and
+    unsharded matrices get different steps.
 
-    A group of matrices says how many are stacked in each of its parameters: they are orthogonalized one by one, which
-    Jordan et al. find better for queries, keys and values. A convolution's filters are rows. The momentum of a sharded
-    matrix is gathered, one matrix at a time, so that the step is that of one process.
+    A group of matrices records how many are stacked in each of its parameters. They are orthogonalized separately,
+    which Jordan et al. find better for queries, keys and values. The filters of a convolution are rows. The momentum of
+    a sharded matrix is gathered, one matrix at a time, so that the step equals that of a single process.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class MuonOptimizer(torch.optim.Optimizer):
         momentum: float,
         weight_decay: float,
     ) -> None:
-        """Make the groups of `params_by_stack`, by the number of matrices stacked in each parameter.
+        """Create the groups of `params_by_stack`, keyed by the number of matrices stacked in each parameter.
 
-        `other_optimizer` moves all other parameters; None: there are none.
+        `other_optimizer` updates all other parameters; None if there are none.
         """
         self.other_optimizer = other_optimizer
         groups: list[dict[str, Any]] = []
@@ -77,12 +77,12 @@ class MuonOptimizer(torch.optim.Optimizer):
         super().__init__(groups, {})
 
     def __getstate__(self) -> dict[str, Any]:
-        """The fields of a copy and a pickle: torch's method keeps only the fields of its own class."""
+        """Return the state for copies, because torch's method keeps only the fields of its own class."""
         return {**super().__getstate__(), "other_optimizer": self.other_optimizer}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # noqa: ANN401, as torch's
-        """Move all parameters that have a gradient; no closure is called."""
+        """Update all parameters that have a gradient. `closure` is not called."""
         for group in self.param_groups:
             if STACK_KEY not in group:
                 continue
@@ -90,13 +90,13 @@ class MuonOptimizer(torch.optim.Optimizer):
                 if p.grad is not None:
                     self._update_matrix(p, p.grad, group)
         if self.other_optimizer:
-            # `load_state_dict` replaces both in this optimizer, and the other must see the same objects
+            # `load_state_dict` replaces state and groups of this optimizer, so share them with the other one again.
             self.other_optimizer.state = self.state
             self.other_optimizer.param_groups = [group for group in self.param_groups if STACK_KEY not in group]
             self.other_optimizer.step()
 
     def _update_matrix(self, p: nn.Parameter, grad: Tensor, group: Mapping[str, Any]) -> None:
-        """Move one matrix: decay, then a step along its orthogonalized momentum."""
+        """Update a matrix: weight decay, then a step along its orthogonalized momentum."""
         state = self.state[p]
         momentum = group["momentum"]
         if not state:
@@ -112,9 +112,9 @@ class MuonOptimizer(torch.optim.Optimizer):
 
 
 def block_matrices(net: nn.Module) -> dict[nn.Parameter, int]:
-    """The trained weights of linear layers and convolutions in a net's blocks, each with the matrices stacked in it.
+    """Return the trained weights of linear layers and convolutions in a net's blocks, with their numbers of matrices.
 
-    A module says by `fused` how many its layers stack: three in one for queries, keys and values, for example.
+    The attribute `fused` of a module gives the number of stacked matrices of its layers, such as 3 for fused qkv.
     """
     num_stacked: dict[nn.Parameter, int] = {}
     blocks = getattr(net, "blocks", getattr(net, "layers", ()))
