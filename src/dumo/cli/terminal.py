@@ -1,4 +1,4 @@
-"""What the terminal shows: answers on stdout, everything else on stderr, and the exit codes.
+"""Terminal output of commands: results on stdout, everything else on stderr, and exit codes.
 
 `dumo.cli.run_command` runs a command inside `reopen_streams`, `silenced_other_ranks` (under torchrun) and
 `plain_warnings`, and prints what `explain` says of an error. `stoppable` handles signals of a command. Commands print
@@ -36,7 +36,7 @@ from dumo.runtime.progress import print_line
 
 
 class PlainConsole(Console):
-    """A console that prints text as it is: control characters and the markup of rich are shown, not obeyed."""
+    """A console that prints text literally, without interpreting control characters and rich markup."""
 
     def __init__(self, **options: Any) -> None:  # noqa: ANN401, as rich has them
         super().__init__(markup=False, emoji=False, **options)
@@ -51,7 +51,7 @@ err = PlainConsole(highlight=False, stderr=True)
 
 # The exit code of a command that a signal ends is this plus the signal's number.
 _STOPPED = 128
-# A failed rank waits so long for rank 0 to print the same error, then prints the last lines of its own output.
+# A failed rank waits this long for rank 0 to print the same error, then prints the last lines of its own output.
 _RANK_0_SECONDS = 5.0
 _MAX_RANK_LINES = 30
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Unable to allocate|_STATUS_ALLOC_FAILED")
@@ -60,7 +60,7 @@ _HUB_PACKAGES = {"huggingface_hub", "httpx", "httpx2"}
 MEMORY_FIX = "use a device with more memory (--device cpu takes the machine's), or end what else runs there"
 
 
-# Characters of ours that a terminal without UTF-8 lacks, and what is printed in their place.
+# Replacements for characters that a terminal without UTF-8 lacks.
 _PLAIN_CHARACTERS = str.maketrans({"±": "+-", "−": "-", "…": "...", "·": ".", "–": "-", "→": "->", "²": "^2"})
 
 
@@ -88,7 +88,7 @@ def stoppable(command: Callable[..., None], *, between_pieces: bool = True) -> C
 
 @contextmanager
 def resume_hint(hint: str = "the same command resumes") -> Generator[None, None, None]:
-    """Say in the line of a command that a signal ends how to resume the work inside."""
+    """Add a hint how to resume the work inside to the message of a signal."""
     try:
         yield
     except (signals.Stopped, KeyboardInterrupt) as stop:
@@ -97,13 +97,13 @@ def resume_hint(hint: str = "the same command resumes") -> Generator[None, None,
 
 
 def _acknowledge(number: int) -> None:
-    """Tell the person who pressed Ctrl-C that it was heard. print may be interrupted in a line, so write to stderr."""
+    """Acknowledge Ctrl-C. Writes to stderr directly, because the signal may interrupt a print."""
     if number == signal.SIGINT and sys.stderr.isatty():
         os.write(2, b"\nstopping when this piece is done; Ctrl-C again: at once\n")
 
 
 def reopen_streams() -> None:
-    """Open streams that the program was started without (>&-), and let all print what their encoding lacks.
+    """Open streams that the program was started without (>&-), and replace characters that an encoding lacks.
 
     Without an open stream Python would drop what is printed, and a file that is opened later, such as a checkpoint,
     would have the number of the closed stream, into which C code prints. Writing to the new stdout fails; stderr drops
@@ -120,7 +120,7 @@ def reopen_streams() -> None:
 
 
 def _spell_out(error: UnicodeError) -> tuple[str, int]:
-    """Return what to print in place of characters that a stream's encoding lacks, and where to print on."""
+    """Return a replacement for characters that a stream's encoding lacks, and the position to continue at."""
     assert isinstance(error, UnicodeEncodeError)
     lacking = error.object[error.start : error.end].translate(_PLAIN_CHARACTERS)
     return lacking.encode("ascii", "backslashreplace").decode(), error.end
@@ -157,7 +157,7 @@ def silenced_other_ranks() -> Generator[Callable[[int], NoReturn], None, None]:
             os._exit(code)
         sys.exit(code)
 
-    # Print where torch crashes in its own code.
+    # Print the stack if torch crashes.
     if world_size > 1:
         faulthandler.enable(sys.__stderr__ or stderr)
     if rank:
@@ -245,12 +245,12 @@ def _validation_line(error: Any) -> str:  # noqa: ANN401, pydantic is not import
 
 
 def _one_line(text: str) -> str:
-    """Return a text of several lines as one line, its control characters spelt out."""
+    """Join the lines of a text, and escape its control characters."""
     return escape_line(" ".join(text.split()))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that there is no memory left, on the host or on a GPU."""
+    """Return whether an error means out of memory, on the host or on a GPU."""
     match error:
         case OSError():
             return error.errno == errno.ENOMEM
@@ -264,7 +264,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def memory_hint(hint: str) -> Generator[None, None, None]:
-    """Say in the line of an out-of-memory error how the work inside would take less."""
+    """Add a hint how to reduce memory to the message of an out-of-memory error inside."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
@@ -274,7 +274,7 @@ def memory_hint(hint: str) -> Generator[None, None, None]:
 
 
 def show_lines(lines: Iterable[tuple[str, str]]) -> None:
-    """Print pairs of a name and a text, a line each."""
+    """Print pairs of a name and a text, one per line."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, text in lines:
         table.add_row(escape_line(name), escape_line(text))
@@ -283,7 +283,7 @@ def show_lines(lines: Iterable[tuple[str, str]]) -> None:
 
 
 def show_table(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print a table of rows of equal keys. A terminal that is too narrow wraps its lines and cuts nothing."""
+    """Print a table of rows with equal keys. Long lines are wrapped, not truncated."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for key in rows[0]:
         table.add_column(escape_line(key), justify="right", no_wrap=True)

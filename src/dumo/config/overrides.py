@@ -43,7 +43,7 @@ SHARED_BY_OBJECTIVES = ("drop", "guide")
 def full_overrides(words: Iterable[str]) -> list[str]:
     """Expand short forms and bare kinds in overrides `a.b=c`, e.g. net=unet to net.kind=unet.
 
-    Raises UserError for a word that is no override.
+    Raises UserError for an invalid override.
     """
     return [f"{'.'.join(path)}={yaml_text(value)}" for path, value in map(_parse, words)]
 

@@ -372,7 +372,7 @@ def _take_format(tree: dict[str, Any], file: Path) -> None:
 
 
 def _recipe_tree(name: str) -> dict[str, Any]:
-    """Return a copy of the plain values of a recipe, without its group, which is no field of a run."""
+    """Return a copy of the plain values of a recipe, without its group, which is not a field of a run."""
     tree = deepcopy(recipe_files.tree(name))
     del tree[GROUP_KEY]
     return tree

@@ -32,7 +32,8 @@ from dumo.types import FREE, QUIET, Readings, Spec
 
 S = TypeVar("S", bound=Spec)
 
-_VALIDATION_SAMPLES = 500  # of a run in training, within what its protocol judges at least and at most: ours
+# The number of validation samples (our choice), clipped to the limits of the protocol.
+_VALIDATION_SAMPLES = 500
 _MIN_SAMPLES = 2  # for protocols that name no least number: a variance needs two
 
 # Passes through the net for one sample (NFE); a guided pass calls the net twice. A solver says which numbers it can
@@ -158,7 +159,7 @@ class Run(Spec):
 
     @property
     def readings(self) -> Readings:
-        """The readings that the objective will teach a net, such as the flow map. There is no net yet to sample by."""
+        """The readings that the objective trains, such as the flow map, before there is a net."""
         return available_readings(self.objective)
 
     @property

@@ -26,7 +26,7 @@ _PRIVATE_MODE = 0o600  # of files that safetensors makes
 def atomic_write(path: Path, *, writer: int | str | None = None, durable: bool = False) -> Generator[Path, None, None]:
     """Yield a temporary path for a file or a folder. It is renamed to `path` at the end, and removed after an error.
 
-    `writer` names one of several that may write this path at once; None: a random name, which no other writer has.
+    `writer` identifies one of several concurrent writers of this path; None means a random name.
     `durable`: wait for the disk. Raises OSError for a full disk, whoever wrote; what `path` was before then stays.
     """
     temp_path = temp_path_for(path, secrets.token_hex(4) if writer is None else writer)

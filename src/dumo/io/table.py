@@ -1,4 +1,4 @@
-"""Tables on disk: named columns of tensors, in shards that any number of processes make, stopped and resumed at will.
+"""Tables on disk: named columns of tensors in shards, which any number of processes can write, stop and resume.
 
 A table is a folder:
 
@@ -97,7 +97,7 @@ class Shard(Spec):
     source: str = ""  # a digest of the sizes and times of what its rows were made of; "": unknown
 
     def fault(self, folder: Path, *, deep: bool) -> str | None:
-        """What is wrong with the file, in words that follow its name; None: nothing. `deep` compares its checksum."""
+        """Return a description of what is wrong with the file, or None. `deep` compares its checksum."""
         file = folder / self.file
         if not file.is_file():
             return "is not there"
@@ -245,7 +245,7 @@ class ShardTable:
 
 
 def read_index(folder: Path, kind: type[K]) -> K | None:
-    """Return the index of a table, finished or not; None where there is none. Raises UserError if it is damaged."""
+    """Return the index of a table, finished or not, or None. Raises UserError if it is damaged."""
     file = folder / FILE
     if not file.is_file():
         return None

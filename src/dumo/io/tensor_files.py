@@ -1,4 +1,4 @@
-"""Weights in a safetensors file, or in a folder of files: of a published model, or a part of a checkpoint.
+"""Read and write weights in a safetensors file or a folder of files, of a published model or of a checkpoint.
 
 In a part of a checkpoint a file has what one rank held of each tensor. Its header says where that begins, as torch's
 `HuggingFaceStorageReader` reads it.
@@ -12,7 +12,7 @@ In a part of a checkpoint a file has what one rank held of each tensor. Its head
   checksum.
 - `sha256` is the checksum of either, `title` its name.
 
-No pickle is read, because opening one can run any code.
+Pickles are not read, because unpickling can run arbitrary code.
 """
 
 import errno
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 
 ABOUT = "dumo"  # key of the one metadata entry of weights outside of a checkpoint: facts about them, as JSON
 SUM = "sum"  # key of the checksum among these facts
-# Where what a rank holds of a tensor begins in the whole tensor, by dimension, by name.
+# The offsets of a rank's shard in each full tensor, by name.
 Offsets = dict[str, Sequence[int]]
 
-PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")  # endings of pickled weights
+PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")  # suffixes of pickled weights
 NO_PICKLE = "dumo reads no pickle, which can run code: save these weights as safetensors"
 
 
@@ -83,7 +83,7 @@ def load(place: Path) -> dict[str, Tensor]:
 
 
 def header(place: Path) -> dict[str, Tensor]:
-    """Tensors of the names, shapes and dtypes in a file or a folder, their values unread. Raises UserError."""
+    """Return tensors with the names, shapes and dtypes in a file or folder, without values. Raises UserError."""
     file = place if place.is_file() else _single_file(place)
     if file:
         return read(file)[0]
@@ -91,13 +91,13 @@ def header(place: Path) -> dict[str, Tensor]:
 
 
 def _single_file(folder: Path) -> Path | None:
-    """Return the file of a folder that holds only one, which needs no torch.distributed, slow to import; else None."""
+    """Return the only file of a folder, which can be read without the slow import of torch.distributed, or None."""
     found = list(folder.glob("*.safetensors"))
     return found[0] if len(found) == 1 else None
 
 
 def _headers(folder: Path) -> "Mapping[str, TensorStorageMetadata]":
-    """What the files of a folder say of their tensors.
+    """Return the tensor metadata of the files in a folder.
 
     torch's reader takes the files that exist, so a tensor that lacks a part, or has one twice, is refused here.
     """
@@ -108,7 +108,7 @@ def _headers(folder: Path) -> "Mapping[str, TensorStorageMetadata]":
             "Mapping[str, TensorStorageMetadata]",
             HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata,
         )
-    # what torch's reader raises for a damaged header
+    # Torch's reader raises these for a damaged header.
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{folder} has a damaged file ({brief(repr(error))}): take another copy of it") from error
     for name, x in headers.items():
@@ -141,13 +141,13 @@ def fill(place: Path, into: Mapping[str, Tensor]) -> None:
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is meant
                 reader = HuggingFaceStorageReader(str(place))
                 state_dict_loader.load(dict(into), storage_reader=reader, no_dist=True)
-        # It is no Exception.
+        # CheckpointException is a BaseException.
         except CheckpointException as error:
             raise next(iter(error.failures.values()))[0] from None
 
 
 def write_part(file: Path, tensors: Mapping[str, Tensor], offsets: Offsets) -> None:
-    """Write what a rank holds of tensors, with where each begins in the whole tensor, and flush it to the disk.
+    """Write a rank's shards with their offsets in the full tensors, and flush the file to disk.
 
     The tensors must be contiguous, each in memory of its own. Raises OSError if the disk is full.
     """
@@ -164,7 +164,7 @@ def write_part(file: Path, tensors: Mapping[str, Tensor], offsets: Offsets) -> N
 
 
 def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as safetensors writes them: contiguous, and no two in one memory (tied weights are cloned)."""
+    """Return contiguous tensors that do not share memory, as safetensors requires (tied weights are cloned)."""
     separate: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -176,7 +176,7 @@ def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_weights(file: Path, tensors: Mapping[str, Tensor], **facts: object) -> None:
-    """Write weights outside of a checkpoint, with facts about them and one checksum of both in the metadata."""
+    """Write weights outside of a checkpoint, with facts about them and a checksum of both in the metadata."""
     facts = facts | {SUM: _sum_of(tensors, facts)}
     safetensors.torch.save_file(dict(tensors), file, metadata={ABOUT: json.dumps(facts, sort_keys=True)})
 
@@ -188,7 +188,7 @@ def _sum_of(tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> str:
 
 
 def load_checked(place: Path) -> dict[str, Tensor]:
-    """Return the tensors of weights as `load`. Raises UserError if the checksum in their metadata is another."""
+    """Load tensors as `load`. Raises UserError if the checksum in their metadata does not match."""
     tensors = load(place)
     facts = facts_of(place)
     # state.json has the digests of a checkpoint's files, and other programs write none.
@@ -205,7 +205,7 @@ def facts_of(place: Path) -> dict[str, Any]:
 
 
 def title(place: Path) -> str:
-    """Return the name of a file without its ending, or of a folder: ema-0.999."""
+    """Return the name of a file without its suffix, or of a folder: ema-0.999."""
     return place.name.removesuffix(".safetensors")
 
 
@@ -225,7 +225,7 @@ def sha256(place: Path) -> str:
 
 
 def combine_digests(digests: Mapping[str, str]) -> str:
-    """One SHA-256 of files by their own: that of the only file, else of all in the order of their names."""
+    """Combine the SHA-256 of files: the hash of a single file, or the hash of all hashes, sorted by file name."""
     if len(digests) == 1:
         return next(iter(digests.values()))
     return digest.of_bytes(*(digests[name].encode() for name in sorted(digests)))
@@ -246,7 +246,7 @@ def compare(
     *,
     dtypes: bool = True,
 ) -> None:
-    """Raise UserError, with the first tensor that differs, unless names, shapes and, if `dtypes`, dtypes agree.
+    """Raise UserError, naming the first mismatch, unless names, shapes and, if `dtypes`, dtypes agree.
 
     file_tensors: those of `file`, by name.
     net_tensors: those of the net, by name.
@@ -265,7 +265,7 @@ def compare(
 
 
 def _describe(tensor: Tensor | None, dtypes: bool) -> str:
-    """Return a tensor's shape and, if `dtypes`, dtype in words; None: it is absent."""
+    """Describe a tensor's shape and, if `dtypes`, its dtype; None means absent."""
     if tensor is None:
         return "absent"
     shape = str(tuple(tensor.shape))

@@ -20,7 +20,7 @@ _EXPONENT_STARTS = list("-+0123456789")  # the first characters of what may matc
 
 
 class _Loader(yaml.CSafeLoader):
-    """PyYAML's safe loader in C, which refuses a key that occurs twice."""
+    """PyYAML's safe loader in C, which refuses duplicate keys."""
 
     def construct_document(self, node: yaml.Node) -> Any:  # noqa: ANN401, whatever stands there
         """Return the values of a whole text.
@@ -32,7 +32,7 @@ class _Loader(yaml.CSafeLoader):
         return super().construct_document(node)
 
     def _require_distinct_keys(self, node: yaml.Node, seen: set[int]) -> None:
-        """Raise ConstructorError where a mapping, which is this node or lies in it, has a key twice.
+        """Raise ConstructorError if this node or a nested mapping has a duplicate key.
 
         `seen` has the ids of the nodes that were visited: an alias leads to the node of its anchor.
         """
@@ -55,7 +55,7 @@ class _Loader(yaml.CSafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's safe dumper, which puts a text in quotes that `_Loader` would read as a number."""
+    """PyYAML's safe dumper, which quotes strings that `_Loader` would read as numbers."""
 
 
 for _class in (_Loader, _Dumper):
@@ -64,7 +64,7 @@ _Loader.add_constructor(f"{TAG}timestamp", _Loader.construct_yaml_str)
 
 
 def parse_yaml(text: str) -> Any:  # noqa: ANN401, whatever stands there
-    """Return the values in a text. Raises yaml.YAMLError for what is not YAML."""
+    """Parse YAML. Raises yaml.YAMLError for invalid YAML."""
     try:
         return yaml.load(text, _Loader)
     except ValueError as error:  # such as of `!!int x`
@@ -88,9 +88,9 @@ def parse_mapping(text: str, name: str, content: str, example: str) -> dict[str,
 
 
 def dump_yaml(value: object, *, flow: bool = False, width: int = 120) -> str:
-    """Plain values as a text that `parse_yaml` reads back, in lines of about `width` characters.
+    """Dump plain values as YAML for `parse_yaml`, in lines of about `width` characters.
 
-    `flow`: lists in brackets and mappings in braces, as in JSON, with keys sorted.
+    With `flow`, use JSON-like flow style with sorted keys.
     """
     options: dict[str, Any] = {"default_flow_style": flow, "width": width, "sort_keys": flow}
     text = yaml.dump(value, Dumper=_Dumper, allow_unicode=True, **options)

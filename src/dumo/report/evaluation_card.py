@@ -49,7 +49,7 @@ MEASURE_FIELDS = (
 
 
 def make_card(trained: TrainedRun, run: Run, facts: Mapping[str, str], samples: int) -> Card:
-    """The card of a run that is evaluated as `run` says, by this many samples and an evaluator of these facts."""
+    """Return the card of an evaluation with the settings of `run`, this number of samples and these evaluator facts."""
     codec = trained.codec
     return {
         "protocol": run.evaluate.protocol.name,
@@ -92,7 +92,7 @@ def measure(card: Card) -> Card:
 
 
 def sample_settings(trained: TrainedRun, run: Run) -> Card:
-    """The part of a card that says which samples, made as `run` says, were measured by a given number of passes."""
+    """Return the part of a card that identifies the samples of `run` for a given NFE."""
     spec = run.sample
     return {
         "weights_sha256": trained.sha256,
@@ -118,7 +118,7 @@ def judging_settings(run: Run) -> Card:
         "seed": evaluation.seed,
     }
     if run.objective.needs.compares_rows:
-        # The loss compares samples with data, so their distances are no judges of the run.
+        # The loss compares samples with data, so scores on their distances are biased.
         fields["trained_on"] = SAMPLE_SPACE
     return fields
 
@@ -159,7 +159,7 @@ def contrast_passes(run: Run) -> list[int]:
 
 
 def contrast_solver(protocol: MetricProtocol) -> Solver:
-    """The solver of the contrast: Euler, or Heun for likelihoods, in passes enough that its error does not count."""
+    """Return the solver of the contrast: Euler, or Heun for likelihoods, with enough passes for a negligible error."""
     return Heun() if isinstance(protocol, LikelihoodProtocol) else Euler()
 
 
@@ -172,7 +172,7 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def _ema_decay(trained: TrainedRun) -> float | None:
-    """The decay of the average that the weights are, by its part of a checkpoint; None if it is no average by decay."""
+    """Return the EMA decay of the weights, from their name in a checkpoint, or None if they are not such an EMA."""
     part = title(trained.file) if trained.given_weights else sampled_part(trained.spec.train)
     _, prefix, decay = part.partition("ema-")
     is_number = decay.replace(".", "", 1).isdecimal()

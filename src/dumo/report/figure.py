@@ -182,7 +182,7 @@ def _draw_panel(axes: Axes, title: str, curves: Mapping[str, Curve], colours: Ma
 
 
 def moving_average(values: Sequence[float]) -> np.ndarray:
-    """The mean (n,) of each of n values and n // SMOOTHING_DIVISOR neighbours on either side; fewer at the ends."""
+    """Return the moving average (n,) over n // SMOOTHING_DIVISOR neighbours on either side, fewer at the ends."""
     x = np.asarray(values, dtype=float)
     reach = len(values) // SMOOTHING_DIVISOR
     return np.array([x[max(0, i - reach) : i + reach + 1].mean() for i in range(len(x))])

@@ -123,10 +123,10 @@ def trajectories(
 ) -> dict[SamplingMode, dict[int, Image.Image]]:
     """Draw a picture per mode and step: a row per image, or one row of scatters, and a column per number of passes.
 
-    - `nfe`: numbers of passes; None: those of `PASSES` that all modes can make
-    - `steps`: of the training; None: every milestone and the last checkpoint
-    - `count`: rows, or points of a scatter; None: DEFAULT_COUNT, or SCATTER_POINTS, and a row for each of `only`
-    - `only`: the classes of the rows, in turn; None: all
+    - `nfe`: numbers of passes, by default those in `PASSES` that all modes support
+    - `steps`: training steps, by default every milestone and the last checkpoint
+    - `count`: rows, by default DEFAULT_COUNT or one for each of `only`; for points, their number (SCATTER_POINTS)
+    - `only`: the classes of the rows, repeated cyclically, by default all
 
     Raises UserError, before any work, for a step, label or nfe that the run does not have.
     """
@@ -211,7 +211,7 @@ def milestone_files(folder: Path, last: int, steps: Sequence[int] | None = None)
 
 
 def open_milestone(trained: TrainedRun, step: int, file: Path | None) -> TrainedRun:
-    """Return the run with the weights of a milestone, in `file`; None: the run as it is opened.
+    """Return the run with the weights of the milestone in `file`, or the run itself if `file` is None.
 
     Raises UserError if the weights do not fit the run, or are not that milestone's.
     """

@@ -31,7 +31,7 @@ def flatten(tree: dict[str, Fields]) -> Fields:
 
 
 def changed_parts(trained: TrainedRun, before: Fields, after: Fields) -> list[str]:
-    """The parts of a name: fields whose value changed, and the weights if they are not those that the run shows."""
+    """Return the parts of a name: changed fields, and the weights if they are not the run's default."""
     parts = [name_part(field, value) for field, value in after.items() if before.get(field) != value]
     default_weights = trained.run_folder.exported_weights
     if trained.checkpoint:

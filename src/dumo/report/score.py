@@ -18,7 +18,7 @@ from dumo.report.evaluation_card import Card, Row
 
 # mmd_sd is the standard deviation of mmd.
 ERROR_SUFFIX = "_sd"
-# The fields of a row that are no scores.
+# The fields of a row that are not scores.
 ROW_LABELS = ("nfe", "solver")
 # The number of distances that a baseline is the mean of.
 NUM_SPLITS = "splits"
@@ -271,7 +271,7 @@ def card_notes(card: Card) -> dict[str, str]:
 def terminal_lines(evaluation: Mapping[str, Any], columns: Sequence[str] | None) -> Iterator[str]:
     """What the terminal says below the table of an evaluation: baselines, what does not count, notes, the verdict.
 
-    `columns` are the scores of the baselines that are shown; None: all.
+    `columns` are the scores of the baselines to show; None means all.
     """
     first_row = evaluation["results"][0]
     card = evaluation.get("card") or {}

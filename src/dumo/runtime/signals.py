@@ -31,7 +31,7 @@ TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"  # torchrun sets it in the environment
 received_signal: int | None = None  # the number of the signal that asked this process to stop
 is_listening = False  # whether `listening` is entered
 _is_uninterrupted = False  # whether `uninterrupted` is entered
-_parent_pid: int | None = None  # of the process without which this one is to stop; None: it works on alone
+_parent_pid: int | None = None  # stop if this process ends
 
 
 class Stopped(RuntimeError):  # noqa: N818, it is no error

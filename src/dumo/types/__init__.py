@@ -1,16 +1,16 @@
-"""The nouns of dumo: every shape and every contract that two packages share.
+"""The shared types of dumo: tensor shapes, protocols and base classes.
 
 Time runs from t = 0, the data x, to t = 1, the noise z. Times are dimensionless, in [0, 1], one per row.
 
 In the order of a training step:
 
-1. a `TimeLaw` draws the times (t, r), and a `Law` each further number that a loss reads;
-2. a `NoisyBatch` holds these with data, noise and conditions, and what else the `Needs` of an objective ask;
-3. an `Objective` makes `Terms` of it, a loss for each row, with a `Net` and, as theta^-, a `Frozen` one;
-4. of the trained net it makes `Readings`, which a solver calls.
+1. a `TimeLaw` draws the times (t, r), and a `Law` each additional random input of a loss;
+2. a `NoisyBatch` has these, data, noise, conditions, and other inputs in the `Needs` of an objective;
+3. an `Objective` computes `Terms`, a loss per row, with a `Net` and, as theta^-, a `Frozen` net;
+4. the objective provides `Readings` of the trained net, which a solver calls.
 
-All of it is public: classes of users derive from `Spec`, `TimeLaw`, the bases in `outside` and
-`dumo.objectives.base.ObjectiveSpec`. Knows no other subpackage.
+Everything is public: user classes derive from `Spec`, `TimeLaw`, the base classes in `outside` and
+`dumo.objectives.base.ObjectiveSpec`. Imports no other subpackage.
 """
 
 from abc import ABC, abstractmethod
@@ -33,42 +33,42 @@ from dumo.types.batch_rows import index, split_by_moving
 if TYPE_CHECKING:
     Array = Tensor
 else:
-    Array = Any  # a Tensor, or what stands in for one on its way through a net: `dumo.autodiff.dual.Dual`
+    Array = Any  # a Tensor or a `dumo.autodiff.dual.Dual`
 
-# Shapes: b rows of a batch, *d the axes of a sample, *c those of a condition
+# Shapes: b is the batch size, *d the shape of a sample, *c the shape of a condition.
 Sample = Float[Array, "b *d"]  # x, z, x_t, v, u
 Time = Float[Array, " b"]  # t, r, s; 0 is data, 1 is noise
 PerSample = Float[Tensor, " b"]  # one number per row
-Trail = Float[Array, "b points *d"]  # points of each row's trajectory, from the data on
-Rows = Bool[Tensor, " b"]  # a truth value per row: which rows are chosen
+Trail = Float[Array, "b points *d"]  # points of each row's trajectory, starting at the data
+Rows = Bool[Tensor, " b"]  # a mask of rows
 Cond = Shaped[Tensor, "b *c"]  # class indices (b,), or a text embedding
 Heads = tuple[Array, ...]  # what a net returns: Samples of heads and PerSamples of gauges, in the order of `Needs`
 
-# Functions of several packages
+# Functions
 TeacherVelocity = Callable[[Sample, Time, Cond, Sample], Sample]  # a teacher: (x_t, t, c, v_t) -> the velocity to learn
 Climb = Callable[[Sample, Time, Time, Cond], tuple[Sample, PerSample]]  # (x_t, t, s, c) -> x_s, growth of log volume
 
-# Marks of a spec's fields, written into their JSON schema as `json_schema_extra`
-# - whether a resumed run may have another value; without a mark it may not
-FREE: JsonDict = {"free": True}  # it may
-CHANGES: JsonDict = {"changes": True}  # it may, too, and run.yaml lists from which step on
-# - what is shown
+# Marks of spec fields, in their JSON schema as `json_schema_extra`.
+# - Fields that may change when a run is resumed. CHANGES affects the weights, so run.yaml records the step.
+FREE: JsonDict = {"free": True}
+CHANGES: JsonDict = {"changes": True}
+# - Display
 QUIET: JsonDict = {"quiet": True}  # the field is not shown at its default
-MACHINE: JsonDict = FREE | QUIET  # for fields of the machine, and of what a run keeps on disk
-# - fields that are paths, which are made absolute when a run begins (`dumo.run.resolve.with_absolute_paths`). What lies
-#   there is known by its hash, so most paths are FREE.
-WHERE: JsonDict = {"where": "always"}  # a path, which stays for the run
+MACHINE: JsonDict = FREE | QUIET  # for fields that depend on the machine, and for files that a run keeps
+# - Paths, which are made absolute when a run starts (`dumo.run.resolve.with_absolute_paths`). Their content is
+#   identified by a hash, so most paths are FREE.
+WHERE: JsonDict = {"where": "always"}  # a path, which must not change
 PLACE: JsonDict = FREE | WHERE  # a path, which may change
-MAYBE_PLACE: JsonDict = FREE | {"where": "maybe"}  # a path if something lies there, else a name, which stays as it is
-# - places that may be a name on the Hugging Face Hub, which gets its commit when a run begins (`dumo.io.hub`)
+MAYBE_PLACE: JsonDict = FREE | {"where": "maybe"}  # a path if it exists, else a name
+# - Fields that may name a Hugging Face Hub repository, whose commit is pinned when a run starts (`dumo.io.hub`)
 HUB_MODEL: JsonDict = {"hub": "model"}
 HUB_DATASET: JsonDict = {"hub": "dataset"}
-# - fields that dumo fills in itself
-PINNED: JsonDict = {"pinned": True}  # a hash, taken when the run begins
+# - Fields that dumo fills in
+PINNED: JsonDict = {"pinned": True}  # a hash, recorded when the run starts
 
 
 def marks_of(field: FieldInfo) -> Mapping[str, Any]:
-    """Return a field's marks by name; empty if it has none."""
+    """Return a field's marks by name."""
     return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
@@ -87,20 +87,20 @@ class Net(Protocol):
 
 @dataclass(frozen=True)
 class Frozen:
-    """theta^-: a net whose passes record no gradient, with the weights in training or their moving average."""
+    """theta^-: the net in training or its EMA, without gradients."""
 
     module: nn.Module
 
     @torch.no_grad()
     def __call__(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
-        """Return the heads of a pass, as `Net` returns them, without gradients."""
+        """Return the outputs of the net, without gradients."""
         return self.module(x, c, **inputs)
 
 
 def unwrap(net: Net) -> nn.Module:
     """Return the network inside its wrappers: DataParallel, DistributedDataParallel, AveragedModel, torch.compile.
 
-    A network of another class is returned as it is, also if it has a part named `module`.
+    A network of another class is returned unchanged, even if it has a submodule named `module`.
     """
     while True:
         compiled_from = vars(net).get("_modules", {}).get("_orig_mod")  # of torch.compile
@@ -113,34 +113,34 @@ def unwrap(net: Net) -> nn.Module:
 
 
 def frozen(net: Net) -> Frozen:
-    """theta^- with the weights in training: the net without its wrappers and without gradients."""
+    """Return theta^- with the weights in training: the net without wrappers and gradients."""
     return Frozen(unwrap(net))
 
 
 class TimeLaw(Spec, ABC):
-    """The law from which the times (t, r) of a batch's rows are drawn; r <= t, unless `climbs`."""
+    """The distribution of the times (t, r) of a batch's rows; r <= t, unless `climbs`."""
 
     @abstractmethod
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
-        """Draw t and r of n rows, both (n,), by the generator g."""
+        """Draw t and r of n rows, both (n,), with the generator g."""
 
     @property
     def group(self) -> int:
-        """The number of neighbouring rows that belong together: a batch is split between such groups only."""
+        """The size of groups of consecutive rows, which must not be split."""
         return 1
 
     def moving(self, n: int) -> tuple[bool, ...] | None:
-        """Which of the first n rows may have r != t, by place in the batch alone; others have r = t. None: all may."""
+        """Return which of the first n rows may have r != t, by position in the batch; None means all rows."""
         return None
 
     @property
     def moving_share(self) -> float:
-        """The share of rows that may have r != t (`moving`), in [0, 1]."""
+        """The fraction of rows that may have r != t (`moving`), in [0, 1]."""
         return 1.0
 
     @property
     def between(self) -> bool:
-        """Whether some jumps end before the data, at r > 0: only then were jumps taught that others can follow."""
+        """Whether some jumps end before the data, at r > 0, so that further jumps can follow them."""
         return True
 
     @property
@@ -155,62 +155,62 @@ class TimeLaw(Spec, ABC):
 
 
 class Law(Spec, ABC):
-    """The law of a further random number or sample that a loss reads in `NoisyBatch.drawn`."""
+    """The distribution of an additional random number or sample that a loss reads in `NoisyBatch.drawn`."""
 
     @abstractmethod
     def rows(self, key: Sequence[int | str], rows: range, batch: int, shape: Sequence[int]) -> Sample | PerSample:
-        """Draw for these rows of a batch by a key of `dumo.runtime.random`.
+        """Draw for these rows of a batch with a key of `dumo.runtime.random`.
 
-        A row is the same whatever other rows are drawn. `shape` is that of a sample. Returns (len(rows), *shape), or
-        (len(rows),).
+        A row does not depend on the other rows that are drawn. `shape` is the shape of a sample. Returns
+        (len(rows), *shape), or (len(rows),).
         """
 
 
 class Formulas(NamedTuple):  # as a default of `Needs` no dataclass, which a compiler could not follow
-    """Where the formulas of an objective hold."""
+    """The conditions under which the formulas of an objective hold."""
 
     paths: tuple[str, ...] = ("linear",)  # the kinds of paths
     climbs: bool = False  # also for r > t
     unit: bool = False  # only for data of standard deviation 1, because some constants are meant for that
 
 
-STRAIGHT = Formulas(paths=("linear", "diffusion"))  # of what holds wherever v = (x_t - x) / t
+STRAIGHT = Formulas(paths=("linear", "diffusion"))  # if only v = (x_t - x) / t is used
 
 
 class FromTeacher(NamedTuple):
-    """What a loss learns from a teacher: its velocity, or points of its trajectories."""
+    """The teacher outputs that a loss uses: its velocity, or points of its trajectories."""
 
-    velocity: Literal["may", "must", "no"] = "may"  # may: a teacher's can replace v_t; must: the loss asks for it
-    points: int = 0  # steps of its trajectories, whose ends the loss learns from; 0: of none
-    reads_v_t: bool = True  # whether the loss reads v_t; else no teacher is asked for it
+    velocity: Literal["may", "must", "no"] = "may"  # may: it can replace v_t; must: it is required
+    points: int = 0  # number of trajectory steps whose ends the loss uses
+    reads_v_t: bool = True  # whether the loss reads v_t
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective says of itself to the code that builds, checks, counts or samples: its net, then its loss."""
+    """The requirements of an objective on its net and its loss, for building, checking, counting and sampling."""
 
-    # the net: what goes in and comes out
+    # Inputs and outputs of the net.
     inputs: tuple[str, ...] = ("t",)  # the times that `readings` supplies: t, r
     heads: tuple[str, ...] = ("v",)  # outputs shaped like the data, all of them used by the loss
-    gauges: tuple[str, ...] = ()  # outputs of one number per row, learned with the net
-    knobs: Mapping[str, float] = field(default_factory=dict)  # further inputs, which a sampler may set; their defaults
-    own: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # inputs that only some heads get, by head
-    signed: bool = False  # the net gets negative times, too
+    gauges: tuple[str, ...] = ()  # outputs with one number per row
+    knobs: Mapping[str, float] = field(default_factory=dict)  # defaults of conditioning inputs that a sampler may set
+    own: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # inputs of some heads only, by head
+    signed: bool = False  # whether the net gets negative times
 
-    # the loss: what it reads and holds
+    # Inputs and properties of the loss.
     formulas: Formulas = Formulas()  # noqa: RUF009, a tuple
-    laws: Mapping[str, Law] = field(default_factory=dict)  # of what more is drawn for a row, by its name in `drawn`
-    slope: Spec | None = None  # how du/dt is taken, if it is: the field `slope`, of `dumo.flow.slope`
+    laws: Mapping[str, Law] = field(default_factory=dict)  # additional random inputs, by name in `drawn`
+    slope: Spec | None = None  # how du/dt is computed: the field `slope`, from `dumo.flow.slope`
     guide: Spec | float | None = None  # what guides v*: the field `guide`, of `dumo.flow.guide`, or the field `scale`
     teacher: FromTeacher = FromTeacher()  # noqa: RUF009, a tuple
-    group: int = 1  # the number of neighbouring rows that meet in the loss
-    compares_rows: bool = False  # it compares samples with data of the same label, by their distances
-    diffuses_samples: bool = False  # it compares velocities of its samples, diffused by fresh noise, with the data's
-    ref: float | None = None  # the decay of the average that is theta^- in its source; None: the weights in training
+    group: int = 1  # the number of consecutive rows that the loss combines
+    compares_rows: bool = False  # it uses distances between samples and data of the same label
+    diffuses_samples: bool = False  # it compares the velocities of noised samples and data
+    ref: float | None = None  # the EMA decay of theta^- in the paper; None: the weights in training
     scheduled: bool = False  # it changes with `NoisyBatch.progress`
-    amplifies: float = 0.0  # by how much the rounding of the net is multiplied, at most (`dumo.flow.precision`)
+    amplifies: float = 0.0  # the maximum amplification of the net's rounding error (`dumo.flow.precision`)
 
-    # what steps cost: pairs (progress, share of the training), in each of which steps cost as one at that progress
+    # Pairs (progress, fraction of the training) for cost estimates: the steps of a phase cost as a step at `progress`.
     phases: tuple[tuple[float, float], ...] = ((0.0, 1.0),)
 
     @property
@@ -220,7 +220,7 @@ class Needs:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of all inputs of a pass: those of every head, then those of some heads alone."""
+        """The names of all inputs of the net: shared inputs, then inputs of some heads."""
         names = [*self.shared]
         for inputs in self.own.values():
             names.extend(inputs)
@@ -229,7 +229,7 @@ class Needs:
 
 @runtime_checkable
 class Path(Protocol):
-    """x_t = alpha(t) z + gamma(t) x (paper, Eq. 1): what a batch asks of one of `dumo.flow.path`."""
+    """x_t = alpha(t) z + gamma(t) x (paper, Eq. 1), the interface of the paths in `dumo.flow.path`."""
 
     def at(self, x: Sample, z: Sample, t: Time) -> tuple[Sample, Sample]:
         """Return x_t and its conditional slope v_t = dx_t/dt, given data and noise."""
@@ -238,9 +238,9 @@ class Path(Protocol):
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """A minibatch with all its randomness already drawn; a loss reads it and draws nothing."""
+    """A minibatch with all random numbers already drawn, so that a loss is deterministic."""
 
-    # data and noise on the path
+    # Data and noise on the path.
     path: Path
     x: Sample  # the data in units of the path's sd
     z: Sample
@@ -250,22 +250,22 @@ class NoisyBatch:
     v_t: Sample  # dx_t/dt: given (x, z), or the teacher's where `FromTeacher.reads_v_t`
 
     # conditions
-    c: Cond  # on the rows whose condition was dropped: null
+    c: Cond  # `null` on rows whose condition was dropped
     null: Cond
     kept: Rows  # the rows to guide: the condition was not dropped, and the teacher, guided itself, does not answer them
 
-    # what some objectives need
-    moving: tuple[bool, ...] | None = None  # the rows that may have r != t, fixed by place; None: all
+    # Inputs of some objectives.
+    moving: tuple[bool, ...] | None = None  # the rows that may have r != t, by position; None: all
     drawn: Mapping[str, Tensor] = field(default_factory=dict)  # by name, what `Needs.laws` drew
-    progress: float = 0.0  # the share of the training that is done, in [0, 1]
-    teacher: TeacherVelocity | None = None  # gives another velocity instead of v_t
-    trail: Trail | None = None  # the row's trajectory at equal steps from t = 0 to 1; None: the path alone is known
-    host: tuple[Time, Rows] | None = None  # copies of t and kept on the CPU, where the batch is on another device
-    teacher_rows: Rows | None = None  # the rows that the teacher answers; None: all, if there is one
+    progress: float = 0.0  # the completed fraction of the training, in [0, 1]
+    teacher: TeacherVelocity | None = None  # returns the velocity to use instead of v_t
+    trail: Trail | None = None  # each row's trajectory at equal steps from t = 0 to 1, if known
+    host: tuple[Time, Rows] | None = None  # CPU copies of t and kept, if the batch is on another device
+    teacher_rows: Rows | None = None  # the rows with a teacher velocity; None: all, if there is a teacher
 
     @property
     def on_host(self) -> tuple[Time, Rows] | None:
-        """t and kept on the CPU, which can be read without waiting for a device; None: they are on a device alone."""
+        """t and kept on the CPU, which can be read without a device synchronization, or None."""
         if type(self.t) is Tensor and self.t.device.type == "cpu":
             return self.t, self.kept
         return self.host
@@ -273,7 +273,7 @@ class NoisyBatch:
     def at(self, s: Time | float, x: Sample | None = None, z: Sample | None = None) -> "NoisyBatch":
         """Return the same rows at another time s, (b,) or one number, with other data x and noise z if given.
 
-        Any of the rows may have r != t then.
+        Any row of the result may have r != t.
         """
         host = None
         if not isinstance(s, Tensor):
@@ -288,7 +288,7 @@ class NoisyBatch:
         return replace(self, x=x, z=z, t=s, x_t=x_s, v_t=v_s, moving=None, host=host)
 
     def velocity(self, x: Sample, s: Time, v: Sample) -> Sample:
-        """Return the velocity to learn at the point x and time s: the teacher's on the rows that it answers, else v."""
+        """Return the target velocity at the point x and time s: the teacher's on `teacher_rows`, else v."""
         if self.teacher is None:
             return v
         teacher_v = self.teacher(x, s, self.c, v)
@@ -297,7 +297,7 @@ class NoisyBatch:
         return torch.where(lift(self.teacher_rows, v), teacher_v, v)
 
     def on(self, s: Time) -> Sample:
-        """x_s on each row's trajectory, where s must be one of its equally spaced times; without one, on the path."""
+        """Return x_s on each row's trajectory, where s must be one of its time steps, or on the path without one."""
         if self.trail is None:
             return self.path.at(self.x, self.z, s)[0]
         point = (s * (self.trail.shape[1] - 1)).round().long()
@@ -306,7 +306,7 @@ class NoisyBatch:
 
     @property
     def moving_and_resting_rows(self) -> tuple[list[int], list[int]]:
-        """The places of the rows that may have r != t, and of those that may have r = t; all and all if not known."""
+        """Return the indices of rows that may have r != t, and of rows that may have r = t; both are all if unknown."""
         if self.moving is None:
             return list(range(len(self.t))), list(range(len(self.t)))
         return split_by_moving(self.moving)
@@ -314,7 +314,7 @@ class NoisyBatch:
     def __getitem__(self, rows: slice | list[int] | Int[Tensor, " k"]) -> "NoisyBatch":
         """Return a batch of some of the rows.
 
-        Which rows may move stays known, but not of rows that a tensor names: only its device knows which they are.
+        `moving` is kept unless `rows` is a tensor, because reading it would synchronize the device.
         """
         moving = self.moving
         host = self.host
@@ -342,11 +342,11 @@ class NoisyBatch:
 
 @dataclass(frozen=True)
 class Terms:
-    """The loss of each row, its parts by name, and notes to watch. The trainer takes means and logs them, by time t."""
+    """The loss of each row, its parts by name, and values to log. The trainer logs their means by time t."""
 
-    loss: PerSample  # its mean is trained on
+    loss: PerSample  # its mean is minimized
     parts: Mapping[str, PerSample] = field(default_factory=dict)  # not dict[str, Tensor], which does not compile
-    notes: Mapping[str, PerSample] = field(default_factory=dict)  # not part of the loss, and without gradients
+    notes: Mapping[str, PerSample] = field(default_factory=dict)  # only logged, without gradients
 
     def detach(self) -> "Terms":
         """Return a copy without gradients."""
@@ -357,7 +357,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class Readings:
-    """What a trained net can tell a solver; None where the objective never taught it."""
+    """The functions of a trained net that a solver can call; None if the objective does not train it."""
 
     velocity: Callable[[Sample, Time, Cond], Sample] | None = None  # (x_t, t, c) -> dx_t/dt
     endpoint: Callable[[Sample, Time, Cond], Sample] | None = None  # (x_t, t, c) -> x_0

@@ -90,7 +90,7 @@ def name_of(cls: type) -> str:
 
 
 def import_class(name: str) -> type[Spec]:
-    """Import the class `module:Class`. Raises UserError if there is none, or it is no spec whose `kind` is the name."""
+    """Import the class `module:Class`. Raises UserError if it is missing or not a spec with this name as its `kind`."""
     module, _, attributes = name.partition(":")
     try:
         cls: Any = import_module(module)
