@@ -234,8 +234,13 @@ def test_a_signal_before_a_stop_is_the_reason(tmp_path: Path) -> None:
             raise dumo.Stop
 
     small = {"net.width": 16, "net.depth": 1, "train.batch": 8, "train.steps": 6}
-    with signals.listening(), pytest.raises(signals.Stopped) as stopped:
-        train(tmp_path, source="moons", overrides=small, callbacks=[stop])
+    # A process that a shell started in the background ignores SIGINT, and `listening` leaves it so.
+    handler_before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with signals.listening(), pytest.raises(signals.Stopped) as stopped:
+            train(tmp_path, source="moons", overrides=small, callbacks=[stop])
+    finally:
+        signal.signal(signal.SIGINT, handler_before)
     assert stopped.value.number == signal.SIGINT
 
 
