@@ -16,10 +16,10 @@ FOLDER = ROOT / "docs/examples"
 TYPED = lines(ROOT / "docs/loop.md", "sh")
 FEW = {"with_diffusers.py": "20"}  # steps; of the others two epochs
 PLAIN = "python docs/examples/plain.py"
+# with_fsdp2 is left to the night: a rank sometimes aborts while the process exits (docs/log.md).
 CI = (
     "python docs/examples/with_lightning.py",
     "python docs/examples/with_diffusers.py",
-    "torchrun --nproc-per-node 2 docs/examples/with_fsdp2.py",
     "torchrun --nproc-per-node 2 docs/examples/with_accelerate.py",
 )
 
