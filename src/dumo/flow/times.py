@@ -321,23 +321,28 @@ class Quarters(TimeLaw):
     multiple of four has as many rows of each kind.
     """
 
-    size: ClassVar[int] = 4
+    # The places of the rows of each kind.
+    from_noise: ClassVar[slice] = slice(0, None, 4)
+    short: ClassVar[slice] = slice(1, None, 4)
+    any_length: ClassVar[slice] = slice(2, None, 4)
+    twin: ClassVar[slice] = slice(3, None, 4)
     near: ClassVar[float] = 0.05  # the longest short jump, as a share of t
     kind: Literal["quarters"] = "quarters"
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
         """t and r of n rows, both (n,)."""
         t = torch.rand(n, generator=g)
-        t[0::4] = 1.0
+        t[self.from_noise] = 1.0
         length = torch.rand(n, generator=g)  # of the jump, as a share of t
-        length[0::4] = 1.0
-        length[1::4] *= self.near
-        length[3::4] = 0.0
+        length[self.from_noise] = 1.0
+        length[self.short] *= self.near
+        length[self.twin] = 0.0
         return t, t - length * t
 
     def moving(self, n: int) -> tuple[bool, ...]:
         """Which of the first n rows may have r < t: all but those of the twin."""
-        return tuple(i % 4 != 3 for i in range(n))
+        places = range(n)
+        return tuple(i not in places[self.twin] for i in places)
 
     @property
     def moving_share(self) -> float:
@@ -347,7 +352,7 @@ class Quarters(TimeLaw):
     @property
     def group(self) -> int:
         """How many neighbouring rows belong together: one of each kind."""
-        return self.size
+        return 4
 
 
 class Groups(TimeLaw):

@@ -238,7 +238,8 @@ class Pretrained(PipelineSpec):
             )
         if needs.signed and "r" not in needs.names:
             raise UserError(
-                f"{subject}, and objective with negative times and no r: take objective.kind=twinflow or dumo"
+                f"{subject}, which was never trained at negative times, and the objective has no r to mark "
+                "them by: take objective.kind=twinflow, or dumo"
             )
         if "r" in needs.names and not family.time_embedder:
             raise UserError(

@@ -62,10 +62,6 @@ from dumo.objectives.base import (
 from dumo.objectives.rcgm import RCGM
 from dumo.types import CHANGES
 
-# The rows of the first and the last kind of `Quarters`, by place.
-_FROM_NOISE = slice(0, None, 4)
-_TWIN = slice(3, None, 4)
-
 
 class TwinFlow(RCGM):
     """RCGM, also at t = 1 and r = 0, the one-pass jump; flow matching; the twin and what it corrects.
@@ -100,7 +96,7 @@ class TwinFlow(RCGM):
         if self.slope is None:
             require_precise_passes(b, self.gain, self.kind)
         if isinstance(self.times, Quarters):
-            return self._loss_in_quarters(net, ref, b)
+            return self._loss_in_quarters(self.times, net, ref, b)
         return self._loss_of_all_rows(net, ref, b)
 
     def _loss_of_all_rows(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
@@ -126,20 +122,20 @@ class TwinFlow(RCGM):
         loss = torch.stack([*parts.values()]).sum(0)
         return Terms(loss, parts, {"clipped_share": clipped_share(unclipped_error, self.clip)})
 
-    def _loss_in_quarters(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """One task on each row (`Quarters`), and G on the jumps from noise."""
-        if len(b.t) % 4:
+    def _loss_in_quarters(self, times: Quarters, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
+        """One task on each row, and G on the jumps from noise."""
+        if len(b.t) % times.group:
             raise UserError(
                 f"{len(b.t)} rows: times.kind=quarters of objective '{self.kind}' gives neighbouring rows four tasks: "
                 "set train.batch and train.micro_batch to multiples of 4 on each rank"
             )
         device = b.t.device
         places = range(len(b.t))
-        guided_places = [i for i in places if i % 4 in (1, 2)]
-        jump_places = [i for i in places if i % 4 != 3]
-        from_noise, guided = index(places[_FROM_NOISE], device), index(guided_places, device)
-        jumps, twin = index(jump_places, device), index(places[_TWIN], device)
-        twin_rows = b[_TWIN]
+        guided_places = sorted([*places[times.short], *places[times.any_length]])
+        jump_places = sorted([*places[times.from_noise], *guided_places])
+        from_noise, guided = index(places[times.from_noise], device), index(guided_places, device)
+        jumps, twin = index(jump_places, device), index(places[times.twin], device)
+        twin_rows = b[times.twin]
 
         # Put samples of one jump, diffused by the row's own noise, in place of the data of the twin's rows.
         with torch.no_grad(), dropout.rows(twin):
@@ -160,13 +156,13 @@ class TwinFlow(RCGM):
         # (4) to (6)
         weight = 1 + (2 * pi / 5 * (1 - (b.t - b.r))).tan()
         u_loss = weight.index_fill(0, twin, 1.0) * self._row_loss(error)
-        samples = self._diffused(b, b.z - u_hat.detach(), b.drawn["z_twin"])[_FROM_NOISE]
+        samples = self._diffused(b, b.z - u_hat.detach(), b.drawn["z_twin"])[times.from_noise]
         with dropout.rows(from_noise):
             g = self._velocity_gap(frozen(net), samples.at(samples.drawn["t_twin"].to(b.t)))
         g = g.clamp(-self.clip, self.clip)
         rectify = self._row_loss(descent_error(u_hat[from_noise], g))
         # Its mean is over a quarter of the rows.
-        rectify = torch.zeros_like(u_loss).index_copy(0, from_noise, 4 * self.match * rectify.to(u_loss))
+        rectify = torch.zeros_like(u_loss).index_copy(0, from_noise, times.group * self.match * rectify.to(u_loss))
         notes = {"clipped_share": clipped_share(unclipped_error, self.clip)}
         return Terms(u_loss + rectify, {"u": u_loss, "rectify": rectify}, notes)
 

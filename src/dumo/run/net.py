@@ -1,8 +1,7 @@
 """Build the network of a run, without trained weights.
 
-`meta_net` builds it on the meta device, for counting and checks, and `init_net` with its initial weights.
-`deferred_net` leaves the weights of a pipeline in their files and returns loaders. `dumo.run.weights` loads trained
-weights.
+`meta_net` builds it on the meta device, for counting and checks. `deferred_net` initializes its weights, but leaves
+those of a pipeline in their files and returns loaders. `dumo.run.weights` loads these, and trained weights.
 
 `num_parameters` counts parameters. `require_room` and `require_room_to_train` check the memory of a device, counted by
 `dumo.run.memory`. `make_flow` combines a network and its objective for training.
@@ -16,7 +15,7 @@ from torch import nn
 from dumo.config.spec import Run
 from dumo.data import Latents
 from dumo.flow.module import Flow
-from dumo.io.deferred import Loaders, load_parameters
+from dumo.io.deferred import Loaders
 from dumo.nets import Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.nets.lowbit import num_unstored_weights
@@ -56,14 +55,6 @@ def meta_net(run: Run, *, short: bool = False) -> nn.Module:
         spec = spec.short(1)
     with torch.device("meta"):
         return spec.build(run.objective.needs, run.data.shape, run.data.classes)
-
-
-def init_net(run: Run) -> nn.Module:
-    """Build the net at step 0 on the CPU, with weights from its pipeline or initialized from the run's seed.
-
-    Raise UserError if texts cannot be loaded.
-    """
-    return load_parameters(*deferred_net(run))
 
 
 def deferred_net(run: Run) -> tuple[nn.Module, Loaders]:

@@ -7,9 +7,8 @@ ends the others; a collective that waits longer than `TIMEOUT` fails.
 
 Without torch.distributed there is one rank, number 0, and every collective returns its own tensor.
 
-`torchrun_rank_and_world` reads the numbers before `join`, too. `is_restart` says whether these processes were started
-again. `require_one_process` and `require_distributed_torch` refuse what cannot run here. Which device a rank computes
-on: `dumo.runtime.device`.
+`torchrun_rank_and_world` reads the numbers before `join`, too. `require_one_process` and `require_distributed_torch`
+refuse what cannot run here. `dumo.runtime.device` chooses the device of a rank.
 """
 
 import os
@@ -39,8 +38,6 @@ MIN_TORCH = "2.13"  # the oldest version with tested sharding and checkpoints
 TIMEOUT = timedelta(minutes=30)
 _MEETING_INTERVAL = 0.01  # polling interval of the rendezvous, in seconds
 _WAITING_INTERVAL = 0.05  # polling interval of `wait_for_all`, in seconds
-# The environment variables that count restarts by torchrun on this node, and requeues by Slurm.
-_RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 has_joined = False  # whether this process ever met others; read by `dumo.cli.terminal`
 _store: Store | None = None  # that the ranks of the current `join` share
@@ -195,11 +192,6 @@ def is_initialized() -> bool:
 def torchrun_rank_and_world() -> tuple[int, int]:
     """Return (rank, world) from torchrun's environment variables, even before `join`; (0, 1) without torchrun."""
     return _environment_integer("RANK", 0), _environment_integer("WORLD_SIZE", 1)
-
-
-def is_restart() -> bool:
-    """Whether torchrun or Slurm reports a restart of this process. torchrun does not count all restarts."""
-    return any(_environment_integer(name, 0) > 0 for name in _RESTART_COUNTS)
 
 
 def _environment_integer(name: str, default: int) -> int:

@@ -17,7 +17,7 @@ from dumo.nets.gap import fit_fixed_times
 from dumo.nets.lora import Lora
 from dumo.nets.route import Route
 from dumo.nets.vp import read_scheduler
-from dumo.objectives import MeanFlow, Shortcut
+from dumo.objectives import FACM, MeanFlow, Shortcut
 from dumo.types import Needs, UserError
 from rows_given import given_rows
 from transformers_saved import Saved, built, of
@@ -81,6 +81,7 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
 NEEDS: list[tuple[str, Needs, str]] = [
     ("chroma", TR, "objective.kind"),
     ("sd3", Shortcut().needs, "objective.kind"),
+    ("sd3", FACM().needs, "negative times"),
     ("sd3", Needs(heads=("v", "f")), "objective.kind"),
     ("sd3", Needs(gauges=("g",)), "objective.kind"),
     ("sd3", Needs(knobs={"w": 1.0}), "objective.kind"),

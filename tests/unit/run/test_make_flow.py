@@ -11,7 +11,8 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.data import Latents
 from dumo.flow.noisy_batch import PRIOR, path_velocity
-from dumo.run.net import init_net, make_flow
+from dumo.run.net import make_flow
+from dumo.run.weights import build
 from dumo.runtime.random import keyed_normal, random_row_mask
 from dumo.training.state import State
 
@@ -25,7 +26,7 @@ def state_of(net: nn.Module, **averages: nn.Module) -> State:
 
 def test_the_flow_in_training_has_what_the_run_says() -> None:
     run = load("digits", [*SMALL, "train.coupling.group=6"])
-    net = init_net(run)
+    net = build(run)
     flow = make_flow(run, state_of(net))
     x = torch.randn(12, *run.data.shape)
     c = torch.zeros(12, dtype=torch.long)

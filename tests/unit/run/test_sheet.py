@@ -11,11 +11,10 @@ from dumo.config.spec import Run
 from dumo.report.sample_to_files import sample_to_files
 from dumo.run import sheet
 from dumo.run.folder import RunFolder
-from dumo.run.net import init_net
 from dumo.run.sheet import RenderSheets
 from dumo.run.trained import TrainedRun
 from dumo.run.trainer import Trainer
-from dumo.run.weights import load_run
+from dumo.run.weights import build, load_run
 from dumo.runtime import signals
 from dumo.training.state import begin
 from e2e.shell import tree
@@ -97,7 +96,7 @@ def test_what_goes_wrong_with_a_sheet_is_told_and_ends_nothing(tmp_path: Path, m
 
 def test_a_pass_has_as_many_rows_as_in_training(tmp_path: Path) -> None:
     run = tiny("moons", "[2]", "train.micro_batch=2")
-    state = begin(init_net(run), run.train)
+    state = begin(build(run), run.train)
     trained = TrainedRun(run, RunFolder(tmp_path), state.sampled_net)
     rows: list[int] = []
     state.sampled_net.register_forward_hook(lambda net, inputs, heads: rows.append(len(inputs[0])))

@@ -9,8 +9,8 @@ from dumo.config.load import load
 from dumo.data import Latents
 from dumo.flow.solver import Euler
 from dumo.run.folder import RunFolder
-from dumo.run.net import init_net
 from dumo.run.trained import TrainedRun
+from dumo.run.weights import build
 from forked import main_of
 from meeting import outputs
 
@@ -34,7 +34,7 @@ def test_samples_with_other_options_open_the_autoencoder_once(monkeypatch: pytes
         return Doubling()
 
     monkeypatch.setattr(type(run.data.codec), "open", open_codec)
-    trained = TrainedRun(run, RunFolder(Path("run")), init_net(run).eval())
+    trained = TrainedRun(run, RunFolder(Path("run")), build(run).eval())
     c = torch.tensor([1, 2])
     assert next(trained.make_batches(c, nfe=1)).x.shape == (2, *run.data.shape)
     next(trained.make_batches(c, nfe=2, seed=3, solver=Euler(), guide=trained.guide_of(1)))
