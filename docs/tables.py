@@ -29,7 +29,18 @@ PLACE = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->)(?:(?!<!--).)*(?
 SCORES = ("fd", "mmd", "class_mmd")
 TRAINED_SCORES = ("mmd", "class_mmd")  # of the models that come with dumo
 SCORE_TITLES = {"class_mmd": "kernel distance by class · 10³"}
-FRONT_NAMES = {"dumo-best": "DuMo-Any, ours (`dumo-best`)", "DuMo, untuned": "DuMo, untuned (`digits`)"}
+# The tables of README: by plan, the budget, and how README calls an arm.
+FRONT_BUDGETS = {"best": 1, "scaling": 10}
+FRONT_NAMES = {
+    "best": {
+        "dumo-best": "DuMo-Any, our settings (`dumo-best`)",
+        "DuMo, untuned": "DuMo, basic settings (`digits`)",
+    },
+    "scaling": {
+        "DuMo": "DuMo, our settings (`dumo-best-latents`)",
+        "DuMo, untuned": "DuMo, basic settings (`cifar10-latents`)",
+    },
+}
 # The largest standard error, over the mean, of an arm that may be called best.
 MAX_RELATIVE_ERROR = 0.25
 # A seed has failed if its distance is above so many times the median of its arm, or if the bundled classifier finds the
@@ -260,18 +271,27 @@ def _links_to_objectives(plan: str) -> dict[str, str]:
 
 
 def front_table(results: Results) -> Table:
-    """The arms of `best` at a budget of 1, without ablations (their names begin with +), and a perfect sampler."""
-    arms = [arm for arm in arms_at_budget(results, 1) if not arm[0]["arm"].startswith("+")]
+    """The arms at the plan's budget in README, and a perfect sampler.
+
+    Ablations, whose names begin with +, and wider networks are left out.
+    """
+    plan = results["name"]
+    arms: list[ArmRows] = []
+    for arm in arms_at_budget(results, FRONT_BUDGETS[plan]):
+        name = arm[0]["arm"]
+        if not name.startswith("+") and not name.endswith("twice as wide"):
+            arms.append(arm)
     score = main_score(arms[0][0])
     arms.sort(key=lambda arm: arm[0][score])
     table = Table(["", "1 NFE", "2", "4", "50"])
     for arm, scores, failed in zip(arms, score_cells(arms, (1, 2, 4, 50)), failed_counts(arms), strict=True):
         name = str(arm[0]["arm"])
-        table.add(FRONT_NAMES.get(name, name), *scores, failed=failed)
+        table.add(FRONT_NAMES[plan].get(name, name), *scores, failed=failed)
 
     variances = [cell["baselines"]["perfect"]["class_mmd_sd"] ** 2 for cell in results["cells"]]
     mean_variance = sum(variances) / len(variances)
-    error = (mean_variance / arms[0][0]["seeds"]) ** 0.5  # of a mean over folds
+    # The arms are means over seeds, so the perfect sampler's error is that of such a mean, too.
+    error = (mean_variance / arms[0][0]["seeds"]) ** 0.5
     table.add("*a perfect sampler*", *[with_error(0, error)] * 4)
     return table
 
@@ -474,6 +494,7 @@ TABLES = {  # by the table's name: the file of its results, and what makes a tab
     "trained": ("evaluation", trained_table),  # which reads the files of all models itself
     "zoo": ("zoo", ranked_table),
     "front": ("best", front_table),
+    "front-latents": ("scaling", front_table),
     "best": ("best", best_table),
     "scaling": ("scaling", scaling_table),
     "flow-first": ("flow-first", flow_first_table),
