@@ -14,7 +14,7 @@ import release
 WORKFLOWS = sorted((release.ROOT / ".github/workflows").glob("*.yml"))
 PINNED = re.compile(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+|\./\.github/workflows/(ci|nightly)\.yml")
 
-PICTURE = "The page of dumo demo"  # of README.md
+PICTURE = "The web page that dumo demo serves"  # of README.md
 
 CHANGE = "### New\n\n- [This](docs/photos.md)."
 CHANGES = f"""# Changelog
@@ -96,7 +96,8 @@ def test_what_is_released_has_a_date_and_addresses(tmp_path: Path) -> None:
     assert f"![{PICTURE}](https://raw.githubusercontent.com/someone/dumo/v1.2.3/docs/demo.png)" in after
     assert "git clone https://github.com/someone/dumo dumo" in after
     assert "REPOSITORY" not in after
-    assert re.findall(r"pip install \S+", after) == ["pip install dumo", "pip install 'dumo[demo]'"]
+    extras = [f"pip install 'dumo[{extra}]'" for extra in ("demo", "pretrained")]
+    assert re.findall(r"pip install \S+", after) == ["pip install dumo", *extras]
     python = re.compile(r"^```python\n.*?^```$", re.DOTALL | re.MULTILINE)
     assert python.findall(after) == python.findall(before)
     urls = tomllib.loads((tmp_path / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
