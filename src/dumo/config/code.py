@@ -40,8 +40,13 @@ def names_code(run: Run) -> bool:
 
 
 def shell_command(run: Run, command: str) -> str:
-    """Return a command on a run, with --trust-code if the run has a user-provided class."""
-    return f"{command} --trust-code" if _has_own_class(run) else command
+    """Return a command on a run, with --trust-code if it runs code that the run names.
+
+    A teacher's function is only called in training.
+    """
+    is_training = command.startswith("dumo train ")
+    runs_code = names_code(run) if is_training else _has_own_class(run)
+    return f"{command} --trust-code" if runs_code else command
 
 
 def _has_own_class(run: Run) -> bool:

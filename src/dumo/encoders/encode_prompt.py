@@ -32,7 +32,7 @@ from dumo.encoders.tokens import require_vocabulary
 from dumo.encoders.transformers_library import import_transformers, quietly
 from dumo.encoders.transformers_text import Embeddings
 from dumo.runtime import import_bitsandbytes, require
-from dumo.types import PLACE, Spec
+from dumo.types import PLACE, Spec, UserError
 
 # The outputs of encode_prompt that are stored.
 _COLUMNS = ("tokens", "mask", "pooled")
@@ -86,11 +86,11 @@ class PromptReaderSpec(Spec):
             return
         transformers = import_transformers("net.texts")
         for part in folder.text_parts:
-            library, class_name = folder.index[part]
+            library, _ = folder.index[part]
             if not part.startswith("tokenizer") or library != "transformers":
                 continue
             with quietly():
-                tokenizer_class = getattr(transformers, class_name)
+                tokenizer_class = _component_class(folder, part, transformers)
                 loaded = tokenizer_class.from_pretrained(
                     folder.folder / part, local_files_only=True, trust_remote_code=False
                 )
@@ -101,11 +101,14 @@ class PromptReaderSpec(Spec):
         """Load the pipeline, with its transformer on the meta device. Returns its class and the pipeline."""
         import_bitsandbytes()
         diffusers = require("diffusers", "pretrained", "net.texts")
-        import_transformers("net.texts")  # diffusers would fail without it, with another message
+        transformers = import_transformers("net.texts")  # diffusers would fail without it, with another message
         config = folder.config(TRANSFORMER)
         with quietly(), quietly("diffusers"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # diffusers', of its own code
             pipeline_class = getattr(diffusers, self.pipeline)
+            for part in [*folder.text_parts, *({SCHEDULER} & folder.index.keys())]:
+                library, _ = folder.index[part]
+                _component_class(folder, part, transformers if library == "transformers" else diffusers)
             with torch.device("meta"):
                 model = getattr(diffusers, config["_class_name"]).from_config(config)
             unused = component_names(pipeline_class) - {*folder.text_parts, SCHEDULER}
@@ -227,6 +230,21 @@ def _diffusers_messages() -> Generator[list[str], None, None]:
         yield message_list.messages
     finally:
         logger.handlers = handlers
+
+
+def _component_class(folder: Pipeline, part: str, library: Any) -> Any:  # noqa: ANN401, a module and its class
+    """Return the class of a component. Raises UserError if its library has none of this name.
+
+    An Auto class would take the class from the component's config, which may name code that comes with it.
+    """
+    _, class_name = folder.index[part]
+    component_class = getattr(library, class_name, None)
+    if component_class is None or (library.__name__ == "transformers" and class_name.startswith("Auto")):
+        raise UserError(
+            f"pipeline: {part} of {folder.source} has the class {class_name}, which {library.__name__} "
+            f"{library.__version__} has not for a part of a pipeline: update it, or take another pipeline"
+        )
+    return component_class
 
 
 def encode_prompt_arguments(pipeline_class: Any) -> dict[str, Any]:  # noqa: ANN401, a class of diffusers

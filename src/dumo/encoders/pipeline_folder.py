@@ -35,6 +35,8 @@ Config = Mapping[str, Any]  # a part's config.json
 FIELD = "pipeline"  # the field of run.yaml, for messages
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"  # comes with text encoders that are language models
+COMPONENTS = (TRANSFORMER, UNET, VAE, SCHEDULER)  # besides text encoders and tokenizers
+CUSTOM_PIPELINE = "custom_pipeline"  # a key for code that makes the images
 SCHEDULER_CONFIG = "scheduler_config.json"
 SECOND_TRANSFORMER = "transformer_2"  # in pipelines with two transformers
 _SOURCE_SCHEMA: JsonDict = {**MAYBE_PLACE, **HUB_MODEL, "names": [*SMALL]}
@@ -43,6 +45,8 @@ TEXT_PARTS = re.compile(r"(text_encoder|tokenizer)(_\d)?")  # component names
 OptionalPart = Literal["text_encoder_3"]  # the T5 of SD3, which is optional in diffusers
 _OPTIONAL_PARTS: tuple[OptionalPart, ...] = get_args(OptionalPart)
 LICENSE = ("license", "license_name", "license_link")  # keys in the metadata of a model card
+# Libraries that model_index.json may name. stable_diffusion is diffusers' module of safety checkers.
+_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 IS_DISTILLED = "is_distilled"  # a key of model_index.json of a Flux2KleinPipeline
 
 
@@ -106,11 +110,16 @@ class Pipeline(Spec):
 
     @property
     def index(self) -> dict[str, Any]:
-        """The content of model_index.json, or {} for a single transformer. Raises UserError as `folder`."""
+        """The content of model_index.json, or {} for a single transformer.
+
+        Raises UserError as `folder`, and for a component that is code of the pipeline's own.
+        """
         if self.is_published:
             return published_config(self.source)
         file = self.folder / INDEX
-        return read_json(file) if file.is_file() else {}
+        index = read_json(file) if file.is_file() else {}
+        _require_known_libraries(index, file)
+        return index
 
     @property
     def class_name(self) -> str:
@@ -268,7 +277,7 @@ class Pipeline(Spec):
         text_parts = self.text_parts
         absent: list[str] = []
         for name, entry in self.index.items():
-            if not isinstance(entry, list) or name in (TRANSFORMER, UNET, VAE, SCHEDULER):
+            if not isinstance(entry, list) or name in COMPONENTS:
                 continue
             if TEXT_PARTS.fullmatch(name):
                 is_absent = name not in text_parts
@@ -361,7 +370,7 @@ def _choose_files(files: Collection[str], *, without: Collection[str], with_weig
                 continue
             if part.startswith("tokenizer") and TEXT_PARTS.fullmatch(part):
                 chosen += [file for file in files if file.startswith(f"{part}/")]
-            elif part in (TRANSFORMER, UNET, VAE, SCHEDULER) or TEXT_PARTS.fullmatch(part):
+            elif part in COMPONENTS or TEXT_PARTS.fullmatch(part):
                 chosen += parts.choose_files(files, part, weights_name(part))
     chosen += [CARD] if CARD in files else []
     return [file for file in chosen if with_weights or not file.endswith(SUFFIX)]
@@ -375,6 +384,25 @@ def component_names(pipeline_class: Any) -> set[str]:  # noqa: ANN401, a class o
 def has_component(entry: object) -> bool:
     """Whether an entry of model_index.json names a library and a class; [null, null] means no component."""
     return isinstance(entry, list) and len(entry) > 0 and entry[0] is not None
+
+
+def _require_known_libraries(index: Mapping[str, object], file: Path) -> None:
+    """Raise UserError for a component of another library, which diffusers would import by its name and so run.
+
+    Some versions of diffusers do so without consent. A malformed component and `custom_pipeline` would be ignored.
+    """
+    for name, entry in index.items():
+        is_component = isinstance(entry, list) or TEXT_PARTS.fullmatch(name) or name in (*COMPONENTS, CUSTOM_PIPELINE)
+        if not is_component or name.startswith("_") or entry in (None, [None, None]):
+            continue
+        match entry:
+            case [str(library), str()] if library in _LIBRARIES:
+                pass
+            case _:
+                raise UserError(
+                    f"{FIELD}: {file} has {name} = {json.dumps(entry)}, which is not a class of diffusers or "
+                    "transformers. dumo runs no code that comes with a pipeline: take one without it"
+                )
 
 
 def weights_name(part: str) -> str:

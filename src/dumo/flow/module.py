@@ -259,8 +259,8 @@ class Flow(nn.Module):
         self.shape = self.shape or tuple(x.shape[1:])
         if self.training:
             self.training_thread = get_ident()
-        if is_counted:
             self._require_no_growth(len(x))
+        if is_counted:
             rows = len(x) if self.rows else int(dist.largest(len(x)))
             self.rows = max(self.rows, rows)
         at_step = self.step if step is None else step
@@ -384,6 +384,12 @@ class Flow(nn.Module):
             raise UserError(
                 "the first loss is one of training on some ranks and one of validation on others: validate on all "
                 "ranks, or on one of them after the first step"
+            )
+        if self.shard is not None and self.shard[1] > len(ranks):
+            raise UserError(
+                f"shard = {self.shard}, but torch.distributed has ranks = {len(ranks)}: ranks with batches of unequal "
+                "sizes would share noise, so call torch.distributed.init_process_group first, or give each rank "
+                "another seed= instead of shard="
             )
         self.first_rows = max(rows for _, rows in ranks)
 
@@ -613,6 +619,7 @@ class Flow(nn.Module):
         """Make the noisy batch of this rank's rows x at a step, and the keys of their dropout.
 
         is_validation: draw as if the global batch had len(x) rows per rank, independently of the training batch size.
+            Ranks with batches of unequal sizes may share some noise then, which leaves the mean loss unbiased.
         """
         # Compute this rank's rows in the global batch.
         rank, ranks = self.shard or (dist.rank(), dist.world())

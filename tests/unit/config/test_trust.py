@@ -8,6 +8,7 @@ import pytest
 
 import dumo
 from dumo.config import trust
+from dumo.config.code import shell_command
 from dumo.config.load import load
 from dumo.types.outside import import_class
 
@@ -94,3 +95,18 @@ def test_an_object_of_python_is_consent(name: str) -> None:
     run = dumo.recipe("digits-flow-matching").model_copy(update={"objective": theirs})
     assert dumo.recipe(run, {"train.steps": 2}).objective == theirs
     assert taken()
+
+
+@pytest.mark.parametrize(
+    ("override", "needing"),
+    [
+        ("teacher={kind: python, source: 'theirs:velocity'}", {"train"}),
+        ("objective.kind=contract.outside:Outside", {"train", "sample"}),
+        ("seed=3", set()),
+    ],
+)
+def test_a_printed_command_names_the_flag_if_it_needs_it(override: str, needing: set[str]) -> None:
+    run = load("moons", [override])
+    for command in ("train", "sample"):
+        printed = shell_command(run, f"dumo {command} runs/moons")
+        assert printed.endswith(" --trust-code") == (command in needing), printed

@@ -3,7 +3,9 @@
 import copy
 import inspect
 import io
+import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -245,3 +247,25 @@ def test_texts_that_all_tokenizers_cut_are_counted_and_nothing_else_is_shown(
     spec.load(built, [SHORT, middle, LONG])
     with pytest.warns(UserWarning, match=r"'a long story.*': cut where the pipeline cuts texts$"):
         built.append([LONG])
+
+
+@pytest.mark.parametrize(
+    ("part", "library", "class_name"),
+    [
+        ("text_encoder", "transformers", "NoSuchModel"),
+        ("text_encoder_3", "transformers", "AutoModel"),
+        ("tokenizer", "transformers", "AutoTokenizer"),
+        ("scheduler", "diffusers", "NoSuchScheduler"),
+    ],
+)
+def test_a_part_of_an_unknown_class_is_refused(
+    place: Path, tmp_path: Path, part: str, library: str, class_name: str
+) -> None:
+    """An Auto class would take code that the part's own config names."""
+    folder = Path(shutil.copytree(saved(place, "SD3").source, tmp_path / "changed"))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {part: [library, class_name]}))
+    family = FAMILIES["SD3Transformer2DModel"]
+    spec = PromptReaderSpec(source=str(folder), pipeline=family.pipeline, encodes=family.encodes, dtype="float32")
+    with pytest.raises(UserError, match=f"{part} of .* has the class {class_name}"):
+        spec.open()

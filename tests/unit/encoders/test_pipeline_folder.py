@@ -67,6 +67,13 @@ def test_who_needs_a_pipeline_says_so() -> None:
         Pipeline(source="sd3-small").config("vae")
 
 
+def test_a_safety_checker_of_diffusers_and_what_is_null_are_read(tmp_path: Path) -> None:
+    checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index = {"safety_checker": checker, "image_encoder": [None, None], "_versions": ["a", "b"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert Pipeline(source=str(tmp_path)).index == index
+
+
 def test_a_unet_is_a_model(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
     with pytest.raises(UserError, match=r"has no transformer/config\.json"):

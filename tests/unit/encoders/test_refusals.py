@@ -183,6 +183,16 @@ def encoder_that_is_not_there(folder: Path) -> None:
     _ = Pipeline(source=str(folder), without=("text_encoder_3",)).text_parts
 
 
+def index_with(**entries: object) -> Callable[[Path], object]:
+    """A pipeline whose model_index.json has these entries."""
+
+    def open_index(folder: Path) -> object:
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline", **entries}))
+        return Pipeline(source=str(folder)).index
+
+    return open_index
+
+
 def one_file(folder: Path) -> None:
     save_file({"w": torch.ones(2)}, folder / "one.safetensors")
     _ = Pipeline(source=str(folder / "one.safetensors")).folder
@@ -215,6 +225,14 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "an autoencoder that has changed": (changed_autoencoder, "vae"),
     "a config that has changed": (changed_config, "vae"),
     "a text encoder to leave out that is not there": (encoder_that_is_not_there, "pipeline.without"),
+    "an encoder of code of its own": (index_with(text_encoder=["theirs", "Encoder"]), '["theirs", "Encoder"]'),
+    "an encoder of Python's own": (index_with(text_encoder=["os.path", "join"]), "text_encoder"),
+    "a scheduler of code of its own": (index_with(scheduler=["theirs", "Scheduler"]), "scheduler"),
+    "a model of code of its own": (index_with(transformer=["theirs", "Model"]), "transformer"),
+    "an unused part of code of its own": (index_with(safety_checker=["theirs", "Checker"]), "safety_checker"),
+    "a remote pipeline": (index_with(custom_pipeline="owner/pipeline"), "custom_pipeline"),
+    "an encoder without a library": (index_with(text_encoder="CLIPTextModel"), "text_encoder"),
+    "an encoder of three words": (index_with(text_encoder=["transformers", "CLIPTextModel", "x"]), "text_encoder"),
     "a pipeline in one file": (one_file, "from_single_file"),
 }
 

@@ -318,6 +318,7 @@ def test_a_network_of_diffusers_is_called_by_a_function() -> None:
 # ------------------------------------------------------------------------------------------------------- random numbers
 
 
+@pytest.mark.usefixtures("two_ranks")
 def test_ranks_and_steps_draw_other_rows_and_two_shards_are_the_batch() -> None:
     case = CASES["points"]
     whole = case.flow(shard=(0, 1))
@@ -373,6 +374,7 @@ def test_a_step_that_is_given_is_not_counted_and_evaluation_counts_none() -> Non
     assert losses[3] == third
 
 
+@pytest.mark.usefixtures("two_ranks")
 def test_a_smaller_last_batch_keeps_the_rows_of_its_rank() -> None:
     case = CASES["points"]
     flow = case.flow(shard=(1, 2))
@@ -387,17 +389,19 @@ def test_a_smaller_last_batch_keeps_the_rows_of_its_rank() -> None:
     assert torch.allclose(ratio[:, 0], ratio[:, 1])  # both are t
 
 
+@pytest.mark.usefixtures("two_ranks")
 def test_a_larger_batch_of_validation_changes_no_later_step() -> None:
     case = CASES["points"]
     larger, labels = case.x.repeat(2, 1), LABELS.repeat(2)
     alone, validated = case.flow(shard=(1, 2)), case.flow(shard=(1, 2))
     validated.eval()(larger, labels)
     first = validated.train()(case.x, case.c)
-    validated(larger, labels, step=0)
-    second = validated(case.x, case.c)
+    validated.eval()(larger, labels, step=0)
+    second = validated.train()(case.x, case.c)
     assert [first, second] == [alone(case.x, case.c) for _ in range(2)]
 
 
+@pytest.mark.usefixtures("two_ranks")
 def test_validation_at_a_step_draws_the_same_before_and_after_training() -> None:
     case = CASES["points"]
     flow = case.flow(shard=(1, 2)).eval()

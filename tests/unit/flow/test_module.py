@@ -31,6 +31,7 @@ def test_weights_of_theta_and_of_a_teacher_are_not_the_flows() -> None:
     assert {*flow.state_dict()} == {*names, "_extra_state"}
 
 
+@pytest.mark.usefixtures("two_ranks")
 def test_ranks_drop_other_units() -> None:
     case = CASES["dropout"]
     masks: list[Tensor] = []
@@ -149,19 +150,40 @@ def test_a_sharded_network_is_in_shards_again_after_samples() -> None:
     assert all(isinstance(p, DTensor) for p in net.parameters())
 
 
+@pytest.mark.usefixtures("two_ranks")
 def test_a_batch_that_grows_on_one_rank_is_refused() -> None:
     """Its rows would have the noise of the next rank's."""
     flow = dumo.Flow(net_of_points(), shard=(0, 2))
     flow(X)
     flow(X[:4])
     flow(X)
-    with pytest.raises(dumo.UserError, match="16 rows on rank 0 of 2, after 8"):
-        flow(torch.cat([X, X]))
-    flow(torch.cat([X, X]), step=9)
+    for step in (None, 9):
+        with pytest.raises(dumo.UserError, match="16 rows on rank 0 of 2, after 8"):
+            flow(torch.cat([X, X]), step=step)
     alone = dumo.Flow(net_of_points())
     alone(X)
     alone(torch.cat([X, X]))
     flow.eval()(torch.cat([X, X]), step=0)
+
+
+@pytest.mark.parametrize("sizes", [(8, 5, 6), (3, 8, 2), (2, 2, 8)])
+def test_ranks_with_batches_of_unequal_sizes_share_no_noise(
+    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest first batch of all ranks counts."""
+
+    def values_of_ranks(value: object) -> list[object]:
+        return [(True, size) if isinstance(value, tuple) else size for size in sizes]
+
+    monkeypatch.setattr(dist, "all_values", values_of_ranks)
+    noises: list[Tensor] = []
+    for rank, size in enumerate(sizes):
+        flow = dumo.Flow(net_of_points(), shard=(rank, len(sizes)))
+        flow(X[:size])
+        batch, _ = flow._noisy_batch(X[:size], None, 1)
+        noises.append(batch.z)
+    rows = torch.cat(noises)
+    assert len(rows.unique(dim=0)) == len(rows)
 
 
 @pytest.mark.parametrize(

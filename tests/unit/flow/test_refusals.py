@@ -209,6 +209,7 @@ REFUSED: list[tuple[str, str, Callable[[], object]]] = [
     ("a scripted network", "torch.jit.script", lambda: dumo.Flow(torch.jit.script(nn.Linear(2, 2)))),
     ("a precision", "'fp16'", lambda: dumo.Flow(points(), precision=cast(Any, "fp16"))),
     ("a shard", "shard = (2, 2)", lambda: dumo.Flow(points(), shard=(2, 2))),
+    ("a shard of ranks that are unknown", "has ranks = 1", learns(shard=(1, 2))),
     ("a knob", "knobs.scale", lambda: dumo.Flow(Perceptron(ImprovedMeanFlow().needs, 3), "imf", knobs={"scale": 2})),
     ("drift", "'drift'", learns(Numbers, X, NUMBERS, {"kind": "drift", "size": 4}, null=torch.zeros(3))),
     ("an own drift", "'drifts'", learns(Numbers, X, NUMBERS, Drifts(size=4), null=torch.zeros(3))),
