@@ -23,6 +23,7 @@ LACKS = {
     "shortcut": STEP,
     "soflow": STEP,
     "tbsm": STEP,
+    "tvm": {"one_pass_has_gradients"},  # a pass for the velocity, and one for the jump
     "twinflow": SAMPLES | {"descent_leads_back_to_the_flow", "targets_are_of_the_reference"},
 }
 

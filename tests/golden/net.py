@@ -3,7 +3,7 @@
 Every head is a sum of numbers times terms, pixel by pixel, so that any framework computes it the same:
 
     u(x, c; t, r, ...) = a_0 + a_1 x + a_2 t x + a_3 x^2 + a_4 t^2 + a_5 mean(x) + a_6 sin(2 t - r) + a_7 r x
-                         + (a_(8 + c) + a_12 w + a_13 low + a_14 high + a_15 k) (1 + x)
+                         + (a_(8 + c) + a_12 w + a_13 low + a_14 high + a_15 k + a_16 beta) (1 + x)
 
 An input that a net is not told of counts as 0. All numbers are those of parity.json; everything is float64.
 """
@@ -21,7 +21,7 @@ from dumo.flow.path import FlowPath
 from dumo.types import Cond, Frozen, Heads, Needs, NoisyBatch, Sample, Time
 
 PARITY: dict[str, Any] = json.loads(File(__file__).with_name("parity.json").read_text())
-KNOBS = ("w", "low", "high", "k")
+KNOBS = ("w", "low", "high", "k", "beta")
 NULL = 3
 
 

@@ -39,6 +39,8 @@ OURS: dict[str, dict[str, Any]] = {  # the spec of ours that each case is held a
     "soflow": {"kind": "soflow"},
     "soflow_plain": {"kind": "soflow", "guide": NONE, "first": 1.0, "last": 0.0003125, "power": 0.75, "floor": 1e-3},
     "shortcut": {"kind": "shortcut"},
+    "tvm": {"kind": "tvm"},
+    "tvm_unscaled": {"kind": "tvm", "scale": 1.75},
     "ucgm": UCGM,
     "ucgm_half": {"kind": "ucgm", "ratio": 0.5},
     "ucgm_teacher": UCGM,

@@ -48,7 +48,7 @@ STEPS = {  # of a finite step, and so off the flow by an order of it: by kind, t
     "twinflow": "test_all_but_the_twin_rest_with_the_step",
 }
 # Their residual is bounded, turned or normalised, or they ask for a velocity elsewhere: not affine in v_t here.
-BENT = ("facm", "sct", "ucgm")
+BENT = ("facm", "sct", "tvm", "ucgm")
 PLANAR = ("dumo", "flow_matching", "meanflow", "several")  # guided in one way by all: a velocity, jumps, and both
 
 

@@ -270,6 +270,20 @@ class Below(TimeLaw):
         return t, t * torch.rand(n, generator=g)
 
 
+class Gap(TimeLaw):
+    """t - r = sigmoid(N(-0.8, 1)), and r = sigmoid(N(-0.4, 1)) on condition that r < 1 - (t - r) (TVM's `loss.py`)."""
+
+    kind: Literal["gap"] = "gap"
+
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
+        """t and r of n rows, both (n,); r by its inverse distribution function."""
+        gap = LogitNormal(mean=-0.8).one(n, g).double()
+        largest_quantile = torch.special.ndtr((1 - gap).logit() + 0.4)  # of r = 1 - gap
+        quantile = torch.rand(n, generator=g).double().clamp(min=1e-12) * largest_quantile
+        r = (torch.special.ndtri(quantile) - 0.4).sigmoid()
+        return (r + gap).clamp(max=1).float(), r.float()
+
+
 class Dyadic(TimeLaw):
     """Steps of length 2^-k, k < levels, on one row of `every`; r = t on the remaining rows (shortcut models).
 
@@ -389,6 +403,6 @@ class Grid(TimeLaw):
 
 
 Times = Annotated[
-    Arctan | Atom | Below | Beta | Dyadic | Groups | Jumps | Karras | LogitNormal | Pair | Quarters | Uniform,
+    Arctan | Atom | Below | Beta | Dyadic | Gap | Groups | Jumps | Karras | LogitNormal | Pair | Quarters | Uniform,
     Field(discriminator="kind"),
 ]

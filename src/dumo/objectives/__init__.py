@@ -30,7 +30,9 @@ from dumo.objectives.sct import SCT
 from dumo.objectives.several import Several
 from dumo.objectives.shortcut import Shortcut
 from dumo.objectives.soflow import SoFlow
+from dumo.objectives.split_meanflow import SplitMeanFlow
 from dumo.objectives.tbsm import TBSM
+from dumo.objectives.tvm import TVM
 from dumo.objectives.twinflow import TwinFlow
 from dumo.objectives.ucgm import UCGM
 from dumo.types.outside import BUNDLED, OUTSIDE, Outside, branch
@@ -58,7 +60,9 @@ BundledObjective = Annotated[
     | Several
     | Shortcut
     | SoFlow
+    | SplitMeanFlow
     | TBSM
+    | TVM
     | TwinFlow
     | UCGM,
     Field(discriminator="kind"),

@@ -14,9 +14,9 @@ multiply a sample. `mean_square`, `adaptive_l2`, `normalized_l2`, `huber` and `c
 `require_precise_passes` refuses bf16 if the loss amplifies rounding errors. Code that selects rows of a batch uses
 `index`, and `dropout.rows` for networks with dropout.
 
-Random numbers: `Times` is the union of distributions of (t, r), such as `Pair`, `Jumps`, `Below`, `Grid`, `Groups`,
-`Quarters`, `Beta`, `LogitNormal`, `Arctan` and `Uniform`; subclass `TimeLaw`, or `ToData` for t with r = 0, to add
-one.
+Random numbers: `Times` is the union of distributions of (t, r), such as `Pair`, `Jumps`, `Below`, `Gap`, `Grid`,
+`Groups`, `Quarters`, `Beta`, `LogitNormal`, `Arctan` and `Uniform`; subclass `TimeLaw`, or `ToData` for t with r = 0,
+to add one.
 `Needs.laws` names further distributions: `Noise`, `Signs`, or a subclass of `Law` or `Number` (one number per row).
 
 Readings: `Readings` contains the functions that a solver calls; `mean_velocity`, `velocity_and_jump` and `jump_to_data`
@@ -51,6 +51,7 @@ from dumo.flow.times import (
     Arctan,
     Below,
     Beta,
+    Gap,
     Grid,
     Groups,
     Jumps,
@@ -97,6 +98,7 @@ __all__ = [
     "Formulas",
     "FromTeacher",
     "Frozen",
+    "Gap",
     "Grid",
     "Groups",
     "Guide",

@@ -234,15 +234,15 @@ HEADS: dict[str, Head] = {
     "f": direction_head,
     "d": lambda flow, x, c, t, r: 0 * x,
 }
-INPUTS = {"t", "r", "k", "w", "low", "high"}
+INPUTS = {"t", "r", "k", "w", "beta", "low", "high"}
 
 
 class ExactNet(nn.Module):
     """A network that knows its flow. Each head is off by probe[head] of 1 and of x_t, at first by nothing.
 
     Heads are those of `HEADS`, and those that the caller gives by name. A step may be told as k, of size 2^-k. At
-    negative times the heads are the velocity at -t. The knobs w, low and high are those of a guided flow. Gauges are 0.
-    Raises UserError for heads and inputs that it does not know.
+    negative times the heads are the velocity at -t. The knobs w, or beta = 1 / w, low and high are those of a guided
+    flow. Gauges are 0. Raises UserError for heads and inputs that it does not know.
     """
 
     def __init__(self, flow: ExactFlow, needs: Needs, heads: Mapping[str, Head] | None = None) -> None:
@@ -278,9 +278,11 @@ class ExactNet(nn.Module):
 
     def _flow_of_knobs(self, inputs: dict[str, Tensor]) -> ExactFlow:
         """The flow that the knobs ask for."""
-        if "w" not in inputs:
+        if not inputs.keys() & {"w", "beta"}:
             return self.flow
-        guide = RowGuide(inputs["w"], RowInterval(inputs["low"], inputs["high"]))
+        w = inputs["w"] if "w" in inputs else 1 / inputs["beta"]
+        low, high = inputs.get("low", torch.zeros_like(w)), inputs.get("high", torch.ones_like(w))
+        guide = RowGuide(w, RowInterval(low, high))
         flow: Any = self.flow
         return replace(flow, guide=guide)
 
