@@ -14,6 +14,7 @@ from dumo.flow.times import (
     Below,
     Beta,
     Dyadic,
+    Gap,
     Groups,
     Jumps,
     Karras,
@@ -138,6 +139,7 @@ TABLE = [  # law; E[t], P(t > 0.95) and P(t - r > 0.9), of rows that may move; w
     (pair(-0.9, -4.0, 1.6), 0.35, 8e-3, 1.6e-2),
     (Beta(), 0.5, 3.4e-3, 1.7e-2),  # DuMo
     (Beta(a=0.8, b=1.0), 0.444, 4e-2, None),  # UCGM
+    (Gap(), 0.686, 8.5e-2, 1.4e-3),  # TVM
     (LogitNormal(mean=-1.1 + log(2), std=2.0), 0.439, 4.7e-2, None),  # ECT: sigma / sd = t / (1 - t) is log-normal
     (Arctan(mean=-0.8, std=1.6, sd=1.0), 0.354, 1.8e-2, 4.9e-2),  # FACM
     (Below(of=Uniform()), 0.5, 5e-2, 5.3e-3),  # RCGM
@@ -199,6 +201,15 @@ def test_below_is_uniform_below_t() -> None:
     t, r = draws(Below(of=Beta()))
     assert uniform(r / t)
     assert abs(torch.corrcoef(torch.stack([t, r / t]))[0, 1]) < NOISE
+
+
+def test_gaps_and_the_times_below_them() -> None:
+    """t - r is logit-normal, and so is r, but for what lies above 1 - (t - r)."""
+    t, r = draws(Gap())
+    assert uniform(normal((t - r).clamp(min=1e-7).logit() + 0.8))
+    share = normal(r.logit() + 0.4) / normal((1 - (t - r)).clamp(max=1 - 1e-7).logit() + 0.4)
+    assert uniform(share.clamp(max=1))
+    assert abs(torch.corrcoef(torch.stack([t - r, share]))[0, 1]) < NOISE
 
 
 class Coarse(Dyadic):

@@ -17,7 +17,7 @@ from dumo.nets import Pretrained, lowpass
 from dumo.nets.dualized import Dualized, time_embedder_paths
 from dumo.nets.gap import fit_fixed_times
 from dumo.nets.lora import Lora
-from dumo.objectives import LSD, RCGM, DuMoAny, MeanFlow, Several
+from dumo.objectives import LSD, RCGM, DuMoAny, MeanFlow, Several, SplitMeanFlow
 from dumo.types import Frozen, Needs, Objective
 from tiers import tiered
 from transformers_saved import CLASSES, IMAGES, NO_LOWPASS, NOISE, SHAPE, Saved, asked, batch, built
@@ -98,7 +98,7 @@ def test_one_guided_step_is_exact(folder: Saved, name: str) -> None:
     assert torch.stack([(dual[n] - g).norm() for n, g in jvp.items()]).norm() / size < 1e-5
 
 
-@pytest.mark.parametrize("objective", [DuMoAny(), LSD(), RCGM(), Several()])
+@pytest.mark.parametrize("objective", [DuMoAny(), LSD(), RCGM(), Several(), SplitMeanFlow()])
 def test_objectives_of_two_times_train_it(folder: Saved, objective: Objective) -> None:
     net = built(cut(folder("sd3"), "sd3"), objective.needs)
     found = gradient(net, objective)
