@@ -27,7 +27,7 @@ ALL = list(dict.fromkeys([*objectives(drop=0.3), *objectives(guide=GUIDE, drop=0
 ONCE = one_each(guide=GUIDE, drop=0.3)
 PAIRS = [*zip(ONCE, cycle((*nets(), PlainNet())), strict=False)]  # each objective with one net, by turns
 # Samples of the network, or a velocity beside the consistency, are trained as well.
-SEVERAL_TRAINED_PASSES = ("critic", "drift", "facm", "freeflow", "match", "twinflow")
+SEVERAL_TRAINED_PASSES = ("critic", "drift", "facm", "freeflow", "match", "tvm", "twinflow")
 each = pytest.mark.parametrize(("objective", "net"), PAIRS, ids=name)
 
 
