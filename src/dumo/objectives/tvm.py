@@ -70,7 +70,9 @@ class TVM(ObjectiveSpec):
         knobs = {"beta": beta} if self.scale != 1 else {}
 
         # The end of the jump, and its velocity.
-        (u_hat,), (du_dr,) = heads_and_end_derivatives(net, b.x_t, b.c, t=b.t, r=b.r, moving=b.moving, **knobs)
+        (u_hat,), (du_dr,) = heads_and_end_derivatives(
+            net, b.x_t, b.c, t=b.t, r=b.r, moving=b.moving, recorded=True, **knobs
+        )
         gap = lift(b.t - b.r, b.x_t)
         with torch.no_grad():
             x_r = b.x_t - gap * u_hat  # (1)
