@@ -13,8 +13,8 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(BIN)/.installed ## train DuMo-Any on handwritten digits and write runs/dumo-best/report.html (five to six minutes on two cores)
-	$(BIN)/dumo train dumo-best
+demo: $(BIN)/.installed ## train DuMo-Any on handwritten digits and write runs/dumo-best/report.html (three minutes on two cores)
+	$(BIN)/dumo train dumo-best steps=2650
 	$(BIN)/dumo sample runs/dumo-best
 	$(BIN)/dumo evaluate runs/dumo-best --nfe 1,2
 	$(BIN)/dumo report runs/dumo-best

@@ -16,7 +16,7 @@ FOLDER = ROOT / "docs/examples"
 TYPED = lines(ROOT / "docs/loop.md", "sh")
 FEW = {"with_diffusers.py": "20"}  # steps; of the others two epochs
 PLAIN = "python docs/examples/plain.py"
-# with_fsdp2 is left to the night: a rank sometimes aborts while the process exits (docs/log.md).
+# with_fsdp2 runs at night: torch sometimes aborts while a rank exits (pytorch #190489, docs/log.md).
 CI = (
     "python docs/examples/with_lightning.py",
     "python docs/examples/with_diffusers.py",

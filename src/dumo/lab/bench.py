@@ -60,8 +60,6 @@ PLAIN = "none"
 _PLAIN_UNITS = 3
 # The error of du/dt is measured on at least this many rows.
 _MIN_EXAMINED_ROWS = 8
-# A block is compiled anew for every precision, slope and number of rows.
-_MAX_COMPILED_VARIANTS = 64
 # Slope classes by their kind.
 SLOPES: dict[str, Any] = {slope.model_fields["kind"].default: slope for slope in get_args(get_args(Slope)[0])}
 
@@ -259,7 +257,6 @@ def prepare(run: Run, device: torch.device, compile: str = "none", progress: flo
     net = random_net(run, device)
     ref = frozen(net) if run.train.ref == "self" else Frozen(copy.deepcopy(net))
     if compile == "blocks":
-        torch.compiler.config.recompile_limit = _MAX_COMPILED_VARIANTS
         compile_blocks(net, dynamic=False)
     return StepBench(run, device, compile, meta_net(run), net, ref, progress)
 

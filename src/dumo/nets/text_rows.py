@@ -32,6 +32,7 @@ from dumo.io import table
 from dumo.io.audit import Audit
 from dumo.runtime.random import keyed_normal, stream
 from dumo.types import Cond, Spec, UserError
+from dumo.types.batch_rows import to_device
 
 Tokens = Float[Tensor, "b l d"]
 # Tokens, a mask (False for padding; None without padding), and the pooled embedding (None if the model has none).
@@ -328,9 +329,9 @@ class Rows(Texts):
             )
         tokens, mask, pooled = self._join(self._rows_of(c))
         return (
-            tokens.to(self.like),
-            None if mask is None else mask.to(self.like.device),
-            None if pooled is None else pooled.to(self.like),
+            self._like(tokens),
+            None if mask is None else to_device(mask, self.like.device),
+            None if pooled is None else self._like(pooled),
         )
 
     def sources(self, c: Cond) -> SourceLatents | None:
@@ -340,7 +341,7 @@ class Rows(Texts):
         if not self.source_shape:
             return None
         source = self._join_sources(self._rows_of(c))
-        return None if source is None else source.to(self.like)
+        return None if source is None else self._like(source)
 
     def lengths(self, c: Cond) -> tuple[int, ...] | None:
         """Return the number of tokens of each row of c (b,), or None without a mask or if no rows are loaded."""
@@ -374,6 +375,10 @@ class Rows(Texts):
         """Keep all rows before `first`, followed by the rows numbered `rows`, in this order."""
         kept = [self.prompt_rows[number - self.count - 1] for number in rows]
         self.prompt_rows = [*self.prompt_rows[: first - self.count - 1], *kept]
+
+    def _like(self, x: Tensor) -> Tensor:
+        """Convert rows of the store on the network's device, because half precision is half the bytes to send."""
+        return to_device(x, self.like.device).to(self.like.dtype)
 
     def _rows_of(self, c: Cond) -> list[StoredRow]:
         """Return the rows of c (b,) in host memory. It synchronizes with the device of c."""

@@ -27,7 +27,7 @@ from dumo.objectives.base import (
     Frozen,
     Guide,
     Interval,
-    JvpSlope,
+    DualSlope,
     LogitNormal,
     Needs,
     Net,
@@ -61,7 +61,7 @@ class AlphaFlow(ObjectiveSpec):
     times: Times = Pair(of=LogitNormal(mean=-0.4), flow=LogitNormal(mean=-0.4), velocity_ratio=0.5)
     drop: float = Field(default=0.1, ge=0, le=1)  # label_dropout
     guide: Guide = Guide(omega=0.2, zeta=0.92, interval=Interval(high=0.75))  # cfg_params; zeta is its kappa
-    slope: Slope = JvpSlope()  # if alpha = 0: `_compute_mean_velocity_c`
+    slope: Slope = DualSlope()  # if alpha = 0: `_compute_mean_velocity_c`
     # alpha decreases from 1 to 0 between these shares of the training: from 600k to 1M of 1.2M steps.
     begin: float = Field(default=0.5, ge=0, le=1)
     end: float = Field(default=5 / 6, ge=0, le=1)

@@ -25,7 +25,7 @@ from dumo.objectives.base import (
     Frozen,
     Guide,
     Interval,
-    JvpSlope,
+    DualSlope,
     Needs,
     Net,
     NoisyBatch,
@@ -54,7 +54,7 @@ class FACM(ObjectiveSpec):
     times: Times = Arctan(mean=-0.8, std=1.6, sd=1.0)
     drop: float = Field(default=0.1, ge=0, le=1)  # our choice, to train V(null), which their teacher provides
     guide: Guide = Guide(omega=1.75, interval=Interval(high=0.875))  # without a teacher
-    slope: Slope = JvpSlope()
+    slope: Slope = DualSlope()
     # The bound of the error; None disables clipping.
     clip: float | None = Field(default=1.0, gt=0)
     # Add the cosine distance over channels to the anchor; it has no effect for one channel.

@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 
 from dumo.objectives.base import (
     Frozen,
-    JvpSlope,
+    DualSlope,
     LogitNormal,
     Needs,
     Net,
@@ -57,7 +57,7 @@ class ImprovedMeanFlow(ObjectiveSpec):
     drop: float = Field(default=0.1, ge=0, le=1)  # as MeanFlow
     # The largest w to draw; None disables guidance and the knobs.
     w: float | None = Field(default=8.0, gt=1)
-    slope: Slope = JvpSlope()
+    slope: Slope = DualSlope()
 
     @model_validator(mode="after")
     def _require_rows_at_rest(self) -> "ImprovedMeanFlow":

@@ -32,7 +32,7 @@ from dumo.objectives.base import (
     Cond,
     Formulas,
     Frozen,
-    JvpSlope,
+    DualSlope,
     Needs,
     Net,
     NoisyBatch,
@@ -57,7 +57,7 @@ class SCT(ObjectiveSpec):
     kind: Literal["sct"] = "sct"
     times: Times = Arctan(mean=-1.0, std=1.4, sd=0.5)  # CIFAR-10, its Tab. 4
     drop: float = Field(default=0.0, ge=0, le=1)  # its CIFAR-10 has no labels
-    slope: Slope = JvpSlope()  # its App. A
+    slope: Slope = DualSlope()  # exact, as the jvp of its App. A
     # The share of the training in which sin cos (x_t + f') increases: 10k of 350k steps.
     warmup: float = Field(default=0.03, ge=0, le=1)
     # Weight rows as in (4); otherwise they have equal weight, and there is no s.

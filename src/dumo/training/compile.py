@@ -13,6 +13,10 @@ from torch import nn
 from dumo.flow.module import Loss
 from dumo.types import Objective, UserError
 
+# Compiled variants of the code that all blocks share: for each kind of block, with and without gradients, when it is
+# recomputed, and for two batch sizes. Torch's limit of 8 fails for an SD3 with checkpointing.
+_MAX_COMPILED_VARIANTS = 64
+
 
 def compile_loss(net: nn.Module, objective: Objective, choice: Literal["blocks", "loss"]) -> Loss:
     """Return the compiled loss, or, if `choice` is `blocks`, compile the blocks in place and return the plain loss.
@@ -33,6 +37,7 @@ def compile_blocks(net: nn.Module, *, dynamic: bool | None = None) -> None:
     blocks = getattr(net, "regions", getattr(net, "blocks", None))
     if not blocks:
         raise UserError("compile 'blocks': this net has none: use loss, or none")
+    torch.compiler.config.recompile_limit = _MAX_COMPILED_VARIANTS
     for block in blocks:
         block.compile(fullgraph=True, dynamic=dynamic)
     net.compile_tangents = True  # pyright: ignore[reportArgumentType], read by `Dual`

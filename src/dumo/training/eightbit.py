@@ -42,16 +42,21 @@ def _require() -> None:
     import_bitsandbytes()
     require("bitsandbytes", "quantised", "optimizer 'adamw8bit'")
     for signed in _MOMENTS.values():
-        _code_values(signed)
+        _code_values(signed, torch.device("cpu"))
 
 
 @cache
-def _code_values(signed: bool) -> Tensor:
-    """The values of the 256 codes before scaling, in [-1, 1] or [0, 1]: Dettmers et al.'s dynamic ones."""
+def _code_values(signed: bool, device: torch.device) -> Tensor:
+    """Return the values of the 256 codes before scaling, in [-1, 1] or [0, 1]: Dettmers et al.'s dynamic map.
+
+    They stay on the device, because each copy from the host would wait for the GPU.
+    """
     from bitsandbytes.functional import create_dynamic_map
 
-    with torch.device("cpu"):  # real values, also inside a fake tensor mode
-        return create_dynamic_map(signed)
+    # Create real values, also inside a fake tensor mode.
+    with torch.device("cpu"):
+        values = create_dynamic_map(signed)
+    return values.to(device)
 
 
 class AdamW8bitOptimizer(torch.optim.Optimizer):
@@ -93,8 +98,9 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         if not weight.numel():  # a parameter with fewer rows than ranks
             return
-        if p.is_cuda:  # a fused kernel reads it there
-            step = step.to(p.device)
+        if p.is_cuda:
+            # The fused kernel reads the step on the GPU. A fill does not wait for it, as a copy would.
+            step = torch.full((), step.item(), device=p.device)
         exp_avg = _float_moment(state, "exp_avg")
         exp_avg_sq = _float_moment(state, "exp_avg_sq")
         new_weight = weight.float()  # the weight itself if it is in float32
@@ -164,7 +170,7 @@ def _float_moment(state: Mapping[str, Tensor], moment: str) -> Tensor:
     codes = local_tensor(state[f"{moment}_codes"])
     scale = local_tensor(state[f"{moment}_scale"])
     ops: Any = torch.ops.bitsandbytes
-    values = _code_values(_MOMENTS[moment]).to(codes.device)
+    values = _code_values(_MOMENTS[moment], codes.device)
     return ops.dequantize_blockwise(codes, scale.view(-1), values, BLOCK, torch.float32)
 
 
@@ -173,7 +179,7 @@ def _store_moment(state: Mapping[str, Tensor], moment: str, x: Tensor) -> None:
     if moment in state:
         return
     ops: Any = torch.ops.bitsandbytes
-    codes, scale = ops.quantize_blockwise(x, _code_values(_MOMENTS[moment]).to(x.device), BLOCK)
+    codes, scale = ops.quantize_blockwise(x, _code_values(_MOMENTS[moment], x.device), BLOCK)
     local_tensor(state[f"{moment}_codes"]).copy_(codes)
     scale += 0 * x.view(-1, BLOCK).sum(1)  # codes cannot be NaN, so a NaN of the block goes into its scale
     local_tensor(state[f"{moment}_scale"]).view(-1).copy_(scale)

@@ -22,6 +22,8 @@ _COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a, b, c: Jordan et al.'s
 _ITERATIONS = 5  # Newton-Schulz iterations: Jordan et al.'s
 _EPS = 1e-7  # the least norm that is divided by: Jordan et al.'s
 _ADAMW_UPDATE_RMS = 0.2  # of a matrix's update, so that one lr serves both: Moonlight (Liu et al. 2025), Eq. 4
+# Matrices that are orthogonalized at once. A CPU gains nothing by larger batches, and its products round differently.
+_MAX_BATCH_BYTES = {"cpu": 2**20, "cuda": 2**28}
 
 
 def orthogonalize(m: Matrices) -> Matrices:
@@ -51,7 +53,7 @@ class MuonOptimizer(torch.optim.Optimizer):
 
     A group of matrices records how many are stacked in each of its parameters. They are orthogonalized separately,
     which Jordan et al. find better for queries, keys and values. The filters of a convolution are rows. The momentum of
-    a sharded matrix is gathered, one matrix at a time, so that the step equals that of a single process.
+    sharded matrices is gathered, so that the step equals that of a single process.
     """
 
     def __init__(
@@ -86,29 +88,52 @@ class MuonOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             if STACK_KEY not in group:
                 continue
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update_matrix(p, p.grad, group)
+            params = [p for p in group["params"] if p.grad is not None]
+            for same_shape in _batches_of_one_shape(params):
+                self._update_matrices(same_shape, group)
         if self.other_optimizer:
             # `load_state_dict` replaces state and groups of this optimizer, so share them with the other one again.
             self.other_optimizer.state = self.state
             self.other_optimizer.param_groups = [group for group in self.param_groups if STACK_KEY not in group]
             self.other_optimizer.step()
 
-    def _update_matrix(self, p: nn.Parameter, grad: Tensor, group: Mapping[str, Any]) -> None:
-        """Update a matrix: weight decay, then a step along its orthogonalized momentum."""
-        state = self.state[p]
-        momentum = group["momentum"]
-        if not state:
-            state[MOMENTUM_KEY] = torch.zeros_like(p)
-        momentum_buffer = state[MOMENTUM_KEY].lerp_(grad, 1 - momentum)
-        direction = full_tensor(grad.lerp(momentum_buffer, momentum))  # Nesterov's
-        if direction.is_cuda:
-            direction = direction.bfloat16()  # the iterations are stable in it (Jordan et al.)
-        update = orthogonalize(direction.flatten(1).unflatten(0, (group[STACK_KEY], -1)))
-        step_size = group["lr"] * (_ADAMW_UPDATE_RMS * sqrt(max(update.shape[1:])))
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(shard_like(update.reshape(p.shape).to(p.dtype), p), alpha=-step_size)
+    def _update_matrices(self, params: Sequence[nn.Parameter], group: Mapping[str, Any]) -> None:
+        """Update matrices of one shape: weight decay, then a step along their orthogonalized momentum."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p][MOMENTUM_KEY] = torch.zeros_like(p)
+        grads = [cast(Tensor, p.grad) for p in params]
+        momenta = [self.state[p][MOMENTUM_KEY] for p in params]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        # Nesterov's momentum.
+        directions = [full_tensor(d) for d in torch._foreach_lerp(grads, momenta, group["momentum"])]
+
+        # Orthogonalize all of them in one batch. On a GPU in bf16, in which the iterations are stable (Jordan et al.).
+        num_stacked = group[STACK_KEY]
+        stack = torch.cat([d.flatten(1).unflatten(0, (num_stacked, -1)) for d in directions])
+        updates = orthogonalize(stack.bfloat16() if stack.is_cuda else stack)
+        step_size = group["lr"] * (_ADAMW_UPDATE_RMS * sqrt(max(updates.shape[1:])))
+        if group["weight_decay"]:
+            # `_foreach_mul_` would round the factor to the dtype of the weights.
+            for p in params:
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+        update_of_param = updates.to(params[0].dtype).split(num_stacked)
+        steps = [shard_like(u.reshape(p.shape), p) for u, p in zip(update_of_param, params, strict=True)]
+        torch._foreach_add_(params, steps, alpha=-step_size)
+
+
+def _batches_of_one_shape(params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Group parameters of the same shape, up to _MAX_BATCH_BYTES in a batch."""
+    by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+    for p in params:
+        by_shape.setdefault(p.shape, []).append(p)
+    batches: list[list[nn.Parameter]] = []
+    for same_shape in by_shape.values():
+        first = same_shape[0]
+        max_bytes = _MAX_BATCH_BYTES["cuda" if first.is_cuda else "cpu"]
+        size = max(1, max_bytes // (first.numel() * first.element_size()))
+        batches += [same_shape[start : start + size] for start in range(0, len(same_shape), size)]
+    return batches
 
 
 def block_matrices(net: nn.Module) -> dict[nn.Parameter, int]:
