@@ -24,10 +24,10 @@ import torch
 from pydantic import Field, model_validator
 
 from dumo.objectives.base import (
+    DualSlope,
     Frozen,
     Guide,
     Interval,
-    DualSlope,
     LogitNormal,
     Needs,
     Net,

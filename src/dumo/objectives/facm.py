@@ -22,10 +22,10 @@ from pydantic import Field
 
 from dumo.objectives.base import (
     Arctan,
+    DualSlope,
     Frozen,
     Guide,
     Interval,
-    DualSlope,
     Needs,
     Net,
     NoisyBatch,

@@ -23,8 +23,8 @@ import torch
 from pydantic import Field, model_validator
 
 from dumo.objectives.base import (
-    Frozen,
     DualSlope,
+    Frozen,
     LogitNormal,
     Needs,
     Net,

@@ -18,10 +18,10 @@ from pydantic import Field, model_validator
 
 from dumo.objectives.base import (
     STRAIGHT,
+    DualSlope,
     Frozen,
     Guide,
     Interval,
-    DualSlope,
     LogitNormal,
     Needs,
     Net,

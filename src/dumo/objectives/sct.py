@@ -30,9 +30,9 @@ from pydantic import Field
 from dumo.objectives.base import (
     Arctan,
     Cond,
+    DualSlope,
     Formulas,
     Frozen,
-    DualSlope,
     Needs,
     Net,
     NoisyBatch,
