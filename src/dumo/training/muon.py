@@ -99,27 +99,26 @@ class MuonOptimizer(torch.optim.Optimizer):
 
     def _update_matrices(self, params: Sequence[nn.Parameter], group: Mapping[str, Any]) -> None:
         """Update matrices of one shape: weight decay, then a step along their orthogonalized momentum."""
+        momentum = group["momentum"]
+        directions: list[Tensor] = []
         for p in params:
-            if not self.state[p]:
-                self.state[p][MOMENTUM_KEY] = torch.zeros_like(p)
-        grads = [cast(Tensor, p.grad) for p in params]
-        momenta = [self.state[p][MOMENTUM_KEY] for p in params]
-        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        # Nesterov's momentum.
-        directions = [full_tensor(d) for d in torch._foreach_lerp(grads, momenta, group["momentum"])]
+            grad = cast(Tensor, p.grad)
+            state = self.state[p]
+            if not state:
+                state[MOMENTUM_KEY] = torch.zeros_like(p)
+            momentum_buffer = state[MOMENTUM_KEY].lerp_(grad, 1 - momentum)
+            # Nesterov's momentum.
+            directions.append(full_tensor(grad.lerp(momentum_buffer, momentum)))
 
         # Orthogonalize all of them in one batch. On a GPU in bf16, in which the iterations are stable (Jordan et al.).
         num_stacked = group[STACK_KEY]
-        stack = torch.cat([d.flatten(1).unflatten(0, (num_stacked, -1)) for d in directions])
+        stack = torch.cat([direction.flatten(1).unflatten(0, (num_stacked, -1)) for direction in directions])
         updates = orthogonalize(stack.bfloat16() if stack.is_cuda else stack)
         step_size = group["lr"] * (_ADAMW_UPDATE_RMS * sqrt(max(updates.shape[1:])))
-        if group["weight_decay"]:
-            # `_foreach_mul_` would round the factor to the dtype of the weights.
-            for p in params:
+        for p, update in zip(params, updates.to(params[0].dtype).split(num_stacked), strict=True):
+            if group["weight_decay"]:
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-        update_of_param = updates.to(params[0].dtype).split(num_stacked)
-        steps = [shard_like(u.reshape(p.shape), p) for u, p in zip(update_of_param, params, strict=True)]
-        torch._foreach_add_(params, steps, alpha=-step_size)
+            p.add_(shard_like(update.reshape(p.shape), p), alpha=-step_size)
 
 
 def _batches_of_one_shape(params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
