@@ -34,11 +34,11 @@ FRONT_BUDGETS = {"best": 1, "scaling": 10}
 FRONT_NAMES = {
     "best": {
         "dumo-best": "DuMo-Any, our settings (`dumo-best`)",
-        "DuMo, untuned": "DuMo, basic settings (`digits`)",
+        "DuMo, untuned": "DuMo, the paper's loss (`digits`)",
     },
     "scaling": {
         "DuMo": "DuMo, our settings (`dumo-best-latents`)",
-        "DuMo, untuned": "DuMo, basic settings (`cifar10-latents`)",
+        "DuMo, untuned": "DuMo, the paper's loss (`cifar10-latents`)",
     },
 }
 # The largest standard error, over the mean, of an arm that may be called best.
