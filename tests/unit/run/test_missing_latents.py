@@ -1,6 +1,7 @@
 """Training makes the latents that are missing: once, from the images that are here, and over no finished cache."""
 
 import fcntl
+import os
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from PIL import Image
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.data import Latents, cache
+from dumo.plan.preflight import data_findings
 from dumo.run import examination, fill_caches
 from dumo.run.folder import RunFolder
 from dumo.run.resolve import resolve, with_absolute_paths
@@ -111,6 +113,31 @@ def test_a_finished_cache_stays_as_it_is(run: Run, photos: Path, i: int) -> None
     with pytest.raises(UserError, match=r"restore them, .*start a new run"):
         fill_caches.encode(latents(run), device="cpu")
     assert files() == before
+
+
+def test_an_edited_image_is_found_without_the_notes_beside_the_shards(run: Run, photos: Path) -> None:
+    """The hashes of the images are in the shards themselves."""
+    fill(run)
+    for note in (*LATENTS.glob("names*"), *LATENTS.glob(".*")):
+        note.unlink()
+    draw(photos, 1, seed=99)
+    with pytest.raises(UserError, match=r"made from different images, .*1\.png"):
+        latents(run).compare_images()
+
+
+@pytest.mark.parametrize("offset", [-1, -1000])
+def test_a_flipped_bit_of_a_shard_is_found_by_the_full_check(run: Run, offset: int) -> None:
+    """Also if the file keeps its time and was verified before, as after a fault of the disk."""
+    fill(run)
+    latents(run).open()
+    assert [finding.state for finding in data_findings(run.data, None)] == ["ok"]
+    (shard,) = LATENTS.glob("*.safetensors")
+    state, data = shard.stat(), bytearray(shard.read_bytes())
+    data[offset] ^= 1
+    shard.write_bytes(data)
+    os.utime(shard, ns=(state.st_atime_ns, state.st_mtime_ns))
+    (finding,) = data_findings(run.data, None)
+    assert (finding.state, shard.name in finding.way) == ("failing", True)
 
 
 def test_a_cache_of_other_images_is_not_finished(run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
