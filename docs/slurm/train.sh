@@ -1,59 +1,59 @@
 #!/bin/bash
 # Train on several nodes under Slurm:  sbatch docs/slurm/train.sh imagenet256-xl2 --out /shared/runs/xl2
-# What follows the script's name are the words of `dumo train`. Submitted again, it goes on where the run stopped.
-# Set the lines marked SITE as your cluster wants them. Not tried on a cluster: docs/gpus.md says what was tried.
+# The words after the script's name are passed to `dumo train`. Submit it again to resume the run.
+# Adapt the lines marked SITE to your cluster. The script was not tested on a cluster (docs/gpus.md).
 
 #SBATCH --job-name=dumo
-#SBATCH --nodes=2                    # SITE: any number; another one on resuming is fine
-#SBATCH --ntasks-per-node=1          # one torchrun a node; torchrun starts a process per GPU
-#SBATCH --gpus-per-node=8            # SITE: GPUs of a node
-#SBATCH --cpus-per-task=64           # SITE: all cores of the node, for the task has all of its processes
-#SBATCH --exclusive                  # nobody else on these nodes
-#SBATCH --time=24:00:00              # SITE: the longest that the partition allows
-#SBATCH --requeue                    # after a preemption or the loss of a node the job waits again, then goes on
-#SBATCH --open-mode=append           # a requeued job writes on in the same log
-#SBATCH --output=dumo-%j.log         # %j: the job's number, which a requeued job keeps
-#SBATCH --signal=B:USR1@120          # 120 s before the time is up, USR1 to this shell (B), which `again` hears
+#SBATCH --nodes=2                    # SITE: any number, which may change when a run is resumed
+#SBATCH --ntasks-per-node=1          # one torchrun per node; torchrun starts a process per GPU
+#SBATCH --gpus-per-node=8            # SITE: GPUs per node
+#SBATCH --cpus-per-task=64           # SITE: all cores of the node, because the task contains all of its processes
+#SBATCH --exclusive                  # do not share the nodes
+#SBATCH --time=24:00:00              # SITE: the longest time that the partition allows
+#SBATCH --requeue                    # requeue after a preemption or the loss of a node, and resume
+#SBATCH --open-mode=append           # a requeued job appends to the same log
+#SBATCH --output=dumo-%j.log         # %j is the job's number, which a requeued job keeps
+#SBATCH --signal=B:USR1@120          # 120 s before the time limit, send USR1 to this shell (B), which calls `again`
 
-set -euo pipefail                    # stop at the first error, and at a variable that is not set
+set -euo pipefail                    # stop at the first error and at unset variables
 
-# SITE: the environment in which dumo is installed, on a file system that all nodes see.
+# SITE: the environment in which dumo is installed, on a file system that is shared by all nodes.
 source /shared/dumo/.venv/bin/activate
 
-# SITE: local copies of data, and the cache of downloads, on that file system too, where you have not set a variable
-# yourself. Without a network on the nodes, fill the cache before, and set HF_HUB_OFFLINE=1.
+# SITE: local copies of data, and the cache of downloads, on the same file system, unless the variables are set. If the
+# nodes have no network, fill the cache before, and set HF_HUB_OFFLINE=1.
 export DUMO_DATA=${DUMO_DATA:-/shared/data}
 export HF_HOME=${HF_HOME:-/shared/huggingface}
 
-# torchrun sets it to 1 where nobody did: with little else on the cores, a few threads per process do no harm.
+# torchrun would set it to 1. On an exclusive node a few threads per process are fine.
 export OMP_NUM_THREADS=4
 
-# SITE: where a node has several networks, the one that the nodes share, for the sockets of gloo and of NCCL's start.
+# SITE: if a node has several network interfaces, the one that connects the nodes, for gloo and NCCL's bootstrap.
 # export GLOO_SOCKET_IFNAME=ib0 NCCL_SOCKET_IFNAME=ib0
 
-# The ranks meet at the first node of the job; a port from the job's number, so that two jobs do not meet each other.
+# The rendezvous is on the first node of the job. The port depends on the job's number, so that jobs do not collide.
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000))
 
-again() {                            # the time is nearly up: the ranks save, then the same job waits again
-    kill -USR1 "$step"               # srun passes it on to each torchrun, and torchrun to its ranks
+again() {                            # shortly before the time limit: save a checkpoint and requeue the job
+    kill -USR1 "$step"               # srun forwards it to each torchrun, and torchrun to its ranks
     wait "$step" || true
-    echo "the time is up: the job goes on from here when it runs again"
+    echo "time limit: the job resumes from here when it runs again"
     scontrol requeue "$SLURM_JOB_ID" || echo "this cluster does not requeue: submit the job again"
     exit 0
 }
 trap again USR1
 
-# srun starts one torchrun on each node, and --kill-on-bad-exit ends all as soon as one has failed for good. Since
-# Slurm 22.05 it takes one core, not those of the task, unless it is asked.
-#   --nnodes          how many torchruns meet
-#   --nproc-per-node  processes on each: gpu is as many as it has GPUs
-#   --rdzv-backend    c10d: they meet by a store that torchrun itself opens, on the node that the endpoint names
-#   --rdzv-id         the same for all that belong together
-#   --max-restarts    so often, where a process dies, all are started again and go on from the last checkpoint
-#   --signals-to-handle  these reach the ranks, which save and leave; USR1 would kill torchrun otherwise
-#   --shutdown-timeout   seconds that they have for it; less than the 120 above
-# In the background, and then waited for: a shell hears a signal only between its commands, or while it waits.
+# srun starts one torchrun on each node, and --kill-on-bad-exit ends all of them when one has failed. Since Slurm 22.05
+# srun uses a single core unless --cpus-per-task is passed.
+#   --nnodes          the number of torchruns
+#   --nproc-per-node  processes per node: gpu means one per GPU
+#   --rdzv-backend    c10d: torchrun opens the store on the node of the endpoint
+#   --rdzv-id         identifies the job
+#   --max-restarts    how often all ranks are restarted from the last checkpoint after a process dies
+#   --signals-to-handle  signals that are forwarded to the ranks, which save and exit; USR1 would otherwise kill torchrun
+#   --shutdown-timeout   seconds for saving; less than the 120 above
+# srun runs in the background because a shell handles signals only between commands or while it waits.
 srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" \
     --nproc-per-node gpu \
