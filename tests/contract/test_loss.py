@@ -87,8 +87,11 @@ def test_every_parameter_gets_a_gradient(objective: Objective, net: Net) -> None
 
 @each
 def test_targets_are_of_the_reference(objective: Objective, net: Net) -> None:
-    """Of TwinFlow two passes without gradients are of the weights in training: its velocity gap is of these."""
-    still_passes = 2 if objective.kind == "twinflow" else 0
+    """Of TwinFlow two passes without gradients are of the weights in training: its velocity gap is of these.
+
+    Of DMD2 all are: its samples, and their fake score.
+    """
+    still_passes = {"twinflow": 2, "dmd2": 4}.get(objective.kind, 0)
     model, b = built(objective, net), random_batch(objective)
     properties.targets_are_of_the_reference(objective, model, b, still_passes=still_passes)
 

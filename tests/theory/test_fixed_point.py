@@ -36,6 +36,7 @@ STEPS = {  # of a finite step, and so off the flow by an order of it: by kind, t
     "cmt": "test_the_flow_is_at_rest_on_its_own_trajectories",  # which the batch here has none of
     "consistency": "test_gradient_vanishes_with_the_step",
     "critic": "test_a_flat_critic_moves_nothing",  # whose head learns of samples, as those of other pulls
+    "dmd2": "test_samples_are_at_rest_on_exact_mixtures",  # by the velocity of a teacher
     "drift": "test_drift_rests_where_samples_are_the_data",
     "freeflow": "test_it_rests_at_the_flow",  # whose head w learns of samples
     "imm": "test_it_rests_near_the_flow",

@@ -75,6 +75,7 @@ def check(run: "Run") -> None:
     if run.net.precondition != "none":
         _check_precondition(run)
     require_precision(train.precision, objective.needs.amplifies, objective.kind)
+    _check_fake_score(run)
     _check_teacher(run)
     _check_start(run)
     if isinstance(data, Latents) and data.prior:
@@ -182,6 +183,25 @@ def _check_precondition(run: "Run") -> None:
         raise UserError(
             f"net.precondition '{run.net.precondition}' is for velocities (heads {heads}) on path 'linear', not for "
             f"{excess[0]}: set net.precondition=none"
+        )
+
+
+def _check_fake_score(run: "Run") -> None:
+    """Raise UserError if a fake score shares trained weights with the generator, or if its learning rate has no use."""
+    objective = run.objective
+    if not objective.needs.fake_score:
+        if getattr(run.train.optimizer, "fake_lr", None) is not None:
+            raise UserError(
+                f"train.optimizer.fake_lr is for the fake score of objective 'dmd2', not for '{objective.kind}': set "
+                "it to null"
+            )
+        return
+    net = run.net
+    if not isinstance(net, Pretrained) or net.lora is None or net.lora.subject or net.lowpass is not None:
+        raise UserError(
+            f"objective '{objective.kind}' trains its fake score as a second LoRA on the frozen weights of a pipeline, "
+            "and with net.lowpass both would train one time embedder: set net.kind=diffusers, net.lora.rank=64, "
+            "net.lora.subject=null and net.lowpass=null; own networks have objective.kind=match"
         )
 
 

@@ -210,6 +210,7 @@ class CFG(Spec):
             both=self._guided(readings.both, null),
             hops=readings.hops,
             lowest=readings.lowest,
+            only=readings.only,
         )
 
     def rows(self, t: Time) -> Rows:

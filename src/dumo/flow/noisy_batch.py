@@ -110,6 +110,7 @@ class Draws:
     laws: draws of the objective's further distributions, by name.
     moving: the rows that may have r != t, determined by their position; None means all.
     teacher_rows: the rows with a teacher's target; None means all, if there is a teacher.
+    step: the number of steps before this one.
     """
 
     t: Time
@@ -120,6 +121,7 @@ class Draws:
     laws: Mapping[str, Tensor]
     moving: tuple[bool, ...] | None
     teacher_rows: Rows | None = None
+    step: int = 0
 
     def __getitem__(self, rows: slice) -> "Draws":
         """Return the draws of some of the rows."""
@@ -183,6 +185,7 @@ def make_draws(
             laws=laws,
             moving=None if moving is None else moving[rows],
             teacher_rows=teacher_rows,
+            step=step,
         )
 
 
@@ -254,6 +257,7 @@ def add_noise(
         moving=draws.moving,
         drawn=laws,
         progress=progress,
+        step=draws.step,
         teacher=teacher,
         trail=trail,
         host=(draws.t.to(exact), guided_on_host) if device.type == "cuda" else None,

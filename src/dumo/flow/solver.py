@@ -23,7 +23,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
-from math import log2
+from math import isclose, log2
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -260,6 +260,12 @@ def check(solver: Solver, readings: Readings, *nfes: int) -> None:
     require_reading(solver, readings)
     for nfe in nfes:
         num_steps(solver, nfe)
+        if readings.only and not _stays_where_taught(solver, readings, nfe):
+            taught = ", ".join(f"{t:.4g}" for t in readings.only)
+            raise UserError(
+                f"solver '{solver.kind}' with nfe = {nfe} uses the endpoint at times at which it was not trained "
+                f"(these: {taught}): set m to that of objective.times, and nfe to its steps, or to 1"
+            )
         if not _stays_where_taught(solver, readings, nfe):
             raise UserError(
                 f"solver '{solver.kind}' with nfe = {nfe} uses the endpoint below t = {readings.lowest:g}, where it "
@@ -286,6 +292,10 @@ def can_make(solver: Solver, readings: Readings, nfe: int) -> bool:
 
 def _stays_where_taught(solver: Solver, readings: Readings, nfe: int) -> bool:
     """Whether the endpoint was trained at all times at which a solver uses it in nfe passes."""
-    if not isinstance(solver, Restart) or not readings.lowest:
+    if not isinstance(solver, Restart):
+        return True
+    if readings.only is not None:
+        return all(any(isclose(t, taught) for taught in readings.only) for t in solver.times(nfe))
+    if not readings.lowest:
         return True
     return min(solver.times(nfe)) >= readings.lowest

@@ -24,6 +24,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Generator
 
+from dumo.flow.solver import jump_times
 from dumo.runtime import random
 from dumo.runtime.limits import PASSES, require_order
 from dumo.types import Law, PerSample, Time, TimeLaw
@@ -400,6 +401,38 @@ class Grid(TimeLaw):
         r_step = (torch.rand(n, generator=g) * t_step).floor()
         r_step = r_step.clamp(max=t_step - 1)  # the product may round up to t_step
         return t_step / self.steps, r_step / self.steps
+
+
+class OfSampler(TimeLaw):
+    """The times of the solver `restart` in `steps` passes with its `m`, in turn, with r = 0 (DMD2, few-step SiD).
+
+    Their code draws one of these times for a whole batch. Here neighbouring rows have different ones (our choice), so
+    every step has as many rows of each time, and costs the same.
+    """
+
+    kind: Literal["of_sampler"] = "of_sampler"
+    steps: int = Field(default=4, ge=1, le=PASSES)
+    m: float = Field(default=0.75, gt=0, lt=1)
+
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
+        """t and r of n rows, both (n,)."""
+        t = torch.tensor(self.taught)[torch.arange(n) % self.steps]
+        return t, torch.zeros(n)
+
+    @property
+    def taught(self) -> list[float]:
+        """The times in decreasing order."""
+        return jump_times(self.steps, self.m)
+
+    @property
+    def group(self) -> int:
+        """How many neighbouring rows belong together: one of each time."""
+        return self.steps
+
+    @property
+    def between(self) -> bool:
+        """False, because all jumps end at the data."""
+        return False
 
 
 Times = Annotated[

@@ -4,8 +4,9 @@ A checkpointed block stores only its inputs, and recomputes its activations in t
 marks the blocks of a network, and `run_as_marked` runs a block accordingly.
 """
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from dumo.autodiff.dual import Dual, primal_only
+from dumo.nets.lora import active_adapters, with_adapters
 from dumo.types import Array
 
 # Which blocks are checkpointed: all (True), none (False), or every n-th from the first (n).
@@ -37,10 +39,29 @@ def run_as_marked(block: nn.Module, *inputs: Array | None) -> Array:
     if not is_recomputed or not torch.is_grad_enabled():
         return block(*inputs)
     is_recorded = any(isinstance(x, Dual) and x.recorded for x in inputs)
-    contexts = noop_context_fn if is_recorded else _without_tangents
+    contexts = noop_context_fn
+    if not is_recorded:
+        names = active_adapters(module)
+        contexts = partial(_with_adapters_of_first_pass, module, names) if names else _without_tangents
     return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 def _without_tangents() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Return the contexts of a block's first pass, and of the recomputation, which needs no tangents."""
     return nullcontext(), primal_only()
+
+
+def _with_adapters_of_first_pass(
+    block: nn.Module, names: Sequence[str]
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the same contexts for a block with adapters.
+
+    Other adapters may be active in the backward pass, and the recomputation with those would give wrong gradients.
+    """
+    return nullcontext(), _recompute_with(block, names)
+
+
+@contextmanager
+def _recompute_with(block: nn.Module, names: Sequence[str]) -> Generator[None, None, None]:
+    with primal_only(), with_adapters(block, *names):
+        yield

@@ -9,7 +9,7 @@ The order of events:
 2. `refit` adapts the time embedder, after weights are loaded and before the first step.
 3. `forward` is a pass: it puts x_t and t in the model's own layout and unit (`Inputs`), calls the model with the
    arguments that its `Family` makes of them, and cuts the output of its last layer into heads.
-4. `base` is the untuned model as a teacher.
+4. `base` is the untuned model as a teacher, and `fake_score` the model with the adapters of a fake score.
 5. For an export, `single_head_model` is the model with one head; `fit_fixed_times`, `velocity_time_layer` and
    `model_times` serve nets of two times.
 
@@ -41,7 +41,7 @@ from dumo.nets.heads import (
     with_buffers_in_state,
     with_submodules,
 )
-from dumo.nets.lora import SUBJECT, Lora, adapt, merge, without_adapters, without_subject
+from dumo.nets.lora import FAKE, FEW_STEP, SUBJECT, Lora, adapt, merge, with_adapters, without_adapters
 from dumo.nets.lowpass import LowpassFit, MaskedLinear
 from dumo.nets.text_rows import Texts
 from dumo.nets.vp import DiffusionToVelocity
@@ -71,6 +71,7 @@ class Dualized(nn.Module):
         diffusion: DiffusionToVelocity | None = None,
         gap: bool = False,
         signed: bool = False,
+        fake_score: bool = False,
     ) -> None:
         """Take over the model, which is changed in place. Every head begins as a copy of its last layer.
 
@@ -80,6 +81,7 @@ class Dualized(nn.Module):
         - `diffusion`: turns the output of a model of a diffusion into a velocity; None: the model learned a velocity
         - `gap`: whether the net takes r, too, for which the model must have an embedder of time
         - `signed`: whether times may be negative, which needs `gap`
+        - `fake_score`: whether the net has adapters of a fake score, too; then only adapters are trained
 
         Raises UserError as `lora.adapt`.
         """
@@ -101,7 +103,7 @@ class Dualized(nn.Module):
         trained_paths = [family.last_layer, *embedder_paths]
         self.trained_paths = tuple(trained_paths) if lora else ()
         if lora:
-            adapt(model, lora, self.blocks, unused_layers, trained_paths)
+            adapt(model, lora, self.blocks, unused_layers, trained_paths, fake_score=fake_score)
         originals = [copy.deepcopy(model.get_submodule(path)) for path in self.trained_paths]
         self.old = nn.ModuleList(originals).requires_grad_(False)  # the untuned layers at `trained_paths`
         for name, p in model.named_parameters():
@@ -131,6 +133,9 @@ class Dualized(nn.Module):
                 for name, p in layer.named_parameters():
                     if name.endswith("bias"):
                         p.requires_grad_(False)
+        # A layer that is trained in full would be trained by the fake score, too, and change the samples.
+        if fake_score:
+            self.heads.requires_grad_(False)
         self.has_subject = bool(lora and lora.subject)
         if self.has_subject:  # all else is the few-step run's, its time embedder, too
             self.lowpass_fits = ()
@@ -246,7 +251,7 @@ class Dualized(nn.Module):
                 "net.lora.rank=64, or teacher.kind=run"
             )
         if self.has_subject:
-            with without_subject(self.model):
+            with with_adapters(self.model, FEW_STEP):
                 yield self
             return
         originals: dict[str, nn.Module] = dict(zip(self.trained_paths, self.old, strict=True))
@@ -264,6 +269,17 @@ class Dualized(nn.Module):
                 self.gap = gap
                 for path, part in trained.items():
                     self.model.set_submodule(path, part)
+
+    @contextmanager
+    def fake_score(self) -> Generator[None, None, None]:
+        """Inside, the adapters of the fake score add to a pass, in place of the trained model's."""
+        with with_adapters(self.model, FAKE):
+            yield
+
+    @property
+    def fake_score_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the adapters of the fake score."""
+        return [p for name, p in self.named_parameters() if f".{FAKE}." in name]
 
     def single_head_model(self, head: str, *, merged: bool = False, time_layer: nn.Linear | None = None) -> Any:  # noqa: ANN401, of diffusers
         """Return the model with one head as its last layer. Its class and shapes are diffusers'; weights are shared.

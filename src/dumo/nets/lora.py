@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021) by peft: next to a frozen linear layer W, a product B A of low rank that is trained.
 
-`Lora` is the spec. `dumo.nets.dualized` calls `adapt` when a net is made, `without_adapters` and `without_subject`
-around a pass of the untuned model, and `merge` for an export. `adapters` finds the layers that peft put in.
+`Lora` is the spec. `dumo.nets.dualized` calls `adapt` when a net is made, `without_adapters` and `with_adapters`
+around a pass with other adapters, and `merge` for an export. `adapters` finds the layers that peft put in.
 
 - Next to a convolution, A is a convolution of the same kernel and stride to `rank` channels, and B is one of 1 x 1
   (LoCon).
@@ -9,6 +9,8 @@ around a pass of the untuned model, and `merge` for an export. `adapters` finds 
   zero. B A is added as it is: alpha is the rank, as in TwinFlow.
 - A second adapter may be trained on top of a few-step run's (`Lora.subject`): both add, `lora_A.subject.weight` is
   trained, and all else that the few-step run trained is frozen.
+- The fake score of DMD2 is a second adapter of the same layers. Only one of the two adds to a pass, but both require
+  gradients, so both are in checkpoints and in the optimizer.
 - Frozen linear layers may be kept in fewer bits (`dumo.nets.lowbit`); norms, tables and all that is trained stay in
   float32. Published weights are mostly stored in bf16: those are mapped from their file, not copied, so the processes
   of a machine share them until each has sharded or coded them, layer by layer.
@@ -32,6 +34,7 @@ from dumo.types import QUIET, Spec
 # The names of adapters in peft, and so in the names of their parameters.
 FEW_STEP = "default"  # of the few-step run
 SUBJECT = "subject"  # on top of it
+FAKE = "fake"  # of the fake score of the few-step run's samples
 # Matches the path of a layer whose input is the time alone, in all models of `dumo.nets.family`.
 _MODULATION = re.compile(r"norm|mod|ada|time_emb", re.IGNORECASE)
 
@@ -53,12 +56,19 @@ class Lora(Spec):
 
 
 def adapt(
-    model: nn.Module, lora: Lora, blocks: Sequence[nn.Module], unused: Sequence[str], trained: Sequence[str]
+    model: nn.Module,
+    lora: Lora,
+    blocks: Sequence[nn.Module],
+    unused: Sequence[str],
+    trained: Sequence[str],
+    *,
+    fake_score: bool = False,
 ) -> None:
     """Add adapters to the layers of a model's blocks, in place, and freeze everything else.
 
-    Layers at or below the paths `unused` get none, nor do those at or below `trained`, which stay in float32. Raises
-    UserError without peft, and without bitsandbytes for codes.
+    Layers at or below the paths `unused` get none, nor do those at or below `trained`, which stay in float32. With
+    `fake_score` each layer has a second adapter of the same rank, which is not active. Raises UserError without peft,
+    and without bitsandbytes for codes.
     """
     import_bitsandbytes()
     peft = require("peft", "pretrained", "net.lora")
@@ -67,6 +77,8 @@ def adapt(
     ranks = {FEW_STEP: lora.rank}
     if lora.subject:
         ranks[SUBJECT] = lora.subject
+    if fake_score:
+        ranks[FAKE] = lora.rank
 
     # in fewer bits, before peft wraps the layers
     if lora.frozen == "bfloat16":
@@ -85,6 +97,8 @@ def adapt(
             _draw_adapter(model, name)
     for layer in adapters(model):
         layer.set_adapter([*ranks])
+        if fake_score:
+            layer._active_adapter = [FEW_STEP]
 
 
 def _draw_adapter(model: nn.Module, name: str) -> None:
@@ -114,16 +128,22 @@ def adapters(model: nn.Module) -> list[Any]:
     return [layer for layer in model.modules() if hasattr(layer, "lora_A")]
 
 
+def active_adapters(model: nn.Module) -> list[str]:
+    """Return the names of the adapters that add to a pass of a model; [] if it has none. All layers have the same."""
+    names: list[str] = next((layer.active_adapters for layer in adapters(model)), [])
+    return [*names]
+
+
 # peft's own switches would also change which parameters are trained, so these two set the private fields behind them.
 
 
 @contextmanager
-def without_subject(model: nn.Module) -> Generator[None, None, None]:
-    """Inside, a subject's adapters add nothing, and those of the few-step run do."""
+def with_adapters(model: nn.Module, *names: str) -> Generator[None, None, None]:
+    """Inside, only the adapters of these names add to a pass."""
     layers = adapters(model)
     active_before = [layer.active_adapter for layer in layers]
     for layer in layers:
-        layer._active_adapter = [FEW_STEP]
+        layer._active_adapter = [*names]
     try:
         yield
     finally:

@@ -173,6 +173,7 @@ class Pretrained(PipelineSpec):
             diffusion=self.diffusion,
             gap="r" in needs.names,
             signed=needs.signed,
+            fake_score=needs.fake_score,
         )
         return net, weight_loaders(net, stored)
 
@@ -364,7 +365,8 @@ def weight_loaders(net: Dualized, stored: Mapping[str, Tensor]) -> Loaders:
 
 def _require_known(needs: Needs) -> None:
     """Raise UserError where an objective needs more than velocities and flow maps at two times."""
-    unknown = [f"head '{name}'" for name in needs.heads if name not in HEADS]
+    heads = (*HEADS, "w") if needs.fake_score else HEADS
+    unknown = [f"head '{name}'" for name in needs.heads if name not in heads]
     unknown += [f"input '{name}'" for name in needs.names if name not in TIMES]
     unknown += [f"gauge '{name}'" for name in needs.gauges]
     if unknown:

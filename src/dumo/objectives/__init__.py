@@ -12,6 +12,7 @@ from dumo.objectives.base import ObjectiveSpec
 from dumo.objectives.cmt import CMT
 from dumo.objectives.consistency import Consistency
 from dumo.objectives.critic import Critic
+from dumo.objectives.dmd2 import DMD2
 from dumo.objectives.drift import Drift
 from dumo.objectives.dumo import DuMo
 from dumo.objectives.dumo_any import DuMoAny
@@ -42,6 +43,7 @@ BundledObjective = Annotated[
     | CMT
     | Consistency
     | Critic
+    | DMD2
     | Drift
     | DuMo
     | DuMoAny

@@ -12,11 +12,11 @@ Loss: it gets a `Net`, theta^- as a `Frozen` network (`frozen` creates one) and 
 multiply a sample. `mean_square`, `adaptive_l2`, `normalized_l2`, `huber` and `cosine_distance` return a number per row;
 `descent_error` returns an error with a given gradient; `clipped_share` and `head_gap` are metrics to log.
 `require_precise_passes` refuses bf16 if the loss amplifies rounding errors. Code that selects rows of a batch uses
-`index`, and `dropout.rows` for networks with dropout.
+`index`, and `dropout.rows` for networks with dropout. Inside `fake_score`, passes are those of the fake score.
 
 Random numbers: `Times` is the union of distributions of (t, r), such as `Pair`, `Jumps`, `Below`, `Gap`, `Grid`,
-`Groups`, `Quarters`, `Beta`, `LogitNormal`, `Arctan` and `Uniform`; subclass `TimeLaw`, or `ToData` for t with r = 0,
-to add one.
+`Groups`, `Quarters`, `OfSampler`, `Beta`, `LogitNormal`, `Arctan` and `Uniform`; subclass `TimeLaw`, or `ToData` for t
+with r = 0, to add one.
 `Needs.laws` names further distributions: `Noise`, `Signs`, or a subclass of `Law` or `Number` (one number per row).
 
 Readings: `Readings` contains the functions that a solver calls; `mean_velocity`, `velocity_and_jump` and `jump_to_data`
@@ -57,6 +57,7 @@ from dumo.flow.times import (
     Jumps,
     LogitNormal,
     Number,
+    OfSampler,
     Pair,
     Quarters,
     Times,
@@ -81,6 +82,7 @@ from dumo.types import (
     Time,
     TimeLaw,
     UserError,
+    fake_score,
     frozen,
     lift,
     mean_square,
@@ -113,6 +115,7 @@ __all__ = [
     "NoisyBatch",
     "Number",
     "ObjectiveSpec",
+    "OfSampler",
     "Pair",
     "PerSample",
     "Quarters",
@@ -134,6 +137,7 @@ __all__ = [
     "descent_error",
     "dropout",
     "earlier_mean_velocity",
+    "fake_score",
     "frozen",
     "head_gap",
     "heads_and_end_derivatives",

@@ -8,7 +8,7 @@ The network's samples x' are diffused with fresh noise z', and a head w learns t
 
 The score of a distribution diffused to t is -(x_t + (1 - t) v) / t, so V is opposite to the gradient with respect to x'
 of KL(samples || data), both diffused to t. It vanishes if samples have the distribution of the data. DMD2 divides it by
-the mean of |z' - x' - v| over the row; we do not.
+the mean of |z' - x' - v| over the row; we do not. `dumo.objectives.dmd2` is their method for pretrained pipelines.
 
 With `alpha`, samples minimize SiD's loss instead (Zhou et al. 2024, arXiv 2404.04057, `sid_loss.py`, for predictions
 x_t - t v), which includes the dependence of w and v on the sample:

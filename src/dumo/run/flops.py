@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from itertools import groupby
+from itertools import groupby, product
 from math import lcm, prod
 from typing import Literal, NamedTuple, TypeVar
 
@@ -172,11 +172,11 @@ def teacher_passes(net: nn.Module, objective: Objective, path: FlowPath, shape: 
     """Return the teacher evaluations per row of a training step, as a mean over the phases of the training."""
     rows = exact_rows(objective)
     passes = 0.0
-    for progress, share in objective.needs.phases:
+    for (progress, share), (step, share_of_cycle) in product(objective.needs.phases, objective.needs.cycle):
         teacher = _CountingTeacher()
-        b = replace(_draw_on_meta(objective, path, rows, shape, teacher), progress=progress)
+        b = replace(_draw_on_meta(objective, path, rows, shape, teacher), progress=progress, step=step)
         step_function(*meta_copies(net, "self"), objective, b)()
-        passes += share * teacher.rows / rows
+        passes += share * share_of_cycle * teacher.rows / rows
     return passes
 
 
@@ -258,10 +258,13 @@ def _draw_on_meta(
 def phases(objective: Objective, path: FlowPath, rows: int, shape: Sequence[int]) -> list[tuple[NoisyBatch, float]]:
     """A noised batch on the meta device for each part of the training, with the part's share of all steps.
 
-    Within a part (`Needs.phases`) all steps cost alike.
+    Within a part (`Needs.phases`) all steps cost alike, but for those of a cycle (`Needs.cycle`).
     """
     b = _draw_on_meta(objective, path, rows, shape)
-    return [(replace(b, progress=progress), share) for progress, share in objective.needs.phases]
+    parts: list[tuple[NoisyBatch, float]] = []
+    for (progress, share), (step, share_of_cycle) in product(objective.needs.phases, objective.needs.cycle):
+        parts.append((replace(b, progress=progress, step=step), share * share_of_cycle))
+    return parts
 
 
 def _meta_batch(rows: int, shape: Sequence[int]) -> tuple[Sample, Cond]:

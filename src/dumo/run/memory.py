@@ -33,6 +33,7 @@ from dumo.run import flops
 from dumo.run.storages import LiveStorages
 from dumo.training import frozen, layout
 from dumo.training.ema import MovingAverage
+from dumo.training.optim import fake_score_parameters
 from dumo.training.settings import Train
 from dumo.types import NoisyBatch, Objective
 
@@ -86,9 +87,12 @@ def held_bytes(net: nn.Module, train: Train) -> HeldBytes:
     is_trained = any(p.requires_grad for p in net.parameters())
     num_average_bytes = tensor_bytes(average_tensors(averages, net))
     _use_trained_dtypes(net, train)
+    # A step trains the fake score or the rest of the net, so only one of them has gradients at a time.
+    gradient_bytes = tensor_bytes(p for p in net.parameters() if p.requires_grad)
+    fake_bytes = tensor_bytes(fake_score_parameters(net))
     return HeldBytes(
         weights=weight_bytes(net),
-        gradients=tensor_bytes(p for p in net.parameters() if p.requires_grad),
+        gradients=max(gradient_bytes - fake_bytes, fake_bytes),
         optimizer=_optimizer_bytes(train.optimizer(net)) if is_trained else 0,
         averages=num_average_bytes,
     )

@@ -34,10 +34,24 @@ class Adaptive(Spec, Generic[OptimizerKind]):
     betas: tuple[AdamBeta, AdamBeta] = (0.9, 0.95)
     weight_decay: WeightDecay = Field(default=0.0, json_schema_extra=QUIET)
     eps: LearningRate = Field(default=1e-8, json_schema_extra=QUIET)
+    # Of the adapters of the fake score of objective dmd2; None: lr
+    fake_lr: LearningRate | None = Field(default=None, exclude_if=lambda lr: lr is None, json_schema_extra=CHANGES)
 
     def __call__(self, net: nn.Module) -> torch.optim.Optimizer:
         """Create the optimizer of a net's trained weights."""
-        return self.optimizer_of(_trained_parameters(net))
+        return self._with_fake_lr(self.optimizer_of(_trained_parameters(net)), net)
+
+    def _with_fake_lr(self, optimizer: torch.optim.Optimizer, net: nn.Module) -> torch.optim.Optimizer:
+        """Move the weights of the fake score to parameter groups with `fake_lr`, if it is set."""
+        if self.fake_lr is None:
+            return optimizer
+        fake_parameters = fake_score_parameters(net)
+        for group in [*optimizer.param_groups]:
+            moved = [p for p in group["params"] if p in fake_parameters]
+            group["params"] = [p for p in group["params"] if p not in fake_parameters]
+            # The trainer keeps this ratio when the schedule changes lr.
+            optimizer.add_param_group({**group, "params": moved, "lr": self.fake_lr, "ratio": self.fake_lr / self.lr})
+        return optimizer
 
     def optimizer_of(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
         """Create the torch optimizer of some parameters. Fused GPU kernels round differently than the CPU."""
@@ -67,7 +81,9 @@ class AdamW8bit(Adaptive[Literal["adamw8bit"]]):
     def __call__(self, net: nn.Module) -> AdamW8bitOptimizer:
         """Create the optimizer of a net's trained weights. Raise UserError if bitsandbytes is missing."""
         named_parameters = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
-        return AdamW8bitOptimizer(named_parameters, **self.model_dump(exclude={"kind"}))
+        optimizer = AdamW8bitOptimizer(named_parameters, **self.model_dump(exclude={"kind", "fake_lr"}))
+        self._with_fake_lr(optimizer, net)
+        return optimizer
 
 
 class Muon(Spec):
@@ -135,13 +151,18 @@ Optimizer = Annotated[AdamW | Adam | AdamW8bit | Muon, Field(discriminator="kind
 
 def half_rates(optimizer: Optimizer) -> dict[str, float]:
     """Return half of each learning rate of an optimizer, by field."""
-    rates = {name: getattr(optimizer, name, None) for name in ("lr", "adamw_lr", "time_lr")}
+    rates = {name: getattr(optimizer, name, None) for name in ("lr", "adamw_lr", "time_lr", "fake_lr")}
     return {name: rate / 2 for name, rate in rates.items() if rate is not None}
 
 
 def _trained_parameters(net: nn.Module) -> list[nn.Parameter]:
     """Return the trained parameters of a net."""
     return [p for p in net.parameters() if p.requires_grad]
+
+
+def fake_score_parameters(net: nn.Module) -> set[nn.Parameter]:
+    """Return the trained weights of a net that are those of its fake score alone."""
+    return {*getattr(net, "fake_score_parameters", ())}
 
 
 def time_embedder_parameters(net: nn.Module) -> set[nn.Parameter]:

@@ -15,6 +15,7 @@ Everything is public: user classes derive from `Spec`, `TimeLaw`, the base class
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
@@ -117,6 +118,15 @@ def frozen(net: Net) -> Frozen:
     return Frozen(unwrap(net))
 
 
+def fake_score(net: Net) -> AbstractContextManager[object]:
+    """Inside, passes of the net use the weights of its fake score, if it has separate ones (`Needs.fake_score`).
+
+    The passes may be those of `frozen(net)`. A backward pass may follow outside.
+    """
+    switch: Callable[[], AbstractContextManager[object]] | None = getattr(unwrap(net), "fake_score", None)
+    return switch() if switch else nullcontext()
+
+
 class TimeLaw(Spec, ABC):
     """The distribution of the times (t, r) of a batch's rows; r <= t, unless `climbs`."""
 
@@ -208,10 +218,13 @@ class Needs:
     diffuses_samples: bool = False  # it compares the velocities of noised samples and data
     ref: float | None = None  # the EMA decay of theta^- in the paper; None: the weights in training
     scheduled: bool = False  # it changes with `NoisyBatch.progress`
+    fake_score: bool = False  # head w has weights of its own, if the net can have them (`dumo.types.fake_score`)
     amplifies: float = 0.0  # the maximum amplification of the net's rounding error (`dumo.flow.precision`)
 
     # Pairs (progress, fraction of the training) for cost estimates: the steps of a phase cost as a step at `progress`.
     phases: tuple[tuple[float, float], ...] = ((0.0, 1.0),)
+    # Likewise pairs (step, fraction of the steps) of a loss that changes with `NoisyBatch.step`.
+    cycle: tuple[tuple[int, float], ...] = ((0, 1.0),)
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -233,6 +246,15 @@ class Path(Protocol):
 
     def at(self, x: Sample, z: Sample, t: Time) -> tuple[Sample, Sample]:
         """Return x_t and its conditional slope v_t = dx_t/dt, given data and noise."""
+        ...
+
+    def gamma(self, t: Tensor) -> Tensor:
+        """Return the weight of the data at time t."""
+        ...
+
+    @property
+    def initial_std(self) -> float:
+        """The standard deviation of a sampler's first x_t."""
         ...
 
 
@@ -258,6 +280,7 @@ class NoisyBatch:
     moving: tuple[bool, ...] | None = None  # the rows that may have r != t, by position; None: all
     drawn: Mapping[str, Tensor] = field(default_factory=dict)  # by name, what `Needs.laws` drew
     progress: float = 0.0  # the completed fraction of the training, in [0, 1]
+    step: int = 0  # the number of steps before this one
     teacher: TeacherVelocity | None = None  # returns the velocity to use instead of v_t
     trail: Trail | None = None  # each row's trajectory at equal steps from t = 0 to 1, if known
     host: tuple[Time, Rows] | None = None  # CPU copies of t and kept, if the batch is on another device
@@ -368,6 +391,7 @@ class Readings:
     # where these hold
     hops: Callable[[float, float], bool] | None = None  # (t, s) -> whether the flow map was taught this jump; None: all
     lowest: float = 0.0  # the lowest time at which the endpoint was taught
+    only: tuple[float, ...] | None = None  # the times at which the endpoint was taught; None: all from `lowest`
 
 
 @runtime_checkable

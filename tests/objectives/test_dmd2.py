@@ -1,0 +1,233 @@
+"""DMD2: both losses by hand, closed forms of Gaussian samples, its rest where samples are the data, and its passes."""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dumo.flow.noise_schedule import Schedule
+from dumo.flow.path import Diffusion
+from dumo.flow.solver import Restart, check
+from dumo.flow.times import OfSampler
+from dumo.objectives.dmd2 import DMD2, FLOOR
+from dumo.testing.exact import APART, D, ExactFlow, ExactNet, column, gaussian, gradient
+from dumo.testing.properties import loss_of
+from dumo.types import Frozen, Heads, NoisyBatch, UserError
+from theory.exact import PRODUCT, drawn
+from theory.formula import Polynomial, agree, passes
+
+OBJECTIVE = DMD2(times=OfSampler(steps=3, m=0.6))
+LAST = OBJECTIVE.fake_updates  # the step of a cycle in which samples move
+STABLE_DIFFUSION = Diffusion(schedule=Schedule(kind="scaled_linear", start=0.00085, end=0.012, steps=1000))
+
+
+def by_hand(net: nn.Module, b: NoisyBatch) -> tuple[Tensor, Tensor]:
+    """Samples, with gradients of the last jump alone, and their diffused noise: row by row, as a sampler would."""
+    start = b.path.initial_std
+    times = OBJECTIVE.times.taught
+    made: list[Tensor] = []
+    for i in range(len(b.t)):
+        x = start * b.z[i : i + 1]
+        for k, t in enumerate(times[: i % 3 + 1]):
+            t_row = b.t[i : i + 1] if k == i % 3 else torch.tensor([t], dtype=D)  # drawn in float32
+            x_0 = x - t_row * net(x, b.c[i : i + 1], t=t_row)[0]
+            if k < i % 3:
+                s = torch.tensor([times[k + 1]], dtype=D)
+                noise = b.drawn[f"z_{k + 1}"][i : i + 1].to(D)
+                x = (b.path.alpha(s) * noise + b.path.gamma(s) * x_0).detach()  # pyright: ignore[reportAttributeAccessIssue]
+        made.append(x_0)
+    return torch.cat(made), b.drawn["fake.z"].to(D)
+
+
+@pytest.mark.parametrize("path", [None, STABLE_DIFFUSION], ids=["linear", "diffusion"])
+@pytest.mark.parametrize("fake_loss", ["velocity", "noise"])
+def test_the_fake_score_learns_the_velocity_of_samples(path: Diffusion | None, fake_loss: str) -> None:
+    objective = OBJECTIVE.model_copy(update={"fake_loss": fake_loss})
+    net, b = Polynomial(2), on(path, drawn(objective, 9))
+    samples, z = by_hand(net, b)
+    t = b.drawn["fake.t"].to(D)
+    x_t, w_star = b.path.at(samples.detach(), z, t)
+    w = net(x_t, b.c, t=t)[1]
+    error = (w - w_star).square().mean(1)
+    # A prediction of noise from the velocity: at x_t it is x_t plus the weight of data times the velocity per unit.
+    weight = b.path.gamma(t) ** 2 if fake_loss == "noise" else 1
+    agree(objective, net, b, weight * error, {"w": error})
+
+
+@pytest.mark.parametrize("path", [None, STABLE_DIFFUSION], ids=["linear", "diffusion"])
+def test_samples_move_by_the_normalized_difference_of_scores(path: Diffusion | None) -> None:
+    net, b = Polynomial(2), replace(on(path, drawn(OBJECTIVE, 9, APART, teacher=True)), step=LAST)
+    samples, z = by_hand(net, b)
+    t = b.drawn["pull.t"].to(D)
+    x_t, w_star = b.path.at(samples.detach(), z, t)
+    w = net(x_t, b.c, t=t)[1].detach()
+    v = APART.velocity(x_t, b.c, t)
+    move = (w - v) / column((w_star - v).abs().mean(1))
+    loss = (samples - (samples + move).detach()).square().mean(1) / 2
+    fake = (w - w_star).square().mean(1)
+    agree(OBJECTIVE, net, b, loss, {"w": fake}, pull_w=(w - v).square().mean(1))
+
+
+def on(path: Diffusion | None, b: NoisyBatch) -> NoisyBatch:
+    """The batch on another path."""
+    return b if path is None else replace(b, path=path)
+
+
+def test_a_row_without_distance_does_not_divide_by_zero() -> None:
+    b = replace(drawn(OBJECTIVE, 3, teacher=True), step=LAST, teacher=lambda x, t, c, v: v)
+    terms = loss_of(OBJECTIVE, Polynomial(2), b)
+    assert terms.loss.isfinite().all()
+    assert (terms.loss > 1 / FLOOR).any()
+
+
+# ------------------------------------------------------------------------------------------------------- closed forms
+
+
+class GaussianSamples(nn.Module):
+    """A generator of samples N(m, q^2) from any of its inputs, and their exact velocity as the fake score."""
+
+    def __init__(self, m: float, q: float) -> None:
+        super().__init__()
+        self.m, self.q = m, q
+        self.probe = nn.Parameter(torch.zeros(2, 2, dtype=D))
+
+    def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor) -> Heads:
+        t = column(t)
+        x_0 = self.m + self.q * (x - (1 - t) * self.m) / variance(self.q, t).sqrt()
+        heads = (x - x_0) / t, velocity(self.m, self.q, x, t)
+        return tuple(head + a + b * x for head, (a, b) in zip(heads, self.probe, strict=True))
+
+
+def variance(b: float, t: Tensor) -> Tensor:
+    """D_b, of x_t for data of variance b^2."""
+    return (1 - t) ** 2 * b**2 + t**2
+
+
+def velocity(a: float, b: float, x: Tensor, t: Tensor) -> Tensor:
+    """Of data N(a, b^2)."""
+    return -a + (t - (1 - t) * b**2) / variance(b, t) * (x - (1 - t) * a)
+
+
+def pulled(samples: tuple[float, float], data: tuple[float, float], b: NoisyBatch) -> Tensor:
+    """w - v at the diffused samples, (b, 2): the loss's own, by its gradient with the normalizer taken back."""
+    net = GaussianSamples(*samples)
+    seen: dict[str, Tensor] = {}
+
+    def teacher(x: Tensor, t: Tensor, c: Tensor, v: Tensor) -> Tensor:
+        seen.update(x=x, distance=(v - velocity(*data, x, column(t))).abs().mean(1))
+        return velocity(*data, x, column(t))
+
+    u_of: list[Tensor] = []
+
+    def recorded(x: Tensor, c: Tensor, /, *, t: Tensor) -> Heads:
+        heads = net(x, c, t=t)
+        if torch.is_grad_enabled():
+            u_of.append(heads[0])
+        return heads
+
+    loss = OBJECTIVE.loss(recorded, Frozen(net), replace(b, teacher=teacher, step=LAST)).loss
+    (u,) = u_of
+    (slope,) = torch.autograd.grad(loss.sum(), u)
+    return 2 * slope * column(seen["distance"]) / column(b.t.to(D))
+
+
+def closed(samples: tuple[float, float], data: tuple[float, float], x: Tensor, t: Tensor) -> Tensor:
+    """w - v at x_t."""
+    (m, q), (mu, s) = samples, data
+    return t / (1 - t) * ((x - (1 - t) * m) / variance(q, t) - (x - (1 - t) * mu) / variance(s, t))
+
+
+@pytest.mark.parametrize("samples", [(0.3, 0.8), (0.7, 0.8), (0.3, 0.5), (-0.2, 1.4)])
+def test_the_pull_is_zero_exactly_where_samples_are_distributed_as_data(samples: tuple[float, float]) -> None:
+    data = (0.3, 0.8)
+    b = drawn(OBJECTIVE, 6000)
+    pull = pulled(samples, data, b)
+    if samples == data:
+        assert pull.abs().max() < 1e-12
+        return
+    assert pull.abs().min(1).values.median() > 1e-2
+    # Its mean over samples and noise, of each time, is t (mu - m) / D_s: the pull times D_s / t has that of mu - m.
+    t = column(b.drawn["pull.t"].to(D))
+    scaled = pull * variance(data[1], t) / t
+    error = scaled.std() / scaled.numel() ** 0.5
+    assert (scaled.mean() - (data[0] - samples[0])).abs() < 4 * error + 1e-6
+    # At each point it is the closed form.
+    net = GaussianSamples(*samples)
+    made, z = by_hand(net, b)
+    assert torch.allclose(pull, closed(samples, data, t * z + (1 - t) * made.detach(), t), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("mean", "width", "rests"), [(1.3, 0.8, True), (0.5, 0.8, False), (1.3, 0.9, False)])
+def test_guided_it_rests_beyond_the_data(mean: float, width: float, rests: bool) -> None:
+    """Of one width s the guided velocity is that of N(mu_0 + g (mu - mu_0), s^2): here -0.1, 0.6 and g = 2."""
+    b = drawn(OBJECTIVE, 30)
+
+    def guided(x: Tensor, t: Tensor, c: Tensor, v: Tensor) -> Tensor:
+        null, full = (velocity(mu, 0.8, x, column(t)) for mu in (-0.1, 0.6))
+        return null + 2 * (full - null)
+
+    b = replace(b, teacher=guided, step=LAST)
+    pull = loss_of(OBJECTIVE, GaussianSamples(mean, width), b).notes["pull_w"]
+    assert (pull.max() < 1e-20) == rests
+
+
+@pytest.mark.parametrize("flow", [APART, PRODUCT])
+def test_samples_are_at_rest_on_exact_mixtures(flow: ExactFlow) -> None:
+    """Whatever the generator: with one velocity for samples and data; with another they are not."""
+    b = replace(drawn(OBJECTIVE, 60, flow, teacher=True), step=LAST)
+    net = ExactNet(flow, OBJECTIVE.needs)
+    assert gradient(OBJECTIVE, net, b)[0].abs().max() < 1e-10
+    net.probe.data[1, 0] = 0.1
+    assert gradient(OBJECTIVE, net, b)[0].abs().max() > 1e-3
+
+
+def test_the_fake_score_is_at_rest_at_the_velocity_of_samples() -> None:
+    """The mean over both noises, exactly: the gradient is of second order in them, of which +-1 have the moments."""
+    objective = DMD2(times=OfSampler(steps=1))
+    z, z_own = (column(a).expand(4, 2) for a in torch.tensor(list(product((1, -1), repeat=2)), dtype=D).T)
+    for t, (m, q) in product((0.1, 0.5, 1.0), ((0.3, 0.8), (-0.5, 1.2))):
+        b = drawn(objective, 4)
+        b = replace(b, z=z, drawn={**b.drawn, "fake.z": z_own, "fake.t": torch.full_like(b.t, t, dtype=D)})
+        net = GaussianSamples(m, q)
+        (left,) = torch.autograd.grad(loss_of(objective, net, b).loss.mean(), net.probe)
+        assert left.abs().max() < 1e-12
+        net.probe.data[1, 1] = 0.1
+        (left,) = torch.autograd.grad(loss_of(objective, net, b).loss.mean(), net.probe)
+        assert left[1].abs().max() > 1e-2
+        assert not left[0].any(), "the generator is not trained by the loss of the fake score"
+
+
+# ------------------------------------------------------------------------------------------------------ what it costs
+
+
+@pytest.mark.parametrize(("step", "count"), [(0, (1, 4)), (4, (1, 4)), (5, (1, 4)), (6, (1, 4))])
+def test_number_of_passes(step: int, count: tuple[int, int]) -> None:
+    """Three passes on part of the rows; the last jump and the fake score, one of which has gradients."""
+    objective = DMD2()
+    assert passes(objective, replace(drawn(objective, 16), step=step)) == count
+
+
+@pytest.mark.parametrize(("step", "trained"), [(0, "w"), (4, "w"), (5, "u"), (6, "w"), (11, "u")])
+def test_five_steps_of_the_fake_score_then_one_of_the_generator(step: int, trained: str) -> None:
+    objective = DMD2()
+    b = replace(drawn(objective, 16), step=step, teacher=lambda x, t, c, v: v + 1)
+    net = ExactNet(gaussian(), objective.needs)
+    grad = gradient(objective, net, b)
+    assert [bool(row.any()) for row in grad] == [trained == "u", trained == "w"]
+
+
+def test_rows_that_miss_a_time_are_refused() -> None:
+    with pytest.raises(UserError, match="multiples of 3"):
+        loss_of(OBJECTIVE, Polynomial(2), drawn(OBJECTIVE, 9)[:4])
+
+
+@pytest.mark.parametrize(("m", "nfe", "is_taught"), [(0.6, 3, True), (0.6, 1, True), (0.6, 2, False), (0.5, 3, False)])
+def test_it_is_sampled_at_its_times_alone(m: float, nfe: int, is_taught: bool) -> None:
+    readings = OBJECTIVE.readings(Polynomial(2))
+    if is_taught:
+        check(Restart(m=m), readings, nfe)
+        return
+    with pytest.raises(UserError, match="times at which it was not trained"):
+        check(Restart(m=m), readings, nfe)
