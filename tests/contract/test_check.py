@@ -13,6 +13,7 @@ LACKS = {
     "cmt": STEP,
     "consistency": STEP,
     "critic": SAMPLES,
+    "dmd2": {"gradient_vanishes_at_the_flow", "descent_leads_back_to_the_flow", "targets_are_of_the_reference"},
     "drift": SAMPLES,
     "facm": {"one_pass_has_gradients"},  # a pass for the velocity, and one for the jump
     "freeflow": SAMPLES,

@@ -57,9 +57,9 @@ EXEMPT = {  # by class: fields of the run and of the machine, and an optimizer's
     # counted when the run is made, and kept in run.yaml; of a pipeline that edits, of which no config is packaged
     "CaptionFiles": ("digest", "source"),
     "UNet": ("precondition",),  # which two arms of the plan tab2 have
-    "Adam": ("weight_decay", "eps"),
+    "Adam": ("weight_decay", "eps", "fake_lr"),
     "AdamW": ("weight_decay", "eps"),
-    "AdamW8bit": ("weight_decay", "eps"),
+    "AdamW8bit": ("weight_decay", "eps", "fake_lr"),
     "Muon": ("momentum", "weight_decay", "eps"),
 }
 PYTHON = (

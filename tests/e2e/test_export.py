@@ -23,19 +23,31 @@ from dumo.export.model import INDEX, ExportedModel
 from dumo.export.model_card import PROMPT
 from dumo.flow.sampling import integrate
 from dumo.flow.solver import Euler
+from dumo.io import tensor_files
 from dumo.report.evaluation_card import sample_settings
 from dumo.run.weights import load_run
 from e2e.shell import call, files, finish, refused, start
 from forked import ENVIRONMENT
 from hub import serving
 from pipelines import PIPELINES, save
-from stock.case import CODES, FULL, GUIDED, LIMITS, LORA, Case, must, write_photographs
+from stock.case import CODES, FULL, GUIDED, LIMITS, LORA, SHORT, Case, must, write_photographs
 from tiers import tiered
 from tiny import TinyRuns
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers about its own parts, and of peft about merges
 RESTART = ["sample.solver={kind: restart, m: 0.7}"]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+DMD2 = (
+    "net.lowpass=null",
+    "teacher={kind: base, guide: {scale: 3}}",
+    "objective={kind: dmd2}",
+    "train.steps=12",  # two of the generator
+    "train.optimizer={kind: adamw, lr: 0.01, fake_lr: 0.003}",
+    "sample.solver={kind: restart, m: 0.75}",
+    "sample.nfe=[4]",
+    "evaluate.nfe=[4]",
+    "evaluate.contrast=[]",
+)
 TWO = (  # times, by steps so long that the second counts
     "objective={kind: meanflow, slope: {kind: dual}, times: {kind: jumps}, guide: {zeta: 0}}",
     "train.optimizer.lr=0.01",
@@ -124,6 +136,23 @@ def test_the_card_of_two_times_makes_dumos_images(name: str, tmp_path: Path) -> 
     for n, to in ((2, "diffusers"), (4, "lora" if case.stock.loads_lora else "diffusers")):
         assert max(case.image_errors(case.export(f"hops{n}", "--nfe", n, "--to", to), nfe=(n,))) < LIMITS["merged"]
     assert "1 to 0.5, 0.5 to 0 |" in (tmp_path / "hops2" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", tiered(["SD3", "SDXL", "Qwen-Image"], ci=["SD3"]))
+def test_the_card_of_dmd2_makes_dumos_images(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its times in one, two and four passes, merged and as a LoRA, which holds the generator's adapters alone."""
+    monkeypatch.setattr("stock.case.SHORT", SHORT[:-1])
+    case = Case.of(name, tmp_path, *LORA, *DMD2)
+    out = case.export("out", "--to", "lora")
+    assert max(case.errors_over_limits("lora", out)) < 1
+    assert max(case.errors_over_limits("merged", case.export("merged"))) < 1
+    (checkpoint,) = (case.run / "checkpoints").iterdir()
+    kept = tensor_files.load(next(checkpoint.glob("ema-*")))
+    generator = [x for key, x in kept.items() if "lora_A.default" in key]
+    assert len(generator) == sum("lora_A.fake" in key for key in kept)
+    exported = [x for key, x in load_file(out / lora.FILE).items() if key.endswith(("lora_A.weight", "down.weight"))]
+    assert len(exported) == len(generator)
+    assert all(any(torch.equal(x, own) for own in generator) for x in exported)
 
 
 @pytest.mark.nightly

@@ -110,6 +110,25 @@ def test_twinflow_has_adapters_and_a_sign(here: Path, folder: Path) -> None:
     assert call("show", "whole", "--check").code == 0
 
 
+@pytest.mark.slow
+def test_dmd2_has_two_adapters_and_resumes_in_mid_cycle(here: Path, folder: Path) -> None:
+    """Stopped before the generator's first step and after it: weights and moments of both are the same to the bit."""
+    words = ["train", "digits", *net(folder, "net.lora.rank=4", "net.lowpass=null"), "train.save_every=20"]
+    words += ["train.schedule.kind=constant", "teacher={kind: base, guide: {scale: 3}}", "objective={kind: dmd2}"]
+    words += ["train.optimizer={kind: adamw, lr: 0.003, fake_lr: 0.001}", "train.batch=16"]
+    words += ["sample.solver={kind: restart, m: 0.75}", "sample.nfe=[4]", "evaluate.nfe=[4]", "evaluate.contrast=[]"]
+    assert call(*words, "train.steps=13", "--out", "whole").code == 0
+    for steps in (4, 9, 13):
+        assert call(*words, f"train.steps={steps}", "--out", "parts").code == 0
+    for part in ("net", "optimizer", "ema-0.999"):
+        whole, parts = (load(here / name / "checkpoints/step-00000013" / part) for name in ("whole", "parts"))
+        assert whole.keys() == parts.keys()
+        assert sum(".fake." in name for name in whole) == sum(".default." in name for name in whole) == len(whole) / 2
+        assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert call("sample", "whole", "--nfe", "4").code == 0
+    refused("sample", "whole", "--nfe", "3", named=("was not trained", "objective.times"))
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("coding", ["int8", "nf4"])
 def test_a_coded_base_is_trained_on_sampled_and_merged_as_it_is_stored(here: Path, folder: Path, coding: str) -> None:

@@ -257,7 +257,8 @@ def test_every_objective_learns_and_samples(kind: str) -> None:
             loss.backward()
             assert loss.isfinite()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in flow.parameters())
-        if flow.objective.readings(nn.Identity()).lowest == 1:
+        readings = flow.objective.readings(nn.Identity())
+        if readings.lowest == 1 or readings.only:
             some_nfe: tuple[int, ...] = (1,)
         else:
             some_nfe = (4,) if must else (1, 2)

@@ -137,8 +137,7 @@ def test_rates_are_of_each_adapter(folder: Saved) -> None:
 def test_checkpointing_changes_no_gradient(folder: Saved, name: str, step: int, fake_rank: int) -> None:
     """Blocks are computed again while the generator's adapter is active, whichever was in their first pass."""
     plain, lean = (
-        gradients(randomized(with_rank(made(folder, name, checkpoint=c), fake_rank)), step)
-        for c in (False, True)
+        gradients(randomized(with_rank(made(folder, name, checkpoint=c), fake_rank)), step) for c in (False, True)
     )
     assert plain.keys() == lean.keys()
     assert sum(bool(p.any()) for p in plain.values()) > len(plain) / 2

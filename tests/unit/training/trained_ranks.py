@@ -21,7 +21,7 @@ from dumo.nets.learned import LearnedTexts
 from dumo.nets.lora import Lora
 from dumo.nets.route import Route
 from dumo.nets.text_rows import Rows
-from dumo.objectives import DuMo, MeanFlow
+from dumo.objectives import DMD2, DuMo, MeanFlow
 from dumo.run.teacher import BaseNet
 from dumo.run.trainer import Batch
 from dumo.runtime import dist
@@ -157,6 +157,23 @@ for one in ("full", "lora"):
     asked = (two, CLASSES)
     data = partial(randoms, SHAPE, CLASSES, dtype=torch.float64)
     CASES[f"sd3-two-{one}"] = Case(build, asked, data, based=one == "lora")
+
+
+def scored(model: str, place: Path) -> Built:
+    """A published transformer with adapters of a generator and of a fake score, in float64."""
+    spec = saved(place, model).model_copy(update={"lora": Lora(rank=4)})
+    net, loaders = spec.build_deferred(SCORES.needs, SHAPE, CLASSES)
+    net.double()
+    types = {name: p.dtype for name, p in net.named_parameters()}
+    return net, {name: partial(_load_as, types[name], load) for name, load in loaders.items()}
+
+
+SCORES = DMD2()
+for name in ("sd3", "sdxl"):
+    both = AdamW(lr=1e-2, eps=1e-3, fake_lr=3e-3)
+    spec = SPEC.model_copy(update={"steps": 8, "optimizer": both})  # the sixth step moves samples
+    data = partial(randoms, SHAPE, CLASSES, dtype=torch.float64)
+    CASES[f"{name}-dmd2"] = Case(partial(scored, name), (SCORES, CLASSES), data, spec, based=True)
 
 
 # Clipped by a norm that is summed shard by shard, a weight of 16 bits would be rounded to its other neighbour.
