@@ -23,7 +23,7 @@ CLASSES, SHAPE, ROWS = 3, (1, 4, 4), 8
 
 
 def measured(kind: type[Spec]) -> dict[str, list[float]]:
-    """Loss and gradient norm of an objective with its defaults, in float64, at three steps of one net and in a cycle."""
+    """Loss and gradient norm of an objective with its defaults, in float64, at steps of one net, and of its cycle."""
     objective = kind()
     torch.manual_seed(0)  # the net's; what a step draws is keyed
     net = DiT(patch=2, width=16, depth=1, attention=2).build(objective.needs, SHAPE, CLASSES).double()

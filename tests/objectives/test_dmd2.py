@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from dumo.flow.noise_schedule import Schedule
-from dumo.flow.path import Diffusion
+from dumo.flow.noisy_batch import draw
+from dumo.flow.path import Diffusion, Linear
 from dumo.flow.solver import Restart, check
 from dumo.flow.times import OfSampler
+from dumo.nets.dit import DiT
 from dumo.objectives.dmd2 import DMD2, FLOOR
+from dumo.run.flops import forward_units, teacher_passes
 from dumo.testing.exact import APART, D, ExactFlow, ExactNet, column, gaussian, gradient
 from dumo.testing.properties import loss_of
 from dumo.types import Frozen, Heads, NoisyBatch, UserError
@@ -30,6 +33,7 @@ def by_hand(net: nn.Module, b: NoisyBatch) -> tuple[Tensor, Tensor]:
     made: list[Tensor] = []
     for i in range(len(b.t)):
         x = start * b.z[i : i + 1]
+        x_0 = x
         for k, t in enumerate(times[: i % 3 + 1]):
             t_row = b.t[i : i + 1] if k == i % 3 else torch.tensor([t], dtype=D)  # drawn in float32
             x_0 = x - t_row * net(x, b.c[i : i + 1], t=t_row)[0]
@@ -121,8 +125,8 @@ def pulled(samples: tuple[float, float], data: tuple[float, float], b: NoisyBatc
 
     u_of: list[Tensor] = []
 
-    def recorded(x: Tensor, c: Tensor, /, *, t: Tensor) -> Heads:
-        heads = net(x, c, t=t)
+    def recorded(x: Tensor, c: Tensor, /, **inputs: Tensor) -> Heads:
+        heads = net(x, c, **inputs)
         if torch.is_grad_enabled():
             u_of.append(heads[0])
         return heads
@@ -212,10 +216,20 @@ def test_number_of_passes(step: int, count: tuple[int, int]) -> None:
 @pytest.mark.parametrize(("step", "trained"), [(0, "w"), (4, "w"), (5, "u"), (6, "w"), (11, "u")])
 def test_five_steps_of_the_fake_score_then_one_of_the_generator(step: int, trained: str) -> None:
     objective = DMD2()
-    b = replace(drawn(objective, 16), step=step, teacher=lambda x, t, c, v: v + 1)
+    x, c = torch.randn(16, 2, generator=torch.Generator().manual_seed(0), dtype=D), torch.arange(16) % 3
+    b = draw(objective, Linear(), x, c, 3, seed=0, step=step, teacher=lambda x, t, c, v: v + 1)
     net = ExactNet(gaussian(), objective.needs)
     grad = gradient(objective, net, b)
     assert [bool(row.any()) for row in grad] == [trained == "u", trained == "w"]
+
+
+def test_cost() -> None:
+    """1.5 F for the inputs, 3 for what is trained, 1 for the other; in one step of six 1 of the teacher."""
+    spec, shape = DiT(width=64, depth=4, patch=2, attention=2), (1, 8, 8)
+    objective = DMD2()
+    net = spec.build(objective.needs, shape, 3)
+    assert forward_units(net, objective, Linear(), shape) == pytest.approx(5.5, rel=0.03)
+    assert teacher_passes(net, objective, Linear(), shape) == pytest.approx(1 / 6)
 
 
 def test_rows_that_miss_a_time_are_refused() -> None:

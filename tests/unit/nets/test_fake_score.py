@@ -11,8 +11,10 @@ from dumo.flow.path import Diffusion, FlowPath, Linear
 from dumo.nets.dualized import Dualized
 from dumo.nets.lora import Lora, adapters
 from dumo.objectives.dmd2 import DMD2
+from dumo.run.memory import held_bytes
 from dumo.run.teacher import BaseNet
 from dumo.training.optim import AdamW
+from dumo.training.settings import Train
 from dumo.types import Cond, Frozen, Needs, NoisyBatch, Sample, Time, UserError, fake_score
 from transformers_saved import CLASSES, SHAPE, Saved, batch, built
 
@@ -129,6 +131,15 @@ def test_rates_are_of_each_adapter(folder: Saved) -> None:
     assert (generator["lr"], fake["lr"], fake["ratio"]) == (0.01, 0.003, pytest.approx(0.3))
     (both,) = AdamW(lr=0.01)(net).param_groups
     assert len(both["params"]) == 2 * len(fake["params"])
+
+
+def test_memory_is_of_two_adapters_and_the_gradients_of_one(folder: Saved) -> None:
+    net = made(folder).to("meta")
+    held = held_bytes(net, Train(steps=1, batch=4, ema=(), optimizer=AdamW(fake_lr=1e-3)))
+    trained = sum(p.nbytes for p in net.parameters() if p.requires_grad)
+    assert held.gradients == trained // 2 == sum(p.nbytes for p in net.fake_score_parameters)
+    count = sum(p.requires_grad for p in net.parameters())
+    assert held.optimizer == 2 * trained + 4 * count
 
 
 @pytest.mark.parametrize("name", NAMES)
