@@ -68,8 +68,8 @@ class DMD2(ObjectiveSpec):
     fake_updates: int = Field(default=5, ge=1)  # for each update of the generator, as DMD2
     # The loss (2) is the mean square of the velocity's error, or of the error of the noise that it predicts (SDXL).
     fake_loss: Literal["velocity", "noise"] = "velocity"
-    fake_times: Uniform | LogitNormal = Field(default=Uniform(), discriminator="kind")  # of (2)
-    pull_times: Uniform | LogitNormal = Field(default=Uniform(low=0.02, high=0.98), discriminator="kind")  # of (3)
+    # Of (3), as DMD2; times of (2) are uniform.
+    pull_times: Uniform | LogitNormal = Field(default=Uniform(low=0.02, high=0.98), discriminator="kind")
 
     @property
     def needs(self) -> Needs:
@@ -79,7 +79,7 @@ class DMD2(ObjectiveSpec):
         return Needs(
             heads=("u", "w"),
             formulas=STRAIGHT,
-            laws={**noises, "fake.t": self.fake_times, "pull.t": self.pull_times},
+            laws={**noises, "fake.t": Uniform(), "pull.t": self.pull_times},
             teacher=FromTeacher(velocity="must", reads_v_t=False),
             diffuses_samples=True,
             fake_score=True,
