@@ -18,7 +18,7 @@ from dumo.export.stock import PIPELINE_BY_MODEL
 from dumo.io.hub import published_config
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES, SDXL, UNET, Family
-from dumo.nets.lora import Lora, without_subject
+from dumo.nets.lora import FEW_STEP, Lora, with_adapters
 from dumo.nets.pretrained import Pretrained
 from dumo.nets.text_rows import Codes
 from dumo.nets.text_spec import PipelineTexts
@@ -95,7 +95,7 @@ def test_a_subject_and_its_few_step_run_are_one_lora_or_two() -> None:
         file_of(replace(exported, subject_only=True)),
         exported.model_class,
     )
-    with without_subject(exported.net.model):
+    with with_adapters(exported.net.model, FEW_STEP):
         few = exported.build_model().state_dict()
     after = native(exported.build_model().state_dict(), kind)
     for found in (loaded(before, fused, kind), loaded(few, alone, kind)):
