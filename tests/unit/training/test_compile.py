@@ -19,9 +19,10 @@ def test_losses_compile_whole_and_our_recipes_for_a_gpu_once(tmp_path: Path) -> 
     assert all(wholes.values()), wholes
     assert {"PlainStep", "DuMo", "TwinFlow", "Outside"} <= {case.split()[0] for case in wholes}
     names = {case.split()[0] for case in found}
-    assert {"imagenet256-xl2-dual", "my-images", "inductor", "learned", "given", "tread"} <= names
+    assert {"imagenet256-xl2-dual", "my-images", "inductor", "learned", "given", "tread", "checkpointed"} <= names
     for name in names:
-        for choice, most in (("blocks", 5), ("loss", 1)):
+        # Blocks of two kinds are compiled for training, for recomputing activations and for guidance.
+        for choice, most in (("blocks", 10 if name == "checkpointed" else 5), ("loss", 1)):
             if (case := f"{name} {choice}") in found:
                 plain, none = found.get(f"{name} none for {choice}", found[f"{name} none"])
                 assert none == [0] * len(plain)

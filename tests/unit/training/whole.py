@@ -7,6 +7,7 @@ import json
 from functools import partial
 
 import torch
+from diffusers import SD3Transformer2DModel
 from torch._dynamo.utils import counters
 
 from contract.case import nets, one_each
@@ -23,6 +24,7 @@ from dumo.nets.dit import DiT
 from dumo.nets.learned import LearnedTexts
 from dumo.nets.route import Route
 from dumo.run.net import make_flow
+from dumo.run.resolve import resolve
 from dumo.run.weights import init_on_device
 from dumo.runtime.random import random_batch
 from dumo.testing.network import randomise
@@ -39,6 +41,11 @@ STEPS = 6  # whose numbers of guided rows differ
 FEW = ["net.depth=1", "net.patch=8", "train.batch=4", "train.micro_batch=4", "train.precision=fp32", "train.steps=2"]
 TEXTS: dict[str, tuple[Compile, ...]] = {"learned": ("none", "loss"), "given": ("none", "blocks")}
 COMPILE = torch.compile
+SD3: dict[str, int] = {
+    "sample_size": 8, "patch_size": 2, "in_channels": 1, "out_channels": 1, "attention_head_dim": 8,
+    "num_attention_heads": 4, "joint_attention_dim": 16, "caption_projection_dim": 32, "pooled_projection_dim": 16,
+    "pos_embed_max_size": 8,
+}  # fmt: skip
 
 
 def kinds() -> dict[str, Run]:
@@ -103,6 +110,17 @@ def wholes() -> dict[str, bool]:
     return found
 
 
+def checkpointed() -> Run:
+    """A transformer of diffusers with two kinds of blocks, which recompute their activations."""
+    torch.manual_seed(0)
+    SD3Transformer2DModel(**SD3, num_layers=4, dual_attention_layers=(0, 1), qk_norm="rms_norm").save_pretrained(
+        "sd3/transformer"
+    )
+    fields = ["net.kind=diffusers", "net.texts.kind=codes", "pipeline=sd3", "net.checkpoint=true"]
+    guided = ["objective.guide.zeta=0.4", "train.batch=16", "train.micro_batch=8", "train.ema=[]"]
+    return resolve(load("digits", [*fields, *guided, f"train.steps={STEPS}"]))
+
+
 def main() -> None:
     """Print all cases."""
     found: dict[str, object] = {}
@@ -119,6 +137,7 @@ def main() -> None:
     routed = DiT(patch=2, width=8, depth=3, attention=2, modern=True, route=route)
     for choice in ("none", "blocks", "loss"):
         found[f"tread {choice}"] = trained(digits, choice, net=routed)
+    found |= {f"checkpointed {choice}": trained(checkpointed(), choice) for choice in ("none", "blocks")}
     for name, net in texts().items():
         found |= {f"{name} {choice}": trained(digits, choice, net=net) for choice in TEXTS[name]}
     print(json.dumps([found, wholes()]))
