@@ -105,7 +105,7 @@ def test_twinflow_has_adapters_and_a_sign(here: Path, folder: Path) -> None:
     words += ["objective={kind: twinflow, times: {kind: quarters}, drop: 0, guide: {zeta: 0}, order: 1}"]
     words += ["objective.barron=0.001", "objective.slope={kind: dual}"]
     whole = trained_in_parts(here, words)
-    assert whole["gap.negative"].any()
+    assert whole["negative_time"].any()
     assert call("sample", "whole", "--nfe", "2").code == 0
     assert call("show", "whole", "--check").code == 0
 

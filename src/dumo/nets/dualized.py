@@ -14,7 +14,11 @@ The order of events:
    `model_times` serve nets of two times.
 
 Sharding, compiling and checks read `blocks`, `regions` and `max_patches`. The names of a `Dualized`'s modules are those
-in checkpoints, so a rename of `model`, `texts`, `old`, `heads` or `gap` breaks runs.
+in checkpoints, so a rename of `model`, `texts`, `old`, `heads` or `gap` breaks runs, as does one of `negative_time`.
+
+An objective with negative times (FACM, TwinFlow) reads the model at -t, which it never saw. The embedder of time then
+gets |t|, and a trained vector is added to its output on these rows, zero at the start (our choice; TwinFlow's code
+passes -t to the embedder). So a pass at -t begins as one at t.
 """
 
 import copy
@@ -80,7 +84,7 @@ class Dualized(nn.Module):
         - `lowpass_limit`: in rad per unit of t, quicker waves of time are cut; None: none are
         - `diffusion`: turns the output of a model of a diffusion into a velocity; None: the model learned a velocity
         - `gap`: whether the net takes r, too, for which the model must have an embedder of time
-        - `signed`: whether times may be negative, which needs `gap`
+        - `signed`: whether times may be negative, for which, too, the model must have an embedder of time
         - `fake_score`: whether the net has adapters of a fake score, too; then only adapters are trained
 
         Raises UserError as `lora.adapt`.
@@ -119,8 +123,10 @@ class Dualized(nn.Module):
         max_frequency = family.max_frequency(self.config)
         self.lowpass_fits = self._cut_quick_waves(embedder_paths, max_frequency, lowpass_limit)
         self.time_names = ("t", "r") if gap else ("t",)
-        self.gap_path = embedder_paths[0] if gap else ""  # of the embedder that the gap's embedding is added to
-        self.gap = GapEmbedder(self._time_embedder, max_frequency, signed=signed) if gap else None
+        # The embedder of time that the embeddings of the gap and of negative times are added to.
+        self.time_path = embedder_paths[0] if embedder_paths else ""
+        self.gap = GapEmbedder(self._time_embedder, max_frequency) if gap else None
+        self.negative_time = self._zero_time_embedding() if signed else None
 
         if family.mask_reader:
             model.get_submodule(family.mask_reader).register_forward_pre_hook(_with_readable_mask)
@@ -354,10 +360,10 @@ class Dualized(nn.Module):
     def _predict(self, x: Sample, c: Cond, t: Time, r: Time | None = None) -> Heads:
         """Return the heads, shaped like x (b, channels, h, w), of rows that may share a pass of the model."""
         is_negative = None
-        if self.gap is not None and self.gap.negative is not None and r is not None:
+        if self.negative_time is not None:
             is_negative = t < 0
             t = torch.where(is_negative, -t, t)
-            r = torch.where(is_negative, -r, r)
+            r = None if r is None else torch.where(is_negative, -r, r)
         if self.diffusion:
             x_in, time, to_velocity = self.diffusion(x, t)
         else:
@@ -365,7 +371,7 @@ class Dualized(nn.Module):
             time = self._model_time(t)
             to_velocity = self._to_velocity
         inputs = self._inputs(x_in, c, time)
-        with self._with_unrounded_time(inputs), self._with_gap(t, r, is_negative):
+        with self._with_unrounded_time(inputs), self._with_added_embeddings(t, r, is_negative):
             out = self.model(**self.family.arguments(inputs), return_dict=False)[0]
         if inputs.source is not None:  # its tokens are the last
             out = out[:, : inputs.x.shape[1]]
@@ -435,12 +441,17 @@ class Dualized(nn.Module):
     def _time_layer_path(self) -> str:
         """The path of the last layer of the embedder of time."""
         linear_names = [name for name, layer in self._time_embedder.named_modules() if isinstance(layer, nn.Linear)]
-        return f"{self.gap_path}.{linear_names[-1]}"
+        return f"{self.time_path}.{linear_names[-1]}"
 
     @property
     def _time_embedder(self) -> nn.Module:
-        """The embedder of time that the gap's embedding is added to."""
-        return self.model.get_submodule(self.gap_path)
+        """The embedder of time at `time_path`."""
+        return self.model.get_submodule(self.time_path)
+
+    def _zero_time_embedding(self) -> nn.Parameter:
+        """Return a vector of zeros (width,) that can be added to an embedding of time."""
+        _, _, last = lowpass.linear_layers(self._time_embedder)
+        return nn.Parameter(last.weight.new_zeros(last.out_features))
 
     @property
     def _heads(self) -> list[HeadLayer]:
@@ -504,13 +515,18 @@ class Dualized(nn.Module):
             handle.remove()
 
     @contextmanager
-    def _with_gap(self, t: Time, r: Time | None, is_negative: Rows | None) -> Generator[None, None, None]:
+    def _with_added_embeddings(self, t: Time, r: Time | None, is_negative: Rows | None) -> Generator[None, None, None]:
         """Inside, the embedding of t - r, and of rows at negative times, is added to the model's own of t."""
-        if r is None or self.gap is None:
+        embeddings: list[Array] = []
+        if self.gap is not None and r is not None:
+            embeddings.append(self.gap(t - r))
+        if self.negative_time is not None and is_negative is not None:
+            embeddings.append(is_negative[:, None] * self.negative_time)
+        if not embeddings:
             yield
             return
-        gap_embedding = self.gap(t - r, is_negative)
-        handle = self._time_embedder.register_forward_hook(lambda _, args, out: out + gap_embedding.to(out.dtype))
+        added = sum(embeddings[1:], start=embeddings[0])
+        handle = self._time_embedder.register_forward_hook(lambda _, args, out: out + added.to(out.dtype))
         try:
             yield
         finally:

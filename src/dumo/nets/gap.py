@@ -10,10 +10,6 @@ up to 1000 rad per unit, because that layer has learned to distinguish them. G a
 constant r the gap changes with t, and du/dt would otherwise contain the frequencies that were removed from E. A
 diffusion model embeds the index of its time, but the gap is a difference of times.
 
-An objective with negative times (TwinFlow) reads the model at -t, which it never saw. E then gets |t|, and G adds a
-trained vector on these rows, zero at the start (our choice; TwinFlow's code passes -t to E). So u(x, -t, -t) begins as
-v(x, t), too.
-
 For an export, `fit_fixed_times` corrects E so that it returns E + G at a list of passes, with one r for each t. With
 h_k the input of E's last layer at t_k, its weight W changes by the smallest D such that
 
@@ -32,18 +28,18 @@ import torch
 from torch import Tensor, nn
 
 from dumo.nets.lowpass import frequencies, linear_layers, waves
-from dumo.types import Array, Rows, Time, UserError
+from dumo.types import Array, Time, UserError
 
 # The largest relative error of the time embedding in an export (our choice).
 _MAX_EMBEDDING_ERROR = 1e-5
 
 
 class GapEmbedder(nn.Module):
-    """The embedding G of the gap t - r, and of the sign of t if it is `signed`. All of its weights are trained."""
+    """The embedding G of the gap t - r. All of its weights are trained."""
 
     frequencies: Tensor
 
-    def __init__(self, embedder: nn.Module, max_frequency: float, *, signed: bool = False) -> None:
+    def __init__(self, embedder: nn.Module, max_frequency: float) -> None:
         """Copy the embedder E, with its low-pass if it has one. `max_frequency` is its highest frequency, in rad."""
         super().__init__()
         self.layers = copy.deepcopy(embedder).requires_grad_(True)
@@ -52,15 +48,10 @@ class GapEmbedder(nn.Module):
             nn.init.zeros_(p)
         wave_frequencies = frequencies(first_layer.in_features, max_frequency).float()
         self.register_buffer("frequencies", wave_frequencies.to(first_layer.weight.device), persistent=False)
-        # Added to the embedding of rows at negative times.
-        self.negative = nn.Parameter(last_layer.weight.new_zeros(last_layer.out_features)) if signed else None
 
-    def forward(self, gap: Time, is_negative: Rows | None = None) -> Array:
-        """Embed the gaps |t| - |r|, (b,), and which rows have negative times, (b,). Return (b, width)."""
-        embedding = self.layers(waves(gap, self.frequencies))
-        if self.negative is None or is_negative is None:
-            return embedding
-        return embedding + is_negative[:, None].to(embedding.dtype) * self.negative.to(embedding.dtype)
+    def forward(self, gap: Time) -> Array:
+        """Embed the gaps (b,) as (b, width)."""
+        return self.layers(waves(gap, self.frequencies))
 
     @torch.no_grad()
     def copy_first_layer(self, embedder: nn.Module) -> None:

@@ -237,15 +237,10 @@ class Pretrained(PipelineSpec):
             raise UserError(
                 f"{subject}, for whose embedding of time there is no low-pass: set net.lowpass=null, and an exact slope"
             )
-        if needs.signed and "r" not in needs.names:
+        if ("r" in needs.names or needs.signed) and not family.time_embedder:
             raise UserError(
-                f"{subject}, which was never trained at negative times, and the objective has no r to mark "
-                "them by: take objective.kind=twinflow, or dumo"
-            )
-        if "r" in needs.names and not family.time_embedder:
-            raise UserError(
-                f"{subject}, which has no embedder of time that a second time could be added to: take an objective of "
-                "one time, objective.kind=dumo"
+                f"{subject}, which has no embedder of time that a second time or its sign could be added to: take an "
+                "objective of one positive time, objective.kind=dumo"
             )
 
     def _build_config(self, config: Config) -> Config:

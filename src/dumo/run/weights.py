@@ -46,9 +46,9 @@ from dumo.training.settings import Train
 from dumo.types import Spec, UserError
 
 # Weights that depend on the objective, so a net trained with another objective may lack them.
-_OPTIONAL_PREFIXES = ("heads.", "gauges.", "scalars.", "own.", "gap.")
+_OPTIONAL_PREFIXES = ("heads.", "gauges.", "scalars.", "own.", "gap.", "negative_time")
 # Head weights, which a subject's run must share with its few-step run.
-_HEAD_PREFIXES = ("heads.", "gap.")
+_HEAD_PREFIXES = ("heads.", "gap.", "negative_time")
 # Net fields that do not change the function it computes.
 _SAME_FUNCTION_FIELDS = ("net.checkpoint", "net.dropout", "net.route", "net.route.share", "net.texts.drop")
 # Net fields in which a subject's run may differ from its few-step run.

@@ -17,7 +17,7 @@ from dumo.nets import Pretrained, lowpass
 from dumo.nets.dualized import Dualized, time_embedder_paths
 from dumo.nets.gap import fit_fixed_times
 from dumo.nets.lora import Lora
-from dumo.objectives import LSD, RCGM, DuMoAny, MeanFlow, Several, SplitMeanFlow
+from dumo.objectives import FACM, LSD, RCGM, DuMoAny, MeanFlow, Several, SplitMeanFlow
 from dumo.types import Frozen, Needs, Objective
 from tiers import tiered
 from transformers_saved import CLASSES, IMAGES, NO_LOWPASS, NOISE, SHAPE, Saved, asked, batch, built
@@ -67,21 +67,48 @@ def test_any_r_begins_as_the_model(folder: Saved, name: str) -> None:
     assert not torch.allclose(net(x, c, t=t, r=t / 3)[0], net(x, c, t=t, r=0 * t)[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("needs", [TR, Needs(heads=("u",))], ids=["two times", "one time"])
 @pytest.mark.parametrize("name", ["sd3", "z-image", "sd1"])
-def test_negative_times_begin_as_positive_ones(folder: Saved, name: str) -> None:
+def test_negative_times_begin_as_positive_ones(folder: Saved, name: str, needs: Needs) -> None:
     """u(x, -t, -r) = u(x, t, r) to the bit; with the trained vector it differs, and u(x, t, r) does not change."""
     x, c, t = batch()
-    net = built(cut(folder(name), name), replace(TR, signed=True))
-    moved(net)
-    assert net.gap is not None
-    assert net.gap.negative is not None
+    net = built(cut(folder(name), name), replace(needs, signed=True))
+    if net.gap is not None:
+        moved(net)
+    times = {"t": t, "r": t / 2} if net.gap is not None else {"t": t}
+    negative_times = {input_name: -time for input_name, time in times.items()}
+    assert net.negative_time is not None
     with torch.no_grad():
-        net.gap.negative.zero_()
-        (at,), (below,) = net(x, c, t=t, r=t / 2), net(x, c, t=-t, r=-t / 2)
+        (at,), (below,) = net(x, c, **times), net(x, c, **negative_times)
         assert torch.equal(at, below)
-        net.gap.negative.fill_(0.1)
-        assert torch.equal(net(x, c, t=t, r=t / 2)[0], at)
-        assert not torch.allclose(net(x, c, t=-t, r=-t / 2)[0], at, rtol=1e-3)
+        net.negative_time.fill_(0.1)
+        assert torch.equal(net(x, c, **times)[0], at)
+        assert not torch.allclose(net(x, c, **negative_times)[0], at, rtol=1e-3)
+
+
+def test_facm_begins_at_the_velocity_of_its_teacher(folder: Saved) -> None:
+    """At -t the model has its velocity at t, so the anchor is at rest. With other data the trained vector learns.
+
+    The gradient by the slope that rides is that by forward mode.
+    """
+    x, c, _ = batch(4)
+    facm = FACM(guide=Guide(), drop=0.0, slope=DualSlope())
+    net = built(cut(folder("sd3"), "sd3"), facm.needs, lora=LORA)
+    frozen_net = Frozen(copy.deepcopy(net))
+
+    def teacher(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return frozen_net(x, c, t=t)[0]
+
+    record = draw(facm, Linear(), x, c, torch.full_like(c, CLASSES), seed=0, step=0)
+    taught = replace(record, v_t=teacher(record.x_t, record.t, record.c))
+    assert not facm.loss(net.train(), Frozen(net), taught).parts["v"].any()
+
+    dual = gradient(net, facm)
+    assert dual["negative_time"].any()
+    net.zero_grad()
+    jvp = gradient(net, FACM(guide=Guide(), drop=0.0, slope=JvpSlope()))
+    assert dual.keys() == jvp.keys()
+    assert all(torch.allclose(dual[name], jvp[name], rtol=1e-3, atol=1e-5) for name in dual)
 
 
 @pytest.mark.slow

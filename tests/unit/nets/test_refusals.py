@@ -80,8 +80,8 @@ FIELDS: list[tuple[str, dict[str, Any], str]] = [
 ]
 NEEDS: list[tuple[str, Needs, str]] = [
     ("chroma", TR, "objective.kind"),
+    ("chroma", FACM().needs, "objective.kind"),
     ("sd3", Shortcut().needs, "objective.kind"),
-    ("sd3", FACM().needs, "negative times"),
     ("sd3", Needs(heads=("v", "f")), "objective.kind"),
     ("sd3", Needs(gauges=("g",)), "objective.kind"),
     ("sd3", Needs(knobs={"w": 1.0}), "objective.kind"),
