@@ -53,6 +53,11 @@ TWO = (  # times, by steps so long that the second counts
     "train.optimizer.lr=0.01",
 )
 
+TWINFLOW = (
+    "objective={kind: twinflow, slope: {kind: dual}, times: {kind: quarters}, guide: {zeta: 0}, barron: 0.001}",
+    "train.optimizer.lr=0.01",
+)
+
 
 @pytest.fixture(scope="module")
 def sd3(tiny_runs: TinyRuns, tmp_path_factory: pytest.TempPathFactory) -> Case:
@@ -153,6 +158,15 @@ def test_the_card_of_dmd2_makes_dumos_images(name: str, tmp_path: Path, monkeypa
     exported = [x for key, x in load_file(out / lora.FILE).items() if key.endswith(("lora_A.weight", "down.weight"))]
     assert len(exported) == len(generator)
     assert all(any(torch.equal(x, own) for own in generator) for x in exported)
+
+
+@pytest.mark.parametrize("form", tiered(["full", "merged", "lora"], ci=["lora"]))
+def test_the_card_of_twinflow_makes_dumos_images(form: str, tmp_path: Path) -> None:
+    """At one, two and four passes, of all weights and of adapters: negative times are for training alone."""
+    case = Case.of("SD3", tmp_path, *(FULL if form == "full" else LORA), *TWINFLOW, *RESTART)
+    assert case.opened.net.negative_time.any()
+    out = case.export("out", "--nfe", "1,2,4", "--to", "lora" if form == "lora" else "diffusers")
+    assert max(case.errors_over_limits(form, out)) < 1
 
 
 @pytest.mark.nightly

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from dumo.encoders.part import DIFFUSERS_FILE as WEIGHTS
 from dumo.io.tensor_files import load
 from dumo.nets import lowpass
-from e2e.shell import call, files, refused
+from e2e.shell import call, files, refused, together
 
 DIGITS: dict[str, Any] = {
     "sample_size": 8, "patch_size": 2, "in_channels": 1, "out_channels": 1, "num_layers": 2, "attention_head_dim": 8,
@@ -97,14 +97,18 @@ def test_two_times_are_trained_in_parts_and_jumped_between(here: Path, folder: P
     assert call("show", "whole", "--check").code == 0
 
 
+def twinflow(folder: Path) -> list[str]:
+    """A training as by sd3-twinflow: adapters, a task on each row, negative times, the velocity of the frozen base."""
+    words = ["train", "digits", *net(folder, "net.lora.rank=4"), *SHORT, "train.schedule.kind=constant"]
+    words += ["teacher={kind: base, guide: {scale: 5}}", "sample.solver={kind: restart}"]
+    words += ["objective={kind: twinflow, times: {kind: quarters}, drop: 0, guide: {zeta: 0}, order: 1}"]
+    return [*words, "objective.barron=0.001", "objective.slope={kind: dual}"]
+
+
 @pytest.mark.nightly
 def test_twinflow_has_adapters_and_a_sign(here: Path, folder: Path) -> None:
-    """One task on each row, the velocity of the frozen base, negative times and passes in bf16: as sd3-twinflow."""
-    words = ["train", "digits", *net(folder, "net.lora.rank=4"), *SHORT, "train.schedule.kind=constant"]
-    words += ["teacher={kind: base, guide: {scale: 5}}", "train.precision=bf16", "sample.solver={kind: restart}"]
-    words += ["objective={kind: twinflow, times: {kind: quarters}, drop: 0, guide: {zeta: 0}, order: 1}"]
-    words += ["objective.barron=0.001", "objective.slope={kind: dual}"]
-    whole = trained_in_parts(here, words)
+    """In bf16, stopped and gone on with, the same weights to the bit as in one go."""
+    whole = trained_in_parts(here, [*twinflow(folder), "train.precision=bf16"])
     assert whole["negative_time"].any()
     assert call("sample", "whole", "--nfe", "2").code == 0
     assert call("show", "whole", "--check").code == 0
@@ -127,6 +131,19 @@ def test_dmd2_has_two_adapters_and_resumes_in_mid_cycle(here: Path, folder: Path
         assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert call("sample", "whole", "--nfe", "4").code == 0
     refused("sample", "whole", "--nfe", "3", named=("was not trained", "objective.times"))
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_twinflow_that_one_process_makes_in_two_pieces(here: Path, folder: Path) -> None:
+    """Tasks are given to neighbouring rows of the whole batch, so a rank has as many rows of each."""
+    words = [*twinflow(folder), "train.batch=16"]
+    assert call(*words, "train.micro_batch=8", "--out", "one").code == 0
+    together(2, *words, "--out", "two", cwd=here)
+    for part in ("net", "ema-0.999"):
+        one, two = (load(here / name / "checkpoints/step-00000004" / part) for name in ("one", "two"))
+        assert one.keys() == two.keys()
+        assert [name for name, weight in one.items() if not torch.equal(weight, two[name])] == []
+        assert one["negative_time"].any()
 
 
 @pytest.mark.nightly

@@ -43,7 +43,7 @@ from dumo.plan.prepare import prepare
 from dumo.report import comparison
 from dumo.report.evaluation import current_report, evaluate
 from dumo.run import fill_caches
-from dumo.run.resolve import resolve
+from dumo.run.resolve import find_commits, resolve, with_absolute_paths, with_commits, with_hashes
 from dumo.run.trained import TrainedRun
 from dumo.run.trainer import open_trainer
 from dumo.run.weights import load_run
@@ -140,7 +140,12 @@ def read_result(cell: Cell, cells_folder: Path, device: str) -> Result | None:
     if not (folder / EVALUATION_FILE).is_file():
         return None
     trained = load_run(folder, device=device)
-    if trained.step != cell.spec.train.steps or _settings(trained.spec) != _settings(cell.spec):
+    if trained.step != cell.spec.train.steps:
+        return None
+    # run.yaml also has the commits, absolute paths and hashes that the training added.
+    planned = with_commits(cell.spec, find_commits(cell.spec, trained.spec))
+    planned = with_hashes(resolve(with_absolute_paths(planned)), trained.spec)
+    if _settings(trained.spec) != _settings(planned):
         return None
     report = current_report(trained)
     if report is None:

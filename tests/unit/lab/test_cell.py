@@ -255,6 +255,15 @@ def test_what_is_finished_is_kept_and_what_was_stopped_resumes(tmp_path: Path, s
     assert steps == [0, 1, 2, 3, 2, 3]
 
 
+def test_a_cell_with_files_is_kept(tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its plan gives them by relative paths, and its run.yaml by absolute ones."""
+    monkeypatch.chdir(tmp_path)
+    teacher = finished(Path("teachers")).folder
+    for _ in range(2):
+        finished(tmp_path / "pupils", f"teacher={{kind: run, source: {teacher}}}")
+    assert steps == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
 @pytest.mark.nightly
 def test_what_is_measured_otherwise_is_measured_again(tmp_path: Path, steps: list[int]) -> None:
     """In the same folder, without training; what trains otherwise has a folder of its own."""
