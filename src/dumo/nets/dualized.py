@@ -526,7 +526,11 @@ class Dualized(nn.Module):
             yield
             return
         added = sum(embeddings[1:], start=embeddings[0])
-        handle = self._time_embedder.register_forward_hook(lambda _, args, out: out + added.to(out.dtype))
+
+        def add(_: nn.Module, args: object, out: Tensor) -> Array:
+            return out + added.to(out.dtype)
+
+        handle = self._time_embedder.register_forward_hook(add)
         try:
             yield
         finally:
