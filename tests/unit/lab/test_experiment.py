@@ -210,7 +210,8 @@ def test_a_teacher_that_is_an_average_counts() -> None:
         ("digits-cmt", [], 1),  # next to the pairs
         ("digits-cmt", ["objective.of=meanflow"], 0),
         ("digits-ayf", ["teacher.source=flow"], 1),
-        ("digits-twinflow", ["teacher.source=flow"], 2),  # at x_t, and at noise
+        ("digits-twinflow", ["teacher.source=flow"], 0.5),  # for two of four tasks
+        ("digits-twinflow", ["teacher.source=flow", "objective.times={kind: below}"], 2),  # at x_t, and at noise
         ("digits-ect", ["teacher.source=flow", "objective.discretization={kind: equal, count: 9}"], 1),  # LCM
     ],
 )
