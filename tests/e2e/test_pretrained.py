@@ -135,14 +135,18 @@ def test_dmd2_has_two_adapters_and_resumes_in_mid_cycle(here: Path, folder: Path
 
 @pytest.mark.slow
 def test_two_ranks_make_the_twinflow_that_one_process_makes_in_two_pieces(here: Path, folder: Path) -> None:
-    """Tasks are given to neighbouring rows of the whole batch, so a rank has as many rows of each."""
+    """Tasks are given to neighbouring rows of the whole batch, so a rank has as many rows of each.
+
+    Only to rounding: where blocks are sharded, gradients of the time embedding are summed block by block.
+    """
     words = [*twinflow(folder), "train.batch=16"]
     assert call(*words, "train.micro_batch=8", "--out", "one").code == 0
     together(2, *words, "--out", "two", cwd=here)
     for part in ("net", "ema-0.999"):
         one, two = (load(here / name / "checkpoints/step-00000004" / part) for name in ("one", "two"))
         assert one.keys() == two.keys()
-        assert [name for name, weight in one.items() if not torch.equal(weight, two[name])] == []
+        for name, weight in one.items():
+            assert (weight - two[name]).norm() <= 1e-3 * weight.norm(), name
         assert one["negative_time"].any()
 
 
