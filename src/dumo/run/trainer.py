@@ -16,7 +16,8 @@ A batch and its random numbers depend only on the step number. They can therefor
 steps, a stop and M more steps equal N + M steps, including skipped steps. The gradient is that of the mean loss over
 the global batch: each micro-batch adds the gradient of its summed loss times ranks / batch, and gradients are averaged
 over ranks after the last micro-batch. The split therefore affects only rounding, and two ranks are bit-identical to
-one rank with two micro-batches.
+one rank with two micro-batches; of a pretrained model, whose blocks sum the gradients of one time embedding, up to
+rounding.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
