@@ -1,6 +1,6 @@
-"""Measure dumo on one GPU: the attention kernel, a training step of XL/2, its memory, and a training.
+"""Measure dumo on one GPU: where a training step waits for the host, steps, optimizers, memory, and a training.
 
-    python tools/gpu.py                    # about ten minutes; writes runs/gpu.json
+    python tools/gpu.py                    # about fifteen minutes; writes runs/gpu.json
     python tools/gpu.py --seconds 1800     # the training gets the time that the measurements leave
     python tools/gpu.py --smoke            # everything tiny, on a CPU: whether it runs
 
@@ -13,6 +13,8 @@ import json
 import subprocess
 import sys
 import time
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from datetime import date
 from functools import partial
@@ -28,6 +30,7 @@ from dumo.config.spec import Run
 from dumo.lab import bench
 from dumo.plan.cost import count_cost
 from dumo.run.net import make_flow
+from dumo.run.random_net import random_net
 from dumo.run.resolve import resolve
 from dumo.run.weights import build
 from dumo.runtime.device import peak_bytes
@@ -95,6 +98,36 @@ def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
     return float((value.to(exact) - exact).norm() / exact.norm())
 
 
+def wait_rows(device: torch.device, smoke: bool) -> Iterator[Row]:
+    """The lines that wait for the GPU in the second training step of each kind of run, and how often."""
+    runs = {
+        "digits": resolve(load("digits", ["train.precision=bf16", *(TINY if smoke else [])])),
+        "XL/2": load_xl2(smoke, "train.compile=none"),
+        "XL/2, Muon": load_xl2(smoke, "train.compile=none", "train.optimizer.kind=muon"),
+        "XL/2, adamw8bit": load_xl2(smoke, "train.compile=none", "train.optimizer.kind=adamw8bit"),
+    }
+    if not smoke:
+        runs["SD 3, LoRA"] = load_sd3()
+    for name, run in runs.items():
+        state = begin(random_net(run, device), run.train)
+        x, c = (tensor.to(device) for tensor in random_batch("gpu", run.train.batch, run.data.shape, run.data.classes))
+        take_step(run, state, x, c)
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            take_step(run, state, x, c)
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+        places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchronizing" in str(w.message))
+        yield {"run": name, "waits": places.total(), "places": " ".join(f"{p} x{n}" for p, n in places.items())}
+
+
+def load_sd3() -> Run:
+    """The run of an SD 3 LoRA, with captions in host memory."""
+    return resolve(load("sd3-lora", ["train.batch=8", "train.micro_batch=8", "net.texts.memory=0"]))
+
+
 def load_xl2(smoke: bool, *fields: str) -> Run:
     """The run of a guided XL/2 with the dual slope."""
     batch = 4 if smoke else BATCH
@@ -102,10 +135,13 @@ def load_xl2(smoke: bool, *fields: str) -> Run:
 
 
 def step_rows(device: torch.device, smoke: bool) -> Iterator[Row]:
-    """A guided training step of XL/2 without the optimizer, next to plain flow matching, eager and compiled."""
-    for compile in ("none",) if smoke else ("none", "blocks"):
+    """A guided training step without the optimizer, next to plain flow matching: XL/2 eager and compiled, SD 3 LoRA."""
+    cases = [("XL/2", load_xl2(smoke), "none")]
+    if not smoke:
+        cases += [("XL/2", load_xl2(smoke), "blocks"), ("SD 3, LoRA, captions in host memory", load_sd3(), "none")]
+    for name, run, compile in cases:
         report = bench.measure(
-            load_xl2(smoke),
+            run,
             slopes=["dual"],
             precisions=["bf16"],
             compile=compile,
@@ -114,6 +150,7 @@ def step_rows(device: torch.device, smoke: bool) -> Iterator[Row]:
         )
         for row in report["rows"]:
             yield {
+                "run": name,
                 "slope": row["slope"],
                 "compiled": row["compile"],
                 "images/s": row["images_per_second"],
@@ -136,6 +173,25 @@ def take_step(run: Run, state: State, x: Tensor, c: Tensor) -> None:
     state.step += 1
     for average in state.averages.values():
         average.update(state.net, state.step)
+
+
+def optimizer_rows(device: torch.device, smoke: bool) -> Iterator[Row]:
+    """The time of the optimizer's step, and its share of a whole step of XL/2, not compiled."""
+    for kind in ("adamw", "adamw8bit", "muon"):
+        run = load_xl2(smoke, "train.compile=none", f"train.optimizer.kind={kind}")
+        state = begin(random_net(run, device), run.train)
+        x, c = (tensor.to(device) for tensor in random_batch("gpu", run.train.batch, run.data.shape, run.data.classes))
+
+        def whole_step(run: Run = run, state: State = state, x: Tensor = x, c: Tensor = c) -> None:
+            take_step(run, state, x, c)
+
+        whole_step()
+        # A step of the optimizer alone has gradients of zeros, which take as long as others.
+        for p in state.net.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+        optimizer_seconds = Stopwatch(device).time_rounds([state.optimizer.step], 1 if smoke else 5).median().item()
+        seconds = Stopwatch(device).time_rounds([whole_step], 1 if smoke else 5).median().item()
+        yield {"optimizer": kind, "ms": 1e3 * optimizer_seconds, "share of a step": optimizer_seconds / seconds}
 
 
 def memory_rows(device: torch.device, smoke: bool) -> Iterator[Row]:
@@ -195,7 +251,13 @@ def main() -> None:
     device = torch.device("cpu" if options.smoke else "cuda")
     name = "CPU" if options.smoke else torch.cuda.get_device_name()
     results: dict[str, Any] = {"machine": {"device": name, "torch": torch.__version__, "date": str(date.today())}}
-    parts = {"kernel": kernel_rows, "step": step_rows, "memory": memory_rows}
+    parts = {
+        "waits": wait_rows,
+        "step": step_rows,
+        "optimizer": optimizer_rows,
+        "memory": memory_rows,
+        "kernel": kernel_rows,
+    }
     for part, measure in parts.items():
         results[part] = list(measure(device, options.smoke))
         print_rows(part, results[part])

@@ -18,6 +18,8 @@ def test_a_smoke_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row["dtype"] for row in results["kernel"]} == {"float32", "bfloat16"}
     for row in results["kernel"]:
         assert row["dO off"] < (1e-5 if row["dtype"] == "float32" else 0.02)
+    assert [row["waits"] for row in results["waits"]] == [0, 0, 0, 0]
+    assert [row["optimizer"] for row in results["optimizer"]] == ["adamw", "adamw8bit", "muon"]
     assert [row["slope"] for row in results["step"]] == ["none", "dual"]
     assert results["step"][1]["du/dt off"] < 0.1
     assert [row["checkpointed"] for row in results["memory"]] == [False, True]
