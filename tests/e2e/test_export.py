@@ -252,7 +252,7 @@ def test_a_lora_loads_fuses_unloads_and_loads_again(
         assert (tuned_latent - base).norm() > 10 * limit
         pipe.fuse_lora([lora_part(case)])  # AuraFlow's own default names a part that it lacks
         assert (case.pipeline_latent(pipe, 1) - tuned_latent).norm() < limit
-        pipe.unfuse_lora()
+        pipe.unfuse_lora([lora_part(case)])
         assert (case.pipeline_latent(pipe, 1) - tuned_latent).norm() < limit
         pipe.unload_lora_weights()
         assert (case.pipeline_latent(pipe, 1) - base).norm() < limit

@@ -11,6 +11,7 @@
 
 import os
 import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -146,8 +147,18 @@ def number_labels(values: Sequence[int], where: str, names: Sequence[str] = ()) 
 
 
 def _named_labels(values: Sequence[str]) -> Labels:
-    """Make labels from class names, numbered in alphabetical order."""
+    """Make labels from class names, numbered in alphabetical order.
+
+    Raises UserError for two names of the same text, as macOS and Linux write "é" differently.
+    """
     names = sorted(set(values))
+    name_by_text: dict[str, str] = {}
+    for name in names:
+        same = name_by_text.setdefault(unicodedata.normalize("NFC", name), name)
+        if same != name:
+            raise UserError(
+                f"classes {same!a} and {name!a} are the same text, {name}, in two Unicode forms: give them one name"
+            )
     number_of = {name: number for number, name in enumerate(names)}
     return Labels(torch.tensor([number_of[value] for value in values]), len(names), tuple(names))
 

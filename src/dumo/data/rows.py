@@ -59,7 +59,7 @@ CAPTION_ENDINGS = ("txt", "caption")
 # files and earlier states. Names that begin with a dot are skipped without being listed here.
 SYSTEM_FOLDERS = frozenset(
     (
-        *("$recycle.bin", "system volume information", "found.000"),  # Windows
+        *("$recycle.bin", "recycler", "$extend", "system volume information", "found.000"),  # Windows
         *("__macosx", "network trash folder", "temporary items", "thevolumesettingsfolder"),  # macOS
         "lost+found",  # Linux
         *("@eadir", "#recycle", "#snapshot", "@tmp", "@sharebin"),  # Synology

@@ -101,7 +101,16 @@ def test_the_clear_level_of_grey_of_16_bits_is_white() -> None:
 
 SYSTEM_FOLDERS = [
     *("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", ".@__thumb", "@__thumb", "_gsdata_"),
-    *("$RECYCLE.BIN", "$Recycle.Bin", "System Volume Information", "lost+found", ".Trash-1000", "~snapshot"),
+    *(
+        "$RECYCLE.BIN",
+        "RECYCLER",
+        "$Extend",
+        "$Recycle.Bin",
+        "System Volume Information",
+        "lost+found",
+        ".Trash-1000",
+        "~snapshot",
+    ),
     *("__MACOSX", "Network Trash Folder", "Temporary Items", ".AppleDouble"),
 ]
 

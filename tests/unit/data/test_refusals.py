@@ -320,6 +320,11 @@ FOLDERS: dict[str, Folder] = {
     "no such column": (lambda r: one_table(r, image=TWO, fine=[0, 1]), {"label": "fime"}, "fime"),
     "labels unread": (lambda r: one_table(r, image=TWO), TEN | {"labelled": False}, "labelled"),
     "images outside of classes": (outside, {}, "outside"),
+    "one name in two Unicode forms": (
+        lambda r: (as_folder(r), (r / "bee").rename(r / "caf\u00e9"), (r / "cow").rename(r / "cafe\u0301")),
+        {},
+        "two Unicode forms",
+    ),
     "another number of classes": (as_folder, {"classes": 2}, "data.classes=3"),
     "a negative label": (lambda r: one_table(r, image=TWO, label=[0, -1]), {}, "-1"),
     "a row without a label": (lambda r: one_table(r, image=TWO, label=[0, None]), {}, "row 1"),
