@@ -1,6 +1,6 @@
-"""What the site adds to the pages: formulas as MathML, links into the tree, notebooks, examples, pages at the root.
+"""mkdocs hooks: formulas as MathML, links to source files, notebooks, examples, and pages in the root folder.
 
-MathML is rendered by the browser itself: no script, no fonts of its own, nothing to fetch.
+Browsers render MathML without scripts or fonts, so the site needs no network.
 """
 
 import html
@@ -29,7 +29,7 @@ ROOT = {"../README.md": "index.md", "../CONTRIBUTING.md": "contributing.md", "..
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Take in the pages of the root, the notebooks and the examples."""
+    """Add the pages in the root folder, the notebooks and the examples."""
     docs = Path(config.docs_dir)
     for name, page in ROOT.items():
         text = (docs / name).read_text(encoding="utf-8")
@@ -46,7 +46,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def cells(book: Path) -> str:
-    """A notebook as a page, with what it printed and drew."""
+    """Return a notebook as Markdown, with its outputs."""
     made = [f'<a href="{book.name}" download>Download this notebook</a>']
     for cell in json.loads(book.read_text(encoding="utf-8"))["cells"]:
         text = "".join(cell["source"])
@@ -56,7 +56,7 @@ def cells(book: Path) -> str:
 
 
 def output_text(output: dict[str, Any]) -> str:
-    """What a cell drew, as an image, or what it printed or returned, as a block; "" where it is neither."""
+    """Return an output of a cell as an image or a block, or "" if it is neither."""
     data = output.get("data", {})
     if "image/png" in data:
         png = "".join(data["image/png"]).replace("\n", "")
@@ -66,7 +66,7 @@ def output_text(output: dict[str, Any]) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point links that leave the pages at the reference. Where it does not hold what they name, keep their words."""
+    """Redirect links to source files to the reference, or keep only their text if it does not contain them."""
     folder = posixpath.dirname(page.file.src_uri)
 
     def lead(found: re.Match[str]) -> str:
@@ -92,7 +92,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Formulas as the browser draws them."""
+    """Convert formulas to MathML."""
 
     def draw(found: re.Match[str]) -> str:
         block = found["tag"] == "div"
@@ -105,7 +105,7 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
 
 
 class Stars(Extension):
-    """Docstrings whose targets u* and v* keep their star."""
+    """Escape the star of the targets u* and v* in docstrings."""
 
     def on_object(self, *, obj: Object, **_: object) -> None:
         """Take another star."""

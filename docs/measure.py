@@ -1,6 +1,6 @@
-"""Measure again what the pages show: half a day of two cores, with $DUMO_DATA/cifar10.
+"""Repeat the measurements in the pages, which takes half a day on two cores and needs $DUMO_DATA/cifar10.
 
-    python docs/measure.py [NAME ...]    # plans of `dumo reproduce`; none: all whose results are kept
+    python docs/measure.py [NAME ...]    # plans of `dumo reproduce`; by default all with stored results
 
 For each plan, one after another, it
 
@@ -22,12 +22,12 @@ RUNS = Path("runs/reproduce")
 
 
 def kept_results() -> dict[str, Path]:
-    """The files of all results that are kept, by the name of their plan."""
+    """Return the files of all stored results by the name of their plan."""
     return {path.stem: path for path in sorted(RESULTS.glob("*.json"))}
 
 
 def measure(name: str) -> None:
-    """Train and measure all cells of a plan. What it prints is shown."""
+    """Train and measure all cells of a plan, showing its output."""
     command = [sys.executable, "-P", "-m", "dumo", "reproduce", name, "--scale", "laptop", "--jobs", "2"]
     subprocess.run(command, check=True)
 
@@ -50,7 +50,7 @@ def keep(made: Path, file: Path, pages: Path) -> list[Path]:
 
 
 def main(names: list[str]) -> None:
-    """Measure these plans again; none: all whose results are kept."""
+    """Measure these plans again, by default all with stored results."""
     files = kept_results()
     for name in names or files:
         measure(name)

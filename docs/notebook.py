@@ -1,6 +1,6 @@
-"""Run the notebooks as a reader would, and keep what they show; needs $DUMO_DATA/imagenet-sample.
+"""Run the notebooks and store their outputs; needs $DUMO_DATA/imagenet-sample.
 
-    python docs/notebook.py [NAME ...]    # digits, own-objective, own-photos; none: all
+    python docs/notebook.py [NAME ...]    # digits, own-objective, own-photos; by default all
 
 `run` executes a notebook from top to bottom in an empty folder, own-photos with a thousand photos of ImageNet.
 `prepare` writes what all notebooks share: the button that opens them in Colab, and the cell that installs dumo there.
@@ -27,11 +27,11 @@ from importlib.util import find_spec
 
 if find_spec("dumo") is None:  # as on Colab
     %pip install --quiet git+https://github.com/{repository}"""
-PATIENCE = 1800  # seconds that a cell may take
+PATIENCE = 1800  # seconds per cell
 
 
 def code_hash(book: NotebookNode) -> str:
-    """The SHA-256 of all code cells."""
+    """Return the SHA-256 of all code cells."""
     code = "\0".join(cell.source for cell in book.cells if cell.cell_type == "code")
     return hashlib.sha256(code.encode()).hexdigest()
 
@@ -58,7 +58,7 @@ def write_photos(folder: Path) -> None:
 
 
 def run(book: NotebookNode) -> None:
-    """Execute all cells in an empty folder. What they print on stderr, which is progress, is left out."""
+    """Execute all cells in an empty folder, and drop stderr, which shows progress."""
     with TemporaryDirectory() as folder:
         if any('photos = "photos"' in cell.source for cell in book.cells):
             write_photos(Path(folder, "photos"))
@@ -73,7 +73,7 @@ def run(book: NotebookNode) -> None:
 
 
 def main(words: list[str]) -> None:
-    """Run the notebooks that are named, else all; with --links only write button and installation anew."""
+    """Run the named notebooks, by default all; with --links only rewrite the button and the installation cell."""
     names = [word for word in words if word != "--links"] or sorted(file.stem for file in FOLDER.glob("*.ipynb"))
     for name in names:
         file = FOLDER / f"{name}.ipynb"
@@ -82,7 +82,7 @@ def main(words: list[str]) -> None:
         prepare(book, name)
         if "--links" not in words:
             run(book)
-        elif ran:  # the address of the installation is no reason to run all again
+        elif ran:  # a changed address in the installation cell does not require running the notebook again
             book.metadata["dumo"] = {"code": code_hash(book)}
         file.write_text(nbformat.writes(book, indent=1).rstrip("\n") + "\n", encoding="utf-8")
         kinds = Counter(output.output_type for cell in book.cells for output in cell.get("outputs", ()))

@@ -27,7 +27,7 @@ MODELS = DOCS.parent / "src/dumo/trained"
 RESULT_FOLDERS = (DOCS / "results", DOCS.parent / "tools", MODELS)
 PLACE = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->)(?:(?!<!--).)*(?P<end><!-- end -->)", re.DOTALL)
 SCORES = ("fd", "mmd", "class_mmd")
-TRAINED_SCORES = ("mmd", "class_mmd")  # of the models that come with dumo
+TRAINED_SCORES = ("mmd", "class_mmd")  # of the bundled models
 SCORE_TITLES = {"class_mmd": "kernel distance by class · 10³"}
 # The tables of README: by plan, the budget, and how README calls an arm.
 FRONT_BUDGETS = {"best": 1, "scaling": 10}
@@ -43,8 +43,8 @@ FRONT_NAMES = {
 }
 # The largest standard error, over the mean, of an arm that may be called best.
 MAX_RELATIVE_ERROR = 0.25
-# A seed has failed if its distance is above so many times the median of its arm, or if the bundled classifier finds the
-# right class in less than this share of its samples of CIFAR-10.
+# A seed has failed if its distance exceeds FAILED_RATIO times the median of its arm, or if, on CIFAR-10, the bundled
+# classifier recognizes less than MIN_ACCURACY of its samples.
 FAILED_RATIO = 1.5
 MIN_ACCURACY = 0.6
 Results = dict[str, Any]  # a file of results
@@ -58,7 +58,7 @@ Point = tuple[float, float, float]  # budget, distance and the standard error of
 
 @dataclass
 class Table:
-    """A table of a page."""
+    """A Markdown table."""
 
     head: list[str]
     rows: list[list[str]] = field(default_factory=list[list[str]])
@@ -70,7 +70,7 @@ class Table:
         self.failed.append(failed)
 
     def lines(self) -> Iterator[str]:
-        """The lines of Markdown, with a last column of failed seeds where there are any."""
+        """Yield the Markdown lines, with a last column for failed seeds if there are any."""
         has_failures = any(self.failed)
         head = [*self.head, "failed seeds"] if has_failures else self.head
         yield _line(head)
@@ -80,19 +80,19 @@ class Table:
 
 
 def _line(cells: Sequence[str]) -> str:
-    """A row of a table as Markdown."""
+    """Return a row of a table as Markdown."""
     return f"|{'|'.join(cells)}|"
 
 
 def with_error(value: float, error: float | None, digits: int = 2) -> str:
-    """A number and its error, which no line break parts; None: no error is known."""
+    """Return a number and its error without line breaks between them; None means that there is no error."""
     if error is None:
         return f"{value:.{digits}f}"
     return f"{value:.{digits}f}&nbsp;±&nbsp;{error:.{digits}f}"
 
 
 def with_minus(text: str) -> str:
-    """A text with a minus sign in place of each hyphen."""
+    """Replace hyphens by minus signs."""
     return text.replace("-", "−")
 
 
@@ -119,7 +119,7 @@ def from_cells(stored: Results) -> list[Row]:
 
 
 def group_by_arm(results: Results, *columns: str) -> list[ArmRows]:
-    """The arms of results, in their order. Rows that agree in these columns are of one arm."""
+    """Group the rows of results by arm, in order; rows that agree in these columns belong to the same arm."""
     arms: dict[tuple[Any, ...], ArmRows] = {}
     for stored_row, row in zip(results["table"], from_cells(results), strict=True):
         for score in SCORES:
@@ -129,30 +129,30 @@ def group_by_arm(results: Results, *columns: str) -> list[ArmRows]:
 
 
 def arms_at_budget(results: Results, budget: float) -> list[ArmRows]:
-    """The arms at one budget."""
+    """Return the arms at one budget."""
     return [arm for arm in group_by_arm(results, "arm", "budget") if arm[0]["budget"] == budget]
 
 
 def budgets_of(results: Results) -> list[float]:
-    """The budgets of results, from the least on."""
+    """Return the budgets of results in ascending order."""
     return sorted({row["budget"] for row in results["table"]})
 
 
 def score_title(arm: ArmRows) -> str:
-    """What a column of an arm's main score is called."""
+    """Return the column title for the main score of an arm."""
     return SCORE_TITLES[main_score(arm[0])]
 
 
 def score_cells(arms: Sequence[ArmRows], passes: Sequence[int]) -> list[list[str]]:
-    """The main score of each arm at these numbers of passes, with its error; the best are bold."""
+    """Return the main score of each arm at each NFE with its error; the best are bold."""
     columns = [_score_column(arms, nfe) for nfe in passes]
     return [list(cells) for cells in zip(*columns, strict=True)]
 
 
 def _score_column(arms: Sequence[ArmRows], nfe: int) -> list[str]:
-    """The main score of each arm at one number of passes; empty where it was not measured."""
+    """Return the main score of each arm at one NFE, or an empty string if it was not measured."""
     score = main_score(arms[0][0])
-    rows: dict[int, Row] = {}  # by the number of the arm
+    rows: dict[int, Row] = {}  # by index of the arm
     for number, arm in enumerate(arms):
         for row in arm:
             if row["nfe"] == nfe:
@@ -178,12 +178,12 @@ def best_arms(arms: Sequence[ArmScore]) -> list[bool]:
 
 
 def _is_precise(arm: ArmScore) -> bool:
-    """Whether the standard error is within MAX_RELATIVE_ERROR of the mean."""
+    """Return whether the standard error is within MAX_RELATIVE_ERROR of the mean."""
     return arm.error <= MAX_RELATIVE_ERROR * arm.mean
 
 
 def score_by_seed(row: Row, score: str) -> dict[str, float]:
-    """A score of each seed of a row, without those that lack it."""
+    """Return a score by seed, without seeds that lack it."""
     scores: dict[str, float] = {}
     for seed, cell in row["by_seed"].items():
         if cell.get(score) is not None:
@@ -192,12 +192,12 @@ def score_by_seed(row: Row, score: str) -> dict[str, float]:
 
 
 def failed_counts(arms: Sequence[ArmRows]) -> list[str]:
-    """How many seeds of each arm failed at one NFE, as "1 of 3"; empty where none did, or one NFE was not measured."""
+    """Return the failed seeds of each arm at one NFE, as "1 of 3", or "" if none failed or one NFE was not measured."""
     return [_failed_count(arm[0]) for arm in arms]
 
 
 def _failed_count(row: Row) -> str:
-    """How many seeds of an arm's first row failed, as `failed_counts` says."""
+    """Return the failed seeds in an arm's first row, as in `failed_counts`."""
     if row["nfe"] != 1:
         return ""
     judges_classes = row["protocol"].startswith("cifar10")
@@ -223,7 +223,7 @@ def failed_seeds(distances: Mapping[str, float], accuracies: Mapping[str, float]
 
 
 def failed_counts_by_arm(results: Results) -> dict[str, str]:
-    """The failed seeds of each arm at all budgets, as "1 of 3 at 10"."""
+    """Return the failed seeds of each arm at all budgets, as "1 of 3 at 10"."""
     counts: dict[str, list[str]] = {}
     for budget in budgets_of(results):
         arms = arms_at_budget(results, budget)
@@ -397,7 +397,7 @@ def words_table(results: Results) -> Table:
 
 
 def _optional(row: Row, column: str, digits: int) -> str:
-    """A number of a row; "" if the row does not have it."""
+    """Return a number of a row, or "" if the row does not have it."""
     value = row.get(column)
     return "" if value is None else f"{value:.{digits}f}"
 
@@ -456,7 +456,7 @@ def shares_table(results: Results) -> Table:
 
 
 def kills_table(results: Results) -> Table:
-    """What came of the kills, by place and ranks."""
+    """The outcomes of kills, by place and number of ranks."""
     cells_by_place: dict[str, list[str]] = {}
     for row in results["rows"]:
         cell = f"{row['hits']}/{row['starts']}"
@@ -470,7 +470,7 @@ def kills_table(results: Results) -> Table:
 
 
 def trained_table(_: Results) -> Table:
-    """The models that come with dumo, each with a perfect sampler: `TRAINED_SCORES` by number of passes."""
+    """The bundled models, each with a perfect sampler: `TRAINED_SCORES` by NFE."""
     table = Table(["model", "NFE", *(f"`{name}`" for name in TRAINED_SCORES), "`recall`", "`accuracy`"])
     for file in sorted(MODELS.glob("*/evaluation.json")):
         report = json.loads(file.read_text(encoding="utf-8"))
@@ -490,8 +490,10 @@ def trained_table(_: Results) -> Table:
 
 # ------------------------------------------------------------------------------------------------ tables into pages
 
-TABLES = {  # by the table's name: the file of its results, and what makes a table of them
-    "trained": ("evaluation", trained_table),  # which reads the files of all models itself
+# By table name: the file of its results and the function that makes the table.
+TABLES = {
+    # `trained_table` reads the files of all models itself.
+    "trained": ("evaluation", trained_table),
     "zoo": ("zoo", ranked_table),
     "front": ("best", front_table),
     "front-latents": ("scaling", front_table),
@@ -512,13 +514,13 @@ TABLES = {  # by the table's name: the file of its results, and what makes a tab
 
 
 def origin_text(origin: Row) -> str:
-    """How results were made: the command, the time it took, the machine, the commit and the day."""
+    """Return the origin of results: command, training time, machine, commit and date."""
     hours = f"{origin['training_hours']:.1f} hours of training on {origin['machine']}"
     return f"*`{origin['command']}`: {hours}; commit {origin['commit']}, {origin['date']}.*"
 
 
 def read_results(file_name: str) -> Results:
-    """The results in the file of this name, given without its suffix."""
+    """Read the results in the file with this name, without its suffix."""
     for folder in RESULT_FOLDERS:
         for path in sorted(folder.glob(f"**/{file_name}.json")):
             return json.loads(path.read_text(encoding="utf-8"))
@@ -526,7 +528,7 @@ def read_results(file_name: str) -> Results:
 
 
 def with_tables(page: str) -> str:
-    """A page with its tables as the files have them."""
+    """Replace the tables of a page by those of the result files."""
 
     def text_of(place: re.Match[str]) -> str:
         file_name, make_table = TABLES[place["name"]]
