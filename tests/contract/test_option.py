@@ -70,7 +70,8 @@ PYTHON = (
     DataSpec,
     SolverSpec,
 )  # what Python gives, and bases of classes there
-SHARED = ("times", "drop")  # of an objective: what every one draws, and users tune
+# Fields of objectives that all have in common and users choose.
+SHARED = ("times", "drop", "slope")
 
 
 @cache
