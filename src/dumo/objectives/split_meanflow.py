@@ -46,7 +46,7 @@ class SplitMeanFlow(ObjectiveSpec):
     """Mean velocity from t to r by its two parts, with a share of the rows at r = t."""
 
     kind: Literal["split_meanflow"] = "split_meanflow"
-    times: Times = Pair(of=Uniform(), velocity_ratio=0.5)  # two sorted draws (Alg. 1); the share is our choice
+    times: Times = Pair(of=Uniform(), velocity_ratio=0.75)  # two sorted draws (Alg. 1); the share is our choice
     drop: float = Field(default=0.1, ge=0, le=1)  # as DuMo
 
     @property
@@ -59,7 +59,7 @@ class SplitMeanFlow(ObjectiveSpec):
         if self.times.moving_share == 1:
             raise ValueError(
                 f"times '{self.times.kind}' has no rows with r = t, the only ones that learn from the data: use "
-                "times.velocity_ratio=0.5"
+                "times.velocity_ratio=0.75"
             )
         return self
 
