@@ -28,7 +28,7 @@ from torch import Tensor
 from dumo.flow import dropout
 from dumo.runtime.limits import FACTOR, require_order
 from dumo.types import QUIET, Array, Cond, Needs, NoisyBatch, Readings, Rows, Sample, Spec, Time, lift
-from dumo.types.batch_rows import to_device
+from dumo.types.batch_rows import index, to_device
 
 # (batch, condition) -> V at the batch's x_t and t
 Velocity = Callable[[NoisyBatch, Cond], Sample]
@@ -81,15 +81,21 @@ class Guide(Spec):
         """Return v* if it is known before any pass, else None."""
         return None if self.active else b.v_t
 
-    def __call__(self, b: NoisyBatch, v_hat: Sample | None, velocity: Velocity) -> Sample:
+    def __call__(
+        self, b: NoisyBatch, v_hat: Sample | None, velocity: Velocity, *, resting: Array | None = None
+    ) -> Sample:
         """Return v* of all rows, (b, ...).
 
         v_hat: V(c), if it is computed already; None means to call `velocity` for it, unless its weight is zero.
         velocity: makes a pass of the network. For the unconditional pass, its condition is `b.null`, the same object.
+        resting: V(c) of the rows with r = t, in their order, if only these are computed already (`rows_at_rest`).
         """
         if not self.active:
             return b.v_t
-        guided_rows = self.guided_rows(b)
+        rows = self.guided_rows(b)
+        if resting is not None:
+            v_hat = self._with_moving_rows(b, resting, rows, velocity)
+        guided_rows = None if rows is None else to_device(rows, b.t.device)
         if guided_rows is None:
             return self._affine_map(b, v_hat, velocity).where(self._is_guided(b), b.v_t)
         guided = b[guided_rows]
@@ -100,8 +106,28 @@ class Guide(Spec):
             v_star = v_star.where(self._is_guided(guided), guided.v_t)
         return b.v_t.to(v_star).index_copy(0, guided_rows, v_star)
 
+    def _with_moving_rows(
+        self, b: NoisyBatch, resting: Array, guided_rows: Int[Tensor, " k"] | None, velocity: Velocity
+    ) -> Sample:
+        """Return V(c) of the guided rows, (b, ...): that of rows with r = t is given, the others need a pass.
+
+        At least one row makes the pass, so that every rank makes it.
+        """
+        moving_rows, resting_rows = b.moving_and_resting_rows
+        v_hat = torch.zeros_like(b.x_t, dtype=resting.dtype)
+        v_hat = v_hat.index_copy(0, index(resting_rows, b.t.device), resting)
+        if not moving_rows:
+            return v_hat
+        if guided_rows is not None:
+            is_guided = set(guided_rows.tolist())
+            moving_rows = [row for row in moving_rows if row in is_guided] or moving_rows[:1]
+        i = index(moving_rows, b.t.device)
+        moving = b[i]
+        with dropout.rows(i):
+            return v_hat.index_copy(0, i, velocity(moving, moving.c).to(v_hat))
+
     def guided_rows(self, b: NoisyBatch) -> Int[Tensor, " k"] | None:
-        """Return the indices of the rows that need the guidance passes, or None for all rows.
+        """Return the indices, on the CPU, of the rows that need the guidance passes, or None for all rows.
 
         At least one row is returned, so that every rank makes the passes. All rows are needed under torch.compile,
         because shapes must not depend on values, and if times and dropped labels are not available on the CPU.
@@ -118,7 +144,7 @@ class Guide(Spec):
             return None
         if not len(rows):
             rows = rows.new_zeros(1)
-        return to_device(rows, b.t.device)
+        return rows
 
     def _is_guided(self, b: NoisyBatch) -> Array:
         """Return which rows are guided, (b, 1, ...): rows with their label, at times inside the interval."""

@@ -33,7 +33,7 @@ from dumo.autodiff.dual import accept_duals, pair, primal
 from dumo.autodiff.fallback import without_slope_advice
 from dumo.autodiff.tape import DeferredTangent
 from dumo.flow import dropout
-from dumo.types import Array, Cond, Frozen, Heads, Net, Sample, Time
+from dumo.types import Array, Cond, Frozen, Heads, Net, NoisyBatch, Sample, Time, unwrap
 from dumo.types.batch_rows import index, split_by_moving
 
 # w (b, ...) -> the derivative of each head along w
@@ -89,9 +89,19 @@ def linearize_deferred(
 
 
 def linearize_fused(
-    net: Net, x: Sample, c: Cond, *, direction: Sample, moving: Moving | None, t: Time, **inputs: Time
+    net: Net,
+    x: Sample,
+    c: Cond,
+    *,
+    direction: Sample,
+    moving: Moving | None,
+    resting: Heads | None = None,
+    t: Time,
+    **inputs: Time,
 ) -> tuple[Heads, Along]:
     """Make one pass of net with tangents along `direction`; if only some rows are `moving`, a second for the rest.
+
+    resting: the heads of the second pass, if it is made already.
 
     `along` raises ValueError for any w but `direction`.
     """
@@ -100,6 +110,8 @@ def linearize_fused(
         return dual_pass(net, x[rows], c[rows], direction[rows], t=t[rows], **_rows_of_each(inputs, rows))
 
     def resting_pass(rows: _RowIndex) -> Heads:
+        if resting is not None:
+            return resting
         return net(x[rows], c[rows], t=t[rows], **_rows_of_each(inputs, rows))
 
     heads, derivatives = _heads_and_derivatives(moving_pass, resting_pass, moving, x)
@@ -120,15 +132,27 @@ def linearize_separate(
     c: Cond,
     *,
     moving: Moving | None,
+    resting: Heads | None = None,
     t: Time,
     **inputs: Time,
 ) -> tuple[Heads, Along]:
     """Make one plain pass of net; `along` calls `derivatives` on the `moving` rows, if there are any.
 
+    resting: the heads of the rows that are not `moving`, if their pass is made already.
+
     `along` may be called for several directions.
     """
-    heads = net(x, c, t=t, **inputs)
     moving_rows, resting_rows = split_rows(moving, len(x))
+    if resting is None:
+        heads = net(x, c, t=t, **inputs)
+    elif not moving_rows:
+        heads = resting
+    else:
+        k = index(moving_rows, x.device)
+        with dropout.rows(k):
+            moving_heads = net(x[k], c[k], t=t[k], **_rows_of_each(inputs, k))
+        head_pairs = zip(moving_heads, resting, strict=True)
+        heads = tuple(merge_rows(a, b, moving_rows, resting_rows) for a, b in head_pairs)
 
     # w may require gradients, and a central difference computes with it.
     @torch.no_grad()
@@ -226,6 +250,26 @@ def tangent_or_zeros(head: Array) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------------------- rows
+
+
+def rows_at_rest(net: Net, ref: Frozen, b: NoisyBatch) -> Int[Tensor, " k"] | None:
+    """Return the indices of the rows with r = t, if a training pass of them serves as V(c), too.
+
+    There a mean velocity is the velocity, and dropout masks belong to rows. None if theta^- has other weights, or if
+    no row has r = t by its place.
+    """
+    if ref.module is not unwrap(net) or b.moving is None or all(b.moving):
+        return None
+    return index(split_by_moving(b.moving)[1], b.t.device)
+
+
+def heads_at_rest(net: Net, ref: Frozen, b: NoisyBatch, **inputs: Time) -> Heads | None:
+    """Make the training pass of the rows with r = t, if it serves as V(c), too (`rows_at_rest`); else return None."""
+    i = rows_at_rest(net, ref, b)
+    if i is None:
+        return None
+    with dropout.rows(i):
+        return net(b.x_t[i], b.c[i], t=b.t[i], r=b.r[i], **_rows_of_each(inputs, i))
 
 
 def split_rows(moving: Moving | None, n: int) -> tuple[list[int], list[int]]:

@@ -67,6 +67,7 @@ class BaseSlope(Spec, ABC):
         t: Time,
         direction: Sample | None = None,
         moving: Moving | None = None,
+        resting: Heads | None = None,
         **inputs: Time,
     ) -> tuple[Heads, Along]:
         """Return the heads of one pass of net, with gradients, and `along`, which returns the derivatives of ref.
@@ -76,11 +77,12 @@ class BaseSlope(Spec, ABC):
         x, c, t, inputs: the inputs of the pass, of b rows.
         direction: w, if it is known before the pass; `along` then accepts only this w.
         moving: the rows that need a derivative; None means all.
+        resting: the heads of the other rows, if their pass is made already (`linearize.heads_at_rest`).
 
         Raises UserError if the current precision is too low for this slope.
         """
         self.check(precision_of(x))
-        return linearize_separate(self.derivatives, net, ref, x, c, moving=moving, t=t, **inputs)
+        return linearize_separate(self.derivatives, net, ref, x, c, moving=moving, resting=resting, t=t, **inputs)
 
     @abstractmethod
     def derivatives(self, ref: Frozen, x: Sample, c: Cond, w: Sample, /, *, t: Time, **inputs: Time) -> Heads:
@@ -187,6 +189,7 @@ class DualSlope(BaseSlope):
         t: Time,
         direction: Sample | None = None,
         moving: Moving | None = None,
+        resting: Heads | None = None,
         **inputs: Time,
     ) -> tuple[Heads, Along]:
         """Return the heads of one pass of net, and `along`, as `BaseSlope.__call__`, in any precision."""
@@ -195,8 +198,8 @@ class DualSlope(BaseSlope):
         if strategy.name == "deferred":
             return linearize_deferred(self.derivatives, net, ref, x, c, t=t, **inputs)
         if strategy.name == "fused" and direction is not None:
-            return linearize_fused(net, x, c, direction=direction, moving=moving, t=t, **inputs)
-        return linearize_separate(self.derivatives, net, ref, x, c, moving=moving, t=t, **inputs)
+            return linearize_fused(net, x, c, direction=direction, moving=moving, resting=resting, t=t, **inputs)
+        return linearize_separate(self.derivatives, net, ref, x, c, moving=moving, resting=resting, t=t, **inputs)
 
     def strategy(self, net: Net, ref: Frozen, *, known: bool, moving: Moving | None = None) -> DualStrategy:
         """Choose a strategy.

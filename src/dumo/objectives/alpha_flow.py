@@ -42,12 +42,15 @@ from dumo.objectives.base import (
     adaptive_l2,
     clipped_share,
     earlier_mean_velocity,
+    heads_at_rest,
     lift,
     mean_square,
     mean_velocity,
     require_precise_passes,
+    rows_at_rest,
 )
 from dumo.runtime.limits import require_order
+from dumo.types import Array
 
 
 class AlphaFlow(ObjectiveSpec):
@@ -124,20 +127,29 @@ class AlphaFlow(ObjectiveSpec):
         alpha = self.alpha(b.progress)
         has_step = b.r < b.t
         floor = torch.full_like(b.t, self.floor)
-        with torch.no_grad():
-            v_star = self.guide(b, None, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])
         if alpha > 0:
             (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
+            i = rows_at_rest(net, ref, b) if self.guide.zeta else None
+            v_star = self._v_star(ref, b, None if i is None else u_hat[i])
             residual = (u_hat.detach() - self._u_star(ref, b, v_star, alpha)) / alpha  # (4)
             u_star = torch.where(lift(has_step, u_hat), u_hat.detach() - residual, v_star)
             floor = floor.where(~has_step, self.floor / alpha**2)  # (5)
         else:
-            (u_hat,), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, direction=v_star, moving=b.moving)
+            heads = heads_at_rest(net, ref, b) if self.guide.zeta else None
+            v_star = self._v_star(ref, b, heads[0] if heads else None)
+            (u_hat,), along = self.slope(
+                net, ref, b.x_t, b.c, t=b.t, r=b.r, direction=v_star, moving=b.moving, resting=heads
+            )
             (du_dt,) = along(v_star)
             u_star = v_star - lift(b.t - b.r, b.x_t) * du_dt  # (3)
         error = u_hat - u_star
         loss = adaptive_l2(error, 1.0, floor, mean=True)
         return Terms(loss, {"u": mean_square(error)}, {"clipped_share": clipped_share(error)})
+
+    @torch.no_grad()
+    def _v_star(self, ref: Frozen, b: NoisyBatch, resting: Array | None) -> Sample:
+        """Return the guided velocity at x_t. `resting` is V(c) of the rows with r = t, if it is computed already."""
+        return self.guide(b, None, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0], resting=resting)
 
     def _u_star(self, ref: Frozen, b: NoisyBatch, v_star: Sample, alpha: float) -> Sample:
         """Compute u* of (2), clipped. At alpha = 1 no pass is needed."""

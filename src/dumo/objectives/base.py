@@ -8,8 +8,9 @@ heads of the network and the contents of a batch, with `Formulas` (`STRAIGHT`: a
 
 Loss: it gets a `Net`, theta^- as a `Frozen` network (`frozen` creates one) and a `NoisyBatch`, and returns `Terms`. A
 `Guide` computes the target velocity. A `Slope` computes du/dt: `CentralSlope`, `DualSlope` or `JvpSlope`;
-`heads_and_end_derivatives` computes du/dr, and `earlier_mean_velocity` a secant. `lift` shapes a number per row to
-multiply a sample. `mean_square`, `adaptive_l2`, `normalized_l2`, `huber` and `cosine_distance` return a number per row;
+`heads_and_end_derivatives` computes du/dr, and `earlier_mean_velocity` a secant. `rows_at_rest` returns the rows whose
+training pass gives V(c) to a `Guide`, and `heads_at_rest` makes it. `lift` shapes a number per row to multiply a
+sample. `mean_square`, `adaptive_l2`, `normalized_l2`, `huber` and `cosine_distance` return a number per row;
 `descent_error` returns an error with a given gradient; `clipped_share` and `head_gap` are metrics to log.
 `require_precise_passes` refuses bf16 if the loss amplifies rounding errors. Code that selects rows of a batch uses
 `index`, and `dropout.rows` for networks with dropout. Inside `fake_score`, passes are those of the fake score.
@@ -33,7 +34,7 @@ from pydantic import Field
 from dumo.flow import dropout
 from dumo.flow.compatibility import require_precise_passes
 from dumo.flow.guide import Guide, Interval
-from dumo.flow.linearize import heads_and_end_derivatives
+from dumo.flow.linearize import heads_and_end_derivatives, heads_at_rest, rows_at_rest
 from dumo.flow.noisy_batch import Noise, Signs
 from dumo.flow.reading import jump_to_data, mean_velocity, velocity_and_jump
 from dumo.flow.residual import (
@@ -141,6 +142,7 @@ __all__ = [
     "frozen",
     "head_gap",
     "heads_and_end_derivatives",
+    "heads_at_rest",
     "huber",
     "index",
     "jump_to_data",
@@ -149,6 +151,7 @@ __all__ = [
     "mean_velocity",
     "normalized_l2",
     "require_precise_passes",
+    "rows_at_rest",
     "velocity_and_jump",
 ]
 

@@ -84,7 +84,9 @@ class ImprovedMeanFlow(ObjectiveSpec):
         knobs = self._knobs(b)
         with torch.no_grad():
             v, v_star = self._velocities(ref, b, knobs)
-        (u_hat, v_hat), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, direction=v, moving=b.moving, **knobs)
+        (u_hat, v_hat), along = self.slope(
+            net, ref, b.x_t, b.c, t=b.t, r=b.r, direction=v, moving=b.moving, resting=None, **knobs
+        )
         with torch.no_grad():
             du_dt, _ = along(v)
             u_star = v_star - lift(b.t - b.r, b.x_t) * du_dt  # (1)

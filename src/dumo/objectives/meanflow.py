@@ -35,6 +35,7 @@ from dumo.objectives.base import (
     Times,
     adaptive_l2,
     clipped_share,
+    heads_at_rest,
     lift,
     mean_square,
     mean_velocity,
@@ -91,9 +92,13 @@ class MeanFlow(ObjectiveSpec):
 
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """Compute its Eq. 9 and 11; with guidance, Eq. 17 to 21; with the metric of Eq. 22."""
+        heads = heads_at_rest(net, ref, b) if self.guide.zeta else None
         with torch.no_grad():
-            v_star = self.guide(b, None, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])  # Eq. 21
-        (u_hat,), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, direction=v_star, moving=b.moving)
+            v_c = heads[0] if heads else None
+            v_star = self.guide(b, None, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0], resting=v_c)  # Eq. 21
+        (u_hat,), along = self.slope(
+            net, ref, b.x_t, b.c, t=b.t, r=b.r, direction=v_star, moving=b.moving, resting=heads
+        )
         with torch.no_grad():
             (du_dt,) = along(v_star)
             k = self.grown.at(b.progress) if self.grown else 1.0

@@ -43,6 +43,7 @@ from dumo.objectives.base import (
     mean_square,
     mean_velocity,
     require_precise_passes,
+    rows_at_rest,
 )
 
 
@@ -95,7 +96,9 @@ class SoFlow(ObjectiveSpec):
         require_precise_passes(b, self.gain, self.kind)
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
         with torch.no_grad():
-            v_star = self.guide(b, None, lambda b, c: self._velocity(ref, b, c))
+            i = rows_at_rest(net, ref, b) if self.guide.zeta else None
+            v_c = None if i is None else u_hat[i]
+            v_star = self.guide(b, None, lambda b, c: self._velocity(ref, b, c), resting=v_c)
             t_minus_l = (self.ratio(b.progress) * (b.t - b.r)).clamp(min=self.min_step)
             l_minus_r = (b.t - t_minus_l - b.r).clamp(min=0)  # 0 at r = t, so that u* = v*
             u_l = earlier_mean_velocity(ref, b, v_star, t_minus_l)  # (2)
