@@ -11,7 +11,7 @@ from dumo.flow import dropout
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope
 from dumo.flow.times import Jumps, Pair
-from dumo.objectives import AlphaFlow, MeanFlow, SoFlow
+from dumo.objectives import AlphaFlow, ImprovedMeanFlow, MeanFlow, SoFlow
 from dumo.testing.network import CountedNet
 from dumo.types import Frozen, Heads, NoisyBatch, Objective
 from theory.exact import drawn
@@ -23,16 +23,20 @@ OBJECTIVES: list[Objective] = [
     MeanFlow(slope=DualSlope(), drop=0.3, times=Jumps()),
     SoFlow(drop=0.3),
     AlphaFlow(slope=DualSlope(), drop=0.3),
+    ImprovedMeanFlow(slope=DualSlope(), drop=0.3),
+    ImprovedMeanFlow(slope=DualSlope(), drop=0.3, w=None),
 ]
 PROGRESS = [0.0, 0.7, 1.0]  # in which alpha is 1, between and 0
 
 
 class Masked(Polynomial):
-    """The polynomial, each row multiplied by a number of its dropout key."""
+    """The polynomial, each row multiplied by its knobs and by a number of its dropout key."""
 
-    def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, r: Tensor | None = None) -> Heads:
+    def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, r: Tensor | None = None, **knobs: Tensor) -> Heads:  # pyright: ignore[reportIncompatibleMethodOverride]
         keys = dropout.current(len(t))
         factor = torch.ones_like(t) if keys is None else 1 + keys[:, 0].to(t) / 2**32
+        for number, knob in enumerate(knobs.values()):
+            factor = factor * (1 + knob / (2 + number))
         return tuple(factor[:, None] * head for head in super().forward(x, c, t=t, r=r))
 
 
@@ -51,7 +55,7 @@ class CountedRows(CountedNet):
 
 def loss_and_gradients(objective: Objective, b: NoisyBatch, ref: Polynomial | None = None) -> list[Tensor]:
     """The loss of each row of a network with dropout, and its gradients."""
-    net = Masked(1)
+    net = Masked(len(objective.needs.heads))
     with dropout.using(dropout.keys(0, 0, len(b.t))):
         terms = objective.loss(net, Frozen(ref or net), b)
     return [terms.loss, *gradients(terms.loss, net)]
@@ -62,18 +66,32 @@ def loss_and_gradients(objective: Objective, b: NoisyBatch, ref: Polynomial | No
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=name)
 def test_the_loss_is_that_of_passes_of_its_own(objective: Objective, progress: float, guide: Guide) -> None:
     """An equal copy of the network as theta^- is asked for V(c) on all guided rows."""
-    objective = objective.model_copy(update={"guide": guide})
+    if not isinstance(objective, ImprovedMeanFlow):
+        objective = objective.model_copy(update={"guide": guide})
     b = replace(drawn(objective, 32), progress=progress)
     assert b.moving is not None
-    shared, separate = loss_and_gradients(objective, b), loss_and_gradients(objective, b, Masked(1))
+    shared, separate = (
+        loss_and_gradients(objective, b),
+        loss_and_gradients(objective, b, Masked(len(objective.needs.heads))),
+    )
     for one, other in zip(shared, separate, strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-9)
 
 
-def rows_of_passes(objective: Objective, b: NoisyBatch, *, own: bool = True) -> tuple[list[int], list[int]]:
+def test_velocities_of_rows_at_rest_are_shared_by_imf() -> None:
+    """Of 16 rows eight jump: V takes eight passes of its own, in place of 16."""
+    objective = ImprovedMeanFlow(slope=DualSlope(), drop=0.0, w=None)
+    b = drawn(objective, 16)
+    assert rows_of_passes(objective, b, heads=2) == ([8, 8], [8])
+    assert rows_of_passes(objective, b, own=False, heads=2) == ([16], [16, 8])
+
+
+def rows_of_passes(
+    objective: Objective, b: NoisyBatch, *, own: bool = True, heads: int = 1
+) -> tuple[list[int], list[int]]:
     """The rows of the passes with gradients and without; theta^- is the network itself, or a copy."""
-    net = CountedRows(Polynomial(1))
-    ref = net if own else CountedRows(Polynomial(1))
+    net = CountedRows(Polynomial(heads))
+    ref = net if own else CountedRows(Polynomial(heads))
     objective.loss(net, Frozen(ref), b)
     made = [*net.passes, *(ref.passes if not own else [])]
     return [n for n, graded in made if graded], [n for n, graded in made if not graded]

@@ -22,6 +22,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field, model_validator
 
+from dumo.flow.linearize import merge_rows
 from dumo.objectives.base import (
     DualSlope,
     Frozen,
@@ -41,10 +42,13 @@ from dumo.objectives.base import (
     adaptive_l2,
     clipped_share,
     dropout,
+    heads_at_rest,
+    index,
     lift,
     mean_square,
     mean_velocity,
 )
+from dumo.types import Array
 
 
 class ImprovedMeanFlow(ObjectiveSpec):
@@ -82,10 +86,11 @@ class ImprovedMeanFlow(ObjectiveSpec):
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """Compute MeanFlow's Eq. 9 and 11, along V, with its Eq. 22 for both heads."""
         knobs = self._knobs(b)
+        heads = heads_at_rest(net, ref, b, **knobs)
         with torch.no_grad():
-            v, v_star = self._velocities(ref, b, knobs)
+            v, v_star = self._velocities(ref, b, knobs, heads[1] if heads else None)
         (u_hat, v_hat), along = self.slope(
-            net, ref, b.x_t, b.c, t=b.t, r=b.r, direction=v, moving=b.moving, resting=None, **knobs
+            net, ref, b.x_t, b.c, t=b.t, r=b.r, direction=v, moving=b.moving, resting=heads, **knobs
         )
         with torch.no_grad():
             du_dt, _ = along(v)
@@ -108,19 +113,36 @@ class ImprovedMeanFlow(ObjectiveSpec):
             "high": b.drawn["high"].masked_fill(is_velocity, 1),
         }
 
-    def _velocities(self, ref: Frozen, b: NoisyBatch, knobs: dict[str, Time]) -> tuple[Sample, Sample]:
-        """Return V and v* of each row, by a pass with and one without the condition."""
+    def _velocities(
+        self, ref: Frozen, b: NoisyBatch, knobs: dict[str, Time], resting: Array | None
+    ) -> tuple[Sample, Sample]:
+        """Return V and v* of each row, by a pass with and one without the condition.
+
+        resting: V of the rows with r = t, if it is computed already. Their guidance acts at all times, as in (2).
+        """
         if not knobs:
-            v = ref(b.x_t, b.c, t=b.t, r=b.t)[1]
-            return v, b.v_t
+            return self._velocity(ref, b, {}, resting), b.v_t
         ones = torch.ones_like(b.t)
         inside = (knobs["low"] <= b.t) & (b.t <= knobs["high"])
         w = knobs["w"].where(inside, ones)
-        v = ref(b.x_t, b.c, t=b.t, r=b.t, w=w, low=0 * ones, high=ones)[1]  # (2)
+        v = self._velocity(ref, b, {"w": w, "low": 0 * ones, "high": ones}, resting)  # (2)
         with dropout.off():
             v_null = ref(b.x_t, b.null, t=b.t, r=b.t, w=ones, low=0 * ones, high=ones)[1]
         v_star = b.v_t + lift(b.kept * (1 - 1 / w), b.x_t) * (v - v_null)  # (3); v_t for dropped labels
         return v, v_star
+
+    def _velocity(self, ref: Frozen, b: NoisyBatch, knobs: dict[str, Time], resting: Array | None) -> Sample:
+        """Return V of each row, by a pass of the rows for which it is not computed already."""
+        if resting is None:
+            return ref(b.x_t, b.c, t=b.t, r=b.t, **knobs)[1]
+        moving_rows, resting_rows = b.moving_and_resting_rows
+        if not moving_rows:
+            return resting.detach()
+        i = index(moving_rows, b.t.device)
+        moving = b[i]
+        with dropout.rows(i):
+            v = ref(moving.x_t, moving.c, t=moving.t, r=moving.t, **{name: knob[i] for name, knob in knobs.items()})[1]
+        return merge_rows(v, resting.detach(), moving_rows, resting_rows)
 
     def readings(self, net: Net) -> Readings:
         """Return jumps from t to r with u. The v head is used in training only, as in the authors' code.
