@@ -45,8 +45,7 @@ TEXT_PARTS = re.compile(r"(text_encoder|tokenizer)(_\d)?")  # component names
 OptionalPart = Literal["text_encoder_3"]  # the T5 of SD3, which is optional in diffusers
 _OPTIONAL_PARTS: tuple[OptionalPart, ...] = get_args(OptionalPart)
 LICENSE = ("license", "license_name", "license_link")  # keys in the metadata of a model card
-# Libraries that model_index.json may name. stable_diffusion is diffusers' module of safety checkers.
-_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
+_LIBRARIES = ("diffusers", "transformers")  # that model_index.json may name for a component that is loaded
 IS_DISTILLED = "is_distilled"  # a key of model_index.json of a Flux2KleinPipeline
 
 
@@ -387,22 +386,27 @@ def has_component(entry: object) -> bool:
 
 
 def _require_known_libraries(index: Mapping[str, object], file: Path) -> None:
-    """Raise UserError for a component of another library, which diffusers would import by its name and so run.
+    """Raise UserError for a component that dumo loads from another library, or that is code next to its weights.
 
-    Some versions of diffusers do so without consent. A malformed component and `custom_pipeline` would be ignored.
+    Some versions of diffusers import any module that is named as a library, without consent. A malformed component and
+    `custom_pipeline` would be ignored.
     """
     for name, entry in index.items():
-        is_component = isinstance(entry, list) or TEXT_PARTS.fullmatch(name) or name in (*COMPONENTS, CUSTOM_PIPELINE)
-        if not is_component or name.startswith("_") or entry in (None, [None, None]):
+        if name.startswith("_") or entry in (None, [None, None]):
             continue
         match entry:
-            case [str(library), str()] if library in _LIBRARIES:
-                pass
+            case [str(library), str()]:
+                is_own_code = (file.parent / name / f"{library}.py").is_file()
+                is_known = library in _LIBRARIES
             case _:
-                raise UserError(
-                    f"{FIELD}: {file} has {name} = {json.dumps(entry)}, which is not a class of diffusers or "
-                    "transformers. dumo runs no code that comes with a pipeline: take one without it"
-                )
+                is_own_code = False
+                is_known = False
+        is_loaded = TEXT_PARTS.fullmatch(name) or name in (*COMPONENTS, CUSTOM_PIPELINE)
+        if is_own_code or (is_loaded and not is_known):
+            raise UserError(
+                f"{FIELD}: {file} has {name} = {json.dumps(entry)}, which is not a class of diffusers or "
+                "transformers. dumo runs no code that comes with a pipeline: take one without it"
+            )
 
 
 def weights_name(part: str) -> str:

@@ -187,6 +187,8 @@ def index_with(**entries: object) -> Callable[[Path], object]:
     """A pipeline whose model_index.json has these entries."""
 
     def open_index(folder: Path) -> object:
+        (folder / "safety_checker").mkdir()
+        (folder / "safety_checker" / "theirs.py").write_text("")
         (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline", **entries}))
         return Pipeline(source=str(folder)).index
 
