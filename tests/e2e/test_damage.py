@@ -90,7 +90,7 @@ def test_weights_that_are_damaged_in_their_checkpoint(name: str, here: Path, tra
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    refused("sample", run, "--weights", file.parent, named=(str(file), "SHA-256", "take other weights"), run=run)
+    refused("sample", run, "--weights", file.parent, named=(str(file), "SHA-256", "use other weights"), run=run)
 
 
 def test_run_without_a_checkpoint(here: Path, trained: dict[str, Path]) -> None:

@@ -110,7 +110,7 @@ def test_what_cannot_be_edited_is_refused(case: Case, here: Path) -> None:
         "sd3-lora",
         *EDITED,
         "objective.guide={omega: 1, zeta: 0}",
-        named=("is a column of images to edit", "leave it out"),
+        named=("is a column of images to edit", "remove it"),
     )
     refused("sample", case.run, "--prompt", PROMPT, named=("edits images", "--source FILE"))
     assert call("sample", case.run, "--source", case.image).code == 2

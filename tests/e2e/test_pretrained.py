@@ -219,7 +219,7 @@ def test_codes_and_templates_take_the_place_of_captions(here: Path) -> None:
     [
         ("QwenImageEditPipeline", "edits an image"),
         ("QwenImageImg2ImgPipeline", "begins with an image"),
-        ("FooPipeline", "is no pipeline that dumo knows"),
+        ("FooPipeline", "is not supported"),
     ],
 )
 def test_variants_are_refused_with_the_reason(here: Path, kind: str, does: str) -> None:

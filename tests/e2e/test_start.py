@@ -138,7 +138,7 @@ def test_what_was_typed_stays_in_its_comment(here: Path) -> None:
     assert yaml.safe_load(done.out) == {FORMAT_KEY: FORMAT, **summary(run), "about": "one\nabout: two"}
     whole = call("show", "digits", "--yaml", "--all")
     assert yaml.safe_load(whole.out) == {FORMAT_KEY: FORMAT, **run.model_dump(mode="json", exclude={"resolved"})}
-    refused("show", "digits", "--yaml", "--json", named=("--yaml prints the run alone",), lines=None)
+    refused("show", "digits", "--yaml", "--json", named=("--yaml prints only the run",), lines=None)
 
 
 def test_a_teacher_s_code_runs_on_train_alone_and_is_named_before(here: Path) -> None:

@@ -75,7 +75,7 @@ def test_wrong_prompts_are_refused_in_a_line(home: Path) -> None:
     for prompts, says in (([], "prompts"), (["a", " "], "a prompt is empty")):
         with pytest.raises(dumo.UserError, match=says):
             run.sample(prompts=prompts)
-    with pytest.raises(dumo.UserError, match="give one of them"):
+    with pytest.raises(dumo.UserError, match="give only one"):
         run.sample(3, prompts=["a"])
     assert refused(*sample, "--prompt", "").startswith("error: a prompt is empty")
     assert "--labels, --prompt and" in refused(*sample, "--prompt", "a", "--labels", "3")

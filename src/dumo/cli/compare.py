@@ -19,7 +19,7 @@ def compare(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Set scores of runs side by side, a table for each protocol.
+    """Compare the scores of runs, one table per protocol.
 
     Examples:
     dumo compare runs/digits runs/digits-meanflow

@@ -13,7 +13,7 @@ from dumo.cli.terminal import err, out
 def demo(
     run_folders: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN...]", help="Folders of runs, side by side. Default: digits-trained."),
+        typer.Argument(metavar="[RUN...]", help="Folders of runs to show side by side. Default: digits-trained."),
     ] = None,
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, metavar="N", help="Default: the first that is free from 7860 on.")
@@ -22,9 +22,9 @@ def demo(
     device: Device = "auto",
     trust_code: TrustCode = False,
 ) -> None:
-    """Play with runs in the browser.
+    """Sample from runs interactively in the browser.
 
-    It needs Gradio, the extra demo. Only this machine can reach the page; from another one, open it by the ssh command
+    Requires Gradio, the extra demo. Only this machine can reach the page; from another one, open it by the ssh command
     that is printed.
 
     Examples:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def encode(
-    source: Annotated[str, typer.Argument(help="A recipe of latents or captions, or a folder or file of images.")],
+    source: Annotated[str, typer.Argument(help="A recipe with latents or captions, or a folder or file of images.")],
     overrides: Overrides = None,
     folder: Annotated[
         str | None,
@@ -36,10 +36,10 @@ def encode(
 ) -> None:
     """Encode the images and captions of a recipe ahead of training.
 
-    Training encodes what is missing by itself. Here several GPUs or machines share the work under torchrun; copy
+    Training encodes missing images itself. Under torchrun this command uses several GPUs or machines; copy
     runs/latents and runs/texts to where the recipe is trained.
 
-    Run it again to resume. Images are encoded mirrored, too, if the data are flipped. A damaged shard is named and made
+    Run it again to resume. Mirrored images are encoded as well if the data are flipped. A damaged shard is reported and made
     again; a shard of other images is refused.
 
     Examples:

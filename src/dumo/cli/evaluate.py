@@ -72,11 +72,11 @@ def evaluate(
     as_json: AsJson = False,
     trust_code: TrustCode = False,
 ) -> None:
-    """Score a trained run, or images that others made.
+    """Score a trained run or existing images.
 
-    A run is judged by its protocol, evaluate.protocol, next to the score of a perfect sampler, which is that of new
-    real images. With --images: judge what another repository, a stock pipeline or a GAN made; dumo compare takes the
-    report next to those of runs that the same protocol judged.
+    A run is evaluated with its protocol, evaluate.protocol. The score of a perfect sampler, which is that of new real
+    images, is shown for comparison. --images evaluates samples of another repository, a standard pipeline or a GAN;
+    dumo compare accepts the report together with runs of the same protocol.
 
     Under torchrun (torchrun --nproc-per-node 2 -m dumo evaluate RUN) the ranks share the work.
 

@@ -52,7 +52,7 @@ def export(
     ] = "copy",
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"],
-        typer.Option(metavar="DTYPE", help="Of the weights: float32, bfloat16 or float16."),
+        typer.Option(metavar="DTYPE", help="Data type of the weights: float32, bfloat16 or float16."),
     ] = "float32",
     nfe: Annotated[
         str | None,

@@ -16,13 +16,13 @@ def reproduce(
         typer.Argument(
             help="fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo; ours: best, best-latents, fair, flow-first, "
             "latents, lowpass, pretrained, scaling, stages, stages-latents, words; "
-            "or a YAML file of your own.",
+            "or your own YAML file.",
         ),
     ],
     scale: Annotated[
         Literal["smoke", "laptop", "paper"],
         typer.Option(
-            help="smoke (a few minutes), laptop (ten minutes to three hours on two cores) or paper (its own size, on "
+            help="smoke (a few minutes), laptop (ten minutes to three hours on two cores) or paper (full size, on "
             "GPUs).",
         ),
     ] = "laptop",
@@ -34,9 +34,9 @@ def reproduce(
     device: Device = "auto",
     trust_code: TrustCode = False,
 ) -> None:
-    """Make a figure or table again, or that of your own plan.
+    """Reproduce a figure or table of the paper, or run your own plan.
 
-    Picture, table and results.json. Finished cells are kept, a stopped one resumes.
+    Writes a picture, a table and results.json. Finished cells are kept, and a stopped cell resumes.
 
     Examples:
     dumo reproduce fig3 --scale smoke
@@ -61,7 +61,7 @@ def bench(
     slope: Annotated[
         str | None, typer.Option(help="Slopes, e.g. central,dual. Default: all. The plain step, none, is always there.")
     ] = None,
-    precision: Annotated[str, typer.Option(help="Of fp32, tf32 (GPU) and bf16, e.g. fp32,bf16.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="Precisions: fp32, tf32 (GPU) and bf16, e.g. fp32,bf16.")] = "fp32",
     compile_: Annotated[str, typer.Option("--compile", help="none, blocks (each, whole) or loss.")] = "none",
     rounds: Annotated[int, typer.Option(min=1, help="Times that each step is run, in turn with the others.")] = 9,
     device: Device = "auto",

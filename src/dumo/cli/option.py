@@ -83,7 +83,7 @@ SolverName = Annotated[
 ]
 Prompts = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Prompts: a .txt or .jsonl, one a line; a folder of .txt."),
+    typer.Option(metavar="FILE", help="A .txt or .jsonl file, one prompt per line, or a folder of .txt."),
 ]
 Device = Annotated[
     str, typer.Option(show_default=False, help="cpu, cuda, cuda:1 ... Default: the GPU, if there is one.")

@@ -15,7 +15,7 @@ def recipes(
     as_json: AsJson = False,
     as_schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, for editors.")] = False,
 ) -> None:
-    """List what can be trained by name.
+    """List the recipes that ship with dumo.
 
     Examples:
     dumo recipes

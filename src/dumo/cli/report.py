@@ -17,14 +17,14 @@ def report(
     prompts: Prompts = None,
     file: Annotated[
         Path | None,
-        typer.Option("--out", dir_okay=False, metavar="FILE", help="The figure of several runs. Default: log.png."),
+        typer.Option("--out", dir_okay=False, metavar="FILE", help="The figure for several runs. Default: log.png."),
     ] = None,
     device: Device = "auto",
     trust_code: TrustCode = False,
 ) -> None:
-    """Write a page on a run, or draw logs of several.
+    """Write a report page for one run, or plot the logs of several.
 
-    The page, report.html in the run's folder, shows samples, trajectories, nearest training images, curves of the log
+    The page, report.html in the run's folder, shows samples, trajectories, nearest training images, training curves
     and scores. A run with captions is sampled with --prompts, or with captions of its data.
 
     Examples:

@@ -37,23 +37,23 @@ def sample(
     ] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", metavar="TEXT", help="What an image shows, in words. May be given many times."),
+        typer.Option("--prompt", metavar="TEXT", help="A text prompt. Repeat the option for several prompts."),
     ] = None,
     prompts: Prompts = None,
     source: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The image that a prompt edits, for a run that edits images.")
+        Path | None, typer.Option(metavar="FILE", help="The image to edit, for a run that edits images.")
     ] = None,
     seed: Seed = None,
     solver: SolverName = None,
     size: Annotated[
         str | None,
-        typer.Option(metavar="WIDTHxHEIGHT", help="One of the sizes of a run trained on several. Default: the square."),
+        typer.Option(metavar="WIDTHxHEIGHT", help="Image size, for a run trained on several sizes. Default: square."),
     ] = None,
     checkpoints: Annotated[
         str | None,
         typer.Option(
             metavar="STEPS",
-            help="Draw the same noise after each of these steps (train.milestones, the last), e.g. 1000,5000 or all.",
+            help="Sample the same noise with these checkpoints (train.milestones and the last), e.g. 1000,5000 or all.",
         ),
     ] = None,
     form: Annotated[
@@ -62,8 +62,8 @@ def sample(
             "--format",
             metavar="FORM",
             show_default=False,
-            help="grid (default; one PNG), images (a PNG each), npz (ADM's layout); geneval or dpg: four images of "
-            "each of --prompts, as these benchmarks read them.",
+            help="grid (default; one PNG), images (a PNG each), npz (ADM's layout); geneval or dpg: four images per "
+            "prompt in the layout of these benchmarks.",
         ),
     ] = "grid",
     folder: Annotated[

@@ -28,17 +28,17 @@ def show(
     source: Source,
     overrides: Overrides = None,
     as_yaml: Annotated[bool, typer.Option("--yaml", help="Print the run alone: a file for dumo train.")] = False,
-    all_fields: Annotated[bool, typer.Option("--all", help="Every field, as run.yaml has it.")] = False,
-    counts_cost: Annotated[bool, typer.Option("--cost", help="Count memory, operations and hours.")] = False,
+    all_fields: Annotated[bool, typer.Option("--all", help="Print every field, as in run.yaml.")] = False,
+    counts_cost: Annotated[bool, typer.Option("--cost", help="Estimate memory, operations and hours.")] = False,
     ranks: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="With --cost: count for this many ranks, a GPU each.")
+        int | None, typer.Option(min=1, metavar="N", help="With --cost: the number of ranks, one GPU each.")
     ] = None,
     tflops: Annotated[
         float | None,
         typer.Option(
             min=0.001,
             metavar="N",
-            help="With --cost: the 10^12 operations per second that a GPU reaches, for the hours.",
+            help="With --cost: the TFLOPS that a GPU sustains, to estimate hours.",
         ),
     ] = None,
     checks: Annotated[
@@ -55,7 +55,7 @@ def show(
 
     With --cost, count the memory of each layout; with --check, test the run on this machine.
 
-    Fields of the machine and parts that are empty are left out if they have their defaults. All but the settings is
+    Machine settings and empty sections are omitted if they have their defaults. Everything except the settings is
     printed as comments, so that  dumo show digits > my.yaml  makes a file for  dumo train my.yaml.
 
     Examples:

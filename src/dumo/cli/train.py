@@ -38,12 +38,12 @@ def train(
     """Train a recipe or your images, or resume a run.
 
     Run the same command again to resume, or with more steps or minutes, which are totals, to train for longer. --from
-    STEP --out NEW begins a new run NEW from a checkpoint of a run, with other data or fields if they are given.
+    STEP --out NEW starts a new run NEW from a checkpoint of a run, with other data or fields if they are given.
 
-    Given images, propose a run that suits them and this machine, and ask before it starts. On a CPU it takes 6 minutes,
-    unless minutes=N or steps=N says how long.
+    If SOURCE is images, propose a run for them and this machine, and ask for confirmation. On a CPU it takes 6 minutes,
+    unless minutes=N or steps=N is given.
 
-    digits-trained and cifar10-trained, which ship with dumo, begin a new run with their settings and weights.
+    digits-trained and cifar10-trained, which ship with dumo, start a new run with their settings and weights.
 
     Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
 

@@ -212,7 +212,7 @@ def require_independent_noise(objective: Objective, *, has_coupling: bool, has_p
     elif has_pairs and objective.needs.diffuses_samples:
         tie = "teacher.pairs"
     if tie:
-        argument = "; in dumo.Flow leave out coupling=" if has_coupling else ""
+        argument = "; in dumo.Flow remove coupling=" if has_coupling else ""
         raise UserError(
             f"{tie} ties noise to data, and objective '{objective.kind}' compares samples and data as if it were "
             f"independent, so they would not agree at the exact flow: set {tie}=null{argument}"

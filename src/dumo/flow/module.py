@@ -250,7 +250,7 @@ class Flow(nn.Module):
                 "x requires a gradient, so the loss would train the module that computed x: pass x.detach()"
             )
         if progress is not None and not 0 <= progress <= 1:
-            raise UserError(f"progress = {progress:g}: pass the share of the training that is done, from 0 to 1")
+            raise UserError(f"progress = {progress:g}: pass the completed fraction of training, from 0 to 1")
         if z is not None and z.shape != x.shape:
             raise UserError(f"z has shape {tuple(z.shape)}, x {tuple(x.shape)}: pass noise of the shape of x")
 
@@ -382,7 +382,7 @@ class Flow(nn.Module):
         ranks = dist.all_values((self.training, len(x)))
         if len({training for training, _ in ranks}) > 1:
             raise UserError(
-                "the first loss is one of training on some ranks and one of validation on others: validate on all "
+                "the first loss is a training loss on some ranks and a validation loss on others: validate on all "
                 "ranks, or on one of them after the first step"
             )
         if self.shard is not None and self.shard[1] > len(ranks):
@@ -799,8 +799,8 @@ class Flow(nn.Module):
                 differences.append(f"{name} was {before}, and is {facts.get(name)}")
         if differences:
             raise UserError(
-                f"this state is of another flow: {'; '.join(differences)}. Make the flow as it was, or load weights "
-                "alone into flow.net"
+                f"this state belongs to another flow: {'; '.join(differences)}. Create the flow with the same "
+                "arguments, or load only the weights into flow.net"
             )
         self.step = fields["step"]
         self.seed = fields["seed"]

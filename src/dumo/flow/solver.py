@@ -217,7 +217,7 @@ def solver_of(solver: object) -> Solver:
         raise UserError(f"solver = {solver!r}: use a name, such as 'heun', or an instance, such as Heun()")
     by_kind = {cls.model_fields["kind"].default: cls for cls in members(Solver)}
     if solver not in by_kind:
-        raise UserError(f"there is no solver '{solver}': use one of {', '.join(by_kind)}")
+        raise UserError(f"unknown solver '{solver}': use one of {', '.join(by_kind)}")
     return cast("Solver", by_kind[solver]())
 
 

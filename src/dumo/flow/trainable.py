@@ -39,7 +39,7 @@ def require_trainable(net: nn.Module, b: NoisyBatch, needs: Needs) -> None:
     buffers_before = {key: buffer.clone() for key, buffer in module.named_buffers()}
     for key, buffer in buffers_before.items():
         if buffer.isnan().any():
-            raise UserError(f"{name}: its buffer '{key}' holds NaN: look at where it comes from")
+            raise UserError(f"{name}: its buffer '{key}' contains NaN: check the code that writes it")
     x = b.x_t.clone()
     outputs = heads(x, b.c, inputs)
     if not torch.allclose(x, b.x_t, rtol=0.0, atol=0.0, equal_nan=True):

@@ -42,7 +42,7 @@ def locked(
         if error.filename is not None:
             raise
         path.unlink(missing_ok=True)
-        problem = f"this folder cannot be locked ({error.strerror}), so take one on a disk that has locks"
+        problem = f"this folder cannot be locked ({error.strerror}): use a folder on a file system with locks"
         raise OSError(error.errno, problem, str(path.parent)) from error
     try:
         lock_stat = path.stat()

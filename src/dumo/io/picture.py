@@ -47,8 +47,8 @@ def to_uint8(x: Sample) -> Pixels:
     """
     if not x.isfinite().all():
         raise UserError(
-            "the samples are not finite numbers and have no colour: these weights have diverged, use others, or train "
-            "again with a lower rate or a clipped gradient"
+            "the samples are not finite because these weights have diverged: use other weights, or train again with "
+            "a lower learning rate or gradient clipping"
         )
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
 

@@ -45,7 +45,9 @@ def user_path(text: str, field: str) -> Path:
     try:
         return Path(expanded).expanduser()
     except RuntimeError as error:  # HOME is not set, and the user has no entry
-        raise UserError(f"{field} is {text}, and no such home is known: write the whole path, or set HOME") from error
+        raise UserError(
+            f"{field} is {text}, but that home directory cannot be determined: give the full path, or set HOME"
+        ) from error
 
 
 def cache_folder() -> Path:
@@ -81,7 +83,7 @@ def decode_utf8(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 ({error}): convert it, as by iconv -t utf-8") from error
+        raise UserError(f"{where} is not UTF-8 ({error}): convert it, e.g. with iconv -t utf-8") from error
 
 
 def text_lines(path: Path, newline: str | None = "") -> Iterator[str]:
@@ -93,7 +95,7 @@ def text_lines(path: Path, newline: str | None = "") -> Iterator[str]:
         try:
             yield from lines
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 ({error}): convert it, as by iconv -t utf-8") from error
+            raise UserError(f"{path} is not UTF-8 ({error}): convert it, e.g. with iconv -t utf-8") from error
 
 
 def is_unicode(text: str) -> bool:

@@ -55,7 +55,7 @@ from dumo.types import Spec, UserError
 FILE = "index.json"
 MAX_MAPPED = 2**14  # shards mapped at a time; Linux allows 65,530 maps. Ours
 # The fixes that messages end with.
-REMAKE = "start the same dumo encode again, which re-makes what is damaged"
+REMAKE = "run the same dumo encode again, which re-creates damaged files"
 ELSEWHERE = "encode into another folder, or remove this one"
 
 Tick = Callable[[int, str], None]  # is called with the rows of the source that this rank has read, and a note
@@ -239,7 +239,7 @@ class ShardTable:
         for name, column in columns.items():
             if not column.fits(tensors, name, shard.rows):
                 raise UserError(
-                    f"{self.folder}: {shard.file} holds other tensors than {FILE} says: {self.index.remake_hint}"
+                    f"{self.folder}: {shard.file} has other tensors than {FILE} lists: {self.index.remake_hint}"
                 )
         return {name: tensors[name] for name in columns}
 
@@ -270,7 +270,7 @@ def read_finished_index(folder: Path, kind: type[K], missing: UserError) -> K:
     if index is None:
         raise missing
     if not index.shards:
-        raise UserError(f"{folder} is unfinished: start the same dumo encode again, and it resumes where it stopped")
+        raise UserError(f"{folder} is unfinished: run the same dumo encode again to resume it")
     require_intact(folder, index)
     return index
 
@@ -374,7 +374,7 @@ def _claim(folder: Path, index: TableIndex, rank: int) -> None:
     is_in_use = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
     if is_in_use and not (folder / FILE).exists():  # not where another rank has begun meanwhile
         raise UserError(
-            f"{folder} is not empty and holds no {FILE}, so it is no {index.noun}: give a new folder "
+            f"{folder} is not empty and has no {FILE}, so it is not a {index.noun}: give a new folder "
             "(data.root, of texts net.texts.root); images are read from data.images.root"
         )
     claimed = index.model_copy(update={"inputs": index.inputs_digest()})

@@ -44,7 +44,7 @@ SUM = "sum"  # key of the checksum among these facts
 Offsets = dict[str, Sequence[int]]
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")  # suffixes of pickled weights
-NO_PICKLE = "dumo reads no pickle, which can run code: save these weights as safetensors"
+NO_PICKLE = "pickle files are not supported because they can run code: save these weights as safetensors"
 
 
 @contextmanager
@@ -110,11 +110,11 @@ def _headers(folder: Path) -> "Mapping[str, TensorStorageMetadata]":
         )
     # Torch's reader raises these for a damaged header.
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{folder} has a damaged file ({brief(repr(error))}): take another copy of it") from error
+        raise UserError(f"{folder} has a damaged file ({brief(repr(error))}): download it again") from error
     for name, x in headers.items():
         num_values = sum(prod(chunk.sizes) for chunk in x.chunks)
         if num_values != prod(x.size) or len({chunk.offsets for chunk in x.chunks}) < len(x.chunks):
-            raise UserError(f"{folder} lacks a part of {name}, or has it twice: take another copy, with all its files")
+            raise UserError(f"{folder} has a shard of {name} missing or duplicated: download all its files again")
     return headers
 
 
@@ -193,7 +193,7 @@ def load_checked(place: Path) -> dict[str, Tensor]:
     facts = facts_of(place)
     # state.json has the digests of a checkpoint's files, and other programs write none.
     if SUM in facts and facts[SUM] != _sum_of(tensors, facts):
-        raise UserError(f"{place} has changed: its checksum is another. Take another copy, or other weights")
+        raise UserError(f"{place} has changed, since its checksum differs: download it again, or use other weights")
     return tensors
 
 

@@ -118,5 +118,5 @@ def _plain_numbers(value: object) -> object:
     if hasattr(value, "tolist") and not isinstance(value, type):
         plain_value = cast(Any, value).tolist()
     if type(plain_value) is type(value):  # nothing was made plain; a long double stays one
-        raise PydanticSerializationError(f"{brief(repr(value))} is no value of YAML")
+        raise PydanticSerializationError(f"{brief(repr(value))} cannot be written as YAML")
     return plain_value

@@ -84,7 +84,7 @@ class DiT(Spec):
         Raises UserError for another name.
         """
         if name not in SIZES:
-            raise UserError(f"there is no DiT of size '{name}': use one of {', '.join(SIZES)}")
+            raise UserError(f"unknown DiT size '{name}': use one of {', '.join(SIZES)}")
         width, depth, attention = SIZES[name]
         return cls(width=width, depth=depth, attention=attention, **fields)
 

@@ -301,14 +301,14 @@ class Family:
             p = isqrt(in_channels // channels)
             if p == 0 or p * p * channels != in_channels:
                 raise UserError(
-                    f"pipeline has a model of tokens of {in_channels} numbers, channels x patch x patch, and the data "
-                    f"have {channels} channels: take data that fit it"
+                    f"pipeline has a model with tokens of {in_channels} numbers, channels x patch x patch, but the "
+                    f"data have {channels} channels: use the data of this model's autoencoder"
                 )
             return p
         if in_channels != channels:
             raise UserError(
-                f"pipeline has a model of {in_channels} channels, and the data have {channels} channels: take data "
-                "that fit it"
+                f"pipeline has a model with {in_channels} channels, but the data have {channels}: use data with "
+                f"{in_channels} channels"
             )
         patch: int | list[int] = config.get("patch_size", config.get("all_patch_size", 1))
         return patch[-1] if isinstance(patch, list | tuple) else patch  # Wan's: frames, rows, columns
@@ -541,7 +541,7 @@ PIPELINE_PURPOSES = {  # of variants of a base, by a word in the class of the pi
     "ImageToVideo": "begins with an image",
     "Control": "follows an image",
     "Layered": "makes layers",
-    "Sprint": "has the path of a consistency model, which is none of dumo's",
+    "Sprint": "has the path of a consistency model, which is not supported",
 }
 
 
@@ -597,22 +597,22 @@ def find_family(config: Config, pipeline: str = "") -> Family:
     model_family = _closest_family(config, pipeline)
     if model_family is None:
         raise UserError(
-            f"pipeline has a {class_of(config)}, which dumo was not tested with: take the folder of one of "
+            f"pipeline has a {class_of(config)}, which is not supported: use the folder of one of "
             f"{', '.join(PIPELINES)}"
         )
     unknown_key = _first_unknown_setting(config)
     if unknown_key is not None:
         raise UserError(
-            f"pipeline has a {class_of(config)} with {unknown_key} = {config[unknown_key]!r} in its config.json, which "
-            "dumo was not tested with: take a pipeline without it"
+            f"pipeline has a {class_of(config)} with {unknown_key} = {config[unknown_key]!r} in its config.json, "
+            "which is not supported: use a pipeline without it"
         )
     newer_name = pipeline.replace("Text2Img", "")  # Lumina2Text2ImgPipeline became Lumina2Pipeline
     if newer_name in ("", model_family.pipeline):
         return model_family
     purposes = [purpose for word, purpose in PIPELINE_PURPOSES.items() if word in pipeline]
-    purpose = purposes[0] if purposes else "is no pipeline that dumo knows"
+    purpose = purposes[0] if purposes else "is not supported"
     raise UserError(
-        f"pipeline is a {pipeline}, which {purpose}: dumo trains what makes an image of a text alone. Take the folder "
+        f"pipeline is a {pipeline}, which {purpose}, but only text-to-image pipelines are supported: use the folder "
         f"of a {model_family.pipeline}"
     )
 
@@ -624,7 +624,7 @@ def family_of(pipeline: Pipeline) -> Family:
     """
     if pipeline.index and not {TRANSFORMER, UNET_PART} & pipeline.index.keys():
         raise UserError(
-            f"pipeline is a {pipeline.class_name}, which has no transformer and no unet: take the folder of one of "
+            f"pipeline is a {pipeline.class_name}, which has no transformer and no unet: use the folder of one of "
             f"{', '.join(PIPELINES)}"
         )
     return find_family(pipeline.config(TRANSFORMER), pipeline.class_name)
@@ -678,8 +678,8 @@ def _flux2_family(config: Config, pipeline: str) -> Family:
     embeds_guidance = bool(config.get("guidance_embeds", True))  # True is the default of its class
     if pipeline == KLEIN.pipeline and embeds_guidance:
         raise UserError(
-            f"pipeline is a {pipeline}, which passes its model no guidance, and this model embeds it (guidance_embeds):"
-            f" take the folder of a {FAMILIES[FLUX2].pipeline}"
+            f"pipeline is a {pipeline}, which does not pass guidance to its model, but this model embeds it "
+            f"(guidance_embeds): use the folder of a {FAMILIES[FLUX2].pipeline}"
         )
     if embeds_guidance or pipeline == FAMILIES[FLUX2].pipeline:
         return FAMILIES[FLUX2]
@@ -698,7 +698,7 @@ def _pixart_family(config: Config, pipeline: str) -> Family:
     if reads_sizes and (sample_size != _ALPHA_SAMPLE_SIZE or pipeline == FAMILIES[PIXART].pipeline):
         raise UserError(
             f"pipeline has a PixArt that reads the sizes of images (use_additional_conditions), with sample_size "
-            f"{sample_size}, and no {pipeline or PIXART_ALPHA.pipeline} passes them to it: take the folder of a "
+            f"{sample_size}, which {pipeline or PIXART_ALPHA.pipeline} does not pass: use the folder of a "
             f"{PIXART_ALPHA.pipeline} of 1024 pixels, or of a {FAMILIES[PIXART].pipeline} without them"
         )
     if reads_sizes or pipeline == PIXART_ALPHA.pipeline:
@@ -713,7 +713,7 @@ def _unet_family(config: Config) -> Family:
     if in_channels != out_channels:
         purpose = _UNET_PURPOSES.get(in_channels or 0, "reads more than a sample")
         raise UserError(
-            f"pipeline has a UNet of {in_channels} channels, of which it gives {out_channels}: it {purpose}, and dumo "
-            "trains what makes an image of a text alone. Take the folder of a text-to-image pipeline"
+            f"pipeline has a UNet with {in_channels} input channels and {out_channels} output channels: it {purpose}, "
+            "but only text-to-image pipelines are supported: use the folder of one"
         )
     return SDXL if config.get("addition_embed_type") else FAMILIES[UNET]

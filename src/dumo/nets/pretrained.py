@@ -144,11 +144,11 @@ class Pretrained(PipelineSpec):
         _require_known(needs)
         if has_component(self.pipeline.index.get(SECOND_TRANSFORMER)):
             raise UserError(
-                f"{FIELD}: {self.pipeline.source} has two transformers, each for some of the times t, and one alone "
-                "would be tuned: take a pipeline of one, such as Wan 2.1"
+                f"{FIELD}: {self.pipeline.source} has two transformers, each for a range of times t, and only one "
+                "would be trained: use a pipeline with one, such as Wan 2.1"
             )
         if len(shape) != 3:
-            raise UserError(f"net 'diffusers' takes images, not samples of shape {shape}: use net.kind mlp")
+            raise UserError(f"net 'diffusers' needs images, not samples of shape {shape}: use net.kind mlp")
         model_family = self.family
         config = self._build_config(self.pipeline.config(TRANSFORMER))
         model, stored = self.load_model(config, model_family)
@@ -197,13 +197,13 @@ class Pretrained(PipelineSpec):
         kind = model.config["_class_name"]
         if texts.has_mask and not family.keeps_mask_when_checkpointed:
             raise UserError(
-                f"{FIELD} has a {kind}, which forgets the mask of its texts in blocks that are computed again: set "
+                f"{FIELD} has a {kind}, which loses the text mask under activation checkpointing: set "
                 "net.checkpoint=false"
             )
         if self.checkpoint > 1 and is_unet(model.config):
             raise UserError(
-                f"net.checkpoint = {self.checkpoint} leaves blocks out, and of a UNet all are computed again or none: "
-                "set net.checkpoint=true"
+                f"net.checkpoint = {self.checkpoint} selects some blocks, but a UNet can only checkpoint all blocks "
+                "or none: set net.checkpoint=true"
             )
         model.enable_gradient_checkpointing(run_as_marked)
         for part in model.children():
@@ -215,7 +215,7 @@ class Pretrained(PipelineSpec):
         if isinstance(self.texts, Codes):
             if family.edits_images:
                 raise UserError(
-                    f"{FIELD} has a {family.pipeline}, which edits images, and codes edit none: take captions"
+                    f"{FIELD} has a {family.pipeline}, which edits images and cannot be used with codes: use captions"
                 )
             return make_codes(classes, config[family.text_width], family.pooled_width(config))
         if family.edits_images:
@@ -235,12 +235,13 @@ class Pretrained(PipelineSpec):
             raise UserError(f"{subject}, and adapters of convolutions are for UNets: set net.lora.convolutions=false")
         if self.lowpass and not family.time_embedder:
             raise UserError(
-                f"{subject}, for whose embedding of time there is no low-pass: set net.lowpass=null, and an exact slope"
+                f"{subject}, whose time embedding does not support a low-pass filter: set net.lowpass=null, and an "
+                "exact slope"
             )
         if ("r" in needs.names or needs.signed) and not family.time_embedder:
             raise UserError(
-                f"{subject}, which has no embedder of time that a second time or its sign could be added to: take an "
-                "objective of one positive time, objective.kind=dumo"
+                f"{subject}, which has no time embedder for a second or negative time: use an objective with one "
+                "positive time, such as objective.kind=dumo"
             )
 
     def _build_config(self, config: Config) -> Config:
@@ -366,8 +367,8 @@ def _require_known(needs: Needs) -> None:
     unknown += [f"gauge '{name}'" for name in needs.gauges]
     if unknown:
         raise UserError(
-            f"net 'diffusers' has heads v, u and m, and the inputs t and r; this objective needs {unknown[0]}: take "
-            "objective.kind dumo, flow_matching, ucgm, consistency or meanflow"
+            f"net 'diffusers' has heads v, u and m, and the inputs t and r; this objective needs {unknown[0]}: set "
+            "objective.kind to dumo, flow_matching, ucgm, consistency or meanflow"
         )
 
 

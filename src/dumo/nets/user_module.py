@@ -57,7 +57,7 @@ class ModuleSpec(NetSpec):
         same_layout = MODULES.get(self.layout)
         if not same_layout:
             raise UserError(
-                f"this run needs the Python module {self.name}: pass a module of the same layout, "
+                f"this run needs the Python module {self.name}: pass a module with the same parameters, "
                 f"dumo.load(RUN, net={self.name.rpartition(':')[2]}(...))"
             )
         module = same_layout.get(self.weights)

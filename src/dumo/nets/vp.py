@@ -80,8 +80,8 @@ def read_scheduler(config: Mapping[str, Any]) -> DiffusionToVelocity:
     subject = f"pipeline: its scheduler, a {scheduler_class},"
     if "beta_start" not in config or config.get("trained_betas") is not None or beta_schedule not in BETA_SCHEDULES:
         raise UserError(
-            f"{subject} has none of the beta schedules {', '.join(BETA_SCHEDULES)}: use a pipeline folder with the "
-            "scheduler of the training"
+            f"{subject} must have one of the beta schedules {', '.join(BETA_SCHEDULES)}: use a pipeline folder with "
+            "the training scheduler"
         )
     prediction = config.get("prediction_type", "epsilon")
     zero_snr = bool(config.get("rescale_betas_zero_snr", False))

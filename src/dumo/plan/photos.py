@@ -159,7 +159,9 @@ def _images_at(place: str, changes: Sequence[str]) -> Images:
     override(tree, [text for text in changes if text.startswith("data.") and field_of(text) != "data.root"])
     images = parse(StandaloneParts, tree).data
     if not isinstance(images, Images):
-        raise UserError(f"{place} holds images, and data.kind={tree['data']['kind']} reads none: leave it out")
+        raise UserError(
+            f"{place} has images, but data.kind={tree['data']['kind']} does not use images: remove data.kind"
+        )
     return images
 
 
@@ -174,7 +176,7 @@ def _median_side(rows: Rows) -> int:
         except (OSError, ValueError) as error:
             reason = reason or unreadable_text(rows.path(i), error)
     if not sides:
-        raise UserError(f"none of the {len(indices)} images looked at can be read; the first: {reason}")
+        raise UserError(f"none of the {len(indices)} sampled images can be read; the first: {reason}")
     return round(median(sides))
 
 

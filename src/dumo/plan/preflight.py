@@ -45,7 +45,7 @@ _MAX_WITHOUT_CAPTION = 0.5
 TIMES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
 # A low-pass that changes v by more than this, relative to its norm, has cut what the model uses.
 _MAX_CHANGE = 0.02
-_TEACH_AGAIN = "teach it v again, first by objective.kind=flow_matching, then from that run by start"
+_TEACH_AGAIN = "train v first with objective.kind=flow_matching, then set start to that run"
 # The low-pass of the recipes' networks, in rad.
 _LOWPASS = 10.0
 # Of |t dv/dt| / |v|: in networks of digits that could be tuned it was at most 0.6, in one that could not 4.4.
@@ -145,7 +145,7 @@ def data_findings(data: Data, folder: Path | None) -> list[Finding]:
         if isinstance(data, Latents):
             index = read_index(data.folder)
             if index is None:
-                return [Finding("data", "warning", f"{data.folder} is not there yet", "dumo encode makes it")]
+                return [Finding("data", "warning", f"{data.folder} does not exist yet", "dumo encode makes it")]
             verify(data.folder, index.shards)
             data.compare_images(hash_all=True)
             return [Finding("data", "ok", f"{len(index.shards):,} shards and their images are as they were encoded")]
@@ -177,7 +177,7 @@ def caption_findings(data: Data) -> list[Finding]:
     try:
         captions = data.all_captions()
     except UserError as error:
-        return [Finding("captions", "failing", "not there, or others than the run was made with", str(error))]
+        return [Finding("captions", "failing", "missing, or different from those the run was created with", str(error))]
     num_images = len(captions.ends)
     max_per_image = int(captions.counts.max())
     # Images without a caption have the number after the last caption.
@@ -191,7 +191,7 @@ def caption_findings(data: Data) -> list[Finding]:
         text += f"; {without_caption:,} images have none"
     way = ""
     if without_caption > _MAX_WITHOUT_CAPTION * num_images:
-        way = "write captions of more images, or leave out those without"
+        way = "write captions for more images, or remove images without captions"
     return [_ok_or_warning("captions", text, way)]
 
 
@@ -202,7 +202,7 @@ def bucket_findings(data: Data) -> list[Finding]:
     try:
         crops = data.crops()
     except UserError as error:
-        return [Finding("buckets", "warning", "the images are not there", str(error))]
+        return [Finding("buckets", "warning", "the images do not exist", str(error))]
     return [Finding("buckets", "ok", str(crops))] if crops else []
 
 

@@ -129,13 +129,13 @@ def prepare(
     # Begin a new run from a checkpoint, or resume the one that began so.
     if step is not None:
         if chosen is None or chosen.kind != "run":
-            raise UserError(f"--from {step} begins a new run from a checkpoint: give the folder of a run")
+            raise UserError(f"--from {step} starts a new run from a checkpoint: give the folder of a run")
         source_folder = chosen.folder
         meaning = f"the checkpoint of step {step} in {source_folder}, for a new run in {path}"
         if out is None or out.absolute() == source_folder.absolute():
             raise UserError(
-                f"--from {step} begins a new run: say where, dumo train {shell_path(source_folder)} --from {step} "
-                "--out NEW"
+                f"--from {step} starts a new run, which needs a folder: dumo train {shell_path(source_folder)} --from "
+                f"{step} --out NEW"
             )
         origin = Origin(run=str(source_folder.absolute()), step=step)
         if RunFolder(path).origin == origin:
@@ -275,7 +275,7 @@ def _default_folder(chosen: ChosenSource | None, parts: Fields, images_place: st
         return folder_of_images(images_place)
     if chosen and (chosen.kind == "run" or not parts):
         return chosen.folder
-    raise UserError('a run of your own parts needs a folder: say out="runs/NAME"')
+    raise UserError('a run of Python objects needs a folder: set out="runs/NAME"')
 
 
 def _part_fields(parts: Fields, tree: Fields) -> Fields:

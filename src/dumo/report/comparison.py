@@ -51,8 +51,9 @@ def require_comparable(cards: Mapping[str, Card]) -> None:
         lines.append(f"\n  {field}: {text}")
     if lines:
         raise UserError(
-            f"these evaluations were not measured alike, so they cannot share a table:{''.join(lines)}\nEvaluate them "
-            "alike, or give --anyway, which prints the table with what differs"
+            "these evaluations used different settings, so their scores are not "
+            f"comparable:{''.join(lines)}\nEvaluate with the same settings, or add --anyway to print the table with "
+            "the differences"
         )
 
 

@@ -55,7 +55,7 @@ def open_demo(folders: Sequence[str], *, weights: str | None = None, device: str
         conditions = run.spec.conditions
         classes.append("captions" if conditions.captions else (conditions.count, conditions.names))
     if any(other != classes[0] for other in classes):
-        raise UserError(f"{' and '.join(folders)} have different classes: give runs of the same data, or one run")
+        raise UserError(f"{' and '.join(folders)} have different classes: use runs of the same data, or one run")
     return runs
 
 
@@ -141,7 +141,7 @@ def sample(
         c = trained.conditions([condition] if is_chosen else None, count)
     modes = sampling_modes(trained.spec)
     if letter not in modes:
-        raise UserError(f"objective {trained.spec.objective.kind} of {trained.folder} teaches no {letter}")
+        raise UserError(f"objective {trained.spec.objective.kind} of {trained.folder} does not train {letter}")
     solver = modes[letter].solver_for(nfe)
     guide = trained.spec.sample.guide
     if scale != guide.scale:

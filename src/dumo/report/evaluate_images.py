@@ -212,7 +212,7 @@ def judge(
     elif image_set.label_problem:
         labels_text = f"none: {image_set.label_problem}"
     elif image_set.labels:
-        labels_text = "none: the protocol judges no classes, or the reference has others"
+        labels_text = "none: the protocol does not evaluate classes, or the reference has other classes"
     else:
         labels_text = "none"
     card: Card = {
@@ -267,9 +267,7 @@ def _protocol_for(tree: dict[str, Any], image_set: ImageSet, place: Path, agains
     else:
         ignored = protocol.kind == "digits" and bool(against or tree["data"])
     if ignored:
-        raise UserError(
-            f"protocol {protocol.kind} has a reference of its own: leave out data, and for digits --against"
-        )
+        raise UserError(f"protocol {protocol.kind} has its own reference: remove data, and for digits --against")
     if protocol.total > count:
         raise UserError(f"{place} has {count:,} images, evaluate.protocol.samples={protocol.total}: set no more")
     if isinstance(protocol, ImageProtocol):
@@ -312,7 +310,7 @@ class _ImagesReference:
 
     def open(self) -> Data:
         """Return the data. A protocol that reads a file of its own never calls this."""
-        assert self.data is not None, "the protocol reads a file of its own"
+        assert self.data is not None, "the protocol has its own reference file"
         return self.data
 
 

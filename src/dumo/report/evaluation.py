@@ -74,9 +74,9 @@ def evaluate(
     # Open the reference and the evaluator.
     evaluator = evaluator_of(run, run.evaluate, trained.device, bar, _stored_reference(trained))
     if metrics:
-        dist.require_one_process("a metric of your own")
+        dist.require_one_process("a custom metric")
         if isinstance(evaluator, LikelihoodEvaluator):
-            raise UserError(f"protocol {protocol.kind} makes no samples, so it takes no metrics of your own")
+            raise UserError(f"protocol {protocol.kind} does not generate samples, so custom metrics cannot be computed")
         evaluator = UserMetricsEvaluator(evaluator, metrics)
 
     # Sample and score.

@@ -280,10 +280,10 @@ def terminal_lines(evaluation: Mapping[str, Any], columns: Sequence[str] | None)
         if shown_scores:
             yield f"{TERMINAL_BASELINES.get(name, name)}: {terminal_text(shown_scores)}"
     if has_too_few_images(evaluation):
-        yield f"{TERMINAL_BASELINES['perfect']}: too few images to tell"
+        yield f"{TERMINAL_BASELINES['perfect']}: too few images to distinguish them"
     biased_names = trained_on_names(first_row, card)
     if biased_names:
-        yield f"no judges of this run, which was trained on what they are by: {', '.join(biased_names)}"
+        yield f"biased, because the run was trained on the features that define them: {', '.join(biased_names)}"
     for field, text in card_notes(card).items():
         yield f"{field}: {text}"
     sentence = verdict(evaluation["results"], evaluation["baselines"])

@@ -39,7 +39,9 @@ def _check_editing(data: Data, net: Net) -> None:
     model = family.pipeline if family else f"net '{net.kind}'"
     field = f"{captions_field(data)}.source"
     if source and not edits:
-        raise UserError(f"{field} = {source} is a column of images to edit, and a {model} edits none: leave it out")
+        raise UserError(
+            f"{field} = {source} is a column of images to edit, but {model} does not edit images: remove it"
+        )
     if edits and not source:
         raise UserError(f"{field} is missing, and a {model} edits images: set it to the column of images to edit")
 
@@ -78,8 +80,8 @@ def _check_path(path: FlowPath, net: Net) -> None:
         )
     if diffusion and not isinstance(path, Diffusion):
         raise UserError(
-            f"path.kind = {path.kind}, and pipeline has a diffusion model, whose path ends at the last time of its "
-            "schedule: set path.kind=diffusion"
+            f"path.kind = {path.kind}, but pipeline has a diffusion model with its own noise schedule: set "
+            "path.kind=diffusion"
         )
     if diffusion and isinstance(path, Diffusion) and path.schedule not in (None, diffusion.schedule):
         raise UserError("path.schedule differs from that of the pipeline's scheduler: set path.schedule=null")
@@ -89,6 +91,6 @@ def _check_base_teacher(path: FlowPath) -> None:
     """Require the linear path with sd 1, because the base model under the adapters predicts its velocity."""
     if path.kind == "trig" or path.sd != 1:
         raise UserError(
-            f"teacher.kind = base needs path 'linear' with sd 1, and this is path '{path.kind}' with sd {path.sd:g}: "
+            f"teacher.kind = base needs path 'linear' with sd 1, not path '{path.kind}' with sd {path.sd:g}: "
             "set teacher.kind=run and teacher.source to the folder of a run"
         )

@@ -70,8 +70,9 @@ def require_contract(run: Run, net: nn.Module, device: torch.device) -> None:
             second = flow.compute_loss(batch).loss.detach()
             if not outputs_match(first, second, max_pass_difference(batch.x_t)):
                 raise UserError(
-                    f"objective '{objective.kind}': two losses of the same rows differ, so a resumed run would differ: "
-                    "keep no state, name what is drawn in Needs.laws, and read it from b.drawn (docs/own-objective.md)"
+                    f"objective '{objective.kind}': two losses of the same rows differ, so a resumed run would "
+                    "differ: keep no state, declare random draws in Needs.laws, and read them from b.drawn "
+                    "(docs/own-objective.md)"
                 )
 
 

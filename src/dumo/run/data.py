@@ -29,7 +29,7 @@ from dumo.types import UserError
 
 # The number of rows that are measured: the first of the first epoch in the order of seed 0.
 ROWS = 256
-_FIX = "give another folder with --out, or begin a new run with the data as they are by --from STEP --out NEW"
+_FIX = "use another folder with --out, or start a new run on the current data with --from STEP --out NEW"
 _PROBLEM = f"is not what it was when this run read it: put it back as it was, on all ranks alike, {_FIX}"
 
 
@@ -130,7 +130,7 @@ def read_ledger(folder: Path, last: Checkpoint) -> Recorded:
     with file.open("rb") as opened:
         content = opened.read(entry.bytes)
     if digest.of_bytes(content) != entry.sha256:
-        raise UserError(f"{file} has changed, which holds what the images were: bring it back, or {_FIX}")
+        raise UserError(f"{file} has changed, and it records the run's images: restore it, or {_FIX}")
     return recorded
 
 
@@ -176,6 +176,6 @@ def _merge(ledger: Ledger, of_ranks: list[NDArray[np.void]]) -> NDArray[np.void]
     is_other = is_same_image & (records["sha256"][1:] != records["sha256"][:-1]).any(1)
     if is_other.any():
         image = int(records["image"][1:][is_other][0])
-        raise UserError(f"{ledger.rows.path(image)} is another on another rank: give all ranks the same files")
+        raise UserError(f"{ledger.rows.path(image)} differs between ranks: give all ranks the same files")
     is_first = np.concatenate(([True] * min(1, len(records)), ~is_same_image))
     return records[is_first]

@@ -88,7 +88,7 @@ class Examination:
     def __str__(self) -> str:
         """Return the result in a line."""
         if self.slope is None:
-            return "nothing to examine: this objective takes no derivative"
+            return "nothing to examine: this objective has no derivative"
         head_errors = ", ".join(f"{head} {100 * error:.2g} %" for head, error in self.errors.items())
         return (
             f"slope '{self.slope}' in precision {self.precision} at time_scale {self.time_scale:g}, with "

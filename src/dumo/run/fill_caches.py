@@ -78,7 +78,7 @@ class EncodeResult:
             yield f"made again: {damaged}"
         index = self.read_index()
         if index is None:
-            yield f"{self.folder}: {made} shards made, {self.make_result.missing} are still to be made by others"
+            yield f"{self.folder}: {made} shards made, {self.make_result.missing} remain for other processes"
             return
         yield f"{self.folder}: {index.summary()}, {made} shards made now"
         if isinstance(index, cache.CacheIndex) and index.sizes:
@@ -106,7 +106,7 @@ class TextResult:
         if self.is_finished:
             yield f"{self.folder}: {self.num_captions:,} captions and the empty text, {made} shards made now"
         else:
-            yield f"{self.folder}: {made} shards made, {self.make_result.missing} are still to be made by others"
+            yield f"{self.folder}: {made} shards made, {self.make_result.missing} remain for other processes"
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ class RunFolder:
         checkpoint = agreement.on_each_rank(lambda: source.checkpoint_at(origin.step))
         fault = source.checkpoints.find_fault(origin.step, together=True)
         if fault:
-            raise UserError(f"{fault}: begin from another step")
+            raise UserError(f"{fault}: start from another step")
         # Drop the log and the ledger of the other run.
         facts = checkpoint.facts.model_copy(update={"log": None, "ledger": None})
         return replace(checkpoint, facts=facts)
@@ -256,13 +256,13 @@ class RunFolder:
             return
         if self.exported_weights:
             raise UserError(
-                f"{self.path} is an export, which has no optimizer state to resume from: begin a new run from its "
+                f"{self.path} is an export, which has no optimizer state to resume from: start a new run from its "
                 f"weights with start.source={self.path}"
             )
         if self.text and self._has_saved:
             raise UserError(
-                f"{self.path} had checkpoints, and {self.checkpoints.folder} has none: mount its disk or restore them; "
-                "to train from the start, give another folder with --out"
+                f"{self.path} had checkpoints, but {self.checkpoints.folder} is empty: mount its disk or restore "
+                "them, or use --out to train from the start in another folder"
             )
 
     @property
@@ -288,8 +288,8 @@ class RunFolder:
         way_out = f"give another folder with --out, or remove {self.path}"
         if checkpoint:
             step = checkpoint.facts.step
-            way_out = f"begin a new run from it:  dumo train {shell_path(self.path)} --from {step} --out NEW"
-        lines_text = "\n  ".join(lines or [f"{RUN_FILE} was edited, or written by a dumo with other fields"])
+            way_out = f"start a new run from it:  dumo train {shell_path(self.path)} --from {step} --out NEW"
+        lines_text = "\n  ".join(lines or [f"{RUN_FILE} was edited, or written by another version of dumo"])
         raise UserError(
             f"{place or (checkpoint.path if checkpoint else self.path)} is of another run:\n  {lines_text}\n"
             f"Put these fields back, or {way_out}"
@@ -445,7 +445,7 @@ class RunFolder:
             owner = parse_text(Checkpoint.read(folder).run_text, folder / RUN_FILE).hash
             break
         if owner not in (None, config_hash(run)):
-            raise UserError(f"{place} has weights of another run than {self.path}: take others")
+            raise UserError(f"{place} has the weights of another run than {self.path}: use other weights")
 
 
 def require_own_file(file: Path, run: Run, kind: str, step: int) -> None:
@@ -453,12 +453,12 @@ def require_own_file(file: Path, run: Run, kind: str, step: int) -> None:
     facts: Mapping[str, object] = facts_of(file)
     if facts.get("run") != config_hash(run):
         raise UserError(
-            f"{file} has weights of another run than {RUN_FILE} says: put back those that this run kept, or remove them"
+            f"{file} has the weights of another run than {RUN_FILE}: restore the run's weights, or remove the file"
         )
     for name, value in {"kind": kind, "step": step}.items():
         stated = step_of(file, step) if name == "step" else facts.get(name)
         if stated != value:
-            raise UserError(f"{file} says that its {name} is {stated}, not {value}: put each file back in its place")
+            raise UserError(f"{file} has {name} {stated} instead of {value}: restore the original files")
 
 
 def is_on_other_disk(place: Path, folder: Path) -> bool:

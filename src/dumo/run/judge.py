@@ -113,7 +113,7 @@ def reference_data(data: Data, split: str | None) -> DataSource:
         return data.originals()
     images = shown_data(data)
     if not isinstance(images, Images):
-        raise UserError(f"evaluate.split={split}: data {data.kind} has no splits; leave it out")
+        raise UserError(f"evaluate.split={split}: data {data.kind} has no splits: remove evaluate.split")
     split_images = images.model_copy(update={"split": split, "count": None})
     return split_images.with_facts().originals()
 
@@ -150,7 +150,7 @@ def require_likelihood(run: Run) -> None:
     if isinstance(run.data, Latents):
         raise UserError("protocol likelihood is of the data themselves, not of latents: choose another protocol")
     if run.conditions.captions:
-        raise UserError("protocol likelihood knows classes, not captions: choose another protocol")
+        raise UserError("protocol likelihood supports classes, not captions: choose another protocol")
     if run.sample.guide.active:
         raise UserError("protocol likelihood is of the flow without guidance: set sample.guide.scale=1")
     # Raise UserError if the solver cannot integrate from data to noise with the functions that the net learned.

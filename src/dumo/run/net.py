@@ -108,7 +108,7 @@ def require_room_to_train(
     batch_bytes = 2 * rows * prod(run.data.shape) * torch.float32.itemsize
     require_memory(
         held_bytes(net_outline, run.train).total // share + batch_bytes,
-        "weights, gradients, optimizer, averages and a batch take",
+        "weights, gradients, optimizer, averages and a batch need",
         "take a smaller net (net.width, net.depth) or batch (train.batch)",
         device,
     )

@@ -83,7 +83,7 @@ def conditions_of_prompts(
     if not prompts:
         raise UserError("prompts is empty: give at least one, or leave it out")
     if any(not text.strip() for text in prompts):
-        raise UserError("a prompt is empty: say what the image shows, or leave the prompt out")
+        raise UserError("a prompt is empty: describe the image, or remove the prompt")
     texts = texts_of(net)
     if texts is None or conditions.captions is None:
         fix = "give classes (--labels)" if conditions.count else "leave them out"
@@ -116,11 +116,11 @@ def _as_captions(data: Data, prompts: Sequence[str], source: Path | None) -> lis
     Raise UserError unless a source is given if and only if the run edits images.
     """
     if edits_images(data) and source is None:
-        raise UserError("this run edits images, and the one to edit is missing: dumo sample takes it by --source FILE")
+        raise UserError("this run edits images, but no image to edit was given: add --source FILE")
     if source is None:
         return [text.strip() for text in prompts]
     if not edits_images(data):
-        raise UserError("this run edits no images: leave out --source")
+        raise UserError("this run does not edit images: remove --source")
     sha256 = image_hash(source)
     return [edit_caption(text, sha256) for text in prompts]
 

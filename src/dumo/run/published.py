@@ -25,7 +25,7 @@ _ATTENTION_BY_WIDTH = {width: attention for width, _, attention in SIZES.values(
 # The config file of a diffusers folder.
 _CONFIG_FILE = "config.json"
 _DIFFUSERS_CLASS = "DiTTransformer2DModel"
-_CONFIG_FIX = "take another copy of the model"
+_CONFIG_FIX = "download the model again"
 _TRUNK = ("embed.", "positions", "label.", "blocks.")
 # Converted weights outside the trunk.
 _OTHER_CONVERTED = ("heads.v.out.weight", "heads.v.out.bias", "scalars.embedders.t.0.weight")
@@ -106,8 +106,8 @@ def _choose_files(files: Collection[str]) -> list[str]:
 
 def _require_layers(start: Start, tensors: dict[str, Tensor], net: Transformer) -> None:
     """Raise UserError unless the tensors, under the authors' names, are a SiT or DiT of the net's sizes."""
-    prefix = f"start.source: {start.source} is no SiT or DiT of these sizes,"
-    fix = "set net.depth, take the part that holds the model (`ema`), or another file"
+    prefix = f"start.source: {start.source} is not a SiT or DiT of this size,"
+    fix = "set net.depth, save only the model's weights (`ema`), or use another file"
 
     # Compare the names.
     trunk_names = {name for name in net.state_dict() if name.startswith(_TRUNK)}
@@ -115,7 +115,7 @@ def _require_layers(start: Start, tensors: dict[str, Tensor], net: Transformer) 
     for name in tensors:
         net_name = our_name(name)
         if net_name is None or (net_name.startswith(_TRUNK) and net_name not in trunk_names):
-            raise UserError(f"{prefix} {name} is none of its layers here: {fix}")
+            raise UserError(f"{prefix} {name} is not a layer of this network: {fix}")
         source_names.add(net_name)
     missing = sorted({*trunk_names, *_OTHER_CONVERTED} - source_names - {"positions"})
     if missing:
@@ -135,6 +135,6 @@ def _require_layers(start: Start, tensors: dict[str, Tensor], net: Transformer) 
         shape = tuple(tensors[name].shape)
         if shape not in allowed_shapes:
             raise UserError(
-                f"{prefix} it has {name} of shape {shape}, and this net takes {allowed_shapes[0]}: set net.patch, "
+                f"{prefix} it has {name} of shape {shape}, but this network needs {allowed_shapes[0]}: set net.patch, "
                 f"net.width: {fix}"
             )

@@ -137,7 +137,7 @@ def log_with_speeds(folder: Path) -> list[log.Row]:
     Raise UserError if there is no log.
     """
     if not (folder / LOG_FILE).is_file():
-        raise UserError(f"{folder} has no {LOG_FILE}: give the folder of a run that has trained a while")
+        raise UserError(f"{folder} has no {LOG_FILE}: give the folder of a run that has been training")
     speed_by_step = {row.pop("step"): row for row in log.read_log(folder / FILE)}
     rows = log.read_log(folder / LOG_FILE)
     for row in rows:

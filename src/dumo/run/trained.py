@@ -245,7 +245,7 @@ class TrainedRun:
             raise UserError(f"output '{output}': there is {', '.join(_OUTPUTS)}")
         if generator is not None:
             if seed is not None or noise is not None:
-                raise UserError("a generator draws the seed: give it, or seed and noise")
+                raise UserError("generator cannot be combined with seed or noise: give only one")
             seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
         height_width = parse_size(self.spec.data, size)
         shape = net_shape(self.spec.data, height_width)
@@ -254,7 +254,7 @@ class TrainedRun:
             if noise.shape[1:] != shape or not len(noise):
                 raise UserError(f"noise has shape {tuple(noise.shape)}: it must be (n, {', '.join(map(str, shape))})")
             if count not in (None, len(noise)):
-                raise UserError(f"count = {count}, and noise has {len(noise)} rows: leave out count")
+                raise UserError(f"count = {count}, but noise has {len(noise)} rows: remove count")
             count = len(noise)
         x = self.make_samples(
             self.conditions(labels, count, prompts=prompts, source=source),
@@ -289,9 +289,9 @@ class TrainedRun:
         Prompts keep their numbers as long as the run is open.
         """
         if prompts is not None and labels is not None:
-            raise UserError("prompts and labels exclude each other: give one of them")
+            raise UserError("prompts and labels cannot be combined: give only one")
         if source is not None and prompts is None:
-            raise UserError("source is edited by a text: give prompts, too")
+            raise UserError("source needs prompts that describe the edit: add prompts")
         # The samples cycle through these labels or prompts, or through all classes if it is empty.
         given: list[Any] = []
         if prompts is not None:
@@ -299,7 +299,7 @@ class TrainedRun:
         elif labels is not None:
             given = [*as_several(labels)]
             if not given:
-                raise UserError("labels is empty: name at least one, or leave it out for all of them")
+                raise UserError("labels is empty: give at least one, or remove it to use all labels")
         if count is None:
             count = len(given) or DEFAULT_COUNT
         require_count(count, given, "labels" if prompts is None else "prompts")
@@ -443,7 +443,7 @@ class TrainedRun:
             return
         problem = f"class {int(out_of_range[0])} is out of range"
         if num_classes:
-            raise UserError(f"{problem}: classes run from 0 to {num_classes - 1}, {num_classes} is no class")
+            raise UserError(f"{problem}: classes are 0 to {num_classes - 1}, and {num_classes} is the null class")
         raise UserError(f"{problem}: these data have none, so c is 0")
 
 
@@ -476,7 +476,7 @@ def parse_size(data: Data, text: str | None) -> Size | None:
     size_by_text = {f"{width}x{height}": (height, width) for height, width in trained_sizes}
     if text in size_by_text:
         return size_by_text[text]
-    sizes = ", ".join(size_by_text) or "none, as its data are no images"
+    sizes = ", ".join(size_by_text) or "none, because its data are not images"
     raise UserError(f"the network was not trained on size {text} (width x height): choose one of its sizes, {sizes}")
 
 

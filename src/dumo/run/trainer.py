@@ -293,8 +293,8 @@ class Trainer:
             hook.after_training(self)
         if self.clock and self.clock.late_seconds is not None:
             self.print_line(
-                f"it took {duration_text(self.clock.late_seconds)} to begin, and no time was left for steps: it made "
-                "one. Give it more by train.minutes"
+                f"startup took {duration_text(self.clock.late_seconds)}, so there was only time for one step: "
+                "increase train.minutes"
             )
         return state
 
@@ -333,7 +333,7 @@ class Trainer:
         """
         checkpoints = self.folder.checkpoints
         good_step = agreement.on_main_rank(lambda: checkpoints.last_good(self.state.step - self.state.skips))
-        start = "To begin anew" if good_step is None else "To begin a new run from the last good checkpoint"
+        start = "To begin anew" if good_step is None else "To start a new run from the last good checkpoint"
         command = f"dumo train {shell_path(self.folder.path)}"
         if good_step is not None:
             command += f" --from {good_step}"
@@ -462,7 +462,9 @@ def open_data(data: Data) -> DataSource:
     sizes = agreement.gather_results(lambda: source.size)
     if len(set(sizes)) > 1:
         sizes_text = ", ".join(f"{size:,}" for size in sizes if size is not None)
-        raise UserError(f"the ranks see different data, by rank {sizes_text} rows: give all of them the same files")
+        raise UserError(
+            f"the ranks have different data, with {sizes_text} rows by rank: give all of them the same files"
+        )
     return source
 
 
@@ -492,7 +494,7 @@ def require_same_on_all_ranks(run: Run) -> None:
             value = values.get(name)
             if value != main_value:
                 raise UserError(
-                    f"{name} is {yaml_text(value)} on rank {rank}, and {yaml_text(main_value)} on rank 0: type the "
+                    f"{name} is {yaml_text(value)} on rank {rank}, but {yaml_text(main_value)} on rank 0: run the "
                     "same command on every node"
                 )
 

@@ -135,7 +135,8 @@ def _require_trained_images(run_folder: RunFolder, run: Run) -> None:
     if trained_fingerprint not in (None, fingerprint):
         raise UserError(
             f"data.root: {run.data.root} has other images than {run_folder.path} was trained on (fingerprint "
-            f"{fingerprint}, and {trained_fingerprint} in {RUN_FILE}): put those back, or say where they are"
+            f"{fingerprint}, and {trained_fingerprint} in {RUN_FILE}): restore those images, or set data.root to "
+            "their path"
         )
 
 
@@ -150,10 +151,7 @@ def _open_weights(
     listed_sha256: str | None = None
     if weights is None and last is None:
         if run_folder.exported_weights is None:
-            raise UserError(
-                f"{folder} has no checkpoint: train it (dumo train {shell_path(folder)}), or take other weights by "
-                "--weights"
-            )
+            raise UserError(f"{folder} has no checkpoint: train it (dumo train {shell_path(folder)}), or use --weights")
         file = run_folder.exported_weights
         file_name = file.name
         run_folder.require_own_weights(run, file)
@@ -172,7 +170,7 @@ def _open_weights(
         is_part = (file.parent / STATE_FILE).is_file()
         fault = Checkpoint.read(file.parent).find_fault({RUN_FILE, file.name}) if is_part else None
         if fault:
-            raise UserError(f"{fault}: take other weights")
+            raise UserError(f"{fault}: use other weights")
         run_folder.require_own_weights(run, file)
 
     # Load the weights, and compare the frozen ones with the digest in the checkpoint.
@@ -192,7 +190,7 @@ def _open_weights(
         last_step = last.facts.step
     elif frozen_digest is not None:
         raise UserError(
-            f"{folder} has no checkpoint, which would say on which frozen weights {file} was trained: restore "
+            f"{folder} has no checkpoint, which records the frozen weights of {file}: restore "
             f"{run_folder.checkpoints.folder}"
         )
     step = last_step if weights is None and last else step_of(file, last_step)
@@ -284,8 +282,8 @@ def few_step_run(run: Run) -> TrainedRun:
     _require_net(source.spec, start, run.net, run.path, (*_SAME_FUNCTION_FIELDS, *_SUBJECT_FIELDS))
     if start.sha256 not in (None, source.sha256):
         raise UserError(
-            f"start.source: {start.source} has other weights ({source.weights}) than when this run began: put back "
-            "its checkpoint of then, or begin a new run in another folder"
+            f"start.source: {start.source} has other weights ({source.weights}) than when this run was started: "
+            "restore that checkpoint, or start a new run in another folder"
         )
     return source
 
@@ -302,7 +300,7 @@ def _load_few_step_run(run: Run, net: nn.Module, loaders: Loaders) -> Loaders:
     differing_heads = sorted(heads ^ source_heads)
     if differing_heads:
         raise UserError(
-            f"start: {source.run_folder.path} and this run differ in {differing_heads[0]}: take the objective of that "
+            f"start: {source.run_folder.path} and this run differ in {differing_heads[0]}: use the objective of that "
             f"run, objective.kind={source.spec.objective.kind}"
         )
     loaders = _take_weights(net, loaders, load_checked(source.file))
@@ -311,7 +309,7 @@ def _load_few_step_run(run: Run, net: nn.Module, loaders: Loaders) -> Loaders:
     assert isinstance(source_spec, Pretrained)
     assert isinstance(spec, Pretrained)
     if source_spec.lora and spec.lora and source_spec.lora.frozen == spec.lora.frozen:
-        assert source.checkpoint, "it was opened with the weights of its checkpoint"
+        assert source.checkpoint, "it was opened with its checkpoint's weights"
         frozen_digest = frozen.digest(net, loaders, without=source_weights)
         frozen.require(frozen_digest, source.checkpoint.facts.frozen, source.run_folder.path)
     return loaders
@@ -349,8 +347,8 @@ def init_from(run: Run, start: Start) -> tuple[nn.Module, Loaders]:
             mismatches.append(f"this one has no {name}")
     if mismatches:
         raise UserError(
-            f"start: the nets differ, {mismatches[0]}: take one on data of this shape and number of classes, or set "
-            "start=null"
+            f"start: the networks differ, {mismatches[0]}: use a run with the same data shape and number of classes, "
+            "or set start=null"
         )
     return net, _take_weights(net, loaders, taken)
 

@@ -37,7 +37,7 @@ def choose_device(name: str) -> torch.device:
     if world_size > 1:
         if ":" in name:
             raise UserError(
-                f"device '{name}' is one for all {world_size} ranks: use auto, which gives each its own, or cpu"
+                f"device '{name}' would be shared by all {world_size} ranks: use auto for one device per rank, or cpu"
             )
         dist.take_own_gpu()  # `dist.join` would do so, but the memory of the device is asked for before
     if name == "auto":

@@ -204,8 +204,8 @@ def require_one_process(work: str) -> None:
     _, world_size = torchrun_rank_and_world()
     if world_size > 1:
         raise UserError(
-            f"{work} takes one process, and {world_size} were started (WORLD_SIZE={world_size}): start it without "
-            "torchrun; train, sample, evaluate and encode share their work"
+            f"{work} runs in one process, but WORLD_SIZE is {world_size}: run it without torchrun, which only train, "
+            "sample, evaluate and encode support"
         )
 
 

@@ -224,8 +224,8 @@ class Checkpoints:
             return self.read(step)
         if faults:
             raise UserError(
-                f"{'; '.join(faults)}: {self.folder} has no whole checkpoint. Put back the files as they were, or "
-                "give another folder with --out to train from the start"
+                f"{'; '.join(faults)}: {self.folder} has no complete checkpoint: restore its files, or use --out to "
+                "train from the start in another folder"
             )
         return None
 
@@ -294,7 +294,7 @@ class Checkpoints:
         parts = parts_of(state)
         bad_tensor = find_nonfinite(parts, state.net)
         if bad_tensor:
-            raise Diverged(f"step {state.step}: {bad_tensor} is not finite, so no checkpoint is written of it.")
+            raise Diverged(f"step {state.step}: {bad_tensor} is not finite, so no checkpoint was saved.")
         facts = Facts(
             step=state.step,
             images=state.images,
@@ -435,7 +435,7 @@ class Checkpoints:
         if good_step is not None and good_step < oldest_step:
             warnings.warn(
                 f"{self.folder}: the loss has risen to more than {FAR:g} times its lowest, so {folder_of(good_step)}, "
-                "from before, is kept, too. To begin a new run from it:  "
+                "from before the rise, is kept as well. To start a new run from it:  "
                 f"dumo train {shell_path(self.folder.parent)} --from {good_step} --out NEW",
                 stacklevel=2,
             )
@@ -495,7 +495,7 @@ def restore_last_finite(checkpoints: Checkpoints, checkpoint: Checkpoint, state:
         older = checkpoints.latest(together=True)
         # Without older checkpoints, this one belongs to another run, from which this run starts.
         if older is None:
-            raise UserError(f"{fault}: begin from another step")
+            raise UserError(f"{fault}: start from another step")
         checkpoint = older
 
 

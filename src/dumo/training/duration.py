@@ -104,8 +104,8 @@ class Duration:
         if recorded and (recorded.minutes is None) != (requested.minutes is None):
             given, other = ("steps", "minutes") if recorded.minutes is None else ("minutes", "steps")
             raise UserError(
-                f"the run ends by train.{given}, so it cannot be given train.{other} now: set train.{given}, or begin "
-                "a new run from its checkpoint by --from STEP --out NEW"
+                f"this run's duration is set by train.{given}, which cannot change to train.{other}: set "
+                f"train.{given}, or start a new run from a checkpoint with --from STEP --out NEW"
             )
         if requested.minutes is None:
             if checkpoint.step > requested.steps:

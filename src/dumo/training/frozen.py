@@ -95,7 +95,6 @@ def require(now: str | None, before: str | None, whose: object) -> None:
     """Raise UserError if the digest of frozen weights differs from the recorded one. `whose` names the run."""
     if now != before:
         raise UserError(
-            f"{whose} was trained on other frozen weights than its net has now: put those back where its pipeline "
-            f"is, or set pipeline.source to where they are; keep net.lora.frozen as it was; or train anew in another "
-            "folder"
+            f"{whose} was trained on other frozen weights: restore them in its pipeline, set pipeline.source to their "
+            "folder, keep net.lora.frozen unchanged, or start a new run in another folder"
         )

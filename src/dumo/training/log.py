@@ -67,12 +67,14 @@ def read_log(path: Path) -> list[Row]:
         try:
             row = json.loads(text.decode("utf-8"))
             if not isinstance(row["step"], int):
-                raise TypeError("its step is no number")
+                raise TypeError("its step is not a number")
             rows.append(row)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number == len(lines):
                 continue
-            raise UserError(f"{path}, line {number} is no row of a log ({error}): mend or remove that line") from error
+            raise UserError(
+                f"{path}, line {number} is not a valid log row ({error}): fix or remove that line"
+            ) from error
     return rows
 
 

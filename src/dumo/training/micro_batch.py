@@ -43,7 +43,7 @@ def split_batch(spec: Train, objective: Objective, ranks: int) -> list[list[slic
         content = f"{groups} rows" if group == 1 else f"{groups} groups of {group} rows"
         raise UserError(
             f"train.batch = {batch} is {content}, too few for {micro_batches_per_rank} micro-batches on each of "
-            f"{ranks} ranks: raise it, or use fewer ranks"
+            f"{ranks} ranks: increase it, or use fewer ranks"
         )
     ends = [groups * i // total * group for i in range(total + 1)]
     rows = [slice(start, end) for start, end in pairwise(ends)]

@@ -113,13 +113,13 @@ class Muon(Spec):
         num_stacked = block_matrices(net)
         if not num_stacked:
             raise UserError(
-                "optimizer.kind=muon needs matrices in a net's blocks, and this net trains none: set "
+                "optimizer.kind=muon needs weight matrices in blocks, but this network trains none: set "
                 "optimizer.kind=adamw"
             )
         time_embedders = time_embedder_parameters(net)
         if self.time_lr and not time_embedders:
             raise UserError(
-                f"train.optimizer.time_lr={self.time_lr:g} is for modules with embeds_times = True, and this net "
+                f"train.optimizer.time_lr={self.time_lr:g} needs modules with embeds_times = True, but this network "
                 "trains none: set train.optimizer.time_lr=null, or mark the module that embeds its times"
             )
         params_by_stack: dict[int, list[nn.Parameter]] = {count: [] for count in sorted({*num_stacked.values()})}

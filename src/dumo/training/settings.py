@@ -76,7 +76,7 @@ class Train(Spec):
         if len({*keys}) < len(keys):
             raise ValueError(f"ema has an average twice: {keys}")
         if self.ref != "self" and self.ref not in keys:
-            raise ValueError(f"ref is the average of decay {self.ref}, but ema has {keys or 'none'}")
+            raise ValueError(f"ref = {self.ref} must be the decay of an average in ema, which has {keys or 'none'}")
         if self.weights == "bfloat16" and (self.optimizer.kind != "adamw8bit" or self.precision != "bf16"):
             raise ValueError(
                 "weights in bfloat16 need optimizer.kind adamw8bit and precision bf16: set both, or weights float32"

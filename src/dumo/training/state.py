@@ -113,7 +113,7 @@ def begin(
     read here, because a checkpoint will be loaded. Raise UserError if all weights of the net are frozen.
     """
     if not any(p.requires_grad for p in net.parameters()):
-        raise UserError("all weights of this net are frozen, so there is nothing to train: let it train some")
+        raise UserError("all weights of this network are frozen: set requires_grad=True on the weights to train")
     device = device or next(net.parameters()).device
     mesh = layout.mesh_of(spec.share, device)
     loaders = loaders or {}

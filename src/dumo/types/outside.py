@@ -65,7 +65,8 @@ class Outside:
         cls = type(value) if isinstance(value, Spec) else import_class(value["kind"])
         if not issubclass(cls, (self.base, *members(self.union))):
             raise UserError(
-                f"kind '{name_of(cls)}' is not of its family: make it a class of {name_of(self.base).replace(':', '.')}"
+                f"kind '{name_of(cls)}' does not belong to this field: derive its class from "
+                f"{name_of(self.base).replace(':', '.')}"
             )
         if isinstance(value, Spec):
             return value
@@ -97,15 +98,15 @@ def import_class(name: str) -> type[Spec]:
         for attribute in attributes.split("."):
             cls = getattr(cls, attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        fix = "where its file is in this folder, put PYTHONPATH=. before the command"
+        fix = "if its file is in this folder, put PYTHONPATH=. before the command"
         if module == "__main__":
             fix = "a class of a notebook or script is there while that runs: move it to a file"
         raise UserError(f"kind '{name}' cannot be imported ({type(error).__name__}: {error}): {fix}") from error
     if not (isinstance(cls, type) and issubclass(cls, Spec)):
-        raise UserError(f"kind '{name}' is no dumo.types.Spec: make it a class of that base")
+        raise UserError(f"kind '{name}' is not a dumo.types.Spec: derive its class from it")
     field = cls.model_fields.get("kind")
     if field is None or (field.default, *get_args(field.annotation)) != (name, name):
-        raise UserError(f'kind \'{name}\': the class must say so, kind: Literal["{name}"] = "{name}"')
+        raise UserError(f'kind \'{name}\': its class must declare kind: Literal["{name}"] = "{name}"')
     return cls
 
 

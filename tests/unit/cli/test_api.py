@@ -102,7 +102,7 @@ def test_numbers_of_numpy_and_torch_are_numbers(plain: Callable[[int], Any]) -> 
 
 @pytest.mark.parametrize("value", [np.longdouble(1), np.array([1], dtype=np.longdouble)])
 def test_numbers_that_python_does_not_have_are_refused(value: object) -> None:
-    with pytest.raises(dumo.UserError, match=r"^train\.optimizer\.lr: .* is no number, text, list or dict"):
+    with pytest.raises(dumo.UserError, match=r"^train\.optimizer\.lr: .* must be a number, a string, a list or a dict"):
         dumo.recipe("moons", {"train.optimizer.lr": value})
 
 
@@ -198,7 +198,7 @@ def test_a_run_opened_otherwise_is_compared_by_its_own_evaluation(digits: Loaded
     other = dumo.load(folder, weights=run.checkpoint.path / "net", device="cpu")
     known_report = run_places.folder("digits-trained") / "evaluation.json"
     shutil.copy(known_report, report_path(run, run.spec))
-    with pytest.raises(dumo.UserError, match=r"evaluation-net-\w+\.json is not there: call evaluate\(\) of this run"):
+    with pytest.raises(dumo.UserError, match=r"evaluation-net-\w+\.json does not exist: call evaluate\(\) on this run"):
         dumo.compare([run, other])
     shutil.copy(known_report, report_path(other, other.spec))
     names = [row["run"] for row in dumo.compare([run, other])["rows"]]

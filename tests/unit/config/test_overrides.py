@@ -81,7 +81,7 @@ def test_the_last_of_two_for_one_field_holds() -> None:
 
 def test_overrides_that_contradict_are_refused() -> None:
     said = overridden("teacher.source=me", "teacher=null")
-    assert said == "teacher=null takes away what teacher.source is a part of: leave out one of them"
+    assert said == "teacher=null removes the parent of teacher.source: remove one of the two"
 
 
 @pytest.mark.parametrize("texts", [*permutations(["pipeline=dir", "pipeline.without=[text_encoder_3]"])])

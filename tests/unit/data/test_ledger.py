@@ -164,5 +164,5 @@ def test_ranks_that_read_other_contents_are_refused(tmp_path: Path, monkeypatch:
         here.check(1, b"other")
     here.check(2, picture(2))
     there.check(2, b"other")
-    with pytest.raises(UserError, match=r"ant/02\.png is another on another rank"):
+    with pytest.raises(UserError, match=r"ant/02\.png differs between ranks"):
         run_data.save_ledger(tmp_path, here)

@@ -128,7 +128,7 @@ def test_other_numbers_or_another_source_are_refused(tmp_path: Path) -> None:
         save_file(weights | {"fc.bias": wrong}, tmp_path / "wrong", source)
         refused(tmp_path / "wrong", rf"fc\.bias is {said}")
     save_file(weights, tmp_path / "unsaid")
-    refused(tmp_path / "unsaid", "says it was made of a file of sha256 nothing, not 6726825d")
+    refused(tmp_path / "unsaid", "was converted from a file with SHA-256 nothing, not 6726825d")
 
 
 def noise(h: int, w: int) -> Tensor:

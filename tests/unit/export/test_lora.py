@@ -115,7 +115,7 @@ def test_a_bias_that_changed_is_in_no_lora() -> None:
 @pytest.mark.parametrize("name", ["sana", "lumina2", "cogview4"])
 def test_what_comfyui_finds_by_no_name_is_refused(name: str, tmp_path: Path) -> None:
     assert PIPELINE_BY_MODEL[tiny.TINY[name].kind].loads_lora
-    with pytest.raises(UserError, match="ComfyUI does not know the layers of a"):
+    with pytest.raises(UserError, match="ComfyUI does not support the diffusers layer names of"):
         write_for_comfyui(tuned(name)[1], tmp_path / "lora.safetensors", dtype="float32", metadata={})
     known = {name for name, stock in PIPELINE_BY_MODEL.items() if stock.comfyui_names is not None}
     assert {tiny.TINY[name].kind for name in (*NAMES, "sdxl")} == known

@@ -64,7 +64,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pickle": (pickle, "w.pth"),
     "a damaged file of weights": (of_bytes("w.safetensors", b"x" * 30, tensor_files.load), "w.safetensors"),
     "weights of another net": (weights_of_another_net, "a is (2,)"),
-    "a part without a file": (a_part_without_a_file, "lacks a part of w"),
+    "a part without a file": (a_part_without_a_file, "has a shard of w"),
     "samples that are not finite": (lambda _: to_rows(torch.full((1, 1, 2, 2), torch.nan)), "not finite"),
     "a folder that was moved": (moved_folder, "run was removed, renamed or unmounted"),
     "a folder that another process holds": (locked_folder, "the run is being trained"),

@@ -164,7 +164,7 @@ def test_an_encoder_that_is_not_the_runs_is_refused_once_it_is_needed(spec: Enco
     begun = spec.model_copy(update={"identity": spec.find_identity()})
     texts = loaded(begun, encoder=other)  # its rows are those of the run's encoder
     assert torch.equal(texts(torch.arange(4))[0], loaded(spec)(torch.arange(4))[0])
-    with pytest.raises(UserError, match=r"is not t5-.*, the one that the run was trained with"):
+    with pytest.raises(UserError, match=r"is not t5-.*, with which the run was trained"):
         texts.append(NEW)
 
 

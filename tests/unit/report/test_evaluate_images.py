@@ -35,7 +35,7 @@ from unit.evaluation.extractor import Peephole
 from unit.report import judge_together
 
 DRAWS = np.random.default_rng(0)
-OTHER_CLASSES = "none: the protocol judges no classes, or the reference has others"
+OTHER_CLASSES = "none: the protocol does not evaluate classes, or the reference has other classes"
 
 
 @pytest.fixture(autouse=True)

@@ -180,7 +180,7 @@ def test_a_command_whose_time_goes_by_before_its_first_step_says_so(clock: Clock
         trainer.hooks.append(After(clock.step))
         state = trainer.train()
     assert state.step == 10
-    assert told[-1].startswith("it took 0:45 to begin, and no time was left for steps: it made one")
+    assert told[-1].startswith("startup took 0:45, so there was only time for one step")
     told, seen, _ = train(folder, clock)
     assert not any("no time" in line for line in told)
     assert seen.notes == ["no step is left"]

@@ -156,7 +156,7 @@ def test_a_new_run_does_not_begin_from_weights_that_are_not_finite(tmp_path: Pat
     opened = open_trainer(new, prepared.run, changes=prepared.changes, origin=prepared.origin, device="cpu")
     with (
         patch("dumo.training.checkpoint.find_nonfinite", return_value="net: a"),
-        pytest.raises(UserError, match="step-00000002: net: a is not finite: begin from another step"),
+        pytest.raises(UserError, match="step-00000002: net: a is not finite: start from another step"),
         opened,
     ):
         pass

@@ -187,7 +187,7 @@ def test_weights_say_whose_they_are(run: Path, tmp_path: Path) -> None:
     about = facts_of(run / "milestones/step-00000002.safetensors")
     assert (about["step"], about["run"]) == (2, config_hash(tiny()))
     for place in ("milestones/step-00000002.safetensors", f"{LAST}/net"):
-        with pytest.raises(UserError, match="has weights of another run than"):
+        with pytest.raises(UserError, match="has the weights of another run than"):
             load_run(str(run), weights=str(tmp_path / "other" / place))
         assert load_run(str(tmp_path / "other"), weights=str(tmp_path / "other" / place)).net
     shutil.copy(tmp_path / "other/milestones/step-00000002.safetensors", run / "milestones")

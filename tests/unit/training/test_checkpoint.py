@@ -194,7 +194,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path: Path, part: str) -> None:
             case _:
                 state.averages[0.99].module.get_parameter("last.bias")[0] = torch.nan
     name = "exp_avg_sq.last.bias" if part == "optimizer" else "last.bias"
-    with pytest.raises(Diverged, match=rf"step 4: {part}: {name} is not finite, so no checkpoint is written of it"):
+    with pytest.raises(Diverged, match=rf"step 4: {part}: {name} is not finite, so no checkpoint was saved"):
         save(tmp_path, state, 1)
     assert [*tmp_path.iterdir()] == [whole]
 
