@@ -180,7 +180,7 @@ def _evaluation_source(run: TrainedRun) -> str:
     if file.name == EVALUATION_FILE:
         return str(run.source)
     if not file.is_file():
-        raise UserError(f"{file} is not there: call evaluate() of this run first")
+        raise UserError(f"{file} does not exist: call evaluate() on this run first")
     return str(file)
 
 
@@ -279,5 +279,5 @@ def _words(overrides: Overrides | None) -> list[str]:
         try:
             words.append(f"{field}={yaml_text(value)}")
         except (PydanticSerializationError, UnicodeEncodeError) as error:
-            raise UserError(f"{field}: {value!r} is no number, text, list or dict") from error
+            raise UserError(f"{field}: {value!r} must be a number, a string, a list or a dict") from error
     return words

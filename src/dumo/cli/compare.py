@@ -15,7 +15,7 @@ def compare(
         typer.Argument(metavar="RUN...", help="Folders of runs that were evaluated, or single evaluations."),
     ],
     anyway: Annotated[
-        bool, typer.Option("--anyway", help="Print the table though they were measured otherwise, and say how.")
+        bool, typer.Option("--anyway", help="Print the table even if the evaluations differ, and list the differences.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -48,10 +48,10 @@ def _show_comparison(report: dict[str, Any]) -> None:
         if "best" in row:
             cell_by_column["best"] = "*" if row["best"] else ""
         rows.append(cell_by_column)
-    show_table("* the best of its passes, and what is level with it" if "best" in rows[0] else "", rows)
+    show_table("* the best score at its NFE, and scores not significantly worse" if "best" in rows[0] else "", rows)
     perfect_scores = dict.fromkeys(score.terminal_text(perfect) for perfect in report["perfect"].values())
     for text in perfect_scores:
         out.print(f"{score.TERMINAL_BASELINES['perfect']}: {text}", soft_wrap=True)
     for field, value_by_run in report["differs"].items():
         values = "; ".join(f"{value} in {name}" for name, value in value_by_run.items())
-        out.print(f"measured otherwise, {field}: {values}", soft_wrap=True)
+        out.print(f"measured differently, {field}: {values}", soft_wrap=True)

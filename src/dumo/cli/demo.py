@@ -16,7 +16,7 @@ def demo(
         typer.Argument(metavar="[RUN...]", help="Folders of runs to show side by side. Default: digits-trained."),
     ] = None,
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, metavar="N", help="Default: the first that is free from 7860 on.")
+        int | None, typer.Option(min=1, max=65535, metavar="N", help="Default: the first free port from 7860.")
     ] = None,
     weights: Weights = None,
     device: Device = "auto",

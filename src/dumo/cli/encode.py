@@ -39,8 +39,8 @@ def encode(
     Training encodes missing images itself. Under torchrun this command uses several GPUs or machines; copy
     runs/latents and runs/texts to where the recipe is trained.
 
-    Run it again to resume. Mirrored images are encoded as well if the data are flipped. A damaged shard is reported and made
-    again; a shard of other images is refused.
+    Run it again to resume. Mirrored images are encoded as well if the data are flipped. A damaged shard is reported and
+    encoded again; a shard of other images is refused.
 
     Examples:
     dumo encode my-images-256 data.images.root=photos

@@ -24,7 +24,7 @@ from dumo.runtime.progress import bar
 def evaluate(
     run_folder: Annotated[
         str | None,
-        typer.Argument(help="A run's folder, such as runs/digits, or digits-trained. With --images: none."),
+        typer.Argument(help="A run's folder, such as runs/digits, or digits-trained. Omit it with --images."),
     ] = None,
     overrides: SamplingOverrides = None,
     nfe: Nfe = None,
@@ -35,8 +35,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="PLACE",
-            help="Judge images that others made, in place of a run: a folder (folders in it are classes), an .npz in "
-            "ADM's layout, parquet or tar shards. None is resized.",
+            help="Evaluate existing images instead of a run: a folder (subfolders are classes), an .npz in ADM's "
+            "layout, or parquet or tar shards. Images are not resized.",
         ),
     ] = None,
     protocol: Annotated[
@@ -91,7 +91,7 @@ def evaluate(
 
     # Refuse options of the other use, which would otherwise be ignored.
     if images is not None and any((run_folder, nfe, seed is not None, solver, weights)):
-        raise typer.BadParameter("--images judges what others made: leave out RUN, --nfe, --seed, --solver, --weights")
+        raise typer.BadParameter("--images evaluates existing images: remove RUN, --nfe, --seed, --solver, --weights")
     if images is None and (protocol or against or file):
         raise typer.BadParameter(
             "--protocol, --against and --out are for --images: a run is judged by its evaluate.protocol"
@@ -119,7 +119,7 @@ def evaluate(
             passes = parse_integers(nfe, "--nfe")
             report = evaluation.evaluate(trained, nfe=passes, seed=seed, solver=solver, bar=bar)
         else:
-            raise typer.BadParameter("name a run's folder, or images by --images")
+            raise typer.BadParameter("no run to evaluate: give a run's folder, or images with --images")
     if not is_main:
         return
     if as_json:

@@ -31,15 +31,16 @@ def export(
         typer.Option(
             "--out",
             metavar="PATH",
-            help="A new folder; for comfyui and safetensors a new file. Default: next to the run, by its name and "
-            "--to; here for a run that ships with dumo.",
+            help="A new folder; for comfyui and safetensors a new file. Default: next to the run, named after it and "
+            "--to; for a bundled run in the current directory.",
         ),
     ] = None,
     head: Annotated[
         str | None,
         typer.Option(
             metavar="HEAD",
-            help="Of a pretrained model: u, which jumps, or v, an ordinary flow. Default: u, if it was trained.",
+            help="For a pretrained model: u, the few-step model, or v, an ordinary flow model. Default: u, if it was "
+            "trained.",
         ),
     ] = None,
     parts: Annotated[
@@ -58,15 +59,15 @@ def export(
         str | None,
         typer.Option(
             metavar="N,N...",
-            help="For a pretrained model of two times: the numbers of function evaluations that the export can make. "
-            "They are fixed, because stock programs give a model t alone. Default: 2, and 1 if both jump to the data.",
+            help="For a pretrained model with two times: the NFE that the export supports. They are fixed at export "
+            "because standard pipelines pass only t. Default: 2, and also 1 if both jump to the data.",
         ),
     ] = None,
     alone: Annotated[
         bool,
         typer.Option(
             "--alone",
-            help="For a run on top of a few-step run: write its own adapters alone, to load onto that run's export.",
+            help="For a run on top of a few-step run: write only its own adapters, to load onto that run's export.",
         ),
     ] = False,
     weights: Weights = None,
@@ -110,7 +111,7 @@ def export(
         signals.check()
         out.print(upload.push(exported, push), soft_wrap=True)
     elif exported.is_dir():
-        err.print(f"{exported / 'README.md'} says how to load it", soft_wrap=True)
+        err.print(f"see {exported / 'README.md'} for how to load it", soft_wrap=True)
 
 
 def _default_target(run_folder: str, to: str) -> Path:

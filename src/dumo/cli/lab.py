@@ -30,7 +30,9 @@ def reproduce(
         Path | None,
         typer.Option("--out", file_okay=False, metavar="FOLDER", help="Default: runs/reproduce/NAME-SCALE."),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time, which share cores and GPUs.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Number of cells to train in parallel; they share cores and GPUs.")
+    ] = 1,
     device: Device = "auto",
     trust_code: TrustCode = False,
 ) -> None:
@@ -59,11 +61,16 @@ def bench(
     source: Source = "digits",
     overrides: Overrides = None,
     slope: Annotated[
-        str | None, typer.Option(help="Slopes, e.g. central,dual. Default: all. The plain step, none, is always there.")
+        str | None,
+        typer.Option(
+            help="Slopes, e.g. central,dual. Default: all. The step without a slope, none, is always included."
+        ),
     ] = None,
     precision: Annotated[str, typer.Option(help="Precisions: fp32, tf32 (GPU) and bf16, e.g. fp32,bf16.")] = "fp32",
     compile_: Annotated[str, typer.Option("--compile", help="none, blocks (each, whole) or loss.")] = "none",
-    rounds: Annotated[int, typer.Option(min=1, help="Times that each step is run, in turn with the others.")] = 9,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Number of repetitions of each step, interleaved with the other steps.")
+    ] = 9,
     device: Device = "auto",
     trust_code: TrustCode = False,
 ) -> None:

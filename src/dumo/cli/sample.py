@@ -84,15 +84,16 @@ def sample(
     """
     # Refuse options that would otherwise be ignored.
     if sum(map(bool, (labels, prompt, prompts))) > 1:
-        raise typer.BadParameter("--labels, --prompt and --prompts exclude each other: give one of them")
+        raise typer.BadParameter("--labels, --prompt and --prompts cannot be combined: give only one")
     if source and not (prompt or prompts):
-        raise typer.BadParameter("--source is edited by a text: give --prompt, too")
+        raise typer.BadParameter("--source needs a prompt that describes the edit: add --prompt")
     if form in _BENCHMARKS and (count or size or source or not prompts):
         raise typer.BadParameter(
-            f"--format {form} makes 4 square images of each of --prompts, and takes no --count, --size or --source"
+            f"--format {form} makes 4 square images per prompt and cannot be combined with --count, --size or "
+            "--source: remove them"
         )
     if checkpoints and (prompt or prompts or solver or size or weights or form != "grid"):
-        raise typer.BadParameter("--checkpoints only takes --nfe, --count, --labels, --seed and --out")
+        raise typer.BadParameter("--checkpoints can only be combined with --nfe, --count, --labels, --seed and --out")
 
     from dumo.encoders.caption_ids import read_prompts
     from dumo.report import gallery

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def show(
     source: Source,
     overrides: Overrides = None,
-    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print the run alone: a file for dumo train.")] = False,
+    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print only the run, as a file for dumo train.")] = False,
     all_fields: Annotated[bool, typer.Option("--all", help="Print every field, as in run.yaml.")] = False,
     counts_cost: Annotated[bool, typer.Option("--cost", help="Estimate memory, operations and hours.")] = False,
     ranks: Annotated[
@@ -63,7 +63,7 @@ def show(
     dumo show digits lr=1e-3 --yaml > my.yaml
     """
     if as_yaml and (as_json or counts_cost or checks):
-        raise typer.BadParameter("--yaml prints the run alone: leave out --json, --cost and --check")
+        raise typer.BadParameter("--yaml prints only the run: remove --json, --cost and --check")
     if not counts_cost and (ranks or tflops):
         raise typer.BadParameter("--ranks and --tflops need --cost")
 
@@ -124,9 +124,9 @@ def _fact_lines(run: "Run", facts: "RunFacts") -> list[tuple[str, str]]:
         lines.append(("slope", f"dual, {facts.slope['text']}: {facts.slope['reason']}"))
     if not run.conditions.are_known:
         what_is_counted = "captions" if run.conditions.captions else "a class per folder"
-        lines.append(("classes", f"not known yet: {what_is_counted}, counted when the data are there"))
+        lines.append(("classes", f"not known yet: {what_is_counted}, counted when the data are available"))
     lines += [("captions", finding.text) for finding in caption_findings(run.data)]
-    jumps_text = "no jump is taught" if facts.far is None else f"{100 * facts.far:.2g} % of the rows"
+    jumps_text = "no jump is trained" if facts.far is None else f"{100 * facts.far:.2g} % of the rows"
     lines.append(("P(t - r > 0.9)", jumps_text))
     lines.append(("guidance scale", f"{facts.guidance_scale:.3g} in training (1 is none)"))
     minutes = run.train.minutes

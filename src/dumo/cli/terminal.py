@@ -57,7 +57,7 @@ _MAX_RANK_LINES = 30
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|Unable to allocate|_STATUS_ALLOC_FAILED")
 _MISSING_MEMORY = re.compile(r"allocate ([\d.]+ \w+)")
 _HUB_PACKAGES = {"huggingface_hub", "httpx", "httpx2"}
-MEMORY_FIX = "use a device with more memory (--device cpu takes the machine's), or end what else runs there"
+MEMORY_FIX = "use a device with more memory (--device cpu takes the machine's), or stop other processes on it"
 
 
 # Replacements for characters that a terminal without UTF-8 lacks.

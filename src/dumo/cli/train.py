@@ -25,7 +25,9 @@ def train(
     ] = None,
     step: Annotated[
         int | None,
-        typer.Option("--from", metavar="STEP", min=0, help="Begin a new run, in --out, from this step of a run."),
+        typer.Option(
+            "--from", metavar="STEP", min=0, help="Start a new run in --out from the checkpoint of this step."
+        ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Train on a folder of images without asking.")] = False,
     track: Annotated[
@@ -125,7 +127,7 @@ def _agree(proposal: "Proposal", *, ask: bool) -> None:
     if not ask:
         return
     if not sys.stdin.isatty():
-        raise typer.BadParameter("there is no terminal to ask on: give --yes to train so")
+        raise typer.BadParameter("confirmation needs a terminal: add --yes to train without asking")
     with signals.default_handlers():  # Ctrl-C ends it there
         agrees = typer.confirm("train?", default=True, err=True)
     if not agrees:

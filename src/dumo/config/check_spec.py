@@ -108,11 +108,11 @@ def _check_captions(run: "Run") -> None:
     has_captions = run.data.captions is not None
     reads_captions = texts is not None and texts.kind != "codes"
     if reads_captions and not has_captions:
-        raise UserError(f"net.texts reads captions, and data '{run.data.kind}' have none. {ways_to_captions(run.data)}")
+        raise UserError(f"net.texts needs captions, but data '{run.data.kind}' has none. {ways_to_captions(run.data)}")
     if has_captions and not reads_captions:
         raise UserError(
-            f"{captions_field(run.data)} gives captions, and net '{run.net.kind}' reads none: set net.texts, or "
-            f"{captions_field(run.data)}=null"
+            f"{captions_field(run.data)} gives captions, but net '{run.net.kind}' does not use captions: set "
+            f"net.texts, or {captions_field(run.data)}=null"
         )
 
 
@@ -129,7 +129,7 @@ def _check_editing(run: "Run") -> None:
     elif run.sample.guide.active:
         reason = "sample.guide.scale guides away from no condition: set it to 1"
     if reason:
-        raise UserError(f"captions.source names images to edit, which are always given, and {reason}")
+        raise UserError(f"captions.source gives images to edit, which are never dropped, but {reason}")
 
 
 def _check_sizes(run: "Run") -> None:
@@ -144,7 +144,7 @@ def _check_sizes(run: "Run") -> None:
         )
     if run.teacher and run.teacher.pairs:
         raise UserError(
-            f"teacher.pairs are squares, and {buckets} has other shapes: set {buckets}=null, or teacher.pairs=null"
+            f"teacher.pairs are square, but {buckets} has other shapes: set {buckets}=null, or teacher.pairs=null"
         )
 
 
@@ -159,8 +159,8 @@ def _check_augmentation(data: Data, net: Net, objective: Objective) -> None:
         if num_labels:
             fix += ", or data.augment=null"
         raise UserError(
-            f"data '{data.kind}' describes how an image was augmented by {num_labels} numbers, net '{net.kind}' takes "
-            f"{net.augment}: set {fix}"
+            f"data '{data.kind}' describes how an image was augmented by {num_labels} numbers, but net '{net.kind}' "
+            f"expects {net.augment}: set {fix}"
         )
     if augment and objective.drop:
         raise UserError(
@@ -222,12 +222,12 @@ def _check_teacher(run: "Run") -> None:
         return
     if teacher.pairs and run.train.coupling:
         raise UserError(
-            "train.coupling would part the data of teacher.pairs from the noise that they come from: set "
+            "train.coupling would separate the data of teacher.pairs from their noise: set "
             "train.coupling=null, or teacher.pairs=null"
         )
     if teacher.guide.active and not may_have_classes(run.data):
         raise UserError(
-            f"teacher.guide.scale = {teacher.guide.scale:g}: data '{run.data.kind}' has no classes to guide by: set "
+            f"teacher.guide.scale = {teacher.guide.scale:g}: data '{run.data.kind}' has no classes for guidance: set "
             "teacher.guide.scale=1"
         )
     require_unguided_teacher(objective, teacher.guide.scale)
@@ -282,9 +282,7 @@ def _check_training_guidance(data: Data, objective: Objective) -> None:
         return
     guidance = training_guidance(objective.needs)
     if guidance is not None:
-        raise UserError(
-            f"{guidance.field} asks for guidance, but data '{data.kind}' has no classes to guide by: set {guidance.off}"
-        )
+        raise UserError(f"{guidance.field} enables guidance, but data '{data.kind}' has no classes: set {guidance.off}")
 
 
 def check_guidance(

@@ -25,7 +25,7 @@ def label_index(text: str, names: Sequence[str], count: int, *, are_captions: bo
     if word.isdecimal() and int(word) < count:
         return int(word)
     if not count:
-        raise UserError(f"there is no label '{word}': this run has no classes, so give no labels")
+        raise UserError(f"there is no label '{word}': this run has no classes: remove the labels")
     hint = ""
     if names and not are_captions and not word.isdecimal():
         hint = f" {nearest(word, names)};"

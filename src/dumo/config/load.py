@@ -89,7 +89,7 @@ def parse(spec: type[S], tree: object, name: str = "") -> S:
     try:
         return spec.model_validate_json(to_json(tree, inf_nan_mode="constants"), strict=True)
     except PydanticSerializationError as error:  # a lone surrogate in a field's name: YAML refuses it in values
-        raise UserError(f"a field's name has half a character, which is no text: {error}") from error
+        raise UserError(f"a field's name contains a lone surrogate, which is not valid Unicode: {error}") from error
     except ValidationError as error:
         from dumo.config.messages import explain
 

@@ -60,7 +60,7 @@ def override(tree: dict[str, Any], words: Iterable[str]) -> None:
             parent = path[:length]
             if parent in values and values[parent] is None:
                 raise UserError(
-                    f"{'.'.join(parent)}=null takes away what {'.'.join(path)} is a part of: leave out one of them"
+                    f"{'.'.join(parent)}=null removes the parent of {'.'.join(path)}: remove one of the two"
                 )
         _put(tree, path, values[path])
 

@@ -32,7 +32,7 @@ def require_run_folder(source: str | Path, folder: Path) -> None:
     else:
         near_folders = get_close_matches(str(folder), run_folders(), n=1)
         hint = f"did you mean '{near_folders[0]}'? " if near_folders else ""
-        fix = f"{hint}Train a run first, or take {' or '.join(run_places.names())}"
+        fix = f"{hint}Train a run first, or use {' or '.join(run_places.names())}"
     raise UserError(f"{source} is not a run's folder, since it has no {RUN_FILE}: {fix}")
 
 

@@ -146,8 +146,7 @@ def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
         if (path / hub.INDEX).is_file():
             option = shlex.quote(f"pipeline={yaml_text(str(source))}")
             raise UserError(
-                f"{source} is the pipeline of a model, not a run or images: give it to a recipe, dumo train sd3-lora "
-                f"{option}"
+                f"{source} is a pipeline folder, not a run or images: pass it to a recipe, dumo train sd3-lora {option}"
             )
         return ChosenSource("images", source, folder_of_images(source))
     return ChosenSource("file", source, Path(RUNS_FOLDER) / path.stem)
@@ -325,7 +324,7 @@ def _merge_over_base(
         return tree
     place = str(file.resolve()) if file else name
     if place in derived:
-        raise UserError(f"{name}: base goes round in a circle: {' -> '.join((*derived, place))}")
+        raise UserError(f"{name}: base is circular: {' -> '.join((*derived, place))}")
     base_tree, base_name, base_file = _read_base(tree.pop("base"), name, file)
     merged_base = _merge_over_base(base_tree, base_name, base_file, (*derived, place))
     try:

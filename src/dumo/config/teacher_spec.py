@@ -53,10 +53,11 @@ class Teacher(Spec):
     def _check_source(self) -> "Teacher":
         if self.kind != "base" and not self.source:
             raise ValueError(
-                "source is missing: name a run's folder, or set teacher.kind=base for the net's adapters off"
+                "source is missing: set it to a run's folder, or set teacher.kind=base to use the network without "
+                "its adapters"
             )
         if self.kind == "base" and (self.source or self.pairs):
-            raise ValueError("base is the net in training: leave teacher.source and teacher.pairs out")
+            raise ValueError("kind=base uses the network in training: remove teacher.source and teacher.pairs")
         return self
 
     def gives_velocity(self, needs: FromTeacher) -> bool:

@@ -218,7 +218,7 @@ class _ShardEncoder:
             unreadable = unreadable | self.source.unreadable
         where = f" in {self.index.source}" if self.index.source else ""
         raise UserError(
-            f"none of the {len(self.source)} images{where} can be read: repair them, or give other images"
+            f"none of the {len(self.source)} images{where} can be read: repair or replace them"
             f"{first_unreadable(unreadable)}"
         )
 

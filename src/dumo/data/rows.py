@@ -425,7 +425,7 @@ class TarRows(Rows):
         if left_out:
             warnings.warn(
                 f"{len(left_out):,} members of tar archives are left out, such as {left_out[0]}: in webdataset the "
-                "suffix begins at the first dot of a name, and these are not suffixes of images; rename them",
+                "suffix begins at the first dot of a name, and these suffixes are not image formats; rename them",
                 stacklevel=3,
             )
         names: list[str] = []

@@ -35,7 +35,9 @@ from dumo.runtime import import_bitsandbytes, require
 from dumo.types import FREE, PINNED, UserError
 
 CONFIG = "config.json"
-HINT = f"{FIELD}=... names a folder with {CONFIG} and {DIFFUSERS_FILE}, or a model of the Hugging Face Hub, OWNER/NAME"
+HINT = (
+    f"{FIELD}=... must be a folder with {CONFIG} and {DIFFUSERS_FILE}, or a model on the Hugging Face Hub, OWNER/NAME"
+)
 
 
 class DiffusersCodec(CodecSpec):
@@ -136,7 +138,7 @@ class PipelineVae(PipelineSpec, DiffusersCodec):
         class_name = str(self.config.get("_class_name"))
         if class_name not in KINDS:
             raise UserError(
-                f"{pipelines.FIELD}: {self.weights} is a {class_name}, which dumo does not decode with: take one of "
+                f"{pipelines.FIELD}: {self.weights} is a {class_name}, which is not supported: use one of "
                 f"{', '.join(KINDS)}"
             )
         return class_name
@@ -162,8 +164,8 @@ class PipelineVae(PipelineSpec, DiffusersCodec):
         scale = shift_and_scale.get("scale", kind.default_scale)
         if scale is None:
             raise UserError(
-                f"{pipelines.FIELD}: {self.weights}/{CONFIG} says no shift and scale of latents (scaling_factor, "
-                f"or latents_mean and latents_std) of a {self.class_name}: put the published config back"
+                f"{pipelines.FIELD}: {self.weights}/{CONFIG} has no shift and scale for latents (scaling_factor, "
+                f"or latents_mean and latents_std) of a {self.class_name}: restore the published config"
             )
         return PublishedCodec(
             self.weights,

@@ -129,7 +129,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     elif suffix == ".jsonl":
         prompts = _read_json_lines(path)
     elif suffix in _TABLE_SUFFIXES:  # do not read its lines as prompts
-        raise UserError(f"{path} is no file of prompts: {_PROMPTS_HINT}")
+        raise UserError(f"{path} is not a file of prompts: {_PROMPTS_HINT}")
     else:
         lines = _nonblank_lines(path).values()
         prompts = [Prompt(_line_name(i), line.strip(), line) for i, line in enumerate(lines)]

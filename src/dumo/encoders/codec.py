@@ -104,8 +104,8 @@ class CodecSpec(Spec):
         """Raise UserError if the SHA-256 of the weights has changed since the run started."""
         if self.sha256 not in (None, sha256):
             raise UserError(
-                f"{FIELD}: {self.weights} has SHA-256 {sha256}, and this run has {self.sha256}: put those weights "
-                f"back, or set {FIELD} to where they are"
+                f"{FIELD}: {self.weights} has SHA-256 {sha256}, but this run was trained with {self.sha256}: restore "
+                f"those weights, or set {FIELD} to their path"
             )
 
     def facts(self) -> dict[str, Any]:
@@ -204,9 +204,9 @@ class LoadedCodec:
             raw = self.net.encode(part.to(self.device, torch.float32))
             if raw.shape[1:] != shape:
                 raise UserError(
-                    f"{self.codec.label}: {self.codec.weights} makes latents of shape {tuple(raw.shape[1:])} of images "
-                    f"of {width} x {height} pixels, and its config says {shape}: put its published config back, or "
-                    "take another autoencoder"
+                    f"{self.codec.label}: {self.codec.weights} makes latents of shape {tuple(raw.shape[1:])} of "
+                    f"images of {width} x {height} pixels, but its config implies {shape}: restore the published "
+                    "config, or use another autoencoder"
                 )
             encoded.append(self.codec.normalise(raw).contiguous())
         return torch.cat(encoded)

@@ -358,7 +358,9 @@ def _require_published(net: Inception, origin: dict[str, str], weights: dict[str
             raise UserError(f"{file}: {name} is not finite: {fix}")
     source = origin.get("sha256", "nothing")
     if source != SHA256:
-        raise UserError(f"{file} says it was made of a file of sha256 {source}, not {SHA256}.\n{_how_to_get_weights()}")
+        raise UserError(
+            f"{file} was converted from a file with SHA-256 {source}, not {SHA256}.\n{_how_to_get_weights()}"
+        )
 
 
 def _how_to_get_weights() -> str:

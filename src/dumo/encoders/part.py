@@ -180,5 +180,5 @@ def _listed_files(index: Path) -> tuple[Path, ...]:
     """Return the files that an index lists. Raises UserError if it lists files outside of the folder."""
     names = sorted(set(read_json(index)["weight_map"].values()))
     if any(Path(name).name != name for name in names):
-        raise UserError(f"{index} lists files of another folder: take another copy of the folder")
+        raise UserError(f"{index} lists files outside its folder: download the folder again")
     return tuple(index.with_name(name) for name in names)

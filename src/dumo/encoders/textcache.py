@@ -55,7 +55,7 @@ class TextIndex(TableIndex):
     """The content of index.json for a table of encoded texts."""
 
     noun: ClassVar[str] = "table of texts"
-    remake_hint: ClassVar[str] = "train the run again or start dumo encode, which encode what is damaged again"
+    remake_hint: ClassVar[str] = "train the run again or start dumo encode, which re-encode damaged files"
     encoder: dict[str, Any]  # the encoder's fields without its folder
     identity: str  # the encoder's, from `identity_of`
     digest: str  # of the texts, in order
@@ -106,7 +106,7 @@ class TextTable:
         except ValueError as error:
             raise UserError(f"{file} is damaged ({error}): {fix}") from error
         if digest.short(*texts) != self.index.digest:
-            raise UserError(f"{file} holds other texts than {FILE} says: {fix}")
+            raise UserError(f"{file} has other texts than {FILE} lists: {fix}")
         return texts
 
     @cached_property
@@ -354,7 +354,7 @@ def to_stored_types(columns: Mapping[str, Tensor], dtypes: Mapping[str, torch.dt
     for column in stored.values():
         if not column.isfinite().all():
             dtype = str(dtypes["tokens"]).removeprefix("torch.")
-            raise UserError(f"the encoder gives no numbers, or too large ones for {dtype}: set its dtype=bfloat16")
+            raise UserError(f"the encoder's output is not finite in {dtype}: set its dtype=bfloat16")
     return stored
 
 

@@ -84,8 +84,8 @@ class TextReader:
         """Raise UserError if the encoder is missing or does not match the identity."""
         if not self.identity.startswith(identity_of(self.spec)):
             raise UserError(
-                f"net.texts: the text encoder in {self.spec.source} is not {self.identity}, the one that the run was "
-                "trained with: put its files back, or name the folder of that encoder"
+                f"net.texts: the text encoder in {self.spec.source} is not {self.identity}, with which the run was "
+                "trained: restore its files, or give the folder of that encoder"
             )
 
     def _encode(self, texts: Sequence[str], device: torch.device) -> list[StoredRow]:

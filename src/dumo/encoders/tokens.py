@@ -24,7 +24,7 @@ from dumo.types import Spec, UserError
 # ByT5 (Xue et al. 2022): ids 0 to 2 are padding, end of sequence and unknown; the 256 bytes follow.
 NUM_BYTE_IDS = 259
 SPACE_ID = 35  # byte 32
-HINT = "name a folder with tokenizer_config.json and its files, as transformers saves a tokenizer"
+HINT = "give a folder with tokenizer_config.json and the tokenizer's files, as written by transformers' save_pretrained"
 # Texts that every complete tokenizer of a Latin script encodes differently, and the number of vocabulary entries that
 # are tried if it does not.
 _LETTERS = "aeiost7"

@@ -31,7 +31,7 @@ from dumo.runtime.limits import TOKENS
 from dumo.types import HUB_MODEL, PLACE, Spec, UserError
 
 _FIELD = "net.texts.encoder.source"  # the field of run.yaml, for messages
-_HINT = f"name a text encoder on the Hugging Face Hub, OWNER/NAME, or a folder with {CONFIG} and {TRANSFORMERS_FILE}"
+_HINT = f"give a text encoder on the Hugging Face Hub, OWNER/NAME, or a folder with {CONFIG} and {TRANSFORMERS_FILE}"
 # Transformers classes by the model_type of config.json, for models whose text encoder has its own class. They load no
 # T5 decoder and no CLIP vision tower.
 _CLASS_BY_MODEL_TYPE = {
@@ -76,7 +76,7 @@ class TextEncoder(Spec):
     @classmethod
     def _require_one_place_for_the_text(cls, template: str) -> str:
         if template.count("{}") != 1:
-            raise ValueError("a template holds {} once, where the text goes")
+            raise ValueError("a template must contain {} exactly once, as the place of the text")
         return template
 
     def find_folder(self) -> "EncoderFolder":
@@ -223,7 +223,4 @@ class EncoderModel:
             pooled = getattr(output, name, None)
             if isinstance(pooled, Tensor):
                 return pooled.float().cpu()
-        raise UserError(
-            f"net.texts.encoder.pooled: {self.spec.source} makes no embedding of a whole text, as CLIP's does: set it "
-            "to false"
-        )
+        raise UserError(f"net.texts.encoder.pooled: {self.spec.source} has no pooled text embedding: set it to false")

@@ -47,7 +47,7 @@ IMAGE_CONFIG = "preprocessor_config.json"  # of the image processor
 _PROCESSOR_CONFIG = "processor_config.json"  # its successor in transformers 5
 _IMAGES_PER_BATCH = 64
 CLIP_HINT = (
-    f"name a folder with {CONFIG}, {TRANSFORMERS_FILE} and the files of a tokenizer, as transformers saves a CLIPModel"
+    f"give a folder with {CONFIG}, {TRANSFORMERS_FILE} and a tokenizer, as saved by transformers for a CLIPModel"
 )
 
 
@@ -62,7 +62,7 @@ class FeatureModel(NamedTuple):
     @property
     def hint(self) -> str:
         """What to do if a folder holds another model, for messages."""
-        return f"name a folder with {CONFIG} and {TRANSFORMERS_FILE}, as transformers saves a {self.class_name}"
+        return f"give a folder with {CONFIG} and {TRANSFORMERS_FILE}, as saved by transformers for a {self.class_name}"
 
 
 FEATURE_MODELS: dict[FeatureKind, FeatureModel] = {

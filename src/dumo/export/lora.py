@@ -96,8 +96,7 @@ def write_for_comfyui(exported: ExportedModel, file: Path, *, dtype: str, metada
         raise UserError("net.texts is codes for classes, and ComfyUI reads texts: export to lora")
     if stock.comfyui_names is None:
         raise UserError(
-            f"ComfyUI does not know the layers of a {exported.model_class} by their names in diffusers: export to lora "
-            "or diffusers"
+            f"ComfyUI does not support the diffusers layer names of {exported.model_class}: export to lora or diffusers"
         )
     save_file(exported, file, dtype=dtype, metadata=metadata)
 
@@ -165,7 +164,9 @@ def lora_products(exported: ExportedModel) -> list[LayerProduct]:
     Raises UserError if the run tuned all weights, or for a change that is not a product.
     """
     if exported.spec.lora is None:
-        raise UserError("net.lora is null: all weights were tuned, which no LoRA holds: export to diffusers")
+        raise UserError(
+            "net.lora is null: all weights were tuned, which cannot be exported as a LoRA: export to diffusers"
+        )
     products = list(_adapter_products(exported))
     for path, old, new in _changed_layers(exported):
         products.append(change_as_product(path, old, new))

@@ -231,8 +231,8 @@ def choose_exported_model(
     solver = run.sample.solver
     if head == "v" and net.gap is not None and not _reads_velocity_at_rest(run.objective):
         raise UserError(
-            f"objective '{run.objective.kind}' reads its velocity at another r than t, at which it would be "
-            "exported: export head u"
+            f"objective '{run.objective.kind}' has its velocity at r != t, but head v is exported at r = t: export "
+            "head u"
         )
     if head == "v" and run.readings.velocity and head_of(run.objective, "velocity") != head:
         raise UserError(f"objective '{run.objective.kind}' reads its velocity by another head than v: export head u")
@@ -247,7 +247,7 @@ def choose_exported_model(
         hop_head = head_of(run.objective, "flow_map")
         if hop_head != head:
             raise UserError(
-                f"sample.solver is hop, which reads head {hop_head}, and head {head} is exported: set "
+                f"sample.solver is hop, which uses head {hop_head}, but head {head} is exported: set "
                 "sample.solver.kind=restart"
             )
     if not nfe:
@@ -290,8 +290,8 @@ def require_pipeline(exported: ExportedModel) -> StockPipeline:
         )
     if exported.head == "u" and scale != 1 and stock.guide_argument is None:
         raise UserError(
-            f"sample.guide.scale is {scale:g}, and {stock.pipeline} has no guidance beyond that in the weights, so its "
-            "images would differ: set it to 1, or export to safetensors"
+            f"sample.guide.scale is {scale:g}, but {stock.pipeline} does not support guidance, so its images would "
+            "differ: set it to 1, or export to safetensors"
         )
     return stock
 

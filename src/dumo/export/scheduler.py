@@ -54,7 +54,7 @@ def restart_for_scheduler(solver: Solver) -> Restart:
     get u and add fresh noise.
     """
     if isinstance(solver, Hermite):
-        raise UserError("sample.solver is hermite, and stock schedulers read u alone: set sample.solver.kind=restart")
+        raise UserError("sample.solver is hermite, but standard schedulers only use u: set sample.solver.kind=restart")
     return solver if isinstance(solver, Restart) else Restart()
 
 

@@ -14,9 +14,9 @@ def require_uploadable(repository: str, parts: str) -> None:
     which the client skips silently. Raises the Hub's errors.
     """
     if repository.count("/") != 1:
-        raise UserError(f"--push {repository}: name the owner, too, as in OWNER/NAME")
+        raise UserError(f"--push {repository}: the repository must include the owner, OWNER/NAME")
     if parts == "link":
-        raise UserError("--push uploads no linked parts: give --parts copy or none")
+        raise UserError("--push cannot upload linked components: use --parts copy or --parts none")
     HfApi().whoami()
 
 

@@ -92,7 +92,7 @@ def export(
     require_vacant(out)
     if alone and not (trained.spec.has_subject and to in ("lora", "comfyui")):
         raise UserError(
-            "alone writes the adapters of a subject without those of its few-step run: it needs a run with "
+            "alone writes only a subject's adapters, without the few-step adapters: use it for a run with "
             "net.lora.subject, exported to lora or comfyui"
         )
     if trained.device.type != "cpu":
@@ -103,8 +103,7 @@ def export(
     elif to != "diffusers" or head is not None or nfe:
         kind = trained.spec.net.kind
         raise UserError(
-            f"net.kind is {kind}, which is exported whole, with all heads and for any number of passes: "
-            "leave out to, head and nfe"
+            f"net.kind is {kind}, which is always exported with all heads and for any NFE: remove to, head and nfe"
         )
 
     # Write it.
@@ -130,7 +129,7 @@ def export(
 def require_vacant(out: Path) -> None:
     """Raise UserError if something exists at `out`, which the export would replace."""
     if os.path.lexists(out):
-        raise UserError(f"{out} exists already: remove it, or name another place")
+        raise UserError(f"{out} exists already: remove it, or choose another path")
 
 
 def _exported_model(
@@ -142,8 +141,8 @@ def _exported_model(
     path = trained.spec.path
     if path != Linear() and not isinstance(path, Diffusion):
         raise UserError(
-            f"path is {path.kind} with sd {path.sd:g}, and stock schedulers know the path x_t = (1 - t) x + t z alone: "
-            "train with path.kind=linear and path.sd=1, or sample it by dumo sample"
+            f"path is {path.kind} with sd {path.sd:g}, but standard schedulers only support x_t = (1 - t) x + t z: "
+            "train with path.kind=linear and path.sd=1, or use dumo sample"
         )
     net = _net_with_uncoded_base(trained, spec) if to in ("diffusers", "safetensors") else trained.net
     assert isinstance(net, Dualized)
@@ -172,7 +171,7 @@ def _choose_head(objective: Objective, head: str | None) -> Head:
     """Return the head to export; None means u if it was trained. Raises UserError for a head that was not trained."""
     exportable: list[Head] = [name for name in ("u", "v") if name in objective.needs.heads]
     if not exportable:
-        raise UserError(f"objective '{objective.kind}' has no head that can be exported: sample it by dumo sample")
+        raise UserError(f"objective '{objective.kind}' has no head that can be exported: use dumo sample")
     if head is None:
         return exportable[0]
     if head not in exportable:
@@ -287,7 +286,7 @@ def other_parts(index: Mapping[str, Any]) -> list[str]:
         if not has_component(entry) or name in (TRANSFORMER, UNET, SCHEDULER):
             continue
         if Path(name).name != name:
-            raise UserError(f"pipeline: {INDEX} names a part {name!r}, which is a path: take another copy of it")
+            raise UserError(f"pipeline: {INDEX} has a component {name!r}, which is a path: download the pipeline again")
         parts.append(name)
     return parts
 

@@ -30,7 +30,7 @@ def test_weights_that_look_like_a_pickle_are_read(tmp_path: Path, size: int) -> 
 
 def test_a_name_of_pickles_is_refused_whatever_it_holds(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "w.bin")
-    with pytest.raises(UserError, match="dumo reads no pickle"):
+    with pytest.raises(UserError, match="pickle files are not supported"):
         load(tmp_path / "w.bin")
 
 
