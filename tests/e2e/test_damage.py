@@ -71,8 +71,8 @@ def test_damaged_checkpoint(name: str, harm: Callable[[Path], object], here: Pat
     warned(sampled, f"run/{name}")
     assert tree(run) == before
     shutil.rmtree(run / "checkpoints/step-00000010")
-    refused("sample", "run", named=(f"run/{name}", "no whole checkpoint"), run=run)
-    refused("train", "run", "train.steps=25", named=(f"run/{name}", "no whole checkpoint"))
+    refused("sample", "run", named=(f"run/{name}", "no complete checkpoint"), run=run)
+    refused("train", "run", "train.steps=25", named=(f"run/{name}", "no complete checkpoint"))
 
 
 def warned(done: Done, name: str) -> None:

@@ -120,5 +120,5 @@ def test_weights_that_are_not_inceptions(here: Path, monkeypatch: pytest.MonkeyP
     refused("evaluate", "a", named=("no weights of Inception", f"{network.VARIABLE} is not set", *way), lines=None)
     torch.save({"fc.bias": torch.zeros(1008)}, "i.pth")
     monkeypatch.setenv(network.VARIABLE, "i.pth")
-    refused("evaluate", "a", named=("i.pth", "dumo reads no pickle", *way), lines=None)
+    refused("evaluate", "a", named=("i.pth", "pickle files are not supported", *way), lines=None)
     refused("compare", "a", "b", named=("a/evaluation.json",))

@@ -184,7 +184,7 @@ def test_a_head_that_the_run_does_not_sample_by_is_refused(here: Path, tmp_path:
     three = "objective={kind: several, slope: {kind: dual}, guide: {zeta: 0}}"
     case = Case.of("SD3", tmp_path, *FULL, three, "sample.solver={kind: hop}")
     refused("export", case.run, "--out", here / "out", named=("sample.solver",))
-    refused("export", case.run, "--out", here / "out", "--head", "v", named=("another r than t",))
+    refused("export", case.run, "--out", here / "out", "--head", "v", named=("r != t",))
     must(call("train", case.run, "sample.solver={kind: restart}"))
     case = replace(case)  # which samples otherwise
     assert max(case.image_errors(case.export("out"), nfe=(1, 2))) < LIMITS["full"]

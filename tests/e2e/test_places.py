@@ -81,7 +81,7 @@ def test_other_weights_are_refused_and_moved_ones_are_found(home: Path) -> None:
     refused("sample", "run", "--count", "1", "--nfe", "1", "--out", "x", named=named)
     assert sampled("run", f"data.codec.weights={WEIGHTS}") == wanted
     another = ["data.codec.weights=elsewhere/" + WEIGHTS]
-    named = ("data.codec.weights", "elsewhere", "SHA-256", "put those weights back")
+    named = ("data.codec.weights", "elsewhere", "SHA-256", "restore those weights")
     refused("sample", "run", *another, "--out", "x", named=named)
     shutil.copy(home / "elsewhere" / WEIGHTS, file)
     for words in (("sample", "--out", "x"), ("evaluate",)):

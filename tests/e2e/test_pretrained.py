@@ -177,8 +177,8 @@ def test_a_coded_base_is_trained_on_sampled_and_merged_as_it_is_stored(here: Pat
     a, b = (own[f"{key}.lora_{part}.default.weight"] for part in "AB")
     assert torch.allclose(merged[name], stored[name] + b @ a, atol=1e-6)
     more = ("train", "whole", "train.steps=8", f"net.lora.frozen={'nf4' if coding == 'int8' else 'int8'}")
-    refused(*more, named=(f"net.lora.frozen: {coding} there",), lines=None)
-    named = ("was trained on other frozen weights", "keep net.lora.frozen as it was")
+    refused(*more, named=(f"net.lora.frozen: {coding} in the run",), lines=None)
+    named = ("was trained on other frozen weights", "keep net.lora.frozen unchanged")
     done = call(*more, "--from", "4", "--out", "new")
     assert (done.code, [name for name in named if name not in " ".join(done.err.split())]) == (2, [])
 
@@ -238,8 +238,8 @@ def test_variants_are_refused_with_the_reason(here: Path, kind: str, does: str) 
 @pytest.mark.slow
 def test_what_does_not_fit_is_refused(here: Path, folder: Path) -> None:
     refused("train", "digits", *net(here), named=("pipeline", "config.json"))
-    refused("train", "digits-shortcut", *net(folder), named=("input 'k'", "objective.kind dumo"))
-    refused("train", "moons", *net(folder), named=("takes images",))
+    refused("train", "digits-shortcut", *net(folder), named=("input 'k'", "objective.kind to dumo"))
+    refused("train", "moons", *net(folder), named=("needs images",))
     central = ["net.lowpass=null", "objective.slope.kind=central"]
     refused("train", "digits", *net(folder), *central, named=("time_scale = 1000",))
     (here / "only").mkdir()

@@ -51,7 +51,7 @@ def test_work_that_ranks_do_not_share_is_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     run = trained["moons"]
-    refused(*(run if word == "R" else word for word in words), named=("2 were started", "without torchrun"), run=run)
+    refused(*(run if word == "R" else word for word in words), named=("WORLD_SIZE is 2", "without torchrun"), run=run)
 
 
 @pytest.mark.parametrize("words", [["--version"], ["train", "--help"], ["train", "--no-such-option"]])

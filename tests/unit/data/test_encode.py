@@ -115,7 +115,7 @@ def test_damaged_shard_is_found_and_made_again(tmp_path: Path, whole: Path, dama
         data[len(data) // 2] ^= 1
         (out / name).write_bytes(data[:-100] if damage == "truncated" else data)
     if damage != "a bit":  # a reader looks at sizes only
-        with pytest.raises(UserError, match=rf"{name} (has \d+ of \d+ bytes|is not there): start the same dumo encode"):
+        with pytest.raises(UserError, match=rf"{name} (has \d+ of \d+ bytes|is not there): run the same dumo encode"):
             open_cache(out, POINT.codec)
     source = Pictures(COUNT)
     done = encode(source, POINT, PLAN, out, batch=4)

@@ -106,7 +106,7 @@ def test_no_file_and_no_safetensors_are_refused_with_the_way(tmp_path: Path) -> 
     refused(None, "no path is given and DUMO_INCEPTION is not set")
     pickle = tmp_path / "pickle.pth"
     torch.save({"fc.bias": torch.zeros(1008)}, pickle)
-    refused(pickle, "dumo reads no pickle")
+    refused(pickle, "pickle files are not supported")
 
 
 @pytest.mark.slow

@@ -21,4 +21,4 @@ def test_the_folder_of_a_pipeline_is_no_source(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()
     (tmp_path / "owner" / "model_index.json").write_text("{}")
-    refused("train", "owner", named=("is the pipeline of a model", "pipeline=owner"))
+    refused("train", "owner", named=("is a pipeline folder", "pipeline=owner"))

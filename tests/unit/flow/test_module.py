@@ -212,7 +212,7 @@ def test_a_state_is_loaded_into_a_flow_that_learns_the_same_alone(
 def test_a_buffer_that_holds_nan_is_named() -> None:
     net = net_of_points()
     net.register_buffer("scale", torch.tensor([1.0, torch.nan]))
-    with pytest.raises(dumo.UserError, match="'scale' holds NaN"):
+    with pytest.raises(dumo.UserError, match="'scale' contains NaN"):
         dumo.Flow(net)(X)
 
 

@@ -390,7 +390,7 @@ def test_only_safetensors_are_read(folder: Saved, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no weights"):
         built(spec)
     torch.save({}, tmp_path / "diffusion_pytorch_model.bin")
-    with pytest.raises(UserError, match="reads no pickle"):
+    with pytest.raises(UserError, match="pickle files are not supported"):
         built(spec)
     built(spec.short(1))
 

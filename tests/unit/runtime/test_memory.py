@@ -55,6 +55,6 @@ def test_a_net_is_counted_before_it_is_made(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(
         "dumo.runtime.device.total_memory", lambda device: size + (3 + len(run.train.ema)) * trained + rows - 1
     )
-    with pytest.raises(UserError, match=r"averages and a batch take .*net.width.*train.batch"):
+    with pytest.raises(UserError, match=r"averages and a batch need .*net.width.*train.batch"):
         train(run, tmp_path / "run")
     assert not any(tmp_path.iterdir())

@@ -91,7 +91,7 @@ def test_damage_is_named_and_the_one_before_is_taken(
         assert latest(folder) == before
     assert [str(file) in str(w.message) for w in caught] == [True]
     members(before, "net")[0].unlink()
-    with pytest.raises(UserError, match=r"has no whole checkpoint.* train from the start") as refused:
+    with pytest.raises(UserError, match=r"has no complete checkpoint.* train from the start") as refused:
         latest(folder)
     assert str(file) in str(refused.value)
     assert str(before / "net") in str(refused.value)
