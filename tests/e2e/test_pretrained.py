@@ -177,7 +177,7 @@ def test_a_coded_base_is_trained_on_sampled_and_merged_as_it_is_stored(here: Pat
     a, b = (own[f"{key}.lora_{part}.default.weight"] for part in "AB")
     assert torch.allclose(merged[name], stored[name] + b @ a, atol=1e-6)
     more = ("train", "whole", "train.steps=8", f"net.lora.frozen={'nf4' if coding == 'int8' else 'int8'}")
-    refused(*more, named=(f"net.lora.frozen: {coding} in the run",), lines=None)
+    refused(*more, named=(f"net.lora.frozen: {coding} there",), lines=None)
     named = ("was trained on other frozen weights", "keep net.lora.frozen unchanged")
     done = call(*more, "--from", "4", "--out", "new")
     assert (done.code, [name for name in named if name not in " ".join(done.err.split())]) == (2, [])
