@@ -195,10 +195,10 @@ def test_steps_of_a_run_that_ends_by_the_clock_are_refused(clock: Clock, tmp_pat
     train(folder, clock, tiny("moons", *TIMED))
     with pytest.raises(UserError, match="whatever its steps"):
         train(folder, clock, None, "train.steps=100")
-    with pytest.raises(UserError, match="ends by"):
+    with pytest.raises(UserError, match="duration is set by"):
         train(folder, clock, None, "train.steps=100", "train.minutes=null")
     train(tmp_path / "steps", clock, tiny("moons"))
-    with pytest.raises(UserError, match="ends by"):
+    with pytest.raises(UserError, match="duration is set by"):
         train(tmp_path / "steps", clock, None, "train.minutes=2")
 
 
