@@ -89,7 +89,7 @@ def test_from_images_to_a_table(here: Path, peephole: Peephole) -> None:
     refused("compare", "a", "b/evaluation-seed7.json", named=("measured alike", "seed: 0 in a; 7 in b"), lines=3)
     anyway = call("compare", "a", "b/evaluation-seed7.json", "--anyway")
     assert anyway.code == 0
-    assert "measured otherwise, seed: 0 in a; 7 in b/evaluation-seed7.json" in anyway.out
+    assert "measured differently, seed: 0 in a; 7 in b/evaluation-seed7.json" in anyway.out
 
 
 @pytest.mark.slow

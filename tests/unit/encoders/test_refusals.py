@@ -214,7 +214,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "an encoder in a pickle": (pickled_encoder, "pytorch_model.bin"),
     "features of another model": (other_image_model, "Dinov2Model"),
     "a CLIP that is another model": (other_clip, "CLIPModel"),
-    "an index that lists files of another folder": (files_of_another_folder, "another folder"),
+    "an index that lists files of another folder": (files_of_another_folder, "outside its folder"),
     "a shard that is missing": (missing_shard, "b.safetensors"),
     "a folder without weights": (lambda folder: require_weights(folder, DIFFUSERS, "net", "fix"), DIFFUSERS),
     "images whose side does not divide": (side_that_does_not_divide, "250"),

@@ -48,7 +48,7 @@ def test_points_are_one_picture(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("condition", "letter", "scale", "name"),
-    [("eleven", "v", 1.0, "eleven"), ("3", "u", 1.0, "teaches no u"), ("3", "v", 3.0, "guidance")],
+    [("eleven", "v", 1.0, "eleven"), ("3", "u", 1.0, "does not train u"), ("3", "v", 3.0, "guidance")],
 )
 def test_what_a_run_was_not_taught_is_refused(
     condition: str, letter: str, scale: float, name: str, folder: Path

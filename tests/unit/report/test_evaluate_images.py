@@ -277,7 +277,7 @@ def test_stands_in_one_table_with_runs_that_were_judged_alike(here: Path) -> Non
     del run["images"]
     require_comparable({"run": run, "made": card})
     for field in ("protocol", "features_sha256", "reference_sha256", "rounding"):
-        with pytest.raises(UserError, match=rf"(?s)not measured alike.*  {field}: .* in run; .* in made"):
+        with pytest.raises(UserError, match=rf"(?s)used different settings.*  {field}: .* in run; .* in made"):
             require_comparable({"run": run | {field: "another"}, "made": card})
     with pytest.raises(UserError, match="  seed: 3 in run; None in made; 4 in other"):
         require_comparable({"run": run, "made": card, "other": run | {"seed": 4}})
