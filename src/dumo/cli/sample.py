@@ -89,8 +89,8 @@ def sample(
         raise typer.BadParameter("--source needs a prompt that describes the edit: add --prompt")
     if form in _BENCHMARKS and (count or size or source or not prompts):
         raise typer.BadParameter(
-            f"--format {form} needs --prompts, makes 4 square images of each, and cannot be combined with --count, --size "
-            "or --source: add --prompts, or remove the others"
+            f"--format {form} needs --prompts, makes 4 square images of each, and cannot be combined with --count, "
+            "--size or --source: add --prompts, or remove the others"
         )
     if checkpoints and (prompt or prompts or solver or size or weights or form != "grid"):
         raise typer.BadParameter("--checkpoints can only be combined with --nfe, --count, --labels, --seed and --out")
