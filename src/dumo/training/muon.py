@@ -89,6 +89,9 @@ class MuonOptimizer(torch.optim.Optimizer):
             if STACK_KEY not in group:
                 continue
             params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p][MOMENTUM_KEY] = torch.zeros_like(p)
             for same_shape in _batches_of_one_shape(params):
                 self._update_matrices(same_shape, group)
         if self.other_optimizer:
@@ -103,10 +106,7 @@ class MuonOptimizer(torch.optim.Optimizer):
         directions: list[Tensor] = []
         for p in params:
             grad = cast(Tensor, p.grad)
-            state = self.state[p]
-            if not state:
-                state[MOMENTUM_KEY] = torch.zeros_like(p)
-            momentum_buffer = state[MOMENTUM_KEY].lerp_(grad, 1 - momentum)
+            momentum_buffer = self.state[p][MOMENTUM_KEY].lerp_(grad, 1 - momentum)
             # Nesterov's momentum.
             directions.append(full_tensor(grad.lerp(momentum_buffer, momentum)))
 
