@@ -226,7 +226,7 @@ def test_ranks_that_are_asked_for_different_runs_are_refused(here: Path) -> None
     words = ("train", "digits", "--out", "run", *TINY)
     done = apart([words, (*words, "train.optimizer.lr=0.5")], cwd=here)
     assert [one.code for one in done] == [2, 2], done
-    assert "train.optimizer.lr is 0.5 on rank 1, and " in done[0].err
+    assert "train.optimizer.lr is 0.5 on rank 1, but " in done[0].err
     assert " on rank 0: run the same command on every node" in done[0].err
     assert not (here / "run").exists()
 

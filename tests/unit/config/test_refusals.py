@@ -216,7 +216,7 @@ def test_what_so_many_ranks_cannot_train_is_refused(recipe: str, fields: list[st
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("base: mine.yaml", "circle"),
+        ("base: mine.yaml", "circular"),
         ("base: other.yaml", "other.yaml"),
         ("base: dgits", "did you mean 'digits'"),
         ("base: nowhere/run.yaml", "nowhere/run.yaml"),

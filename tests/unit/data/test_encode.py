@@ -143,7 +143,7 @@ def test_folder_of_another_cache_stays_as_it_is(whole: Path) -> None:
 def test_folder_with_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
     fix = r"give a new folder \(data.root, .*\); images are read from data.images.root$"
-    with pytest.raises(UserError, match=f"not empty and holds no index.json, so it is no cache: {fix}"):
+    with pytest.raises(UserError, match=f"not empty and has no index.json, so it is not a cache: {fix}"):
         encode(Pictures(3), POINT, PLAN, tmp_path)
     assert contents(tmp_path) == {"thesis.tex": b""}
 

@@ -234,7 +234,7 @@ def test_a_config_from_before_it_had_a_scale_has_that_of_diffusers(tmp_path: Pat
     config.write_text(json.dumps(fields))
     assert of(tmp_path).published.scale == AutoencoderKL.from_config(fields).config.scaling_factor == 0.18215
     config.write_text('{"_class_name": "AutoencoderDC", "latent_channels": 32, "encoder_block_out_channels": [4, 4]}')
-    with pytest.raises(UserError, match=r"vae/config.json says no shift and scale .* of a AutoencoderDC: put"):
+    with pytest.raises(UserError, match=r"vae/config.json has no shift and scale .* of a AutoencoderDC: restore"):
         _ = of(tmp_path).published
 
 
@@ -252,7 +252,7 @@ def test_an_autoencoder_that_cuts_patches_first_has_the_factor_of_its_config(tmp
     config = tmp_path / "vae" / CONFIG
     fields = json.loads(config.read_text())
     config.write_text(json.dumps(fields | {"scale_factor_spatial": 8}))
-    with pytest.raises(UserError, match=r"makes latents of shape \(8, 2, 2\) .* says \(8, 4, 4\): put"):
+    with pytest.raises(UserError, match=r"makes latents of shape \(8, 2, 2\) .* implies \(8, 4, 4\): restore"):
         of(tmp_path).open().encode(images(32))
 
 

@@ -306,7 +306,7 @@ def test_what_is_no_part_is_refused(parts: dict[str, Any], said: str, tmp_path: 
 
 
 def test_parts_of_your_own_need_a_folder() -> None:
-    with pytest.raises(dumo.UserError, match='say out="runs/NAME"'):
+    with pytest.raises(dumo.UserError, match='set out="runs/NAME"'):
         dumo.train(data=COLOURS)
 
 

@@ -131,7 +131,7 @@ def a_teacher_that_learned_jumps_alone(run: Path, here: Path) -> None:
     train(tiny("moons", f"teacher.source={here / 'jumps'}"), here / "new")
 
 
-@refused("another teacher")
+@refused("was started with teacher")
 def a_teacher_that_learned_more_since(run: Path, here: Path) -> None:
     taught = f"teacher.source={run}"
     train(tiny("moons", taught, "train.steps=2"), here / "new")
@@ -226,7 +226,7 @@ def prompts_for_a_run_without_texts(run: Path, here: Path) -> None:
     load_run("digits-trained").conditions(prompts=["a seven"])
 
 
-@refused("no class")
+@refused("out of range")
 def a_class_that_is_none(run: Path, here: Path) -> None:
     load_run("digits-trained").make_samples(torch.tensor([11]), nfe=1)
 

@@ -51,7 +51,7 @@ REFUSALS: dict[str, tuple[Callable[[pytest.MonkeyPatch], object], str]] = {
         lambda _: require_memory(10**16, "the net takes", "take a smaller net"),
         "the net takes",
     ),
-    "several processes for work of one": (several_processes, "WORLD_SIZE=2"),
+    "several processes for work of one": (several_processes, "WORLD_SIZE is 2"),
     "ranks under an old torch": (old_torch, "2.11.0"),
 }
 
