@@ -58,7 +58,7 @@ def stamp(version: str, repository: str, root: Path = ROOT) -> None:
     changelog.write_text(RELATIVE_LINK.sub(with_address, text), encoding="utf-8")
 
     readme = root / "README.md"
-    text = readme.read_text(encoding="utf-8").replace(" Replace REPOSITORY by the address of this page.", "")
+    text = readme.read_text(encoding="utf-8").replace(" Replace REPOSITORY with the URL of this repository.", "")
     text = RELATIVE_LINK.sub(with_address, text).replace("REPOSITORY", address)
     text = text.replace("pip install .\n", "pip install dumo\n").replace("pip install '.[", "pip install 'dumo[")
     readme.write_text(text, encoding="utf-8")
