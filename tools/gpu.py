@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,6 @@ from dumo.plan.cost import count_cost
 from dumo.run.net import make_flow
 from dumo.run.random_net import random_net
 from dumo.run.resolve import resolve
-from dumo.run.weights import build
 from dumo.runtime.device import peak_bytes
 from dumo.runtime.random import random_batch
 from dumo.runtime.stopwatch import Stopwatch
@@ -109,14 +108,13 @@ def wait_rows(device: torch.device, smoke: bool) -> Iterator[Row]:
     if not smoke:
         runs["SD 3, LoRA"] = load_sd3()
     for name, run in runs.items():
-        state = begin(random_net(run, device), run.train)
-        x, c = (tensor.to(device) for tensor in random_batch("gpu", run.train.batch, run.data.shape, run.data.classes))
-        take_step(run, state, x, c)
+        _, step = prepare_step(run, device)
+        step()
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            take_step(run, state, x, c)
+            step()
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
         places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchronizing" in str(w.message))
@@ -163,6 +161,13 @@ def step_rows(device: torch.device, smoke: bool) -> Iterator[Row]:
             }
 
 
+def prepare_step(run: Run, device: torch.device) -> tuple[State, Callable[[], None]]:
+    """The state of a run with random weights, and its training step on a random batch."""
+    state = begin(random_net(run, device), run.train)
+    x, c = random_batch("gpu", run.train.batch, run.data.shape, run.data.classes)
+    return state, partial(take_step, run, state, x.to(device), c.to(device))
+
+
 def take_step(run: Run, state: State, x: Tensor, c: Tensor) -> None:
     """Take an optimizer step on a whole batch, and update the averages."""
     flow = make_flow(run, state)
@@ -179,18 +184,13 @@ def optimizer_rows(device: torch.device, smoke: bool) -> Iterator[Row]:
     """The time of the optimizer's step, and its share of a whole step of XL/2, not compiled."""
     for kind in ("adamw", "adamw8bit", "muon"):
         run = load_xl2(smoke, "train.compile=none", f"train.optimizer.kind={kind}")
-        state = begin(random_net(run, device), run.train)
-        x, c = (tensor.to(device) for tensor in random_batch("gpu", run.train.batch, run.data.shape, run.data.classes))
-
-        def whole_step(run: Run = run, state: State = state, x: Tensor = x, c: Tensor = c) -> None:
-            take_step(run, state, x, c)
-
-        whole_step()
+        state, step = prepare_step(run, device)
+        step()
         # A step of the optimizer alone has gradients of zeros, which take as long as others.
         for p in state.net.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
         optimizer_seconds = Stopwatch(device).time_rounds([state.optimizer.step], 1 if smoke else 5).median().item()
-        seconds = Stopwatch(device).time_rounds([whole_step], 1 if smoke else 5).median().item()
+        seconds = Stopwatch(device).time_rounds([step], 1 if smoke else 5).median().item()
         yield {"optimizer": kind, "ms": 1e3 * optimizer_seconds, "share of a step": optimizer_seconds / seconds}
 
 
@@ -200,9 +200,7 @@ def memory_rows(device: torch.device, smoke: bool) -> Iterator[Row]:
         run = load_xl2(smoke, "train.compile=none", f"net.checkpoint={str(checkpoint).lower()}")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        state = begin(build(run, device), run.train)
-        x, c = random_batch("gpu", run.train.batch, run.data.shape, run.data.classes)
-        step = partial(take_step, run, state, x.to(device), c.to(device))
+        _, step = prepare_step(run, device)
         seconds = Stopwatch(device).time_rounds([step], 1 if smoke else 3).median().item()
         yield {
             "checkpointed": checkpoint,

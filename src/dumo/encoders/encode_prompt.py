@@ -242,7 +242,7 @@ def _component_class(folder: Pipeline, part: str, library: Any) -> Any:  # noqa:
     if component_class is None or (library.__name__ == "transformers" and class_name.startswith("Auto")):
         raise UserError(
             f"pipeline: {part} of {folder.source} has the class {class_name}, which {library.__name__} "
-            f"{library.__version__} has not for a part of a pipeline: update it, or take another pipeline"
+            f"{library.__version__} does not offer as a pipeline component: update it, or use another pipeline"
         )
     return component_class
 

@@ -16,7 +16,7 @@ extrapolated from the first few blocks.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
@@ -172,11 +172,11 @@ def teacher_passes(net: nn.Module, objective: Objective, path: FlowPath, shape: 
     """Return the teacher evaluations per row of a training step, as a mean over the phases of the training."""
     rows = exact_rows(objective)
     passes = 0.0
-    for (progress, share), (step, share_of_cycle) in product(objective.needs.phases, objective.needs.cycle):
+    for progress, step, share in _steps_by_cost(objective):
         teacher = _CountingTeacher()
         b = replace(_draw_on_meta(objective, path, rows, shape, teacher), progress=progress, step=step)
         step_function(*meta_copies(net, "self"), objective, b)()
-        passes += share * share_of_cycle * teacher.rows / rows
+        passes += share * teacher.rows / rows
     return passes
 
 
@@ -261,10 +261,13 @@ def phases(objective: Objective, path: FlowPath, rows: int, shape: Sequence[int]
     Within a part (`Needs.phases`) all steps cost alike, but for those of a cycle (`Needs.cycle`).
     """
     b = _draw_on_meta(objective, path, rows, shape)
-    parts: list[tuple[NoisyBatch, float]] = []
+    return [(replace(b, progress=progress, step=step), share) for progress, step, share in _steps_by_cost(objective)]
+
+
+def _steps_by_cost(objective: Objective) -> Iterator[tuple[float, int, float]]:
+    """Yield the progress and the number of a step for each cost of a step, with the fraction of all steps."""
     for (progress, share), (step, share_of_cycle) in product(objective.needs.phases, objective.needs.cycle):
-        parts.append((replace(b, progress=progress, step=step), share * share_of_cycle))
-    return parts
+        yield progress, step, share * share_of_cycle
 
 
 def _meta_batch(rows: int, shape: Sequence[int]) -> tuple[Sample, Cond]:
