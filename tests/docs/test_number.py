@@ -93,7 +93,7 @@ def test_a_step_costs_what_the_table_says(cls: type[Spec]) -> None:
 @pytest.mark.parametrize("name", sorted(kind(cls) for cls in OBJECTIVES))
 def test_a_section_says_what_the_table_says(name: str) -> None:
     plain, guided = told(name)
-    said = re.search(r"A step costs \*\*([\d.]+) F\*\*(?:, guided \*\*([\d.]+) F\*\*)?", sections()[name])
+    said = re.search(r"A step costs \*\*([\d.]+) F\*\*(?:, or \*\*([\d.]+) F\*\* with guidance)?", sections()[name])
     assert said
     assert (float(said[1]), said[2] and float(said[2])) == (plain, guided)
 
@@ -188,7 +188,7 @@ def test_shares_of_rows_are_those_of_the_distributions() -> None:
     beta_times = DuMo().times
     assert isinstance(beta_times, Beta)
     late = float(beta.sf(0.9, beta_times.a, beta_times.b))
-    assert said("dumo", r"([\d.]+) % of rows have t > 0\.9") == pytest.approx(100 * late, rel=0.03)
+    assert said("dumo", r"t > 0\.9 for ([\d.]+) % of training samples") == pytest.approx(100 * late, rel=0.03)
 
     meanflow = pair_of("digits-meanflow")
     assert isinstance(meanflow.of, LogitNormal)
@@ -196,8 +196,8 @@ def test_shares_of_rows_are_those_of_the_distributions() -> None:
     rest = meanflow.velocity_ratio
     later_of_two = 1 - (1 - one) ** 2
     late = rest * one + (1 - rest) * later_of_two
-    assert said("dumo", r"of MeanFlow's distribution ([\d.]+) %") == pytest.approx(100 * late, rel=0.01)
-    assert said("meanflow", r"t − r > 0\.9 on (\S+ · \S+) of rows") == pytest.approx(
+    assert said("dumo", r"for ([\d.]+) % with MeanFlow's distribution") == pytest.approx(100 * late, rel=0.01)
+    assert said("meanflow", r"t − r > 0\.9 for (\S+ · \S+) of training samples") == pytest.approx(
         (1 - rest) * share_far(meanflow), rel=0.15
     )
 
@@ -205,8 +205,8 @@ def test_shares_of_rows_are_those_of_the_distributions() -> None:
 @pytest.mark.parametrize(
     ("kind", "recipe", "pattern", "unit"),
     [
-        ("imf", "digits-imf", r"t − r > 0\.9 on (\S+ · \S+) of rows", 1),
-        ("soflow", "digits-soflow", r"CIFAR-10's, ([\d.]+) %", 100),
+        ("imf", "digits-imf", r"t − r > 0\.9 for (\S+ · \S+) of training samples", 1),
+        ("soflow", "digits-soflow", r"which the recipe uses, for ([\d.]+) % of all samples", 100),
     ],
 )
 def test_far_jumps_of_recipes_are_as_rare_as_told(kind: str, recipe: str, pattern: str, unit: float) -> None:
@@ -217,7 +217,7 @@ def test_far_jumps_of_recipes_are_as_rare_as_told(kind: str, recipe: str, patter
 
 def test_far_jumps_of_soflow_on_imagenet_are_as_rare_as_told() -> None:
     law = kinds()["soflow"]().times
-    assert said("soflow", r"t − r > 0\.9 on (\S+ · \S+) of moving rows") == pytest.approx(share_far(law), rel=0.03)
+    assert said("soflow", r"t − r > 0\.9 for (\S+ · \S+) of the samples with r < t") == pytest.approx(share_far(law), rel=0.03)
 
 
 def kinds() -> dict[str, Any]:
@@ -226,14 +226,14 @@ def kinds() -> dict[str, Any]:
 
 
 def test_the_whole_jump_of_shortcut_is_as_rare_as_told() -> None:
-    assert "One row in 56 trains the whole jump" in sections()["shortcut"]
+    assert "One training sample in 56 trains the whole jump" in sections()["shortcut"]
     assert Dyadic.levels * Dyadic.every == 56
 
 
 def test_rounding_grows_as_the_sections_say() -> None:
     for name in ("soflow", "rcgm"):
-        assert said(name, r"Rounding grows up to (\d+) times") == kinds()[name]().needs.amplifies
-    assert "in the recipe 3,200" in sections()["soflow"]
+        assert said(name, r"Rounding errors grow up to (\d+) times") == kinds()[name]().needs.amplifies
+    assert "3,200 times in the recipe" in sections()["soflow"]
     assert load("digits-soflow").objective.needs.amplifies == pytest.approx(3200)
 
 
