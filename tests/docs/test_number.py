@@ -217,7 +217,9 @@ def test_far_jumps_of_recipes_are_as_rare_as_told(kind: str, recipe: str, patter
 
 def test_far_jumps_of_soflow_on_imagenet_are_as_rare_as_told() -> None:
     law = kinds()["soflow"]().times
-    assert said("soflow", r"t − r > 0\.9 for (\S+ · \S+) of the samples with r < t") == pytest.approx(share_far(law), rel=0.03)
+    assert said("soflow", r"t − r > 0\.9 for (\S+ · \S+) of the samples with r < t") == pytest.approx(
+        share_far(law), rel=0.03
+    )
 
 
 def kinds() -> dict[str, Any]:

@@ -148,7 +148,7 @@ def test_evaluation_is_one_object_and_lies_in_the_folder(name: str, here: Path, 
     short = call("evaluate", "run", "--nfe", "1,2").out
     lead = "mmd2" if name == "moons" else "class_mmd"
     assert f"a perfect sampler: {lead} 0 ± 0." in short or name == "moons"
-    assert ("Near the data, but " if name == "moons" else "As good as untrained: ") in short
+    assert ("Close to the data, but " if name == "moons" else "Looks untrained: ") in short
     hidden = measures - {"mmd2", "recall"}
     assert not [measure for measure in hidden if f" {measure} " in short.split("perfect sampler")[0]]
     assert json.loads(Path(report["file"]).read_text()) == report  # the same samples have the same score

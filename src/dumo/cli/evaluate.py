@@ -34,7 +34,7 @@ def evaluate(
     images: Annotated[
         str | None,
         typer.Option(
-            metavar="PLACE",
+            metavar="PATH",
             help="Evaluate existing images instead of a run: a folder (subfolders are classes), an .npz in ADM's "
             "layout, or parquet or tar shards. Images are not resized.",
         ),
@@ -51,7 +51,7 @@ def evaluate(
     against: Annotated[
         str | None,
         typer.Option(
-            metavar="PLACE",
+            metavar="PATH",
             help="With --images: the real images to compare with: a folder, resized as in training; an .npz; ADM's "
             "file for adm-*.",
         ),
@@ -62,7 +62,7 @@ def evaluate(
             "--out",
             dir_okay=False,
             metavar="FILE",
-            help="With --images: the report. Default: PLACE.evaluation.json, here.",
+            help="With --images: the report. Default: PATH.evaluation.json in the current directory.",
         ),
     ] = None,
     all_scores: Annotated[

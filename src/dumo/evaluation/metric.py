@@ -24,7 +24,7 @@ class Metric:
     better: "equal" means equal to the score of a perfect sampler.
     in_sample_space: compares samples themselves instead of their features.
     in_summary: shown in summaries even if another score is the main one.
-    can_reject: samples are reported as unlike the data if this score alone is two deviations worse than a perfect
+    can_reject: samples are reported as distinguishable if this score alone is two deviations worse than a perfect
         sampler's.
     needs_many_images: a perfect sampler's score cannot be estimated from few images.
     sd_is_spread: NAME_sd is the spread over subsets or splits of the samples, not a standard error, so scores are not

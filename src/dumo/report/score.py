@@ -1,10 +1,9 @@
-"""The scores of an evaluation: which one leads, what is better or worse, and how a value and its error are written.
+"""Compare and format the scores of an evaluation.
 
-A row is a dictionary: `nfe`, `solver`, the scores by name, and the standard deviation of each as NAME_sd. `verdict`
-compares the best row with the baselines, and `mark_best` compares rows with one another. The template of the page,
-report.html.j2, uses this module as `score`.
-
-`dumo.evaluation.metric` says what the name of a score means, such as which way is better.
+A row is a dictionary with `nfe`, `solver`, the scores by name, and the standard deviation of each as NAME_sd. `verdict`
+compares the best row with the baselines, and `mark_best` compares rows with each other. `dumo.evaluation.metric`
+defines the scores by name, for example whether higher is better. The template report.html.j2 uses this module as
+`score`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,19 +19,19 @@ from dumo.report.evaluation_card import Card, Row
 ERROR_SUFFIX = "_sd"
 # The fields of a row that are not scores.
 ROW_LABELS = ("nfe", "solver")
-# The number of distances that a baseline is the mean of.
+# The number of distances over which a baseline is averaged.
 NUM_SPLITS = "splits"
-# The fields of a card that say what samples are compared with, and how.
+# The fields of a card that describe the reference and how samples are compared with it.
 NOTED_FIELDS = ("reference", CLASS_MMD, "copies", "kid")
 
-# Distances from which samples count as untrained or as far from the data. None of them is from the literature.
+# Distances above which samples count as untrained or as far from the data (our choice).
 UNTRAINED_SHARE_OF_NOISE = 1 / 2
 FAR_SHARE_OF_NOISE = 1 / 20
-# Without a measured noise baseline, multiples of a perfect sampler's distance, and a precision, decide.
+# The same without a noise baseline: a multiple of a perfect sampler's distance, and a precision.
 FAR_TIMES_PERFECT = 20
 MAX_UNTRAINED_PRECISION = 0.02
 
-# What the terminal calls a baseline, by its name in a report.
+# Names of baselines in a report, and their names in the terminal.
 TERMINAL_BASELINES = {
     "perfect": "a perfect sampler",
     "null": "a perfect sampler",
@@ -47,24 +46,24 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def is_error(name: str) -> bool:
-    """Whether `name` is that of an error, such as mmd_sd, rather than of a score."""
+    """Return whether `name` is the name of an error, such as mmd_sd, instead of a score."""
     return name.endswith(ERROR_SUFFIX)
 
 
 def error(row: Mapping[str, Any], name: str) -> float | None:
-    """Return the error of a score in a row; None where it is not known."""
+    """Return the error of a score in a row, or None if it is unknown."""
     return row.get(name + ERROR_SUFFIX)
 
 
 def first_score(row: Mapping[str, Any]) -> str:
-    """Return the name of a row's first score. A baseline has it as `mean`, and its error as `sd`."""
+    """Return the name of a row's first score. A baseline stores this score as `mean` and its error as `sd`."""
     return next(name for name in row if name not in ROW_LABELS)
 
 
 def score_names(row: Mapping[str, Any], card: Card | None = None) -> list[str]:
-    """Return the names of the scores in a row, without errors, the one that leads first.
+    """Return the names of the scores in a row, without errors, with the main score first.
 
-    Which one leads depends on the run's card: not a score that the run was trained on.
+    A score that the run of this card was trained on cannot be the main score.
     """
     names: list[str] = []
     for name, value in row.items():
@@ -76,13 +75,13 @@ def score_names(row: Mapping[str, Any], card: Card | None = None) -> list[str]:
 
 
 def trained_on_names(row: Mapping[str, Any], card: Card) -> list[str]:
-    """Return the names of the scores in a row that measure what the run of this card was trained on."""
+    """Return the names of the scores in a row that the run of this card was trained on."""
     names = [name for name, value in row.items() if isinstance(value, float) and not is_error(name)]
     return [name for name in names if is_trained_on(name, card)]
 
 
 def summary_names(columns: Sequence[str]) -> list[str]:
-    """The names among `columns` that a summary shows: the first, which leads, those of a summary, and unknown ones."""
+    """Return the columns of a summary: the first, which is the main score, summary metrics and custom metrics."""
     names: list[str] = []
     for i, name in enumerate(columns):
         if i == 0 or metric(name).in_summary or name not in METRICS:
@@ -91,7 +90,7 @@ def summary_names(columns: Sequence[str]) -> list[str]:
 
 
 def select_scores(row: Mapping[str, Any], columns: Sequence[str]) -> Row:
-    """Return a row or a baseline that is left with the scores `columns` and their errors, in the order of `columns`."""
+    """Return a row or a baseline with only the scores `columns` and their errors, in the order of `columns`."""
     selected = {name: row[name] for name in ROW_LABELS if name in row}
     for column in columns:
         for name in (column, column + ERROR_SUFFIX):
@@ -104,18 +103,19 @@ def select_scores(row: Mapping[str, Any], columns: Sequence[str]) -> Row:
 
 
 def perfect_sampler(baselines: Mapping[str, Any]) -> Scores | None:
-    """What a perfect sampler would have, of the baselines of an evaluation; None where it does not say."""
+    """Return a perfect sampler's scores from the baselines of an evaluation, or None if they are missing."""
     return baselines.get("perfect") or baselines.get("null")
 
 
 def verdict(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Scores]) -> str | None:
-    """Say in one sentence how near samples are to the data, by their best row and the baselines of an evaluation.
+    """Return a sentence that compares the best row with the baselines of an evaluation.
 
-    Samples are like the data if neither the first score nor any score that `can_reject` (`dumo.evaluation.metric`),
-    such as `class_mmd`, is more than two deviations worse than a perfect sampler's. Otherwise the distance of noise
-    tells near from far, or a multiple of a perfect sampler's distance if noise was not measured.
+    Samples are indistinguishable from a perfect sampler's if neither the first score nor any score that `can_reject`
+    (`dumo.evaluation.metric`), such as `class_mmd`, is more than two standard deviations worse. Otherwise they are
+    close to or far from the data, depending on the distance of noise, or on a multiple of a perfect sampler's distance
+    if noise was not measured.
 
-    Returns None if no baseline tells, or if more of the first score is better.
+    Return None without a perfect sampler's score, or if higher values of the first score are better.
     """
     perfect = perfect_sampler(baselines)
     noise = baselines.get("noise")
@@ -131,30 +131,30 @@ def verdict(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Scores]) 
         worse = [lead, *worse]
     if not worse:
         names = ", ".join(dict.fromkeys([lead, *rejecting]))
-        return f"Like the data by {names}: at most two deviations worse than a perfect sampler's."
+        return f"Indistinguishable from a perfect sampler: at most two standard deviations worse in {names}."
 
-    reason = f"worse than a perfect sampler by {', '.join(worse)}"
+    reason = f"worse than a perfect sampler in {', '.join(worse)}"
     if noise:
         is_far = scores[lead] > FAR_SHARE_OF_NOISE * noise["mean"]
         if scores[lead] >= UNTRAINED_SHARE_OF_NOISE * noise["mean"]:
-            return f"As good as untrained: {lead} is {number(scores[lead])}, of noise {number(noise['mean'])}."
+            return f"Looks untrained: {lead} is {number(scores[lead])}, and {number(noise['mean'])} for noise."
         if CLASS_MMD in noise and scores.get(CLASS_MMD, 0.0) > FAR_SHARE_OF_NOISE * noise[CLASS_MMD] and not is_far:
             is_far = True
             reason = (
-                f"images do not show the classes that they were asked for. {CLASS_MMD} is "
-                f"{number(scores[CLASS_MMD])}, of a perfect sampler {score_text(perfect, CLASS_MMD)}"
+                f"the samples do not show the requested classes. {CLASS_MMD} is {number(scores[CLASS_MMD])}, and "
+                f"{score_text(perfect, CLASS_MMD)} for a perfect sampler"
             )
     else:
         is_far = scores[lead] > FAR_TIMES_PERFECT * (abs(perfect["mean"]) + 2 * perfect["sd"])
         if is_far and scores.get("precision", 1.0) <= MAX_UNTRAINED_PRECISION:
-            return f"As good as untrained: {reason}."
-    return f"{'Not yet like the data' if is_far else 'Near the data, but not like them'}: {reason}."
+            return f"Looks untrained: {reason}."
+    return f"{'Far from the data' if is_far else 'Close to the data, but distinguishable'}: {reason}."
 
 
 def _best_scores(rows: Sequence[Mapping[str, Any]]) -> Scores:
-    """Return the scores and errors of the row with the least `class_mmd`, or the least first score if a row has none.
+    """Return the scores and errors of the row with the lowest `class_mmd`, or first score if a row has no `class_mmd`.
 
-    {} if no row has any score.
+    Return {} if no row has scores.
     """
     rows_of_scores: list[Scores] = []
     for row in rows:
@@ -169,7 +169,7 @@ def _best_scores(rows: Sequence[Mapping[str, Any]]) -> Scores:
 
 
 def _excess(scores: Scores, perfect: Scores, name: str) -> float:
-    """By how much a score is worse than a perfect sampler's."""
+    """Return by how much a score is worse than a perfect sampler's."""
     excess = scores[name] - perfect[name]
     better = metric(name).better
     if better == "higher":
@@ -178,11 +178,10 @@ def _excess(scores: Scores, perfect: Scores, name: str) -> float:
 
 
 def mark_best(rows: Sequence[Row], lead: str) -> list[Row]:
-    """The rows, each with `best`: whether its score `lead` is the least at its number of passes, or level with that.
+    """Add `best` to each row: whether its score `lead` is the lowest at its NFE, or not significantly worse.
 
-    Rows without a number of passes, as of images that others made, are compared with all rows. Rows that lack the score
-    or its error are not best. The field `best` is left out where no row has the score with its error, where more is
-    better, and where the error is a spread.
+    Rows without an NFE, such as existing images, are compared with all rows. Rows without the score or its error are
+    not best. No row gets the field if none has both, if higher is better, or if the error is a spread.
     """
     if higher_is_better(lead) or metric(lead).sd_is_spread:
         return list(rows)
@@ -196,7 +195,7 @@ def mark_best(rows: Sequence[Row], lead: str) -> list[Row]:
             rivals = [i for i in comparable if rows[i].get("nfe") == nfe]
         ties = ties_with_least([Estimate(rows[i][lead], rows[i][lead + ERROR_SUFFIX]) for i in rivals])
         for i, is_tied in zip(rivals, ties, strict=True):
-            if rows[i].get("nfe") == nfe:  # a rival with another number is marked among its own
+            if rows[i].get("nfe") == nfe:  # rows with another NFE are marked among their own
                 is_best[i] = is_tied
     return [row | {"best": best} for row, best in zip(rows, is_best, strict=True)]
 
@@ -205,7 +204,7 @@ def mark_best(rows: Sequence[Row], lead: str) -> list[Row]:
 
 
 def baselines_by_name(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Return the baselines of an evaluation, with the first score by its name in place of `mean` and `sd`."""
+    """Return the baselines of an evaluation, with `mean` and `sd` renamed to the first score and its error."""
     lead = first_score(evaluation["results"][0])
     new_names: dict[str, str] = {"mean": lead, "sd": lead + ERROR_SUFFIX}
     baselines: Mapping[str, Mapping[str, float]] = evaluation["baselines"]
@@ -216,7 +215,7 @@ def baselines_by_name(evaluation: Mapping[str, Any]) -> dict[str, dict[str, floa
 
 
 def has_too_few_images(evaluation: Mapping[str, Any]) -> bool:
-    """Whether there were too few images to say what a perfect sampler would have."""
+    """Return whether there were too few images to compute a perfect sampler's scores."""
     lead = first_score(evaluation["results"][0])
     return not evaluation["baselines"] and metric(lead).needs_many_images
 
@@ -225,9 +224,9 @@ def has_too_few_images(evaluation: Mapping[str, Any]) -> bool:
 
 
 def number(value: object) -> str:
-    """Return a number to three significant digits, without an exponent unless it is needed.
+    """Return a number to three significant digits, with an exponent only if it is very small or large.
 
-    A dash stands for None and NaN; what is no number is written as it is.
+    None and NaN become a dash. Other values are converted with `str`.
     """
     if value is None or value != value:
         return "–"
@@ -242,7 +241,7 @@ def number(value: object) -> str:
 
 
 def abbreviate(value: float | int) -> str:
-    """Return a number to three significant digits, with k, M, G or T for a power of a thousand."""
+    """Return a number to three significant digits, with the suffix k, M, G or T."""
     if value < 1000:
         return number(value)
     power = min(4, floor(log10(value) / 3))
@@ -263,15 +262,16 @@ def score_text(row: Mapping[str, Any], name: str) -> str:
 
 
 def card_notes(card: Card) -> dict[str, str]:
-    """What a reader of the scores should know of how they were measured, by the field of the card that says it."""
-    fields = [*NOTED_FIELDS, "labels"] if "images" in card else NOTED_FIELDS  # a run's labels are its protocol's
+    """Return the fields of the card that describe how the scores were measured."""
+    # The labels of a run's samples are determined by its protocol.
+    fields = [*NOTED_FIELDS, "labels"] if "images" in card else NOTED_FIELDS
     return {field: card[field] for field in fields if field in card}
 
 
 def terminal_lines(evaluation: Mapping[str, Any], columns: Sequence[str] | None) -> Iterator[str]:
-    """What the terminal says below the table of an evaluation: baselines, what does not count, notes, the verdict.
+    """Yield the lines below the table of an evaluation: baselines, biased scores, notes and the verdict.
 
-    `columns` are the scores of the baselines to show; None means all.
+    `columns` selects the scores of the baselines; None means all.
     """
     first_row = evaluation["results"][0]
     card = evaluation.get("card") or {}
@@ -280,10 +280,10 @@ def terminal_lines(evaluation: Mapping[str, Any], columns: Sequence[str] | None)
         if shown_scores:
             yield f"{TERMINAL_BASELINES.get(name, name)}: {terminal_text(shown_scores)}"
     if has_too_few_images(evaluation):
-        yield f"{TERMINAL_BASELINES['perfect']}: too few images to distinguish them"
+        yield f"{TERMINAL_BASELINES['perfect']}: unknown, because there are too few images"
     biased_names = trained_on_names(first_row, card)
     if biased_names:
-        yield f"biased, because the run was trained on the features that define them: {', '.join(biased_names)}"
+        yield f"biased, because the run was trained on the features of these scores: {', '.join(biased_names)}"
     for field, text in card_notes(card).items():
         yield f"{field}: {text}"
     sentence = verdict(evaluation["results"], evaluation["baselines"])
@@ -292,7 +292,7 @@ def terminal_lines(evaluation: Mapping[str, Any], columns: Sequence[str] | None)
 
 
 def terminal_text(baseline: Mapping[str, float]) -> str:
-    """Return a baseline as `baselines_by_name` has it, in a line: each score with its error."""
+    """Return the scores of a baseline with their errors in one line (`baselines_by_name`)."""
     texts: list[str] = []
     for name, value in baseline.items():
         if name == NUM_SPLITS or is_error(name):

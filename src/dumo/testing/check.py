@@ -1,4 +1,4 @@
-"""`check_objective` runs on anybody's objective what dumo's own tests run on each of dumo's."""
+"""`check_objective` runs the tests of dumo's own objectives on an objective of the user."""
 
 from collections.abc import Callable, Collection, Mapping
 
@@ -10,7 +10,7 @@ from dumo.testing.exact import APART, PLAIN, Head, gaussian
 from dumo.testing.network import TinyNet, randomise
 from dumo.testing.properties import CLASSES, SHAPE, PropertyError
 
-# Guidance of every kind: with V(c) and without, with V(null) and without, and in an interval of times.
+# All kinds of guidance: with and without V(c) and V(null), and in an interval of times.
 GUIDES = (
     PLAIN,
     Guide(zeta=0.55),
@@ -18,11 +18,12 @@ GUIDES = (
     Guide(omega=0.5, zeta=0.5),
 )
 
-EVERY_PASS = Guide(omega=0.7, zeta=0.4)  # of V(c) and of V(null)
+# Guidance that evaluates both V(c) and V(null).
+EVERY_PASS = Guide(omega=0.7, zeta=0.4)
 
 
 class CheckError(AssertionError):
-    """An objective lacks properties: `failures` says by the name of each what was found."""
+    """An objective fails checks. `failures` maps the names of the properties to messages."""
 
     def __init__(self, kind: str, failures: Mapping[str, str]) -> None:
         lines = [f"- {name}: {message}" for name, message in failures.items()]
@@ -33,24 +34,25 @@ class CheckError(AssertionError):
 def check_objective(
     objective: ObjectiveSpec, *, skip: Collection[str] = (), heads: Mapping[str, Head] | None = None
 ) -> None:
-    """Check that an objective keeps its contract, and that its formulas hold. It takes about a second.
+    """Check the contract and the formulas of an objective in about a second. Raises CheckError.
 
         check_objective(Robust())
-        check_objective(Robust(floor=0.1))      # each option needs a call of its own; guidance is tried by itself
-        check_objective(Steps(), skip=["gradient_vanishes_at_the_flow"])    # it is at the flow only up to its step
+        check_objective(Robust(floor=0.1))      # call it for each setting; guidance is varied automatically
+        check_objective(Steps(), skip=["gradient_vanishes_at_the_flow"])    # exact only up to its step size
 
-    objective: with the options to check. A slope that is a difference is replaced by an exact one at the exact flow.
-    skip: the names of properties that the objective lacks by design. They are the functions of
+    objective: the objective, with the settings to check. Finite differences are replaced with exact derivatives when
+        it is compared with the exact flow.
+    skip: names of properties that the objective does not have by design, which are the functions of
         `dumo.testing.properties`.
-    heads: by the names of heads, f(flow, x, c, t, r), what they are at the exact flow (`dumo.testing.exact.HEADS`
-        has those of usual names).
+    heads: functions f(flow, x, c, t, r) that return the exact values of heads, by name (`dumo.testing.exact.HEADS`
+        contains the usual names).
 
-    What only a paper states, such as weights, constants and schedules, it cannot know. Raises CheckError.
+    Weights, constants and schedules from a paper cannot be checked.
     """
     failures: dict[str, str] = {}
 
     def check(property_: Callable[..., None], *arguments: object, **named: object) -> None:
-        """Run the check of a property, and note how it fails."""
+        """Check a property and record a failure."""
         name = property_.__name__
         if name in skip or name in failures:
             return
@@ -62,17 +64,17 @@ def check_objective(
     net = randomise(TinyNet(objective.needs, SHAPE, CLASSES)).double()
     b = properties.random_batch(objective, 2 * properties.group_rows(objective))
 
-    # Check the objective as a value, and the shape of its loss. All that follows rests on these.
+    # Check the spec and the shape of the loss, on which all other checks depend.
     check(properties.spec_is_a_value, objective)
     check(properties.loss_is_one_number_per_row, objective, net, b)
     if failures:
         raise CheckError(objective.kind, failures)
 
-    # From here on, guide where that is possible: it takes further passes.
+    # Use guidance from here on if the objective supports it, because it adds passes.
     is_guided = isinstance(objective.needs.guide, Guide)
     guided = objective.model_copy(update={"guide": EVERY_PASS}) if is_guided else objective
 
-    # Check that the loss is a pure function of each row, without which a backward pass may fail.
+    # Check that the loss is a pure function of each row. Otherwise a backward pass may fail.
     check(properties.draws_are_keyed_by_row, guided)
     check(properties.loss_changes_nothing, guided, net, b)
     check(properties.loss_draws_nothing, guided, net, b)
@@ -82,7 +84,7 @@ def check_objective(
     if failures:
         raise CheckError(objective.kind, failures)
 
-    # Check what the gradient reaches.
+    # Check the gradients.
     check(properties.every_parameter_learns, guided, net, b)
     check(properties.targets_are_of_the_reference, guided, net, b)
     check(properties.one_pass_has_gradients, guided, net, b)
@@ -97,11 +99,11 @@ def check_objective(
     if not isinstance(objective.needs.slope, JvpSlope):  # torch has no forward-mode derivative under autocast
         check(properties.bf16_is_served_or_refused, guided, net, b)
 
-    # Check what a solver reads.
+    # Check the functions that solvers call.
     check(properties.readings_make_one_pass_each, guided, net)
     check(properties.a_jump_of_no_time_stays, guided, net)
 
-    # Check the formulas at flows that are known exactly, unguided and guided.
+    # Check the formulas on exact flows, with and without guidance.
     if isinstance(objective.needs.slope, CentralSlope):
         objective = objective.model_copy(update={"slope": DualSlope()})
     for guide in GUIDES if is_guided else (PLAIN,):

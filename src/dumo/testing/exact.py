@@ -238,11 +238,11 @@ INPUTS = {"t", "r", "k", "w", "beta", "low", "high"}
 
 
 class ExactNet(nn.Module):
-    """A network that knows its flow. Each head is off by probe[head] of 1 and of x_t, at first by nothing.
+    """A network that returns the exact values of a flow, plus the error probe[head] times (1, x_t), initially 0.
 
-    Heads are those of `HEADS`, and those that the caller gives by name. A step may be told as k, of size 2^-k. At
-    negative times the heads are the velocity at -t. The knobs w, or beta = 1 / w, low and high are those of a guided
-    flow. Gauges are 0. Raises UserError for heads and inputs that it does not know.
+    Heads are defined in `HEADS` and by the caller. The input k is a step of size 2^-k. At negative times the heads are
+    the velocity at -t. The knobs w, or beta = 1 / w, low and high set the guidance of the flow. Gauges are 0. Raises
+    UserError for heads and inputs without a definition.
     """
 
     def __init__(self, flow: ExactFlow, needs: Needs, heads: Mapping[str, Head] | None = None) -> None:
@@ -255,13 +255,13 @@ class ExactNet(nn.Module):
         unknown = [*({*needs.heads} - known.keys()), *({*needs.names} - INPUTS)]
         if unknown:
             raise UserError(
-                f"the exact flow does not know {', '.join(sorted(unknown))}: name a velocity v..., a mean velocity "
-                "u..., the times t and r, or pass heads={name: f(flow, x, c, t, r)} to check_objective"
+                f"the exact flow does not define {', '.join(sorted(unknown))}: use names v... for velocities, u... "
+                "for mean velocities, t and r for times, or pass heads={name: f(flow, x, c, t, r)} to check_objective"
             )
         self.functions = [known[name] for name in needs.heads]
 
     def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, **inputs: Tensor) -> Heads:
-        """The heads, each with its displacement, and the gauges."""
+        """Return the heads, each with its error, and the gauges."""
         flow = self._flow_of_knobs(inputs)
         moving = (x, t, inputs.pop("r")) if "r" in inputs else (x, t)
 

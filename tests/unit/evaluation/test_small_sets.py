@@ -69,7 +69,7 @@ def test_fresh_images_of_the_same_law_are_as_a_perfect_sampler(own: PhotosEvalua
     assert min(good["precision"], good["recall"]) > 0.7
     sentence = verdict([{"nfe": 1, "solver": "restart", **good}], own.baselines())
     assert sentence is not None
-    assert sentence.startswith(("Like the data", "Near the data"))
+    assert sentence.startswith(("Indistinguishable", "Close to the data"))
 
 
 @pytest.mark.nightly
@@ -84,7 +84,7 @@ def test_noise_is_far_off_and_is_the_other_baseline_and_collapse_shows_in_recall
     one = drawn(1, "real").expand(60, -1, -1, -1) + 0.05 * torch.randn(60, 3, 32, 32, generator=stream("one"))
     assert scores(own, one)["recall"] < 0.2
     sentences = [verdict([{"nfe": 1, **found}, {"nfe": 2, **row}], own.baselines()) or "" for row in (found, good)]
-    assert [sentence.startswith("As good as untrained") for sentence in sentences] == [True, False]
+    assert [sentence.startswith("Looks untrained") for sentence in sentences] == [True, False]
 
 
 @pytest.mark.parametrize("turn", [lambda x: x, lambda x: x.flip(-1)], ids=["as they are", "mirrored"])
@@ -315,7 +315,7 @@ def test_no_summary_praises_noise_of_the_colours_of_photos(folder: PhotosEvaluat
     summary = score.summary_names(score.score_names({"nfe": 1, **found}))
     assert summary == ["class_mmd", "recall", "copies"]
     assert found["class_mmd"] > 10 * perfect["class_mmd_sd"]
-    assert sentence.startswith(("Not yet like the data", "As good as untrained"))
+    assert sentence.startswith(("Far from the data", "Looks untrained"))
 
 
 @pytest.mark.nightly
@@ -328,8 +328,8 @@ def test_a_sampler_that_ignores_its_label_is_marked_down(folder: PhotosEvaluator
     assert abs(good["class_mmd"]) < 3 * perfect["class_mmd_sd"]
     assert abs(bad["mmd"] - good["mmd"]) < 4 * perfect["sd"]
     assert bad["class_mmd"] > 8 * perfect["class_mmd_sd"]
-    assert as_asked.startswith(("Like the data", "Near the data"))
-    assert "do not show the classes that they were asked for" in shuffled
+    assert as_asked.startswith(("Indistinguishable", "Close to the data"))
+    assert "do not show the requested classes" in shuffled
 
 
 @pytest.mark.slow
@@ -354,19 +354,19 @@ def test_only_new_digits_are_like_the_data(fault: str) -> None:
     row = {"nfe": 1, **score_digits(y, d, reference)}
     sentence = verdict([row], baselines_digits(reference, d))
     assert sentence is not None
-    assert sentence.startswith("Like the data") == (fault == "none"), row
+    assert sentence.startswith("Indistinguishable") == (fault == "none"), row
 
 
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([(0.1, 0.15)], "Like the data"),
-        ([(0.1, 0.3)], "Near the data"),
-        ([(0.1, 6.0)], "Not yet like the data"),
-        ([(0.1, 90.0)], "Not yet like the data"),  # all of other classes: trained all the same
-        ([(6.0, 6.0)], "Not yet like the data"),
-        ([(60.0, 60.0)], "As good as untrained"),
-        ([(0.1, 6.0), (0.3, 0.3)], "Near the data"),  # the best row is that of the best classes
+        ([(0.1, 0.15)], "Indistinguishable"),
+        ([(0.1, 0.3)], "Close to the data"),
+        ([(0.1, 6.0)], "Far from the data"),
+        ([(0.1, 90.0)], "Far from the data"),  # all of other classes: trained all the same
+        ([(6.0, 6.0)], "Far from the data"),
+        ([(60.0, 60.0)], "Looks untrained"),
+        ([(0.1, 6.0), (0.3, 0.3)], "Close to the data"),  # the best row is that of the best classes
     ],
 )
 def test_states_by_class(rows: list[tuple[float, float]], said: str) -> None:
@@ -379,27 +379,27 @@ def test_states_by_class(rows: list[tuple[float, float]], said: str) -> None:
     assert sentence is not None
     assert sentence.startswith(said)
     assert sentence.endswith(".")
-    assert ("do not show the classes" in sentence) == (said == "Not yet like the data" and rows[0][0] < 1)
+    assert ("do not show the requested classes" in sentence) == (said == "Far from the data" and rows[0][0] < 1)
 
 
 def test_states_without_noise() -> None:
     """Of protocols that do not measure it: by how many times, and by precision."""
     real = {"perfect": {"mean": 0.2, "sd": 0.1, "auc": 0.5, "auc_sd": 0.01}}
     read = {"perfect": {"mean": 0.2, "sd": 0.1, "accuracy": 0.98, "accuracy_sd": 0.01}}
-    near = "Near the data, but not like them: worse than a perfect sampler by"
-    like = "at most two deviations worse than a perfect sampler's."
+    near = "Close to the data, but distinguishable: worse than a perfect sampler in"
+    like = "Indistinguishable from a perfect sampler: at most two standard deviations worse in"
     for baselines, row, said in (
-        (real, {"fd": 0.4, "auc": 0.482}, f"Like the data by fd, auc: {like}"),
-        (real, {"fd": 0.4, "auc": 0.518, "kid": 9.0}, f"Like the data by fd, auc: {like}"),
+        (real, {"fd": 0.4, "auc": 0.482}, f"{like} fd, auc."),
+        (real, {"fd": 0.4, "auc": 0.518, "kid": 9.0}, f"{like} fd, auc."),
         (real, {"fd": 0.4, "auc": 0.53}, f"{near} auc."),
         (real, {"fd": 0.4, "auc": 0.47}, f"{near} auc."),
         (real, {"fd": 0.41, "auc": 0.5}, f"{near} fd."),
         (real, {"fd": 0.41, "auc": 0.53}, f"{near} fd, auc."),
-        (read, {"fd": 0.4, "accuracy": 1.0}, f"Like the data by fd, accuracy: {like}"),
-        (read, {"fd": 0.4, "accuracy": 0.97}, f"Like the data by fd, accuracy: {like}"),
+        (read, {"fd": 0.4, "accuracy": 1.0}, f"{like} fd, accuracy."),
+        (read, {"fd": 0.4, "accuracy": 0.97}, f"{like} fd, accuracy."),
         (read, {"fd": 0.4, "accuracy": 0.95}, f"{near} accuracy."),
-        (real, {"fd": 9.0, "precision": 0.5}, "Not yet like the data: worse than a perfect sampler by fd."),
-        (real, {"fd": 12.0, "precision": 0.01}, "As good as untrained: worse than a perfect sampler by fd."),
+        (real, {"fd": 9.0, "precision": 0.5}, "Far from the data: worse than a perfect sampler in fd."),
+        (real, {"fd": 12.0, "precision": 0.01}, "Looks untrained: worse than a perfect sampler in fd."),
         (real, {"fd": 3.0, "precision": 0.01}, f"{near} fd."),
     ):
         assert verdict([{"nfe": 1, **row}], baselines) == said

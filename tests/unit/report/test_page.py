@@ -219,7 +219,7 @@ def test_a_perfect_sampler_stands_next_to_the_scores(tmp_path: Path, digits: Pat
     card = make_card(moved, moved.spec, {}, 2000)
     for perfect, said in (
         ({"mean": 0.0, "sd": 0.027, "fd": 0.0475, "fd_sd": 0.008}, "a perfect sampler 0.000 ± 0.027"),
-        (None, "A perfect sampler: too few images to distinguish them."),
+        (None, "A perfect sampler: unknown, because there are too few images."),
     ):
         baselines = {"perfect": perfect} if perfect else {}
         (tmp_path / "evaluation.json").write_text(json.dumps({**EVALUATION, "baselines": baselines, "card": card}))

@@ -7,7 +7,7 @@ from dumo.types import Needs, UserError
 
 CASES = [
     (Needs(heads=("slope", "chord")), "chord, slope"),
-    (Needs(inputs=("t", "s")), "know s:"),
+    (Needs(inputs=("t", "s")), "define s:"),
 ]
 
 
