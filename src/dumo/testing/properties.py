@@ -226,8 +226,8 @@ def rows_are_independent(objective: ObjectiveSpec, net: nn.Module, shape: tuple[
             require(
                 torch.allclose(loss, whole[rows], rtol=1e-9, atol=0),
                 f"the losses of rows {first} to {first + half - 1} have a relative error of {difference:.2g} without "
-                "the other rows, so micro-batches would change the training: compute no statistics over the batch, or set "
-                "Needs.group to the number of rows that are compared",
+                "the other rows, so micro-batches would change the training: compute no statistics over the batch, or "
+                "set Needs.group to the number of rows that are compared",
             )
 
 
