@@ -138,8 +138,7 @@ class Guide(Spec):
         if on_host is None:
             return None
         # Select rows on the CPU, because their number would otherwise be read from the device.
-        t, kept = on_host
-        rows = (kept & self.inside(t)).nonzero().flatten()
+        rows = (on_host.kept & self.inside(on_host.t)).nonzero().flatten()
         if len(rows) == len(b.t):
             return None
         if not len(rows):

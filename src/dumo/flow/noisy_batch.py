@@ -30,7 +30,7 @@ from dumo.flow.path import FlowPath
 from dumo.runtime import random
 from dumo.runtime.limits import ROWS
 from dumo.runtime.random import keyed_normal, random_row_mask, stream
-from dumo.types import Cond, Law, NoisyBatch, Objective, Rows, Sample, Spec, TeacherVelocity, Time, Trail
+from dumo.types import Cond, Law, NoisyBatch, Objective, OnHost, Rows, Sample, Spec, TeacherVelocity, Time, Trail
 from dumo.types.batch_rows import pin, to_device
 
 # The key of the random stream that selects the rows with a teacher's target.
@@ -260,7 +260,7 @@ def add_noise(
         step=draws.step,
         teacher=teacher,
         trail=trail,
-        host=(draws.t.to(exact), guided_on_host) if device.type == "cuda" else None,
+        host=OnHost(draws.t.to(exact), guided_on_host, draws.teacher_rows) if device.type == "cuda" else None,
         teacher_rows=teacher_rows,
     )
     if trail is not None:

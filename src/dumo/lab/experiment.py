@@ -42,6 +42,7 @@ from dumo.config import trust
 from dumo.config.load import load_recipe
 from dumo.config.spec import Run
 from dumo.config.suggestion import require_known
+from dumo.data import Latents
 from dumo.io.yaml import parse_mapping, parse_yaml
 from dumo.run import flops
 from dumo.run.net import meta_net
@@ -286,6 +287,8 @@ class Cost:
         if teacher is None or not teacher.gives_velocity(run.objective.needs.teacher):
             return 0.0
         passes = flops.teacher_passes(meta_net(run), run.objective, run.path, run.data.shape)
+        if isinstance(run.data, Latents) and run.data.prior is not None:
+            passes *= run.data.prior
         return 2 * passes if teacher.guide.active else passes
 
     @property

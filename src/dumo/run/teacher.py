@@ -30,7 +30,7 @@ from dumo.flow import sampling
 from dumo.flow.compatibility import require_same_data
 from dumo.flow.module import Flow
 from dumo.flow.path import FlowPath
-from dumo.flow.precision import Precision, autocast
+from dumo.flow.precision import Precision, autocast, to_float32
 from dumo.flow.reading import bind_knobs, teacher_velocity
 from dumo.flow.solver import Heun
 from dumo.io import digest, table, tensor_files
@@ -121,13 +121,16 @@ def open_teacher(teacher: Teacher, run: Run, state: State, device: torch.device)
         case "run":
             flow, sha256 = _run_flow(teacher, run.data, run.path, device)
             readings = flow.readings(guide=teacher.guide)
+            # A training step evaluates it in the run's precision, but pairs are generated in float32.
+            flow_in_step = flow.with_net(PreciseNet(flow.net, run.train.precision))
+            readings_in_step = flow_in_step.readings(guide=teacher.guide)
         case "python":
             user_reads, sha256 = _call_user_function(teacher, run, device)
-            readings = teacher.guide(user_reads, run.data.classes)
+            readings = readings_in_step = teacher.guide(user_reads, run.data.classes)
         case "base":
             sha256 = str(state.frozen)
-            readings = base_flow(teacher, run, state.net).readings(guide=teacher.guide)
-    velocity = teacher_velocity(readings) if teacher.gives_velocity(run.objective.needs.teacher) else None
+            readings = readings_in_step = base_flow(teacher, run, state.net).readings(guide=teacher.guide)
+    velocity = teacher_velocity(readings_in_step) if teacher.gives_velocity(run.objective.needs.teacher) else None
     return LoadedTeacher(teacher, readings, velocity, {"source": teacher.source or teacher.kind, "sha256": sha256})
 
 
@@ -151,12 +154,8 @@ def base_flow(teacher: Teacher, run: Run, net: nn.Module) -> Flow:
     return Flow(base_net, few_step.objective, direct=True, classes=run.data.classes, knobs=few_step.sample.knobs)
 
 
-class BaseNet(nn.Module):
-    """The model under a net's adapters, evaluated in a precision. The net must have a context manager `base()`.
-
-    It is called between the passes of a step, even inside the loss. It therefore restores adapters and training modes,
-    changes no weights and records no gradients.
-    """
+class PreciseNet(nn.Module):
+    """A net that is evaluated in a precision, without gradients. Its heads are in float32, for guidance."""
 
     def __init__(self, net: nn.Module, precision: Precision) -> None:
         super().__init__()
@@ -165,10 +164,23 @@ class BaseNet(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
+        """Return the heads of the net, each (b, *shape)."""
+        with autocast(self.precision, x.device):
+            return tuple(to_float32(head) for head in self.net(x, c, **inputs))
+
+
+class BaseNet(PreciseNet):
+    """The model under a net's adapters, evaluated in a precision. The net must have a context manager `base()`.
+
+    It is called between the passes of a step, even inside the loss. It therefore restores adapters and training modes,
+    changes no weights and records no gradients.
+    """
+
+    def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
         """Return the heads of the net without its adapters, each (b, *shape), without gradients and dropout."""
         off = cast(Callable[[], AbstractContextManager[None]], self.net.base)
-        with sampling.eval_mode(self.net), off(), autocast(self.precision, x.device):
-            return self.net(x, c, **inputs)
+        with sampling.eval_mode(self.net), off():
+            return super().forward(x, c, **inputs)
 
 
 class _BaseVelocity(nn.Module):

@@ -29,7 +29,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from dumo.error import UserError as UserError
-from dumo.types.batch_rows import index, split_by_moving
+from dumo.types.batch_rows import index, split_by_moving, to_device
 
 if TYPE_CHECKING:
     Array = Tensor
@@ -258,6 +258,14 @@ class Path(Protocol):
         ...
 
 
+class OnHost(NamedTuple):
+    """Values of a `NoisyBatch` on the CPU, from which the rows of a pass are chosen."""
+
+    t: Time
+    kept: Rows
+    teacher_rows: Rows | None = None
+
+
 @dataclass(frozen=True)
 class NoisyBatch:
     """A minibatch with all random numbers already drawn, so that a loss is deterministic."""
@@ -283,14 +291,14 @@ class NoisyBatch:
     step: int = 0  # the number of steps before this one
     teacher: TeacherVelocity | None = None  # returns the velocity to use instead of v_t
     trail: Trail | None = None  # each row's trajectory at equal steps from t = 0 to 1, if known
-    host: tuple[Time, Rows] | None = None  # CPU copies of t and kept, if the batch is on another device
+    host: OnHost | None = None  # CPU copies, if the batch is on another device
     teacher_rows: Rows | None = None  # the rows with a teacher velocity; None: all, if there is a teacher
 
     @property
-    def on_host(self) -> tuple[Time, Rows] | None:
-        """t and kept on the CPU, which can be read without a device synchronization, or None."""
+    def on_host(self) -> OnHost | None:
+        """Values on the CPU, which can be read without a device synchronization, or None."""
         if type(self.t) is Tensor and self.t.device.type == "cpu":
-            return self.t, self.kept
+            return OnHost(self.t, self.kept, self.teacher_rows)
         return self.host
 
     def at(self, s: Time | float, x: Sample | None = None, z: Sample | None = None) -> "NoisyBatch":
@@ -301,8 +309,7 @@ class NoisyBatch:
         host = None
         if not isinstance(s, Tensor):
             if self.host is not None:
-                host_t, host_kept = self.host
-                host = (torch.full_like(host_t, s), host_kept)
+                host = self.host._replace(t=torch.full_like(self.host.t, s))
             s = torch.full_like(self.t, s)
         x = self.x if x is None else x
         z = self.z if z is None else z
@@ -311,13 +318,25 @@ class NoisyBatch:
         return replace(self, x=x, z=z, t=s, x_t=x_s, v_t=v_s, moving=None, host=host)
 
     def velocity(self, x: Sample, s: Time, v: Sample) -> Sample:
-        """Return the target velocity at the point x and time s: the teacher's on `teacher_rows`, else v."""
+        """Return the target velocity at the point x and time s: the teacher's on `teacher_rows`, else v.
+
+        Only these rows make a pass of the teacher, if they are known on the CPU.
+        """
         if self.teacher is None:
             return v
-        teacher_v = self.teacher(x, s, self.c, v)
         if self.teacher_rows is None:
-            return teacher_v
-        return torch.where(lift(self.teacher_rows, v), teacher_v, v)
+            return self.teacher(x, s, self.c, v)
+        on_host = self.on_host
+        if on_host is None or on_host.teacher_rows is None or torch.compiler.is_compiling():
+            return torch.where(lift(self.teacher_rows, v), self.teacher(x, s, self.c, v), v)
+        # At least one row makes the pass, so that every rank makes it.
+        places = on_host.teacher_rows.nonzero().flatten()
+        if not len(places):
+            places = places.new_zeros(1)
+        i = to_device(places, v.device)
+        v_i = v[i]
+        taught_v = torch.where(lift(self.teacher_rows[i], v_i), self.teacher(x[i], s[i], self.c[i], v_i), v_i)
+        return v.to(taught_v).index_copy(0, i, taught_v)
 
     def on(self, s: Time) -> Sample:
         """Return x_s on each row's trajectory, where s must be one of its time steps, or on the path without one."""
@@ -353,7 +372,8 @@ class NoisyBatch:
             places = index(rows, self.t.device)
             moving = None if moving is None else tuple(moving[i] for i in rows)
         if host is not None:
-            host = host[0][rows], host[1][rows]
+            taught = host.teacher_rows
+            host = OnHost(host.t[rows], host.kept[rows], None if taught is None else taught[rows])
         tensors: dict[str, Any] = {}
         for record_field in fields(self):
             value = getattr(self, record_field.name)

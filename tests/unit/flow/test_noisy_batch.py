@@ -15,7 +15,7 @@ from dumo.flow.times import Pair, Uniform
 from dumo.objectives import Consistency, DuMo, FlowMatching, FreeFlow, ImprovedMeanFlow, MeanFlow
 from dumo.objectives.consistency import Equal
 from dumo.runtime.random import random_row_mask, stream
-from dumo.types import Needs, NoisyBatch, Objective
+from dumo.types import Needs, NoisyBatch, Objective, OnHost
 
 
 def record(objective: Objective, x: Tensor, step: int = 0) -> NoisyBatch:
@@ -218,6 +218,33 @@ def test_a_teacher_answers_its_share_of_the_rows_alone() -> None:
     guided = plain.kept & ~draws.teacher_rows
     torch.testing.assert_close(v_star[guided], b.v_t[guided] + 0.5 * (3 + 1))
     assert torch.equal(v_star[~guided], b.v_t[~guided])
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_only_taught_rows_make_a_pass_of_the_teacher(device: str) -> None:
+    """At least one, so that every rank makes the pass; on another device they are known from the CPU."""
+    x, c = torch.zeros(40, 2, device=device), torch.arange(40, device=device)
+    draws = make_draws(DuMo(), x.shape[1:], seed=0, step=3, batch=40, prior=0.3)
+    mask = draws.teacher_rows
+    assert mask is not None
+    rows: list[int] = []
+
+    def teacher(x: Tensor, t: Tensor, c: Tensor, v: Tensor) -> Tensor:
+        assert len(t) == len(c) == len(v) == len(x)
+        rows.append(len(x))
+        return v + 1
+
+    b = add_noise(draws, Linear(), x, c, -1, teacher=teacher, asks_teacher=False)
+    b = replace(b, host=OnHost(draws.t, draws.kept, mask))
+    b.velocity(b.x_t, b.t, b.v_t)
+    b.at(0.25).at(0.5)
+    b[8:20].at(0.5)
+    untaught = [k for k, is_taught in enumerate(mask.tolist()) if not is_taught]
+    other = b[untaught]
+    v = other.velocity(other.x_t, other.t, other.v_t)
+    assert rows == [12, 12, 12, int(mask[8:20].sum()), 1]
+    if device == "cpu":
+        assert torch.equal(v, other.v_t)
 
 
 @pytest.mark.parametrize(

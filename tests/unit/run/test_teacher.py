@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save
 from torch import Tensor
+from torch.optim import SGD
 
 from dumo.config.check_spec import check_guidance
 from dumo.config.load import load
@@ -21,9 +22,12 @@ from dumo.config.teacher_spec import Teacher
 from dumo.flow.guide import CFG
 from dumo.io.tensor_files import load as load_weights
 from dumo.run import teacher
+from dumo.run.weights import build
 from dumo.runtime import dist
 from dumo.runtime.progress import no_bar
 from dumo.runtime.random import noise, stream
+from dumo.training.duration import Duration
+from dumo.training.state import State
 from dumo.types import Readings, UserError
 from trained import train
 from unit.run.known import line, nan, same, shift, tiny
@@ -116,6 +120,29 @@ def test_a_run_teaches_and_is_remembered(known: Path, tmp_path: Path) -> None:
     about = json.loads((folder / "teacher.json").read_text())
     assert about["source"] == str(known)
     assert len(about["sha256"]) == 64
+
+
+def test_a_step_evaluates_a_run_in_its_own_precision(tmp_path: Path) -> None:
+    """Guidance computes in float32, and pairs are generated in it."""
+    words = ["data.labelled=true", "objective.drop=0.5", "train.optimizer.lr=0.01"]
+    train(tiny("moons-flow-matching", *words), tmp_path)
+    words += [f"teacher.source={tmp_path}", "teacher.guide.scale=50"]
+    x, t, c = torch.randn(4, 2, generator=stream("x")), torch.full((4,), 0.5), torch.arange(4) % 2
+    asked: dict[str, Tensor] = {}
+    exact: dict[str, Tensor] = {}
+    for precision in ("fp32", "bf16"):
+        run = tiny("moons-meanflow", *words, f"train.precision={precision}")
+        assert run.teacher
+        net = build(run)
+        opened = teacher.open_teacher(run.teacher, run, State(net, SGD(net.parameters()), Duration(1)), CPU)
+        assert opened.velocity
+        assert opened.readings.velocity
+        asked[precision] = opened.velocity(x, t, c, 0 * x)
+        exact[precision] = opened.readings.velocity(x, t, c)
+    assert torch.equal(asked["fp32"], exact["fp32"])
+    assert torch.equal(exact["bf16"], exact["fp32"])
+    assert not torch.equal(asked["bf16"], asked["fp32"])
+    assert not torch.equal(asked["bf16"], asked["bf16"].bfloat16().float())
 
 
 @pytest.mark.nightly
