@@ -11,7 +11,7 @@ from dumo.flow import dropout
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope
 from dumo.flow.times import Jumps, Pair
-from dumo.objectives import AlphaFlow, ImprovedMeanFlow, MeanFlow, SoFlow
+from dumo.objectives import AlphaFlow, ImprovedMeanFlow, MeanFlow, SoFlow, TwinFlow
 from dumo.testing.network import CountedNet
 from dumo.types import Frozen, Heads, NoisyBatch, Objective
 from theory.exact import drawn
@@ -117,6 +117,18 @@ def test_rows_that_no_guide_needs_make_no_pass_but_one() -> None:
     assert rows_of_passes(objective, b)[1] == [(moving & inside).sum(), inside.sum()]
     late = replace(b, t=torch.where(moving, 0.9, b.t), r=torch.where(moving, 0.1, b.r))
     assert rows_of_passes(objective, late)[1] == [1, (~moving & inside).sum()]
+
+
+def test_twinflow_shares_the_velocity_of_every_row() -> None:
+    """Only if theta^- is the network itself. The jump from noise is at another time."""
+    objective = TwinFlow(order=1, drop=0.3)
+    b = drawn(objective, 16)
+    shared, separate = (loss_and_gradients(objective, b, ref) for ref in (None, Masked(1)))
+    for one, other in zip(shared, separate, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-9)
+    guided = int(b.kept.sum())
+    assert rows_of_passes(objective, b)[1] == [guided, 16, guided, guided, 16, 16, 16]
+    assert rows_of_passes(objective, b, own=False)[1] == [16, 16, guided, guided, 16, guided, guided, 16]
 
 
 def test_it_takes_no_number_from_the_device() -> None:

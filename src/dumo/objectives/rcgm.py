@@ -81,9 +81,9 @@ class RCGM(ObjectiveSpec):
         return Terms(u_loss, {"u": u_loss}, {"clipped_share": clipped_share(unclipped_error, self.clip)})
 
     @torch.no_grad()
-    def _v_star(self, ref: Frozen, b: NoisyBatch) -> Sample:
-        """The guided velocity at x_t."""
-        return self.guide(b, None, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])
+    def _v_star(self, ref: Frozen, b: NoisyBatch, v_hat: Sample | None = None) -> Sample:
+        """The guided velocity at x_t. v_hat: that of theta^- there, if it is computed already."""
+        return self.guide(b, v_hat, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])
 
     def _residual(self, u_hat: Sample, ref: Frozen, b: NoisyBatch, v_star: Sample) -> tuple[Sample, Sample]:
         """Return the clipped error u - u*, with gradients through u_hat only, and the unclipped error, detached."""

@@ -101,9 +101,10 @@ class TwinFlow(RCGM):
 
     def _loss_of_all_rows(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
         """Every task on every row, of weight 1 but for `match`."""
-        v_star = self._v_star(ref, b)
-        _, u_error, unclipped_error = self._jump(net, ref, b, v_star)
         (v_hat,) = net(b.x_t, b.c, t=b.t, r=b.t)
+        # This pass also gives V(c), unless theta^- has other weights.
+        v_star = self._v_star(ref, b, v_hat.detach() if ref == frozen(net) else None)
+        _, u_error, unclipped_error = self._jump(net, ref, b, v_star)
         at_noise = replace(b.at(1.0), r=torch.zeros_like(b.r))
         u_at_noise, error_at_noise, _ = self._jump(net, ref, at_noise, self._v_star(ref, at_noise))
         x_sample = (at_noise.x_t - u_at_noise).detach()  # (1)
