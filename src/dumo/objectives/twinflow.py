@@ -103,7 +103,7 @@ class TwinFlow(RCGM):
         """Every task on every row, of weight 1 but for `match`."""
         (v_hat,) = net(b.x_t, b.c, t=b.t, r=b.t)
         # This pass also gives V(c), unless theta^- has other weights.
-        v_star = self._v_star(ref, b, v_hat.detach() if ref == frozen(net) else None)
+        v_star = self._v_star(ref, b, v_hat if ref == frozen(net) else None)
         _, u_error, unclipped_error = self._jump(net, ref, b, v_star)
         at_noise = replace(b.at(1.0), r=torch.zeros_like(b.r))
         u_at_noise, error_at_noise, _ = self._jump(net, ref, at_noise, self._v_star(ref, at_noise))
