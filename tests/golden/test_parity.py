@@ -64,7 +64,7 @@ OURS: dict[str, dict[str, Any]] = {  # the spec of ours that each case is held a
     "cmt": {"kind": "cmt", "times": {"kind": "grid", "steps": 10}},
     "pi_flow": {"kind": "pi_flow", "times": {"kind": "grid", "steps": 2}, "guesses": 3},
     "match": {"kind": "match", "alpha": 1.2},
-    "match_dmd2": {"kind": "match"},
+    "match_dmd2": {"kind": "match", "normalize": "none"},
     "critic": {"kind": "critic"},
     "drift": {"kind": "drift", "size": 8},
     "drift_guided": {"kind": "drift", "size": 8, "omega": 2},

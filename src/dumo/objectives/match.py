@@ -7,13 +7,26 @@ The network's samples x' are diffused with fresh noise z', and a head w learns t
     V = w - v    at x'_t                                                      (3)
 
 The score of a distribution diffused to t is -(x_t + (1 - t) v) / t, so V is opposite to the gradient with respect to x'
-of KL(samples || data), both diffused to t. It vanishes if samples have the distribution of the data. DMD2 divides it by
-the mean of |z' - x' - v| over the row; we do not. `dumo.objectives.dmd2` is their method for pretrained pipelines.
+of KL(samples || data), both diffused to t. It vanishes if samples have the distribution of the data. DMD2 moves each
+sample by V, divided by the mean distance of its row:
+
+    x'* = sg(x' + V / m)    with    m = mean of |z' - x' - v| over the row    (4)
+
+Diff-Instruct (Luo et al. 2023, arXiv 2305.18455) has no divisor. `dumo.objectives.dmd2` is DMD2 for pretrained
+pipelines.
 
 With `alpha`, samples minimize SiD's loss instead (Zhou et al. 2024, arXiv 2404.04057, `sid_loss.py`, for predictions
 x_t - t v), which includes the dependence of w and v on the sample:
 
-    (w - v) (z' - x' - v) - alpha (w - v)^2,    averaged over the row         (4)
+    t V / m (z' - x' - v - alpha V),    averaged over the row                 (5)
+
+At alpha = 1 the last factor is z' - x' - w, and SIM (Luo et al. 2024, arXiv 2410.16794) replaces the divisor:
+
+    t V / sqrt(|V|^2 + c^2) (z' - x' - w),    |V|^2 the mean over the row     (6)
+
+Its gradient is that of the mean of sqrt(|V|^2 + c^2) with respect to w alone, at points x'_t that do not move: the mean
+of h(x'_t) (z' - x' - w) over samples is zero for every function h, so its derivatives by x' and by w cancel. We derived
+(6) for velocities; the factor t and c are our choice.
 """
 
 from dataclasses import replace
@@ -29,15 +42,18 @@ from dumo.objectives.base import (
     PerSample,
     Sample,
     Terms,
+    Time,
     Uniform,
     descent_error,
+    lift,
     mean_square,
 )
+from dumo.objectives.dmd2 import FLOOR
 from dumo.objectives.pull import Pull
 
 WEIGHT = 0.05  # of the samples' loss (our choice)
 HEAD_WEIGHT = 0.3  # of the loss of w (our choice)
-FLOOR = 1e-3  # of the divisor of SiD's loss (our choice)
+HUBER = 0.03  # c of (6) (our choice)
 
 
 class Match(Pull):
@@ -45,7 +61,9 @@ class Match(Pull):
 
     own_heads: ClassVar[tuple[str, ...]] = ("w",)
     kind: Literal["match"] = "match"
-    # alpha of (4); SiD uses 1.2. None means (3), the gradient of DMD2.
+    # What V is divided by in each row: m (DMD2, SiD), the root of (6) (SIM), or nothing (Diff-Instruct).
+    normalize: Literal["distance", "huber", "none"] = "distance"
+    # alpha of (5): SiD uses 1.2, SIM 1. None means (4), the gradient of DMD2.
     alpha: float | None = Field(default=None, ge=0)
 
     @property
@@ -58,30 +76,45 @@ class Match(Pull):
         t = b.drawn["w.t"].to(b.t)
         z = b.drawn["w.z"].to(b.z)
         x_t, w_star = b.path.at((b.z - u).detach(), z, t)  # (1) and (2)
-        v, _, w = net(x_t, b.c, t=t)
+        v, w = self._velocities(net, b, x_t, t)
         gap = (w - v).detach()  # (3)
         w_loss = mean_square(w - w_star)
         loss = HEAD_WEIGHT * w_loss
         if self.moves_samples(b):
             if self.alpha is None:
-                loss = loss + WEIGHT * mean_square(descent_error(u, gap))
+                move = self._normalized(gap, w_star - v)
+                loss = loss + WEIGHT * mean_square(descent_error(u, move))  # (4)
             else:
                 # The second pass has the same values. Subtracting the loss of the first pass cancels the gradient with
                 # respect to the weights, and leaves the gradient with respect to the samples.
                 x_moved, aim = b.path.at(b.z - u, z, t)
-                v_moved, _, w_moved = net(x_moved, b.c, t=t)
-                moved = sid_loss(w_moved, v_moved, aim, self.alpha) - sid_loss(w, v, w_star, self.alpha)
-                # SiD's loss, of predictions x_t - t v, is t^2 times (4), divided by their distance from x', t |w* - v|.
-                distance = (w_star - v).detach().abs().flatten(1).mean(1).clamp(min=FLOOR)
-                loss = loss + WEIGHT * t / distance * moved
+                v_moved, w_moved = self._velocities(net, b, x_moved, t)
+                moved = self.sid_loss(self.alpha, w_moved, v_moved, aim) - self.sid_loss(self.alpha, w, v, w_star)
+                loss = loss + WEIGHT * t * moved
         return Terms(loss, {"w": w_loss}, {"pull_w": mean_square(gap)})
 
+    def sid_loss(self, alpha: float, w: Sample, v: Sample, aim: Sample) -> PerSample:
+        """Return (5) or (6) of each row at x'_t without their factor t, (b,), with aim = z' - x'.
 
-def sid_loss(w: Sample, v: Sample, aim: Sample, alpha: float) -> PerSample:
-    """Return SiD's loss (4) of each row at x'_t, (b,), with aim = z' - x'.
+        If w is the velocity of the samples, V (z' - x' - v) and V^2 have the same mean over noise. At alpha = 1/2 and
+        without a divisor, twice the gradient of this loss is that of the mean of V^2 over samples, including the change
+        of w (ours).
+        """
+        gap = w - v
+        product = self._normalized(gap, aim - v) * (aim - v - alpha * gap)
+        return product.flatten(1).mean(1)
 
-    If w is the velocity of the samples, the first product and (w - v)^2 have the same mean over noise. At alpha = 1/2,
-    twice the gradient of this loss is that of the mean of (w - v)^2 over samples, including the change of w (ours).
-    """
-    gap = w - v
-    return (gap * (aim - v - alpha * gap)).flatten(1).mean(1)
+    def _normalized(self, gap: Sample, error: Sample) -> Sample:
+        """Return V divided by the divisor of its row, for error = z' - x' - v."""
+        if self.normalize == "none":
+            return gap
+        if self.normalize == "huber":
+            return gap / lift((mean_square(gap) + HUBER**2).sqrt(), gap)
+        m = error.detach().abs().flatten(1).mean(1).clamp(min=FLOOR)
+        return gap / lift(m, gap)
+
+    @staticmethod
+    def _velocities(net: Net, b: NoisyBatch, x_t: Sample, t: Time) -> tuple[Sample, Sample]:
+        """Return v and w, in the precision of the data, because their difference is small."""
+        v, _, w = net(x_t, b.c, t=t)
+        return v.to(x_t), w.to(x_t)

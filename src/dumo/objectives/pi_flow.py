@@ -19,11 +19,23 @@ The policy is detached and integrated to two times of the segment, where it shou
 
 Unlike DuMo, there is no derivative, and at the exact flow the predictions are the means of the data along the
 trajectory. x_s is not on a path between known data and noise, so a teacher is required.
+
+ArcFlow (Yang et al. 2026, arXiv 2602.09014) has another policy, a sum of N velocities whose lengths change with time
+alone. Heads a0, a1, ... give the velocities, and heads l1, l2, ... their rates of growth, which the channels of a pixel
+share; l_0 = 0:
+
+    pi(s) = mean over k of a_k exp(l_k (t - s))                               (5)
+    x_s' = x_s - mean over k of a_k exp(l_k (t - s)) f(l_k, s - s')           (6)
+    f(l, d) = (exp(l d) - 1) / l,        f(0, d) = d
+
+Their network predicts velocities and weights; a_k is their product times N, so that each a_k begins as the teacher's
+velocity.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from math import log
 from operator import add
 from typing import Literal
 
@@ -48,14 +60,17 @@ from dumo.objectives.base import (
     lift,
     mean_square,
 )
+from dumo.types import Array
 
 _MIN_TIME = 1e-4  # the smallest time, or difference of times, in a divisor (their code)
 _ROUNDING = 1e-6  # the tolerance for times, in segments (our choice)
+# exp(l_k) of an untrained network: the first and the last, equidistant in l_k in between (ArcFlow's code).
+_GROWTH = (0.2, 4.0)
 
 
 @dataclass(frozen=True)
-class Policy:
-    """The policy pi on a segment of time.
+class DXPolicy:
+    """The policy pi on a segment of time, by predictions of the data.
 
     x: the input of the pass.
     heads: the d_i, each shaped like x, with increasing time; the last is at t.
@@ -67,6 +82,11 @@ class Policy:
     heads: Sequence[Sample]
     t: Time
     end: Time
+
+    @property
+    def source(self) -> Sample:
+        """The velocity pi at the source, x and t."""
+        return self.heads[-1]
 
     def velocity(self, x: Sample, s: Time) -> Sample:
         """Return pi at points x and times s (b,) of the segment."""
@@ -98,13 +118,60 @@ class Policy:
         return x
 
 
+@dataclass(frozen=True)
+class MomentumPolicy:
+    """ArcFlow's policy on a segment of time.
+
+    a: the velocities a_k, each shaped like x.
+    rates: the l_k, each (b, 1, ...); the first is 0.
+    t: the start of the segment, (b,).
+    """
+
+    a: Sequence[Sample]
+    rates: Sequence[Array]
+    t: Time
+
+    @classmethod
+    def of(cls, heads: Sequence[Sample], t: Time) -> "MomentumPolicy":
+        """Return the policy of a pass with heads a0, a1, ..., l1, l2, ..."""
+        n = (len(heads) + 1) // 2
+        a, growth = heads[:n], heads[n:]
+        first, last = (log(limit) for limit in _GROWTH)
+        means = [head.mean(1, keepdim=True) for head in growth]
+        rates = [first + (last - first) * k / max(1, n - 2) + mean for k, mean in enumerate(means)]
+        return cls(a, [torch.zeros_like(a[0][:, :1]), *rates], t)
+
+    @property
+    def source(self) -> Sample:
+        """The velocity pi at the source, at t."""
+        return reduce(add, self.a) / len(self.a)
+
+    def velocity(self, x: Sample, s: Time) -> Sample:
+        """Return pi at times s (b,) of the segment; it does not depend on the points x."""
+        past = lift(self.t - s, x)
+        return reduce(add, (a * (rate * past).exp() for a, rate in zip(self.a, self.rates, strict=True))) / len(self.a)
+
+    def roll(self, x: Sample, s: Time, to: Time) -> Sample:
+        """Integrate the policy from x at times s (b,) down to times `to` (b,) of the segment."""
+        past, step = lift(self.t - s, x), lift(s - to, x)
+        changes: list[Sample] = []
+        for a, rate in zip(self.a, self.rates, strict=True):
+            exponent = rate * step
+            is_zero = exponent == 0
+            mean_growth = torch.where(is_zero, 1, exponent.expm1() / torch.where(is_zero, 1, exponent))
+            changes.append(a * (rate * past).exp() * mean_growth * step)
+        return x - reduce(add, changes) / len(self.a)  # (6)
+
+
 class PiFlow(ObjectiveSpec):
     """Imitation of a teacher's velocity along the network's policy, with one pass per segment."""
 
     kind: Literal["pi_flow"] = "pi_flow"
     # The segments. The authors use 1 and 2 on ImageNet, 4 and 8 for text to image.
     times: Grid = Grid(steps=4)
-    # N of their DX policies for text to image.
+    # dx: pi-Flow's policy, (2); momentum: ArcFlow's, (5).
+    policy: Literal["dx", "momentum"] = "dx"
+    # N; 10 in their DX policies for text to image, 16 in ArcFlow.
     guesses: int = Field(default=10, ge=1, le=100)
     drop: float = Field(default=0.0, ge=0, le=1)  # our choice, because the teacher provides guidance
     # The policy is integrated to two shares of the segment, the smaller one first.
@@ -114,7 +181,11 @@ class PiFlow(ObjectiveSpec):
     @property
     def needs(self) -> Needs:
         """The inputs and heads of the network, and the other needs of the loss."""
-        heads = tuple(f"d{i}" for i in range(self.guesses))
+        if self.policy == "dx":
+            heads = tuple(f"d{i}" for i in range(self.guesses))
+        else:
+            rates = (f"l{k}" for k in range(1, self.guesses))
+            heads = (*(f"a{k}" for k in range(self.guesses)), *rates)
         return Needs(heads=heads, laws={"early": self.early, "late": self.late}, teacher=FromTeacher("must"))
 
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
@@ -128,13 +199,13 @@ class PiFlow(ObjectiveSpec):
                 "add_noise(..., teacher=...), or set teacher.source in a run"
             )
         policy = self._policy(net(b.x_t, b.c, t=b.t), b.x_t, b.t)
-        parts = {"source": mean_square(policy.heads[-1] - b.v_t)}
+        parts = {"source": mean_square(policy.source - b.v_t)}
         shares = torch.stack([b.drawn["early"].to(b.t), b.drawn["late"].to(b.t)])
         early, late = shares.sort(0)[0]
         x = b.x_t
         s = b.t
         for name, share in (("early", early), ("late", late)):
-            to = b.t - share * (b.t - policy.end)
+            to = b.t - share * (b.t - self._end(b.t))
             with torch.no_grad():
                 x = policy.roll(x, s, to)
                 s = to
@@ -143,10 +214,15 @@ class PiFlow(ObjectiveSpec):
             parts[name] = mean_square(policy.velocity(x, s) - v)  # (4)
         return Terms(torch.stack([*parts.values()]).mean(0), parts)
 
-    def _policy(self, heads: tuple[Sample, ...], x: Sample, t: Time) -> Policy:
+    def _policy(self, heads: tuple[Sample, ...], x: Sample, t: Time) -> DXPolicy | MomentumPolicy:
         """Return the policy of a pass at x and t, the start of a segment, with the outputs `heads`."""
-        end = (t - 1 / self.times.steps).clamp(min=0)
-        return Policy(x=x, heads=heads, t=t, end=end)
+        if self.policy == "momentum":
+            return MomentumPolicy.of(heads, t)
+        return DXPolicy(x=x, heads=heads, t=t, end=self._end(t))
+
+    def _end(self, t: Time) -> Time:
+        """Return the ends of the segments that start at t."""
+        return (t - 1 / self.times.steps).clamp(min=0)
 
     def readings(self, net: Net) -> Readings:
         """Return jumps from the start of a segment to any time in it."""

@@ -12,6 +12,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"kind": "f2d2", "times": {"kind": "pair"}}, "jumps"),
     ({"kind": "imf", "times": {"kind": "jumps", "data_ratio": 1.0, "velocity_ratio": 0.0}}, "times.kind"),
     ({"kind": "meanflow", "power": 1.0, "normalize": 0.1}, "normalize"),
+    ({"kind": "shortcut", "scale": 1.5, "w": 4.5}, "scale"),
     (
         {"kind": "several", "third": "shortcut", "apart": True, "times": {"kind": "pair", "velocity_ratio": 0.0}},
         "times.kind",
