@@ -8,11 +8,12 @@ from pydantic import ValidationError
 
 from dumo.flow.guide import Guide
 from dumo.flow.slope import DualSlope
-from dumo.flow.times import Pair
+from dumo.flow.times import Jumps, Pair
 from dumo.objectives import MeanFlow
 from dumo.objectives.meanflow import Line
-from dumo.testing.exact import APART, ExactNet, column, exact_batch, gradient
+from dumo.testing.exact import APART, ExactFlow, ExactNet, column, exact_batch, gradient
 from dumo.testing.properties import loss_of
+from theory.exact import PRODUCT, drawn
 from theory.formula import GUIDES, Polynomial, agree, guided, half, rows
 
 
@@ -77,3 +78,21 @@ def test_the_adaptive_metric_shifts_the_rest_where_slopes_are_skewed(power: floa
     high, low = (gradient(o, net, replace(b, v_t=b.v_t + off)) for off in (2, -1))
     assert high.abs().max() > 0.1
     assert bool((high / 3 + 2 * low / 3).abs().max() < 1e-12) == rests
+
+
+@pytest.mark.parametrize("flow", [APART, PRODUCT], ids=["gaussian", "mixture"])
+def test_with_jumps_both_ways_it_rests_at_the_flow_and_reads_the_way_back(flow: ExactFlow) -> None:
+    """From data to noise and to the same data, as BiFM."""
+    objective = MeanFlow(times=Jumps(both_ways=True), guide=Guide(), slope=DualSlope(), drop=0.0)
+    net, b = ExactNet(flow, objective.needs), drawn(objective, 128, flow, teacher=True)
+    assert (b.r > b.t).sum() > 20
+    assert gradient(objective, net, b).abs().max() < 1e-10
+    jump = objective.readings(net).flow_map
+    assert jump is not None
+    zero, one = 0 * b.t, 0 * b.t + 1
+    with torch.no_grad():
+        noise = jump(b.x, zero, one, b.c)
+        assert torch.allclose(noise, flow.carry(b.x, b.c, zero, one), rtol=1e-9)
+        assert torch.allclose(jump(noise, one, zero, b.c), b.x, rtol=1e-9)
+    net.probe.data[0, 0] = 0.1
+    assert gradient(objective, net, b).abs().max() > 1e-3

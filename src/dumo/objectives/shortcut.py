@@ -42,6 +42,7 @@ from dumo.objectives.base import (
     lift,
     mean_square,
 )
+from dumo.types import QUIET
 
 _W_STEP = 0.25  # between the values of w that are drawn; as iSM
 _ROUNDING = 1e-6  # the tolerance for the number of steps
@@ -57,8 +58,8 @@ class Shortcut(ObjectiveSpec):
     scale: float = Field(default=1.5, gt=0)  # the guidance scale, `cfg_scale`; 1 means no guidance
     # The largest w of (4) to draw, 4.5 in iSM; None means that the network has no such input.
     w: float | None = Field(default=None, ge=1 + _W_STEP)
-    # The times at which the target is guided, by `scale` or by `w`. The end of iSM's is 0.7.
-    interval: Interval = Interval()
+    # The times at which the target is guided, by `scale` or by `w`. iSM's end at 0.7.
+    interval: Interval = Field(default=Interval(), json_schema_extra=QUIET)
 
     @model_validator(mode="after")
     def _require_one_guidance(self) -> "Shortcut":
