@@ -399,7 +399,9 @@ def of_texts() -> Iterator[Harm]:
     prompt = ("sample", "runs/words", "--nfe", "1,2", "--prompt", "seven")  # a caption of the data
     for how in (rolled, scaled, zeroed, halved):
         harm = tensors(shard, how)
-        yield Harm("cache of texts", how.__name__, harm, train("words"), ("shard-00000", "made again"), harmless=True)
+        yield Harm(
+            "cache of texts", how.__name__, harm, train("words"), ("shard-00000", "encoded again"), harmless=True
+        )
         yield Harm("cache of texts", how.__name__, harm, prompt, ("shard-00000",))
     gone = lambda: shutil.rmtree("texts")  # noqa: E731
     yield Harm("cache of texts", "gone", gone, train("words"), harmless=True)

@@ -97,8 +97,8 @@ def test_what_cannot_be_edited_is_refused(case: Case, here: Path) -> None:
     words = [*case.fields, *SHORT, *FULL, f"net.texts.root={here / 'texts'}"]
     for field, named in {
         "objective.drop=0.1": ("captions.source", "objective.drop"),
-        "sample.guide.scale=2": ("sample.guide.scale guides away",),
-        "objective.guide.zeta=0.8": ("objective.guide guides away", "zeta=0"),
+        "sample.guide.scale=2": ("sample.guide.scale needs the null condition",),
+        "objective.guide.zeta=0.8": ("objective.guide needs the null condition", "zeta=0"),
         "data.images.flip=true": ("set flip=false",),
         "data.images.captions.source=null": ("captions.source", "FluxKontextPipeline"),
         "data.images.captions.source=before": ("no row with 'before' in metadata.csv", "outside data.images.root"),

@@ -197,7 +197,7 @@ def test_one_of_two_ranks_downloads(machine: Machine) -> None:
         # A mistyped folder: the Hub is not asked.
         (["train", "here/pohtos"], {}, "there is no recipe, file or run's folder"),
         (["train", "my-images", "data.root=here/pohtos"], {}, "there is no folder or file"),
-        (["train", "sd3-lora", "pipeline=here/sd3", "data.images.root=x"], {}, "there is no folder here/sd3"),
+        (["train", "sd3-lora", "pipeline=here/sd3", "data.images.root=x"], {}, "here/sd3 does not exist"),
         (["sample", "runs/digist"], {}, "is not a run's folder"),
     ],
     ids=lambda case: " ".join(case[:3]) if isinstance(case, list) else None,

@@ -204,7 +204,7 @@ def test_another_few_step_run_is_refused(sd3: Personal, here: Path, monkeypatch:
     monkeypatch.setenv("FEW_STEPS", str(here))
     refused("train", "personal", *words, named=("FEW_STEPS",), lines=None)
     monkeypatch.setenv("FEW_STEPS", str(sd3.few))
-    refused("train", "personal", *words, "net.lora.rank=3", named=("net.lora.rank: 4 there, 3 asked",))
+    refused("train", "personal", *words, "net.lora.rank=3", named=("net.lora.rank: 4 recorded, 3 requested",))
     refused("train", "personal", *words, "start=null", named=("net.lora.subject", "set start="))
     refused("export", sd3.few, "--out", "out", "--to", "lora", "--alone", named=("net.lora.subject",))
     refused("export", sd3.run, "--out", "out", "--alone", named=("net.lora.subject",))

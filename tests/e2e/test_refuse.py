@@ -128,11 +128,11 @@ def test_another_run_lives_there(here: Path, trained: dict[str, Path]) -> None:
     run = shutil.copytree(trained["digits"], here / "run")
     words = [*TINY, "net.depth=2", "objective.drop=0.25", "train.log_every=9"]
     done = refused("train", "digits", "--out", run, *words, named=("another run", "--out"), lines=None)
-    assert "  net.depth: 1 there, 2 asked\n" in done.err
-    assert " there, 0.25 asked\n" in done.err
+    assert "  net.depth: 1 recorded, 2 requested\n" in done.err
+    assert " recorded, 0.25 requested\n" in done.err
     assert "log_every" not in done.err
     refused("train", "moons", "--out", run, named=("data: ", "digits", "moons"), lines=None)
-    refused("sample", run, "net.width=64", named=("net.width: 32 there, 64 asked",), lines=2)
+    refused("sample", run, "net.width=64", named=("net.width: 32 recorded, 64 requested",), lines=2)
     refused("train", run, "train.ema=[]", named=("train.ema", "0.999"), lines=None)
     refused("train", run, "train.ema.0.decay=0.5", named=("train.ema", "0.5"), lines=None)
 

@@ -1,7 +1,7 @@
-"""The functions of `import dumo`: `train`, `load`, `recipe`, `recipes` and `compare`.
+"""The Python API: `dumo.train`, `load`, `recipe`, `recipes` and `compare`.
 
-Each does what the command of its name does, with Python's values instead of options, whose names the arguments have.
-`train` and `load` return a `LoadedRun`; `recipe` returns the spec of a run, trained or not.
+Each function corresponds to a command, and its arguments to the options. `train` and `load` return a `LoadedRun`, and
+`recipe` returns the spec of a run.
 """
 
 import operator
@@ -41,13 +41,13 @@ from dumo.types import Spec
 from dumo.types import UserError as UserError
 from dumo.types.outside import name_of
 
-# Fields of a run and their values, e.g. {"train.steps": 100}: what the command line takes as field=value.
+# Values by field, such as {"train.steps": 100}, which is train.steps=100 on the command line.
 Overrides = Mapping[str, Any]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class LoadedRun(TrainedRun):
-    """A trained run in Python: what `TrainedRun` does, and what the commands evaluate, report and export do."""
+    """A trained run that can also be evaluated, reported and exported."""
 
     def evaluate(
         self,
@@ -58,17 +58,17 @@ class LoadedRun(TrainedRun):
         metrics: Mapping[str, UserMetric] | None = None,
         bar: Bar = no_bar,
     ) -> dict[str, Any]:
-        """Judge the run by its protocol, write the report into its folder, and return it as a dict.
+        """Evaluate the run with its protocol, write the evaluation to the run's folder, and return it as a dict.
 
-        `results` has a row per number of passes; `file` says where the report is. `metrics` are your own, by name:
-        f(samples) of all samples of a row, images (n, channels, height, width) in [-1, 1], gives a number. They stand
-        in the rows that are returned, and not in the file. Raises UserError as `sample`.
+        `results` contains a row per NFE, and `file` is the path of the evaluation. `metrics` are functions by name that
+        map all samples of a row, images (n, channels, height, width) in [-1, 1], to a number. Their values are returned
+        but not written to the file. Raises UserError like `sample`.
         """
         passes = None if nfe is None else [operator.index(n) for n in as_several(nfe)]
         return evaluation.evaluate(self, nfe=passes, seed=seed, solver=solver, metrics=metrics, bar=bar)
 
     def report(self, *, prompts: str | Sequence[str] = (), bar: Bar = no_bar) -> Path:
-        """Write report.html into the run's folder; return its path. `prompts`: texts to show instead of captions."""
+        """Write report.html to the run's folder and return its path. `prompts` replace the captions that are shown."""
         texts = [prompts] if isinstance(prompts, str) else prompts
         return page.write(self, bar, texts)
 
@@ -84,15 +84,15 @@ class LoadedRun(TrainedRun):
         alone: bool = False,
         push: str | None = None,
     ) -> Path:
-        """Write the run for `dumo.load` or stock programs, as `dumo export`, to `out`, which must not exist; return it.
+        """Export the run to `out`, which must not exist, for `dumo.load` or stock programs. Return the path.
 
-            to="diffusers"      a folder for dumo.load (a network of dumo's own) and DiffusionPipeline.from_pretrained
+            to="diffusers"      a folder for DiffusionPipeline.from_pretrained and, for dumo's networks, dumo.load
             to="lora"           a folder for load_lora_weights
             to="comfyui"        a LoRA as one file
             to="safetensors"    all weights as one file
 
-        `head`, `parts`, `dtype`, `nfe` and `alone` as `dumo.export.write.export`. `push`, OWNER/NAME, uploads it to the
-        Hugging Face Hub, too. Raises UserError if no stock program samples as the run does.
+        `dumo.export.write.export` documents `head`, `parts`, `dtype`, `nfe` and `alone`. `push`, OWNER/NAME, also
+        uploads the export to the Hugging Face Hub. Raises UserError if no stock program reproduces the run's samples.
         """
         from dumo.export import upload, write  # slow to import
 
@@ -108,9 +108,9 @@ class LoadedRun(TrainedRun):
 
 
 def _path(path: str | Path, argument: str) -> Path:
-    """Return the path that an argument names; in a text ~ and $NAMES are expanded.
+    """Return an argument as a path. In strings, ~ and $VARIABLES are expanded.
 
-    Raises UserError for a variable not set.
+    Raises UserError for a variable that is not set.
     """
     return path if isinstance(path, Path) else user_path(path, argument)
 
@@ -125,16 +125,16 @@ def load(
     device: str | torch.device = "auto",
     trust_code: bool = False,
 ) -> LoadedRun:
-    """Open a trained run's folder, or digits-trained or cifar10-trained, which come with dumo.
+    """Open the folder of a trained run, or the bundled digits-trained or cifar10-trained.
 
-    Raises UserError where it is none, or has no checkpoint yet.
+    `overrides` may set fields of sampling and evaluation, such as {"sample.guide.scale": 2}. `data` and `net` are the
+    objects that were passed to `train`: in another process, sampling needs the net and evaluation the data. `weights`
+    is a safetensors file or a folder of shards, by default the run's first EMA. `device="auto"` selects the GPU if
+    there is one. `trust_code` consents to code that the run refers to (`dumo.config.trust`).
 
-    `overrides` may set what sampling and evaluation read, e.g. {"sample.guide.scale": 2}. `data` and `net` are the
-    objects that `train` was given: another process needs the net to sample, and the data to evaluate. `weights` is a
-    safetensors file, or a folder of shards, instead of the run's first average. `device`: auto takes the GPU where
-    there is one. `trust_code`: run the code that the folder names (`dumo.config.trust`).
+    Raises UserError if the folder is not a run's, or has no checkpoint yet.
     """
-    # both are remembered under their hash, by which run.yaml names them
+    # Register both under the hash by which run.yaml refers to them.
     plain_data(data, bar)
     plain_net(net)
     file = None if weights is None else str(_path(weights, "weights"))
@@ -143,10 +143,10 @@ def load(
 
 
 def recipe(source: str | Path | Run, overrides: Overrides | None = None, *, trust_code: bool = False) -> Run:
-    """The complete run of a recipe's name, a YAML file or a run's folder, with these fields set.
+    """Return the spec of a recipe, a YAML file or a run's folder, with these overrides.
 
-    `overrides` as in `train`. A value may be a dict or a list, which replaces the field whole. `trust_code` as in
-    `load`. Raises UserError for each wrong field, with the nearest valid name.
+    A dict or list in `overrides` replaces the whole field. `trust_code` is documented in `load`. Raises UserError for
+    an unknown field, with the closest valid name.
     """
     if not isinstance(source, Run):
         with trusting(trust_code):
@@ -156,25 +156,25 @@ def recipe(source: str | Path | Run, overrides: Overrides | None = None, *, trus
 
 
 def recipes() -> list[dict[str, str | None]]:
-    """The recipes that dumo ships, a row for each, by purpose: `name`, `about`, `group` and `base`."""
+    """Return the bundled recipes, grouped by purpose, as dicts with `name`, `about`, `group` and `base`."""
     return shipped_recipes.rows()
 
 
 def compare(runs: Sequence[str | Path | TrainedRun], *, anyway: bool = False) -> dict[str, Any]:
-    """The evaluations of several runs side by side: `rows`, the scores of `perfect` samplers, and what `differs`.
+    """Compare evaluations: return their `rows`, the scores of `perfect` samplers, and what `differs`.
 
-    `runs` are runs, their folders, or files of evaluations; each was judged by `evaluate`. A run that was loaded with
-    other weights or settings is compared by its own evaluation. Raises UserError where one was not judged, or they were
-    measured otherwise; with `anyway` what differs has columns instead.
+    `runs` are evaluated runs, their folders, or files of evaluations. A run that was loaded with other weights or
+    settings is represented by the evaluation with these. Raises UserError if an evaluation is missing or was measured
+    differently; with `anyway`, differences become columns instead.
     """
     sources = [_evaluation_source(run) if isinstance(run, TrainedRun) else str(run) for run in runs]
     return comparison.compare(sources, anyway=anyway)
 
 
 def _evaluation_source(run: TrainedRun) -> str:
-    """Return the run's folder, or, where it was loaded otherwise than its spec says, the file of its own evaluation.
+    """Return the run's folder, or the evaluation file of a run that was loaded with other weights or settings.
 
-    Raises UserError where that is missing.
+    Raises UserError if this file is missing.
     """
     file = evaluation.report_path(run, run.spec)
     if file.name == EVALUATION_FILE:
@@ -204,7 +204,7 @@ def train(
     track: str | None = None,
     trust_code: bool = False,
 ) -> LoadedRun:
-    """Train a recipe, a folder of images or parts of your own, or resume a run. Return the run.
+    """Train a recipe, a folder of images or your own data and network, or resume a run. Return the run.
 
         train("digits")                                 a recipe, a YAML file, or a run's folder, which is resumed
         train("photos", minutes=10)                     a folder of images: a recipe is chosen
@@ -213,30 +213,29 @@ def train(
         train("digits", steps=500, objective="meanflow", overrides={"net.width": 96}, out="runs/mine")
         train(data=array, net=module, objective=Mine(), callbacks=[f], out="runs/mine")
 
-    `steps`, `lr`, `batch`, `seed` and `minutes` set fields of `train`: steps and minutes are totals. `overrides` sets
-    any field of the run, by the names that the command line has.
+    `steps`, `lr`, `batch`, `seed` and `minutes` set fields of `train`; steps and minutes are totals. `overrides` sets
+    any field, with the names of the command line.
 
-    `objective`, `data` and `net` are names of kinds, specs, or dicts as YAML has them. `data` may also be a folder, an
-    array, a pair (array, labels), or a data set (`dumo.data.in_memory.Memory.of`); `net` a module, called as
-    `net(x, c, t=t)` for a tuple of heads. run.yaml keeps the name and a hash of such objects, and resuming needs the
-    same ones.
+    `objective`, `data` and `net` are kinds, specs, or dicts as in YAML. `data` may also be a folder, an array, a pair
+    (array, labels), or a data set (`dumo.data.in_memory.Memory.of`), and `net` a module whose `net(x, c, t=t)` returns
+    a tuple of heads. run.yaml stores the name and hash of such objects, and resuming needs the same objects.
 
-    A callback is f(state, metrics), called after every step (`dumo.training.state.State`,
-    `dumo.training.metrics.StepMetrics`). `raise dumo.Stop` in it ends the training; what it returns is ignored.
+    A callback f(state, metrics) is called after every step (`dumo.training.state.State`,
+    `dumo.training.metrics.StepMetrics`). If it raises `dumo.Stop`, training ends.
 
-    - `out`: the run's folder; None: that of the run that `source` names, else runs/NAME. A run in it is compared with
-      the one that is asked for, and resumed
-    - `step`: begin a new run in `out` from the checkpoint of this step of the run in the folder `source`
-    - `bar`: shows the progress, on stderr by default
-    - `track`: tensorboard, wandb or trackio gets the rows of the log
-    - `trust_code`: run the code that a file or folder names; objects and `overrides` do not need it
+    - `out`: the run's folder. The default is the folder of the run `source`, or runs/NAME. If it contains the same run,
+      this run is resumed
+    - `step`: start a new run in `out` from the checkpoint of this step of the run in the folder `source`
+    - `bar`: the progress bar, by default on stderr
+    - `track`: send the rows of the log to tensorboard, wandb or trackio
+    - `trust_code`: consent to code that a file or folder refers to. Objects and `overrides` do not need it
 
-    Raises UserError as `recipe` does, and if the folder holds another run.
+    Raises UserError like `recipe`, and if the folder contains a different run.
     """
     folder = None if out is None else _path(out, "out")
     if not isinstance(source, str | Path | Run | None):
         if data is not None:
-            raise UserError(f"data are given twice: as {name_of(type(source))}, and by data=")
+            raise UserError(f"data are passed twice, as {name_of(type(source))} and as data=: remove one")
         data = source
         source = None
     short_forms = {"steps": steps, "lr": lr, "batch": batch, "seed": seed, "minutes": minutes}
@@ -273,7 +272,7 @@ def train(
 
 
 def _words(overrides: Overrides | None) -> list[str]:
-    """Overrides as the command line has them, `a.b=c`. Raises UserError for a value that YAML does not have."""
+    """Convert overrides to the form `a.b=c`. Raises UserError for a value that YAML does not support."""
     words: list[str] = []
     for field, value in (overrides or {}).items():
         try:

@@ -49,9 +49,9 @@ if TYPE_CHECKING:
 _KINDS_OF_ANY_SIZE = ("dit", "diffusers")
 
 # Advice is given if a ratio or its inverse exceeds these values.
-_MAX_SIDE_RATIO = 2.0  # side of the images / side that the pipeline makes
+_MAX_SIDE_RATIO = 2.0  # side of the images / default side of the pipeline
 _MAX_DIFFUSION_SIDE_RATIO = 1.4  # the same for diffusion models, e.g. Stable Diffusion 2.1 (768 pixels) at 512
-_MAX_SD_RATIO = 1.2  # standard deviation of the data / that of the path
+_MAX_SD_RATIO = 1.2  # standard deviation of the data / of the path
 
 
 def check(run: "Run") -> None:
@@ -88,12 +88,12 @@ def check(run: "Run") -> None:
     check_guidance(run.sample.guide, data, objective, run.training_guidance)
     require_names("sample.knobs", run.sample.knobs, objective.needs.knobs, objective.kind)
 
-    # Weights in the dtype of the passes.
+    # The dtype of frozen weights must be that of the passes.
     lora = run.net.lora
     if lora and lora.frozen == "bfloat16" and train.precision != "bf16":
         raise UserError(
-            f"net.lora.frozen = bfloat16 rounds the frozen weights, and train.precision is {train.precision}: set "
-            "train.precision=bf16, or net.lora.frozen=float32"
+            f"net.lora.frozen=bfloat16 would round the frozen weights with train.precision={train.precision}: set "
+            "train.precision=bf16 or net.lora.frozen=float32"
         )
 
     # Sampling and evaluation.
@@ -103,7 +103,7 @@ def check(run: "Run") -> None:
 
 
 def _check_captions(run: "Run") -> None:
-    """Raise UserError unless captions are given exactly if the network reads them; else they would be class numbers."""
+    """Raise UserError if captions are missing, or if the network would treat captions as class labels."""
     texts = run.net.texts
     has_captions = run.data.captions is not None
     reads_captions = texts is not None and texts.kind != "codes"
@@ -111,7 +111,7 @@ def _check_captions(run: "Run") -> None:
         raise UserError(f"net.texts needs captions, but data '{run.data.kind}' has none. {ways_to_captions(run.data)}")
     if has_captions and not reads_captions:
         raise UserError(
-            f"{captions_field(run.data)} gives captions, but net '{run.net.kind}' does not use captions: set "
+            f"{captions_field(run.data)} is set, but net '{run.net.kind}' does not use captions: set "
             f"net.texts, or {captions_field(run.data)}=null"
         )
 
@@ -121,15 +121,15 @@ def _check_editing(run: "Run") -> None:
     training_guidance = GuidanceScale.of(run.objective.needs)
     reason = ""
     if run.objective.drop > 0:
-        reason = "objective.drop leaves out the condition: set it to 0"
+        reason = "objective.drop drops conditions: set it to 0"
     elif training_guidance.active:
-        reason = f"{training_guidance.field} guides away from no condition: set {training_guidance.off}"
+        reason = f"{training_guidance.field} needs the null condition: set {training_guidance.off}"
     elif run.teacher and run.teacher.guide.active:
-        reason = "teacher.guide.scale guides away from no condition: set it to 1"
+        reason = "teacher.guide.scale needs the null condition: set it to 1"
     elif run.sample.guide.active:
-        reason = "sample.guide.scale guides away from no condition: set it to 1"
+        reason = "sample.guide.scale needs the null condition: set it to 1"
     if reason:
-        raise UserError(f"captions.source gives images to edit, which are never dropped, but {reason}")
+        raise UserError(f"captions.source trains image editing, in which conditions are never dropped, but {reason}")
 
 
 def _check_sizes(run: "Run") -> None:
@@ -139,12 +139,12 @@ def _check_sizes(run: "Run") -> None:
         return
     if run.net.kind not in _KINDS_OF_ANY_SIZE:
         raise UserError(
-            f"net '{run.net.kind}' is built for one size, and {buckets} has several: set {buckets}=null, or "
+            f"net '{run.net.kind}' supports a single image size, but {buckets} has several: set {buckets}=null or "
             "net.kind=dit"
         )
     if run.teacher and run.teacher.pairs:
         raise UserError(
-            f"teacher.pairs are square, but {buckets} has other shapes: set {buckets}=null, or teacher.pairs=null"
+            f"teacher.pairs are square, but {buckets} has other shapes: set {buckets}=null or teacher.pairs=null"
         )
 
 
@@ -159,13 +159,13 @@ def _check_augmentation(data: Data, net: Net, objective: Objective) -> None:
         if num_labels:
             fix += ", or data.augment=null"
         raise UserError(
-            f"data '{data.kind}' describes how an image was augmented by {num_labels} numbers, but net '{net.kind}' "
-            f"expects {net.augment}: set {fix}"
+            f"data '{data.kind}' has {num_labels} augmentation labels per image, but net '{net.kind}' expects "
+            f"{net.augment}: set {fix}"
         )
     if augment and objective.drop:
         raise UserError(
-            f"objective.drop = {objective.drop:g} would drop how an image was augmented with its label, and samples "
-            "would look augmented: set objective.drop=0, or data.augment=null"
+            f"objective.drop = {objective.drop:g} would also drop augmentation labels, and samples would look "
+            "augmented: set objective.drop=0 or data.augment=null"
         )
 
 
@@ -181,8 +181,8 @@ def _check_precondition(run: "Run") -> None:
     if excess:
         heads = " or ".join(f"'{head}'" for head in PRECONDITIONED_HEADS)
         raise UserError(
-            f"net.precondition '{run.net.precondition}' is for velocities (heads {heads}) on path 'linear', not for "
-            f"{excess[0]}: set net.precondition=none"
+            f"net.precondition '{run.net.precondition}' supports heads {heads} on path 'linear', but not {excess[0]}: "
+            "set net.precondition=none"
         )
 
 
@@ -192,21 +192,21 @@ def _check_fake_score(run: "Run") -> None:
     if not objective.needs.fake_score:
         if getattr(run.train.optimizer, "fake_lr", None) is not None:
             raise UserError(
-                f"train.optimizer.fake_lr is for the fake score of objective 'dmd2', not for '{objective.kind}': set "
-                "it to null"
+                f"train.optimizer.fake_lr is the rate of the fake score of objective 'dmd2', which '{objective.kind}' "
+                "does not have: set it to null"
             )
         return
     net = run.net
     if not isinstance(net, Pretrained) or net.lora is None or net.lora.subject or net.lowpass is not None:
         raise UserError(
             f"objective '{objective.kind}' trains its fake score as a second LoRA on the frozen weights of a pipeline, "
-            "and with net.lowpass both would train one time embedder: set net.kind=diffusers, net.lora.rank=64, "
-            "net.lora.subject=null and net.lowpass=null; own networks have objective.kind=match"
+            "and with net.lowpass both would train the same time embedder: set net.kind=diffusers, net.lora.rank=64, "
+            "net.lora.subject=null and net.lowpass=null, or for other networks objective.kind=match"
         )
 
 
 def _check_teacher(run: "Run") -> None:
-    """Raise UserError if the teacher lacks what the objective learns from, or if guidance would apply twice."""
+    """Raise UserError if the teacher has no target for the objective, or if guidance would be applied twice."""
     objective = run.objective
     teacher = run.teacher
     gives_velocity = teacher is not None and not teacher.pairs
@@ -215,20 +215,20 @@ def _check_teacher(run: "Run") -> None:
     if objective.needs.teacher.points and objective.drop and may_have_classes(run.data):
         # Without labels, the net would learn the mean of trajectories over all labels.
         raise UserError(
-            f"objective.drop = {objective.drop:g}: objective '{objective.kind}' learns trajectories, each of one "
+            f"objective.drop = {objective.drop:g}, but each trajectory of objective '{objective.kind}' belongs to a "
             "label: set objective.drop=0"
         )
     if teacher is None:
         return
     if teacher.pairs and run.train.coupling:
         raise UserError(
-            "train.coupling would separate the data of teacher.pairs from their noise: set "
-            "train.coupling=null, or teacher.pairs=null"
+            "train.coupling would separate the data of teacher.pairs from their noise: set train.coupling=null or "
+            "teacher.pairs=null"
         )
     if teacher.guide.active and not may_have_classes(run.data):
         raise UserError(
-            f"teacher.guide.scale = {teacher.guide.scale:g}: data '{run.data.kind}' has no classes for guidance: set "
-            "teacher.guide.scale=1"
+            f"teacher.guide.scale = {teacher.guide.scale:g}, but data '{run.data.kind}' has no classes for guidance: "
+            "set teacher.guide.scale=1"
         )
     require_unguided_teacher(objective, teacher.guide.scale)
 
@@ -243,16 +243,16 @@ def _check_start(run: "Run") -> None:
     starts_from_run = run.has_subject and run.start and run.start.kind == "run" and not run.start.heads
     if lora and lora.subject and not starts_from_run:
         raise UserError(
-            "net.lora.subject trains adapters on top of a few-step run's, on the weights of its pipeline: set "
-            "start={kind: run, source: RUN}, its folder, without start.heads, and net.weights=source"
+            "net.lora.subject trains adapters on top of a few-step run: set start={kind: run, source: RUN} with the "
+            "run's folder and without start.heads, and net.weights=source"
         )
 
 
 def check_ranks(train: Train, objective: AnyObjective, ranks: int = 1) -> None:
-    """Raise UserError if this number of ranks cannot share the training.
+    """Raise UserError if the run cannot be trained on this number of ranks.
 
-    Each micro-batch must have rows with r < t and rows with r = t, if the batch has both; `train.share` must divide the
-    number of ranks; and `train.compile=loss` takes one rank.
+    If the batch has rows with r < t and rows with r = t, each micro-batch must have both. `train.share` must divide the
+    number of ranks, and `train.compile=loss` supports one rank only.
     """
     times = objective.times
     micro_batches_by_rank = split_batch(train, objective, ranks)
@@ -262,18 +262,18 @@ def check_ranks(train: Train, objective: AnyObjective, ranks: int = 1) -> None:
             kinds = set(moving[rows])
             if len(kinds) > 1:
                 continue
-            law = f"'{getattr(times, 'kind', type(times).__name__)}'"
+            times_text = f"'{getattr(times, 'kind', type(times).__name__)}'"
             if isinstance(times, Jumps | Pair):
-                law += f", velocity_ratio {times.velocity_ratio:g}"
+                times_text += f", velocity_ratio {times.velocity_ratio:g}"
             missing = "r = t" if kinds.pop() else "r < t"
             raise UserError(
                 f"train.batch = {train.batch} on {ranks} ranks (train.micro_batch = {train.micro_batch}) has a "
-                f"micro-batch of {rows.stop - rows.start} rows without one with {missing} (objective.times {law}): "
-                "raise train.batch or train.micro_batch, or take fewer ranks"
+                f"micro-batch of {rows.stop - rows.start} rows, none of them with {missing} (objective.times "
+                f"{times_text}): increase train.batch or train.micro_batch, or use fewer ranks"
             )
     share_of(train.share, ranks)
     if ranks > 1 and train.compile == "loss":
-        raise UserError(f"train.compile = loss is for one rank, not for {ranks}: set train.compile=blocks")
+        raise UserError(f"train.compile=loss supports one rank, got {ranks}: set train.compile=blocks")
 
 
 def _check_training_guidance(data: Data, objective: Objective) -> None:
@@ -293,10 +293,10 @@ def check_guidance(
     field: str = "sample.guide.scale",
     source: str = "",
 ) -> None:
-    """Raise UserError if `guide`, which `field` sets, is active for a network that cannot be guided.
+    """Raise UserError if `guide`, the value of `field`, is active for a network that does not support guidance.
 
-    `trained` is the guidance of the network in training. `source` names the network's run in the message, if it is
-    another run than the one that is read.
+    `trained` is the guidance of the network in training. `source` is the network's run for the message, if it is not
+    the run itself.
     """
     require_guidable(
         guide,
@@ -313,18 +313,20 @@ def _check_validation(evaluation: "Evaluation") -> None:
     """Raise UserError if validation in training has no interval, no protocol on samples, or too few samples."""
     kind = evaluation.protocol.kind
     if evaluation.best and not evaluation.every:
-        raise UserError("evaluate.best keeps the best of the steps that are judged: set evaluate.every to some steps")
+        raise UserError(
+            "evaluate.best keeps the best evaluated step, but no step is evaluated: set evaluate.every above 0"
+        )
     if evaluation.every and kind == "likelihood":
-        raise UserError("evaluate.every judges samples, and protocol likelihood the data: set evaluate.every=0")
+        raise UserError("evaluate.every scores samples, but protocol likelihood scores data: set evaluate.every=0")
     if evaluation.every and evaluation.few is not None and evaluation.few < evaluation.min_samples:
         raise UserError(
-            f"evaluate.few = {evaluation.few}: protocol {kind} judges {evaluation.min_samples} samples or more: set as "
-            "many, or null"
+            f"evaluate.few = {evaluation.few}, but protocol {kind} needs at least {evaluation.min_samples} samples: "
+            "increase it, or set it to null"
         )
 
 
 def captions_field(data: Data) -> str:
-    """Return the dotted path of the field that holds the images' captions."""
+    """Return the dotted path of the field for captions."""
     return "data.images.captions" if isinstance(data, Latents) else "data.captions"
 
 
@@ -337,12 +339,12 @@ def buckets_field(data: Data) -> str | None:
 
 
 def ways_to_captions(data: Data) -> str:
-    """Return a hint for messages: three ways to provide captions for a pretrained model."""
+    """Return a hint for messages: three ways to condition a pretrained model."""
     field = captions_field(data)
     return (
-        f"Give them by {field}.kind=files, or make them of the classes' names by "
-        f'{field}={{kind: templates, templates: ["a photo of a {{}}"]}}, or take random codes for the classes by '
-        f"{field}=null and net.texts.kind=codes, with which the model reads no prompt"
+        f"Set {field}.kind=files to read captions, or generate them from class names with "
+        f'{field}={{kind: templates, templates: ["a photo of a {{}}"]}}, or set '
+        f"{field}=null and net.texts.kind=codes to replace prompts with random class embeddings"
     )
 
 
@@ -352,9 +354,9 @@ def may_have_classes(data: Data) -> bool:
 
 
 def advice(run: "Run", sd: float | None = None) -> list[str]:
-    """Return a line for each departure of a run from its sources, with the setting that follows the source.
+    """Return a line for each deviation of a run from its source, with the setting of the source.
 
-    `sd` is the standard deviation of the data in their own unit, if it was measured.
+    `sd` is the measured standard deviation of the data, if known.
     """
     lines: list[str] = []
     if isinstance(run.net, Pretrained) and run.net.side:
@@ -374,8 +376,8 @@ def _size_advice(side: int, shape: Sequence[int], max_ratio: float) -> list[str]
     if 1 / max_ratio <= height / side <= max_ratio:
         return []
     return [
-        f"the pipeline makes images of {side} x {side} pixels by default, and this run has {height} x {width}. "
-        f"As the pipeline:  data.images.side={side}"
+        f"the pipeline's default size is {side} x {side} pixels, but this run uses {height} x {width}. To use the "
+        f"pipeline's:  data.images.side={side}"
     ]
 
 
@@ -386,8 +388,8 @@ def _reference_advice(objective: str, decay: float, train: Train) -> str:
         averages = [ema.model_dump(mode="json") for ema in (*train.ema, Ema(decay=decay))]
         fields.insert(0, f"train.ema={yaml_text(averages)}")
     return (
-        f"objective '{objective}' takes theta^- in its source from an average of the weights, of decay "
-        f"{decay:g}; this run takes the weights in training (train.ref: self). As the source:  {shlex.join(fields)}"
+        f"theta^- is an EMA with decay {decay:g} in the paper of objective '{objective}', but the current weights in "
+        f"this run (train.ref: self). To use the EMA:  {shlex.join(fields)}"
     )
 
 
@@ -402,6 +404,6 @@ def _deviation_advice(objective: Objective, net: Net, path: FlowPath, sd: float)
         return []
     units = "" if path.sd == 1 else f" in units of path.sd = {path.sd:g}"
     return [
-        f"the constants of {' and '.join(owners)} are for data of standard deviation 1; these data have "
-        f"{sd / path.sd:.2g}{units}. To train on them in units of it:  path.sd={sd:.2g}"
+        f"the constants of {' and '.join(owners)} assume data with standard deviation 1, but that of these data is "
+        f"{sd / path.sd:.2g}{units}. To rescale them:  path.sd={sd:.2g}"
     ]

@@ -41,7 +41,7 @@ class Difference:
         return "free" in self.marks
 
     def __str__(self) -> str:
-        return f"{self.field}: {yaml_text(self.was)} there, {yaml_text(self.now)} asked"
+        return f"{self.field}: {yaml_text(self.was)} recorded, {yaml_text(self.now)} requested"
 
 
 def differences(

@@ -1,4 +1,4 @@
-"""The specs of a teacher and of a start: other trained weights that a run learns from, or begins with.
+"""The specs of a teacher, whose trained weights give the targets of a run, and of a start, which initializes a run.
 
 A teacher stands in for the data's own velocity: an objective that learns from v_t = dx_t/dt, given data and noise,
 learns with `teacher` from V(x_t, t, c), guided as `guide` says. So sCT becomes sCD, and MeanFlow and FACM become their

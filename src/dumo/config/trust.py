@@ -1,9 +1,9 @@
-"""Consent to code that a run names: classes by `kind: module:Class`, teachers by `source: module:function`.
+"""Consent to code that a run refers to: classes (`kind: module:Class`) and teachers (`source: module:function`).
 
-A run's file may come from somebody else, and loading it would import and run the code that it names. So a person has to
-agree first, by --trust-code (in Python trust_code=True), by typing the name in an override, or by giving an object of
-the class from Python. Consent holds in this process alone. Whether a module is imported already does not matter: a file
-may name any function of Python's own, such as os:system.
+Loading a run's file imports and runs this code, and the file may be somebody else's. Consent is therefore required:
+--trust-code (trust_code=True in Python), the name in an override, or an object of the class in Python. Consent is valid
+in this process only. It is also required for modules that are already imported, because a file may refer to any
+function, such as os:system.
 """
 
 import re
@@ -22,7 +22,7 @@ accepted_names = set[str]()
 
 @contextmanager
 def trusting(yes: bool = True) -> Generator[None, None, None]:
-    """Trust all code that runs name while this context lasts. With `yes` False nothing changes."""
+    """Trust all code that runs refer to within this context, if `yes` is true."""
     global trusts_all
     trusted_before = trusts_all
     trusts_all = trusted_before or yes
@@ -33,7 +33,7 @@ def trusting(yes: bool = True) -> Generator[None, None, None]:
 
 
 def accept(overrides: Sequence[str]) -> None:
-    """Trust the code that these overrides `a.b=c` name, because a person typed them."""
+    """Trust the code that these overrides `a.b=c` refer to, because the user typed them."""
     for override in overrides:
         accepted_names.update(CODE_NAME.findall(override))
         _, _, value = override.partition("=")
@@ -41,24 +41,24 @@ def accept(overrides: Sequence[str]) -> None:
 
 
 def accept_object(part: Spec) -> None:
-    """Trust the classes of a spec that was made in Python, at any depth: their modules were imported to make it."""
+    """Trust all classes in a spec that was created in Python."""
     accepted_names.update(named_classes(part.model_dump(mode="json")))
 
 
 def require(names: Iterable[str], source: str) -> None:
-    """Raise UserError for a name module:attribute that nobody agreed to import. `source` is what names them."""
+    """Raise UserError for names module:attribute without consent. `source` is the file that contains them."""
     for name in names:
         if trusts_all:
             accepted_names.add(name)
         if name not in accepted_names:
             raise UserError(
-                f"{source or 'it'} runs code: {brief(name)}. Read it, and give --trust-code if you trust it "
-                "(trust_code=True from Python)"
+                f"{source or 'the run'} runs code: {brief(name)}. Read it, and pass --trust-code if you trust it "
+                "(trust_code=True in Python)"
             )
 
 
 def named_classes(tree: object) -> Iterator[str]:
-    """The classes module:Class that a tree of plain values names."""
+    """Yield the classes module:Class in a tree of plain values."""
     for part in _mappings(tree):
         kind = str(part.get("kind"))
         module, colon, _ = kind.partition(":")
@@ -67,7 +67,7 @@ def named_classes(tree: object) -> Iterator[str]:
 
 
 def _mappings(tree: object) -> Iterator[dict[str, Any]]:
-    """All mappings in a tree, at any depth."""
+    """Yield all mappings in a tree."""
     if isinstance(tree, dict):
         yield tree
         parts = [*tree.values()]

@@ -11,7 +11,7 @@ encoders and the scheduler. The order of events:
 
 A pipeline on the Hugging Face Hub is downloaded on demand (`dumo.io.hub`): configs when one is first read, weights when
 a component is opened. The configs of some pipelines ship with dumo (`is_published`), so that parameters can be counted
-without a download. A single-file checkpoint is refused with a hint how to convert it.
+without a download. Single-file checkpoints raise an error that explains how to convert them.
 """
 
 import json
@@ -31,21 +31,21 @@ from dumo.io.hub import CARD, INDEX, PUBLISHED, SCHEDULER, SMALL, SUFFIX, TRANSF
 from dumo.io.read import read_json, user_path
 from dumo.types import HUB_MODEL, MAYBE_PLACE, PINNED, Spec, UserError
 
-Config = Mapping[str, Any]  # a part's config.json
+Config = Mapping[str, Any]  # the config.json of a component
 FIELD = "pipeline"  # the field of run.yaml, for messages
 CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"  # comes with text encoders that are language models
-COMPONENTS = (TRANSFORMER, UNET, VAE, SCHEDULER)  # besides text encoders and tokenizers
-CUSTOM_PIPELINE = "custom_pipeline"  # a key for code that makes the images
+GENERATION_CONFIG = "generation_config.json"  # in the folders of language models
+COMPONENTS = (TRANSFORMER, UNET, VAE, SCHEDULER)  # without text encoders and tokenizers
+CUSTOM_PIPELINE = "custom_pipeline"  # a key for custom code of the pipeline
 SCHEDULER_CONFIG = "scheduler_config.json"
 SECOND_TRANSFORMER = "transformer_2"  # in pipelines with two transformers
 _SOURCE_SCHEMA: JsonDict = {**MAYBE_PLACE, **HUB_MODEL, "names": [*SMALL]}
-HINT = f"{FIELD}=... names a pipeline of diffusers on the Hugging Face Hub, OWNER/NAME, or a folder with {INDEX}"
+HINT = f"Set {FIELD} to a diffusers pipeline: OWNER/NAME on the Hugging Face Hub, or a folder with {INDEX}"
 TEXT_PARTS = re.compile(r"(text_encoder|tokenizer)(_\d)?")  # component names
 OptionalPart = Literal["text_encoder_3"]  # the T5 of SD3, which is optional in diffusers
 _OPTIONAL_PARTS: tuple[OptionalPart, ...] = get_args(OptionalPart)
 LICENSE = ("license", "license_name", "license_link")  # keys in the metadata of a model card
-_LIBRARIES = ("diffusers", "transformers")  # that model_index.json may name for a component that is loaded
+_LIBRARIES = ("diffusers", "transformers")  # libraries from which components are loaded
 IS_DISTILLED = "is_distilled"  # a key of model_index.json of a Flux2KleinPipeline
 
 
@@ -53,9 +53,9 @@ class Pipeline(Spec):
     """A diffusers pipeline: a folder, a repository on the Hub, or a name in SMALL, which has configs only."""
 
     source: str = Field(json_schema_extra=_SOURCE_SCHEMA)
-    # Text encoders that are left out though the folder may have them, as by diffusers' text_encoder_3=None.
+    # Text encoders to omit, like text_encoder_3=None in diffusers.
     without: tuple[OptionalPart, ...] = Field(default=(), exclude_if=lambda names: not names)
-    # The class, the licence and the hashes of the parts, by name, as they were when the run began.
+    # The class, the licence and the hashes of the components when the run started, by name.
     facts: dict[str, str] | None = Field(default=None, exclude_if=lambda facts: facts is None, json_schema_extra=PINNED)
 
     @model_validator(mode="before")
@@ -71,7 +71,7 @@ class Pipeline(Spec):
 
     @property
     def is_published(self) -> bool:
-        """Whether the configs ship with dumo. A name with a pinned commit is read from the Hub instead."""
+        """Return whether the configs ship with dumo. With a pinned commit they are read from the Hub instead."""
         return self.source in SMALL or (self.source in PUBLISHED and self.is_on_hub)
 
     @property
@@ -81,7 +81,7 @@ class Pipeline(Spec):
 
     @property
     def folder(self) -> Path:
-        """The pipeline's folder. A download from the Hub has the configs and tokenizers, but possibly no weights.
+        """The pipeline's folder. A download from the Hub contains configs and tokenizers, but possibly no weights.
 
         Raises UserError for a name in SMALL, a single weight file or a missing folder, and the errors of the Hub.
         """
@@ -94,17 +94,19 @@ class Pipeline(Spec):
     def _find_folder(self, *, with_weights: bool) -> Path:
         """Return the folder, fetched if the source is a name on the Hub. Raises as `folder`."""
         if self.source in SMALL:
-            raise UserError(f"{FIELD}: {self.source} is a config without weights: set net.weights=drawn. {HINT}")
+            raise UserError(
+                f"{FIELD}: {self.source} is a config without weights: set net.weights=drawn for random weights. {HINT}"
+            )
         if self.is_on_hub:
             return hub.fetch(self.source, partial(_choose_files, without=self.without, with_weights=with_weights))
         path = user_path(self.source, FIELD)
         if path.suffix == SUFFIX and path.is_file():
             raise UserError(
-                f"{FIELD}: {path} is one file, without the configs and tokenizers of a pipeline: make a folder of it "
-                "by PIPELINE.from_single_file(FILE).save_pretrained(DIR) of diffusers"
+                f"{FIELD}: {path} is a single file without the configs and tokenizers of a pipeline: convert it to a "
+                "folder with PIPELINE.from_single_file(FILE).save_pretrained(DIR) of diffusers"
             )
         if not path.is_dir():
-            raise UserError(f"{FIELD}: there is no folder {self.source}. {HINT}")
+            raise UserError(f"{FIELD}: {self.source} does not exist. {HINT}")
         return path
 
     @property
@@ -132,7 +134,9 @@ class Pipeline(Spec):
         if self.is_published:
             config = self.index.get(part)
             if config is None:
-                raise UserError(f"{FIELD}: {self.source} is a transformer alone and has no {part}: name a folder")
+                raise UserError(
+                    f"{FIELD}: {self.source} is a transformer without a {part}: set {FIELD} to a whole pipeline"
+                )
             return config
         file = self.part_folder(part) / _config_name(part)
         file_state = file.stat()
@@ -230,8 +234,8 @@ class Pipeline(Spec):
         if facts.get(name, current) != current:
             part, _, _ = name.partition(".")
             raise UserError(
-                f"{FIELD}: {self.source} has another {part} ({described_as}) than when this run began: put "
-                f"that back, or set {FIELD}.source to where the pipeline is"
+                f"{FIELD}: the {part} of {self.source} ({described_as}) has changed since this run was started: "
+                f"restore it, or set {FIELD}.source to the location of the original pipeline"
             )
 
     @property
@@ -253,9 +257,7 @@ class Pipeline(Spec):
         """
         for name in self.without:
             if not self.is_published and name not in self.index:
-                raise UserError(
-                    f"{FIELD}.without: {self.source} has no {name} that could be left out: set {FIELD}.without=[]"
-                )
+                raise UserError(f"{FIELD}.without: {self.source} has no {name} to omit: set {FIELD}.without=[]")
         left_out = {*self.without, *(name.replace("text_encoder", "tokenizer") for name in self.without)}
         names: list[str] = []
         for name, entry in self.index.items():
@@ -314,7 +316,7 @@ class Pipeline(Spec):
                 raise UserError(f"{FIELD}: {self.source} has no {part}. {HINT}")
             return sorted(visible)
         if part in _OPTIONAL_PARTS and self._find_part(part) is None:
-            raise UserError(f"{FIELD}: {self.source} has no {part}: set {FIELD}.without=[{part}] to go without it")
+            raise UserError(f"{FIELD}: {self.source} has no {part}: set {FIELD}.without=[{part}] to omit it")
         files = self.weights(part).all_files
         for name in (CONFIG, GENERATION_CONFIG):
             file = self.folder / part / name
@@ -404,8 +406,8 @@ def _require_known_libraries(index: Mapping[str, object], file: Path) -> None:
         is_loaded = TEXT_PARTS.fullmatch(name) or name in (*COMPONENTS, CUSTOM_PIPELINE)
         if is_own_code or (is_loaded and not is_known):
             raise UserError(
-                f"{FIELD}: {file} has {name} = {json.dumps(entry)}, which is not a class of diffusers or "
-                "transformers. dumo runs no code that comes with a pipeline: take one without it"
+                f"{FIELD}: {name} = {json.dumps(entry)} in {file} is not a class of diffusers or transformers, and "
+                "dumo does not run custom code of pipelines: use a pipeline without it"
             )
 
 

@@ -97,8 +97,8 @@ def require_times(objective: Objective) -> None:
         )
     guide = objective.needs.guide
     reads_velocity = isinstance(guide, Guide) and guide.active and "r" in objective.needs.inputs
-    is_taught = objective.times.teaches_velocity or available_readings(objective).velocity is not None
-    if reads_velocity and not is_taught:
+    is_trained = objective.times.trains_velocity or available_readings(objective).velocity is not None
+    if reads_velocity and not is_trained:
         raise UserError(
             f"objective.guide needs the velocity of objective '{objective.kind}' at r = t, but objective.times only "
             f"have r = 0: set objective.times.kind=pair or jumps, or {GuidanceScale().off}"

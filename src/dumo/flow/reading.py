@@ -92,7 +92,7 @@ def mean_velocity(net: Net, head: int = 0, times: TimeLaw | None = None, velocit
         return net(x, c, t=t, r=t)[head if velocity_head is None else velocity_head]
 
     return Readings(
-        velocity=velocity if times is None or times.teaches_velocity else None,
+        velocity=velocity if times is None or times.trains_velocity else None,
         endpoint=lambda x, t, c: flow_map(x, t, 0 * t, c),
         flow_map=flow_map,
     )

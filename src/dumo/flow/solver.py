@@ -1,9 +1,9 @@
 """Solvers that integrate from noise to data with one of the readings of a trained network.
 
 Euler and Heun integrate the velocity, dx_t/dt = v(x_t, t), on a uniform grid. Hop applies the flow map,
-x_s = f(x_t, t, s), on the same grid, without a discretization error. Restart jumps to the endpoint x_0 and, if passes
-are left, adds fresh noise up to a lower time, which removes errors made at high noise. Hermite uses the velocity and
-the endpoint of one pass: it integrates to the last time, and jumps to the data from there.
+x_s = f(x_t, t, s), on the same grid, without a discretization error. Restart jumps to the endpoint x_0 and, except in
+the last pass, adds fresh noise up to a lower time, which removes errors made at high noise. Hermite uses the velocity
+and the endpoint of one pass: it integrates to the last time, and jumps to the data from there.
 
 With n steps the uniform grid has the n + 1 times start, ..., start / n, 0. Solvers that end with a jump to the data
 have n times, the last of them above 0: the uniform grid s = 1, (n - 1) / n, ..., 1 / n, warped by t = start s^p so that
@@ -12,8 +12,8 @@ t = m at s = 1/2. Solved for p, this is t = start (m / start)^log2(1 / s), exact
 The number of evaluations (nfe) counts passes through the network, not steps.
 
 1. `solver_of` returns a solver by its name, and `best_solver` one for the readings of an objective.
-2. `check` refuses readings and values of nfe that are not supported; `can_make` is the same test without an error.
-3. Calling a solver makes samples, with the same refusals. It gets its reading from `require_reading`, its number of
+2. `check` raises UserError for unsupported readings and values of nfe; `can_make` is the same test without an error.
+3. Calling a solver generates samples, with the same checks. It gets its reading from `require_reading`, its number of
    steps from `num_steps`, and its times from `uniform_times` or `jump_times`, as tensors from `times_per_row`.
 
 `Solver` is the union of the specs; a user's own solver derives from `dumo.types.outside.SolverSpec`.
@@ -260,29 +260,29 @@ def check(solver: Solver, readings: Readings, *nfes: int) -> None:
     require_reading(solver, readings)
     for nfe in nfes:
         num_steps(solver, nfe)
-        if readings.only and not _stays_where_taught(solver, readings, nfe):
-            taught = ", ".join(f"{t:.4g}" for t in readings.only)
+        if readings.only and not _uses_trained_times(solver, readings, nfe):
+            trained_times = ", ".join(f"{t:.4g}" for t in readings.only)
             raise UserError(
-                f"solver '{solver.kind}' with nfe = {nfe} uses the endpoint at times at which it was not trained "
-                f"(these: {taught}): set m to that of objective.times, and nfe to its steps, or to 1"
+                f"solver '{solver.kind}' with nfe = {nfe} uses the endpoint at other times than those of its training "
+                f"({trained_times}): set m to that of objective.times, and nfe to its steps or to 1"
             )
-        if not _stays_where_taught(solver, readings, nfe):
+        if not _uses_trained_times(solver, readings, nfe):
             raise UserError(
                 f"solver '{solver.kind}' with nfe = {nfe} uses the endpoint below t = {readings.lowest:g}, where it "
                 "was not trained: use nfe = 1, or a larger m"
             )
         if not can_make(solver, readings, nfe):
             raise UserError(
-                f"solver '{solver.kind}' with nfe = {nfe} makes jumps that this objective does not train: use nfe = 1, "
+                f"solver '{solver.kind}' with nfe = {nfe} needs jumps that this objective does not train: use nfe = 1, "
                 "start = 1, or another solver"
             )
 
 
 def can_make(solver: Solver, readings: Readings, nfe: int) -> bool:
-    """Whether a solver with an available reading can make nfe passes in whole steps and with trained jumps only."""
+    """Return whether nfe passes are a whole number of steps, and use trained jumps only."""
     if nfe < 1 or nfe % solver.passes:
         return False
-    if not _stays_where_taught(solver, readings, nfe):
+    if not _uses_trained_times(solver, readings, nfe):
         return False
     hops = readings.hops
     if not isinstance(solver, Hop) or hops is None:
@@ -290,12 +290,12 @@ def can_make(solver: Solver, readings: Readings, nfe: int) -> bool:
     return all(hops(t, s) for t, s in pairwise(uniform_times(nfe, solver.start)))
 
 
-def _stays_where_taught(solver: Solver, readings: Readings, nfe: int) -> bool:
-    """Whether the endpoint was trained at all times at which a solver uses it in nfe passes."""
+def _uses_trained_times(solver: Solver, readings: Readings, nfe: int) -> bool:
+    """Return whether the endpoint was trained at all times at which a solver uses it in nfe passes."""
     if not isinstance(solver, Restart):
         return True
     if readings.only is not None:
-        return all(any(isclose(t, taught) for taught in readings.only) for t in solver.times(nfe))
+        return all(any(isclose(t, trained) for trained in readings.only) for t in solver.times(nfe))
     if not readings.lowest:
         return True
     return min(solver.times(nfe)) >= readings.lowest

@@ -109,7 +109,7 @@ def _compare(
             if state.is_over.is_set():
                 return
             if sha256 != shard.sha256:
-                state.fault = f"{folder}: {shard.file} has changed: its SHA-256 is another: {REMAKE}"
+                state.fault = f"{folder}: {shard.file} has changed (different SHA-256): {REMAKE}"
                 return
             whole[shard.file] = file_state
             tick(done)

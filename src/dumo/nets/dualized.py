@@ -346,7 +346,7 @@ class Dualized(nn.Module):
         if bias is None:
             raise UserError(
                 f"the embedding of time of a {type(self.model).__name__} has no bias, which would hold that of r = t: "
-                "export it with --head u, if that was taught, or sample by dumo sample"
+                "export it with --head u, if u was trained, or use dumo sample"
             )
         layer.bias = nn.Parameter(bias + self.gap(bias.new_zeros(1))[0], False)
         return layer

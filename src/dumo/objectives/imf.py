@@ -65,7 +65,7 @@ class ImprovedMeanFlow(ObjectiveSpec):
 
     @model_validator(mode="after")
     def _require_rows_at_rest(self) -> "ImprovedMeanFlow":
-        if not self.times.teaches_velocity:
+        if not self.times.trains_velocity:
             raise ValueError(
                 "du/dt is taken along the network's velocity, which is trained at r = t: use times.kind=pair or jumps"
             )

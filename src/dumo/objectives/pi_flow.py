@@ -235,9 +235,9 @@ class PiFlow(ObjectiveSpec):
 
         # With one segment, a pass from t = 1 jumps to the data.
         has_one_segment = self.times.steps == 1
-        return Readings(endpoint=endpoint if has_one_segment else None, flow_map=jump, hops=self._is_taught)
+        return Readings(endpoint=endpoint if has_one_segment else None, flow_map=jump, hops=self._is_trained)
 
-    def _is_taught(self, t: float, s: float) -> bool:
+    def _is_trained(self, t: float, s: float) -> bool:
         """Whether a jump starts at the start of a segment, and ends in the segment."""
         num_segments = t * self.times.steps
         is_at_start = abs(num_segments - round(num_segments)) < _ROUNDING and round(num_segments) > 0

@@ -1,6 +1,6 @@
-"""RCGM (Sun et al. 2025, its code as TwinFlow has it, arXiv 2512.05150): a mean velocity, by a short step and N jumps.
+"""RCGM (Sun et al. 2025, from the code of TwinFlow, arXiv 2512.05150): a mean velocity from a short step and N jumps.
 
-The network learns the mean velocity u from t to r. Its target ends where a path of two parts ends: one Euler step of
+The network learns the mean velocity u from t to r. The target is the end of a path of two parts: an Euler step of
 length h along the velocity v* of the data, from t to s = t - h, and N equal jumps of the network from s to r. With the
 mean velocities u_i of these jumps,
 
@@ -8,10 +8,10 @@ mean velocities u_i of these jumps,
     (t - r) u = h v* + I                                                                      (2)
     u - u* = ((t - r) u - I) / h - v*                                                         (3)
 
-(3) is (2) in units of a velocity. As h vanishes it becomes MeanFlow's u + (t - r) du/dt - v*, whatever N is. N = 1 is
+(3) is (2) in units of a velocity. As h vanishes, it becomes MeanFlow's u + (t - r) du/dt - v* for any N. N = 1 is
 SoFlow with a step of fixed length, and a larger N splits the long jump into shorter ones. If t - r < h, u* = v*.
 
-Unlike DuMo, it has one head of two times, no derivative, and a bound on u - u*.
+Unlike DuMo, it has one head with two times, no derivative, and a bound on u - u*.
 """
 
 from typing import ClassVar, Literal
@@ -42,7 +42,7 @@ from dumo.runtime.limits import BLOCKS
 
 
 class RCGM(ObjectiveSpec):
-    """Mean velocity from t to r, by N jumps of theta^-. Defaults: the tutorial of TwinFlow, `tutorials/mnist`."""
+    """Mean velocity from t to r, with N jumps of theta^-. The defaults are those of TwinFlow's `tutorials/mnist`."""
 
     # Whether the network also gets negative times.
     signed: ClassVar[bool] = False
@@ -52,28 +52,28 @@ class RCGM(ObjectiveSpec):
     clip: ClassVar[float] = 1.0
     kind: Literal["rcgm"] = "rcgm"
     times: Times = Below(of=Uniform())  # prepare_inputs
-    # Our choice: the tutorial shuffles labels where we drop them.
+    # Our choice: the tutorial shuffles labels instead of dropping them.
     drop: float = Field(default=0.1, ge=0, le=1)
     # enhanced_ratio of the tutorial; its text-to-image configs have 0.8, and two of them 4.0.
     guide: Guide = Guide(zeta=0.5)
-    # The number N of jumps (estimate_order). With 1, theta^- is the network itself, with more an EMA of decay 0.99.
+    # The number N of jumps (estimate_order). For N = 1 theta^- is the network itself, else an EMA with decay 0.99.
     order: int = Field(default=2, ge=1, le=BLOCKS)
 
     @property
     def gain(self) -> float:
-        """The largest factor by which (3) multiplies rounding errors of the network."""
+        """Return the largest factor by which (3) amplifies rounding errors of the network."""
         return 1 / self.step
 
     @property
     def needs(self) -> Needs:
-        """The inputs and heads of the net, and what else the loss needs."""
+        """Declare the network's inputs and heads, and what else the loss needs."""
         ref = 0.99 if self.order > 1 else None
         return Needs(
             inputs=("t", "r"), heads=("u",), signed=self.signed, guide=self.guide, amplifies=self.gain, ref=ref
         )
 
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """`get_rcgm_target` of `methodes.py`. Raises UserError where passes are too coarse for its gain."""
+        """Return the loss of `get_rcgm_target` in `methodes.py`. Raises UserError if the precision is too low."""
         require_precise_passes(b, self.gain, self.kind)
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
         error, unclipped_error = self._residual(u_hat, ref, b, self._v_star(ref, b))
@@ -82,7 +82,7 @@ class RCGM(ObjectiveSpec):
 
     @torch.no_grad()
     def _v_star(self, ref: Frozen, b: NoisyBatch, v_hat: Sample | None = None) -> Sample:
-        """The guided velocity at x_t. v_hat: that of theta^- there, if it is computed already."""
+        """Return the guided velocity at x_t. v_hat is the velocity of theta^-, if it is already computed."""
         return self.guide(b, v_hat, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])
 
     def _residual(self, u_hat: Sample, ref: Frozen, b: NoisyBatch, v_star: Sample) -> tuple[Sample, Sample]:
@@ -95,7 +95,7 @@ class RCGM(ObjectiveSpec):
         return u_hat - u_star, unclipped_error
 
     def _displacement(self, ref: Frozen, b: NoisyBatch, v_star: Sample) -> Sample:
-        """I of (1): from t - h, or r, to r in N jumps."""
+        """Return I of (1), from max(t - h, r) to r in N jumps."""
         start = b.x_t - self.step * v_star
         x = start
         t_i = torch.maximum(b.t - self.step, b.r)
@@ -108,5 +108,5 @@ class RCGM(ObjectiveSpec):
         return start - x
 
     def readings(self, net: Net) -> Readings:
-        """Read the one head as the mean velocity from t to r."""
+        """Return the mean velocity from t to r."""
         return mean_velocity(net, times=self.times)

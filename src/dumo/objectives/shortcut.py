@@ -150,13 +150,13 @@ class Shortcut(ObjectiveSpec):
         return Readings(
             velocity=lambda x, t, c: net(x, c, t=t, k=torch.full_like(t, self.times.levels))[0],
             flow_map=flow_map,
-            hops=self._is_taught,
+            hops=self._is_trained,
         )
 
     def _level(self, step: Time) -> Time:
         """Return k of a step 2^-k, and `levels` for a step of 0."""
         return -step.log2().clamp(min=-self.times.levels).round()
 
-    def _is_taught(self, t: float, s: float) -> bool:
+    def _is_trained(self, t: float, s: float) -> bool:
         """Whether the size and the start of a step were trained."""
         return any(t - s == 2.0**-k and t * 2.0**k % 1 == 0 for k in range(self.times.levels + 1))

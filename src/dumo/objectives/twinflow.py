@@ -1,26 +1,26 @@
-"""TwinFlow (Cheng et al. 2025, arXiv 2512.05150): RCGM, and a twin at negative times that follows the net's samples.
+"""TwinFlow (Cheng et al. 2025, arXiv 2512.05150): RCGM, and a twin at negative times for the network's own samples.
 
-One jump from noise makes a sample x'. Given -t the net learns the velocity of samples, diffused by noise z' of their
-own, as it learns that of the data given t. Where the two differ, samples and data do:
+One jump from noise generates a sample x'. At -t the network learns the velocity of samples, diffused with new noise z',
+just as at t it learns the velocity of the data. The difference of the two compares samples with data:
 
     x' = z - u(z, 1, 0)                                                                       (1)
     v(x'_t, -t)* = z' - x',        x'_t = t z' + (1 - t) x'                                   (2)
-    G = v(x'_t, -t) - v(x'_t, t),        held still, which u(z, 1, 0) descends                (3)
+    G = v(x'_t, -t) - v(x'_t, t),        detached, a gradient for u(z, 1, 0)                  (3)
 
-For the score is -(x_t + (1 - t) v) / t, so the gradient by x' of KL(samples || data), diffused to t, is along -G, and
-by u, which has x' = z - u, along G. Both velocities agree where samples are distributed as the data alone, so without
-guidance the exact flow is at rest. Guided it is not: v(x_t, t) is then v*, which is not the velocity of its own samples
-diffused by new noise.
+The score is -(x_t + (1 - t) v) / t. So the gradient of KL(samples || data), diffused to t, with respect to x' is along
+-G, and with respect to u, where x' = z - u, along G. The velocities agree only if samples are distributed as the data,
+so without guidance the exact flow is a fixed point. With guidance it is not: v(x_t, t) is then v*, which is not the
+velocity of samples of v* diffused with new noise.
 
 With times.kind=quarters a row has one of four tasks, as in the code for large models (inclusionAI/TwinFlow at a109a71,
-`src/methodes/twinflow/twinflow.py`), and one pass with gradients serves all: the jump from noise, short jumps, jumps of
-any length, and the twin. Jumps that are longer weigh less, and errors are normalized row by row:
+`src/methodes/twinflow/twinflow.py`), and all share one pass with gradients: the jump from noise, short jumps, jumps of
+any length, and the twin. Longer jumps have a lower weight, and errors are normalized per row:
 
     w = 1 + tan(72 degrees (1 - (t - r))),    1 on rows of the twin                           (4)
     B(e) = m / (c sqrt(1 + m / (c^2 + 1e-8))),    m the mean square of e                      (5)
     loss = mean of w B(u - u*) + match * mean of B(G) over the jumps from noise               (6)
 
-(5) is Barron's robust weight, held still. Otherwise every row has every task, as in their tutorial.
+(5) uses Barron's robust weight, detached. With other times every row has every task, as in their tutorial.
 """
 
 from dataclasses import replace
@@ -64,26 +64,26 @@ from dumo.types import CHANGES
 
 
 class TwinFlow(RCGM):
-    """RCGM, also at t = 1 and r = 0, the one-pass jump; flow matching; the twin and what it corrects.
+    """RCGM, the jump from t = 1 to r = 0, flow matching, the twin, and its correction of the samples.
 
-    As in `twinflow.py`, the noise z' of the twin is drawn anew. The tutorial (`methodes.py`) takes the noise that the
-    sample was made of. The velocity of the samples would then be that of straight lines from it, which is another
-    distribution's, and not even the unguided flow would be at rest.
+    As in `twinflow.py`, the noise z' of the twin is new. The tutorial (`methodes.py`) reuses the noise from which the
+    sample was generated. The velocity would then be that of straight lines from this noise, which is the velocity of
+    another distribution, and not even the unguided flow would be a fixed point.
     """
 
     signed: ClassVar[bool] = True
     kind: Literal["twinflow"] = "twinflow"  # pyright: ignore[reportIncompatibleVariableOverride], which distinguishes it
-    # The weight of G's term, which is of the jump from noise alone: dist_match_cof; 0.5 in the code for large models.
+    # The weight of the term with G: dist_match_cof; 0.5 in the code for large models.
     match: float = Field(default=1.0, ge=0)
-    # c of (5), 1e-3 in the code for large models; None: mean squares.
+    # c of (5), 1e-3 in the code for large models. None means mean squares.
     barron: float | None = Field(default=None, gt=0)
-    # How du/dt is taken in place of RCGM's short step and its jumps, which 16 bits are too coarse for. In the limit of
-    # h = 0 (3) of `rcgm` is u + (t - r) du/dt - v*, whatever its order is. None: the short step.
+    # The method for du/dt, which replaces RCGM's short step and jumps: 16 bits are too coarse for them. In the limit
+    # h = 0, (3) of `rcgm` is u + (t - r) du/dt - v* for any order. None means the short step.
     slope: Slope | None = Field(default=None, json_schema_extra=CHANGES)
 
     @property
     def needs(self) -> Needs:
-        """The needs of `RCGM`, the noise that diffuses samples for the twin and G, and the time of G (dist_match)."""
+        """Add the noise that diffuses samples for the twin and G, and the time of G (dist_match), to `RCGM.needs`."""
         needs = replace(super().needs, laws={"z_twin": Noise(), "t_twin": Uniform()}, diffuses_samples=True)
         if isinstance(self.times, Quarters):
             needs = replace(needs, teacher=FromTeacher(reads_v_t=False))
@@ -92,7 +92,7 @@ class TwinFlow(RCGM):
         return needs
 
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """`training_step`. Raises UserError where passes are too coarse for its gain."""
+        """Return the loss of `training_step`. Raises UserError if the precision is too low for the gain."""
         if self.slope is None:
             require_precise_passes(b, self.gain, self.kind)
         if isinstance(self.times, Quarters):
@@ -100,7 +100,7 @@ class TwinFlow(RCGM):
         return self._loss_of_all_rows(net, ref, b)
 
     def _loss_of_all_rows(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """Every task on every row, of weight 1 but for `match`."""
+        """Return the loss with every task on every row. All weights are 1, except `match`."""
         (v_hat,) = net(b.x_t, b.c, t=b.t, r=b.t)
         # This pass also gives V(c), unless theta^- has other weights.
         v_star = self._v_star(ref, b, v_hat if ref == frozen(net) else None)
@@ -124,11 +124,11 @@ class TwinFlow(RCGM):
         return Terms(loss, parts, {"clipped_share": clipped_share(unclipped_error, self.clip)})
 
     def _loss_in_quarters(self, times: Quarters, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """One task on each row, and G on the jumps from noise."""
+        """Return the loss with one task per row, and G on the jumps from noise."""
         if len(b.t) % times.group:
             raise UserError(
-                f"{len(b.t)} rows: times.kind=quarters of objective '{self.kind}' gives neighbouring rows four tasks: "
-                "set train.batch and train.micro_batch to multiples of 4 on each rank"
+                f"objective '{self.kind}' with times.kind=quarters needs a multiple of 4 rows, got {len(b.t)}: set "
+                "train.batch and train.micro_batch to multiples of 4 on each rank"
             )
         device = b.t.device
         places = range(len(b.t))
@@ -138,19 +138,19 @@ class TwinFlow(RCGM):
         jumps, twin = index(jump_places, device), index(places[times.twin], device)
         twin_rows = b[times.twin]
 
-        # Put samples of one jump, diffused by the row's own noise, in place of the data of the twin's rows.
+        # Replace the data of the twin's rows with samples of one jump, diffused with the noise of the row.
         with torch.no_grad(), dropout.rows(twin):
             x_sample = self._sample(frozen(net), twin_rows.drawn["z_twin"].to(b.z), twin_rows.c)  # (1)
         twin_rows = self._diffused(twin_rows, x_sample, twin_rows.z).at(twin_rows.t)
         x_t = b.x_t.index_copy(0, twin, twin_rows.x_t)
         target = b.v_t.index_copy(0, twin, twin_rows.v_t)  # (2)
 
-        # Guide the velocity to learn, but for the jump from noise.
+        # Use guidance in the velocity target, except for the jump from noise.
         with dropout.rows(guided):
-            v_star = self._taught_v_star(ref, b[guided_places])
+            v_star = self._target_velocity(ref, b[guided_places])
         target = target.index_copy(0, guided, v_star.to(target))
 
-        # Make the one pass with gradients, and compare its jumps with their targets.
+        # Evaluate the network once with gradients, and compare its jumps with their targets.
         sign = torch.ones_like(b.t).index_fill(0, twin, -1.0)
         u_hat, error, unclipped_error = self._jump(net, ref, replace(b, x_t=x_t), target, sign=sign, jumps=jumps)
 
@@ -162,7 +162,7 @@ class TwinFlow(RCGM):
             g = self._velocity_gap(frozen(net), samples.at(samples.drawn["t_twin"].to(b.t)))
         g = g.clamp(-self.clip, self.clip)
         rectify = self._row_loss(descent_error(u_hat[from_noise], g))
-        # Its mean is over a quarter of the rows.
+        # The mean of (6) is over a quarter of the rows.
         rectify = torch.zeros_like(u_loss).index_copy(0, from_noise, times.group * self.match * rectify.to(u_loss))
         notes = {"clipped_share": clipped_share(unclipped_error, self.clip)}
         return Terms(u_loss + rectify, {"u": u_loss, "rectify": rectify}, notes)
@@ -177,11 +177,11 @@ class TwinFlow(RCGM):
         sign: PerSample | None = None,
         jumps: Int[Tensor, " k"] | None = None,
     ) -> tuple[Sample, Sample, Sample]:
-        """Return u of one pass, u - u* with its gradient, and u - u* before it is clipped.
+        """Return u of one pass, u - u* with its gradient, and u - u* before clipping.
 
-        v_star: the velocity to learn, (b, ...).
-        sign: of the times of each row, (b,); None: all are positive.
-        jumps: the rows that jump from t to r; the error of the others is u - v_star. None: all rows jump.
+        v_star: the velocity target, (b, ...).
+        sign: the sign of the times of each row, (b,). None means positive.
+        jumps: the rows that jump from t to r. The error of other rows is u - v_star. None means all rows.
         """
         t, r = (b.t, b.r) if sign is None else (sign * b.t, sign * b.r)
         if self.slope is not None:
@@ -196,39 +196,39 @@ class TwinFlow(RCGM):
         (u_hat,) = net(b.x_t, b.c, t=t, r=r)
         if jumps is None:
             return u_hat, *self._residual(u_hat, ref, b, v_star)
-        # `_residual` is made of the rows that jump.
+        # Compute `_residual` for the rows that jump.
         error = u_hat - v_star
         with dropout.rows(jumps):
             jump_error, unclipped_error = self._residual(u_hat[jumps], ref, b[jumps], v_star[jumps])
         return u_hat, error.index_copy(0, jumps, jump_error), error.detach().index_copy(0, jumps, unclipped_error)
 
-    def _taught_v_star(self, ref: Frozen, b: NoisyBatch) -> Sample:
-        """The guided velocity at x_t, where a teacher's may replace that of the data."""
+    def _target_velocity(self, ref: Frozen, b: NoisyBatch) -> Sample:
+        """Return the guided velocity target at x_t, from the teacher if there is one, otherwise from the data."""
         return self._v_star(ref, replace(b, v_t=b.velocity(b.x_t, b.t, b.v_t)))
 
     def _sample(self, net: Frozen, z: Sample, c: Cond) -> Sample:
-        """The samples of one jump from noise z."""
+        """Return samples of one jump from noise z."""
         t = z.new_ones(len(z))
         (u,) = net(z, c, t=t, r=torch.zeros_like(t))
         return z - u
 
     def _diffused(self, b: NoisyBatch, x: Sample, z: Sample) -> NoisyBatch:
-        """The batch with samples x in place of the data, and noise z; without the teacher, which knows the data."""
+        """Return the batch with data x, noise z, and no teacher, because the teacher has learned the real data."""
         return replace(b, x=x, z=z.to(b.z), teacher=None)
 
     def _row_loss(self, error: Sample) -> PerSample:
-        """The mean square of each row, or (5)."""
+        """Return the mean square of each row, or (5)."""
         if self.barron is None:
             return mean_square(error)
         floor = self.barron**2 + 1e-8
         return floor**0.5 / self.barron * adaptive_l2(error, 0.5, floor, mean=True)
 
     def readings(self, net: Net) -> Readings:
-        """Read the one head as `RCGM` does, also at r = t, where every row learns the velocity."""
+        """Return the mean velocity from t to r, and the velocity at r = t, which is trained on every row."""
         return mean_velocity(net)
 
     def _velocity_gap(self, net: Frozen, b: NoisyBatch) -> Sample:
-        """G: the twin's velocity less the net's, of samples diffused to t."""
+        """Return G, the difference of the velocities at -t and t of samples diffused to t."""
         (v_fake,) = net(b.x_t, b.c, t=-b.t, r=-b.t)
         (v_real,) = net(b.x_t, b.c, t=b.t, r=b.t)
         return v_fake - v_real

@@ -1,4 +1,4 @@
-"""What one asks before training: what a run is and costs, whether it is right on this machine, a run for one's photos.
+"""Before training: estimate the cost of a run, test it on this machine, and choose a recipe for photos.
 
-Reads images, and computes on the device to test. Writes nothing.
+Reads images and computes on the device, but writes nothing.
 """

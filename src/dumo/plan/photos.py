@@ -1,15 +1,16 @@
-"""Choose how to train on images of the user's: a recipe, a few of its fields, and how long, by simple rules.
+"""Choose the recipe, some of its fields and the duration for a user's images.
 
-`propose` is the entry point for a folder or file of images, `pixel_fields` and `length_fields` serve images in memory.
+`propose` is the entry point for a folder or file of images. `pixel_fields` and `length_fields` are for images in
+memory.
 
-- On a GPU the recipe is `my-images`, which trains a DiT in pixels, for as many steps as it says.
-- On a CPU it is `my-images-64`, which trains a small DiT in latents of the bundled autoencoder taef2.
-- On a CPU, images that have captions, or are too small for latents, are trained on in pixels of at most 32 x 32, by
-  `my-images` with a small network. So are those of a user who chooses the network.
-- If there are captions, the network reads them.
-- On a CPU a run ends by the clock.
+- On a GPU the recipe is `my-images`, which trains a DiT in pixel space, with the steps of the recipe.
+- On a CPU it is `my-images-64`, which trains a small DiT on latents of the bundled autoencoder taef2.
+- On a CPU, if the images have captions, are too small for latents, or the user chooses the network, it is `my-images`
+  with a small network, on at most 32 x 32 pixels.
+- If there are captions, the network is conditioned on them.
+- On a CPU the run has a time limit.
 
-The user's own changes are applied last.
+The user's overrides are applied last.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,30 +35,33 @@ from dumo.runtime.device import choose_device
 from dumo.runtime.formatting import minutes_text
 from dumo.types import UserError
 
-_MAX_HEADERS = 256  # images whose size is read
+# The number of images whose size is read.
+_MAX_HEADERS = 256
 
-# The side, in pixels, at which images are trained on.
+# The side of training images in pixels.
 _MIN_SIDE = 16
 _MAX_SIDE_OF_CPU = 32
 _MAX_SIDE_OF_GPU = 64
-_SIDE_MULTIPLE = 8  # of the latents' codec, and of networks that halve the side three times
-_MIN_SIDE_IN_LATENTS = 32  # taef2, made for 256 pixels, reaches 22 dB on photos of 32 pixels (docs/log.md)
+# Required by the codec of the latents, and by networks that halve the side three times.
+_SIDE_MULTIPLE = 8
+# taef2, which was trained at 256 pixels, reaches 22 dB on photos of 32 pixels (docs/log.md).
+_MIN_SIDE_IN_LATENTS = 32
 
-# Training on a CPU in pixels. In two minutes on 150 photos this U-Net of 0.7M parameters came nearer to them than a DiT
-# of 1.3M (docs/log.md).
+# Training on a CPU in pixel space. After two minutes on 150 photos the distance of this U-Net with 0.7M parameters was
+# lower than that of a DiT with 1.3M (docs/log.md).
 _CPU_FIELDS = {"train.batch": 32, "train.precision": "fp32", "train.compile": "none"}
 _CPU_NET = {"kind": "unet", "width": 16, "multipliers": [1, 2, 4], "depth": 1, "time_scale": 10.0}
 
-# A U-Net reads no captions, so a DiT does. The captions' encoder is that of cifar10-latents-words.
+# The U-Net does not support captions, so captions use a DiT, with the text encoder of cifar10-latents-words.
 _CPU_CAPTION_NET = {"kind": "dit", "patch": 4, "width": 128, "depth": 4, "attention": 4, "time_scale": 10.0}
 _CAPTION_ENCODER = {"kind": "learned", "width": 32, "depth": 1, "drop": 0.1}
 _MAX_CAPTION_BYTES = 128
 
-# Guidance by class, as in dumo-best-latents. Without classes there is nothing to guide towards.
+# Class guidance as in dumo-best-latents, used only if there are classes.
 _CLASS_FIELDS = {"objective.drop": 0.1, "objective.guide.zeta": 0.55}
 
-# How long a run trains on a CPU unless told otherwise. If there are few images it is shorter: on two cores a run sees
-# each image about 1,500 times in 7 seconds per image. Later it copies them, and may diverge (docs/log.md).
+# The default duration on a CPU. With few images it is shorter: in 7 seconds per image, a run on two cores sees each
+# image about 1,500 times. Longer training memorizes the images and may diverge (docs/log.md).
 _DEFAULT_MINUTES = 6.0
 _SECONDS_PER_IMAGE = 7.0
 _FEW_IMAGES = 200
@@ -65,23 +69,23 @@ _FEW_IMAGES = 200
 
 @dataclass(frozen=True)
 class Proposal:
-    """A run for some images, and what is known of these."""
+    """A run for a set of images, and the properties of these images."""
 
     run: Run
     count: int
-    side: int  # the shorter side in pixels, the median over some images
+    side: int  # median of the shorter side of some images, in pixels
     classes: int
     captions: Captions | None
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """Yield the proposal as lines: a name and a text."""
+        """Yield the lines of the proposal, each a name and a text."""
         run = self.run
         yield "images", f"{self.count:,}, {self._conditions_text()}, shorter side {self.side} pixels"
         if self.count < _FEW_IMAGES:
-            yield "few", "expect their colours and textures; long training copies them"
+            yield "few", "expect similar colours and textures; long training memorizes the images"
         size = " x ".join(map(str, run.shown_shape[1:]))
         if isinstance(run.data, Latents):
-            text = f"latents of {run.data.codec.kind} at {size}; in pixels by data.kind=images"
+            text = f"latents of {run.data.codec.kind} at {size}; data.kind=images selects pixels"
         else:
             text = f"pixels at {size}"
         yield "trained as", text
@@ -93,21 +97,20 @@ class Proposal:
             yield "length", minutes_text(run.train.minutes)
 
     def _conditions_text(self) -> str:
-        """What a sample can be asked for."""
+        """Describe the classes or captions of the images."""
         if self.captions is not None:
-            return f"{len(self.captions):,} different captions (to leave them out: data.captions=null)"
+            return f"{len(self.captions):,} different captions (data.captions=null ignores them)"
         return f"{self.classes} classes" if self.classes else "no classes, no captions"
 
 
 def propose(place: str, changes: Sequence[str] = (), *, device: str = "auto") -> Proposal:
     """Propose a run on the images at `place`, a folder or a file, for this device.
 
-    `changes`, each a.b=c, are fields of the user's. Raises UserError if there are no images that can be read, or their
-    captions are damaged.
+    `changes` are the user's overrides a.b=c. Raises UserError if no image can be read, or if captions are damaged.
     """
     on_a_cpu = choose_device(device).type == "cpu"
 
-    # Look at the images.
+    # Inspect the images.
     images = _images_at(place, changes)
     rows = images.open_rows()
     side = _median_side(rows)
@@ -130,21 +133,21 @@ def propose(place: str, changes: Sequence[str] = (), *, device: str = "auto") ->
         if captions is not None:
             fields |= _caption_fields(captions, on_a_cpu=on_a_cpu)
 
-    # Make the run. The user's own changes are applied last.
+    # Create the run. The user's overrides are applied last.
     tree = load_recipe(recipe, _as_changes(fields | length)).model_dump(mode="json")
     run = run_of(RunText(tree, ""), settings_of_images(tree, changes))
     return Proposal(run, len(rows), side, images.labels, captions)
 
 
 def pixel_fields(side: int, *, on_a_cpu: bool) -> dict[str, Any]:
-    """The fields of `my-images` to train on images of `side` pixels, besides their data; none on a GPU."""
+    """Return overrides of `my-images` for images of `side` pixels, except for the data. {} on a GPU."""
     if not on_a_cpu:
         return {}
     return {**_CPU_FIELDS, "net": {**_CPU_NET, "attend": [side // 4]}}
 
 
 def length_fields(count: int, changes: Sequence[str], *, on_a_cpu: bool) -> dict[str, Any]:
-    """The field that says how long to train on `count` images; none if `changes` say it, or the recipe does."""
+    """Return the override of the duration for `count` images, or {} if `changes` or the recipe set it."""
     is_chosen = sets_field(changes, "train.steps") or sets_field(changes, "train.minutes")
     if is_chosen or not on_a_cpu:
         return {}
@@ -152,10 +155,10 @@ def length_fields(count: int, changes: Sequence[str], *, on_a_cpu: bool) -> dict
 
 
 def _images_at(place: str, changes: Sequence[str]) -> Images:
-    """The spec of the images at a place, by the recipe and the user's changes. Raises UserError for other data."""
+    """Return the spec of the images at a place, with the user's overrides. Raises UserError for other data."""
     data = load_recipe(IMAGES_RECIPE).data.model_dump(mode="json")
     tree = {"data": data | {"root": place}}
-    # With latents data.root is the folder of the cache.
+    # For latents, data.root is the folder of the cache.
     override(tree, [text for text in changes if text.startswith("data.") and field_of(text) != "data.root"])
     images = parse(StandaloneParts, tree).data
     if not isinstance(images, Images):
@@ -166,7 +169,7 @@ def _images_at(place: str, changes: Sequence[str]) -> Images:
 
 
 def _median_side(rows: Rows) -> int:
-    """The shorter side in pixels, the median over some images. Raises UserError if none of these can be read."""
+    """Return the median shorter side of some images in pixels. Raises UserError if none of them can be read."""
     indices = sorted({round(i * (len(rows) - 1) / (_MAX_HEADERS - 1)) for i in range(_MAX_HEADERS)})
     sides: list[int] = []
     reason = ""
@@ -181,14 +184,14 @@ def _median_side(rows: Rows) -> int:
 
 
 def _round_side(side: int, max_side: int) -> int:
-    """A side rounded down to a multiple of 8, at most `max_side`."""
+    """Round a side down to a multiple of 8, at most `max_side`."""
     return min(max_side, side // _SIDE_MULTIPLE * _SIDE_MULTIPLE)
 
 
 def _find_captions(images: Images, rows: Rows, changes: Sequence[str]) -> Captions | None:
-    """The captions that a network is to read; None if there are none, or the user has chosen others.
+    """Return the captions of the images, or None if there are none or the user selected others.
 
-    Raises UserError if captions are damaged, or many images have none.
+    Raises UserError if captions are damaged, or if many images have none.
     """
     is_asked = isinstance(images.captions, CaptionFiles)
     chooses_captions = any(field_of(change).startswith("data.captions") for change in changes)
@@ -205,9 +208,9 @@ def _find_captions(images: Images, rows: Rows, changes: Sequence[str]) -> Captio
 
 
 def _caption_fields(captions: Captions, *, on_a_cpu: bool) -> dict[str, Any]:
-    """The fields of a network that reads these captions."""
+    """Return the overrides for a network that is conditioned on these captions."""
     longest = max(len(text.encode()) for text in captions.texts)
-    length = min(_MAX_CAPTION_BYTES, longest + 1)  # with the token of the end
+    length = min(_MAX_CAPTION_BYTES, longest + 1)  # including the end token
     texts = {**_CAPTION_ENCODER, "tokenizer": {"kind": "tokens", "length": length}}
     fields: dict[str, Any] = {"data.captions": {"kind": "files"}}
     if on_a_cpu:
@@ -218,16 +221,16 @@ def _caption_fields(captions: Captions, *, on_a_cpu: bool) -> dict[str, Any]:
 
 
 def _latent_fields(place: str, images: Images, side: int, changes: Sequence[str]) -> dict[str, Any]:
-    """The fields of `my-images-64` for the images at `place`, whose classes are counted.
+    """Return the overrides of `my-images-64` for the images at `place`, whose classes are counted.
 
-    The cache of latents is named after all that it depends on, so other images get another one.
+    The name of the latent cache contains a hash of everything that the latents depend on.
     """
     latents = load_recipe(IMAGES_LATENTS_RECIPE).data
     assert isinstance(latents, Latents)
     if not sets_field(changes, "data.side"):
         images = images.model_copy(update={"side": _round_side(side, latents.images.side)})
     ledger = images.ledger()
-    assert ledger is not None, "the images are here"
+    assert ledger is not None, "the images are on this machine"
     encoded_as = (images.side, images.crop, images.flip, images.labels, images.names, images.split, images.count)
     key = digest.short(ledger.fingerprint(), str(encoded_as), latents.codec.digest() or "")
     fields: dict[str, Any] = {
@@ -241,5 +244,5 @@ def _latent_fields(place: str, images: Images, side: int, changes: Sequence[str]
 
 
 def _as_changes(fields: dict[str, Any]) -> list[str]:
-    """Fields as changes, each a.b=c."""
+    """Convert fields to overrides a.b=c."""
     return [f"{field}={yaml_text(value)}" for field, value in fields.items()]

@@ -1,11 +1,9 @@
-"""What `dumo show SOURCE --check` tests: du/dt on this machine, the data, the captions and the pretrained network.
+"""Checks of `dumo show SOURCE --check`: du/dt on this machine, the data, the captions and the pretrained network.
 
-`check` is the entry point. It compares the slope with the derivative in float64 (`dumo.run.examination`), calls a
-pretrained network with the weights that training starts from, counts captions and what buckets cut off, and hashes all
-images and all shards of latents. What is missing or damaged is a finding too.
-
-The pretrained network is called at several times on random numbers in place of images: does it compute what the
-published model does, and can the derivative of its velocity be regressed on?
+`check` is the entry point. It compares the slope with the derivative in float64 (`dumo.run.examination`), counts
+captions and the pixels that buckets crop, and hashes all images and latent shards. It evaluates a pretrained network
+with its initial weights on random inputs at several times, to check that it agrees with the published model and that
+the derivative of its velocity is small enough to be a regression target. Missing or damaged files are findings too.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,44 +37,45 @@ from dumo.runtime.device import choose_device
 from dumo.runtime.random import random_batch
 from dumo.types import UserError, lift
 
-# If more of the images have no caption, a network learns little of words.
+# If more than this fraction of the images have no caption, the network learns little from captions.
 _MAX_WITHOUT_CAPTION = 0.5
-# Times at which a pretrained network is called.
+# Times at which a pretrained network is evaluated.
 TIMES = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
-# A low-pass that changes v by more than this, relative to its norm, has cut what the model uses.
+# The largest acceptable relative change of v by the low-pass filter.
 _MAX_CHANGE = 0.02
-_TEACH_AGAIN = "train v first with objective.kind=flow_matching, then set start to that run"
-# The low-pass of the recipes' networks, in rad.
+_TRAIN_VELOCITY = "train v first with objective.kind=flow_matching, then set start to that run"
+# The cutoff of the low-pass filter in the recipes, in rad.
 _LOWPASS = 10.0
-# Of |t dv/dt| / |v|: in networks of digits that could be tuned it was at most 0.6, in one that could not 4.4.
+# The largest acceptable |t dv/dt| / |v|. Among digits networks it was at most 0.6 if fine-tuning succeeded, and 4.4 in
+# one for which it failed.
 _MAX_RATE = 3.0
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one test."""
+    """The result of one check."""
 
     name: str
     state: Literal["ok", "warning", "failing"]
     text: str
-    way: str = ""  # what to do about a warning or a failure
+    way: str = ""  # the fix for a warning or a failure
 
 
 @dataclass(frozen=True)
 class Check:
-    """The results of all tests."""
+    """The results of all checks."""
 
-    environment: dict[str, str]  # software and hardware, by torch's collect_env
+    environment: dict[str, str]  # software and hardware, from torch.utils.collect_env
     findings: list[Finding]
-    examination: Examination | None  # of the slope; None if it could not be taken
+    examination: Examination | None  # of the slope; None if the slope raised an error
 
     @property
     def is_ok(self) -> bool:
-        """Whether nothing fails."""
+        """Return whether no check fails."""
         return all(finding.state != "failing" for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
-        """All results as plain values, with null for numbers that are not finite."""
+        """Return all results as plain values, with null for numbers that are not finite."""
         return {
             "ok": self.is_ok,
             "environment": self.environment,
@@ -86,13 +85,13 @@ class Check:
 
 
 def check(run: Run, device: str = "auto", folder: Path | None = None) -> Check:
-    """Test a run on this machine. `folder` is the run's own, if it has one. Raises UserError for an unknown device."""
+    """Check a run on this machine. `folder` is the run's folder, if any. Raises UserError for an unknown device."""
     torch_device = choose_device(device)
 
     def build_net(net: Net) -> nn.Module:
         return build(run.model_copy(update={"net": net}), torch_device)
 
-    # Compare the slope with the derivative. An operation without a tangent rule, for one, is a finding.
+    # Compare the slope with the derivative. Errors, such as a missing tangent rule, become findings.
     examination = None
     try:
         require_room(short_run(run), torch_device)
@@ -116,7 +115,7 @@ def check(run: Run, device: str = "auto", folder: Path | None = None) -> Check:
 
 
 def _describe_environment() -> dict[str, str]:
-    """The software and hardware that a result depends on; what torch cannot find out is left out."""
+    """Return the software and hardware that results depend on, as far as torch can determine them."""
     info = get_env_info()
     values: dict[str, str | None] = {
         "dumo": version(),
@@ -132,23 +131,23 @@ def _describe_environment() -> dict[str, str]:
 
 
 def _ok_or_warning(name: str, text: str, way: str) -> Finding:
-    """A warning if there is something to do, `way`, else ok."""
+    """Return a warning if `way` is not empty, otherwise ok."""
     return Finding(name, "warning" if way else "ok", text, way)
 
 
 def data_findings(data: Data, folder: Path | None) -> list[Finding]:
-    """Whether all images, and all shards of latents, hold what they held; [] of data that have nothing to compare with.
+    """Check whether images or latent shards have changed. Returns [] if there is nothing to compare with.
 
-    Images are compared with those that the run in `folder` read, or with those that a cache of latents was made of.
+    Images are compared with those that the run in `folder` read, or with the source of the latent cache.
     """
     try:
         if isinstance(data, Latents):
             index = read_index(data.folder)
             if index is None:
-                return [Finding("data", "warning", f"{data.folder} does not exist yet", "dumo encode makes it")]
+                return [Finding("data", "warning", f"{data.folder} does not exist yet", "dumo encode creates it")]
             verify(data.folder, index.shards)
             data.compare_images(hash_all=True)
-            return [Finding("data", "ok", f"{len(index.shards):,} shards and their images are as they were encoded")]
+            return [Finding("data", "ok", f"{len(index.shards):,} shards and their images are unchanged")]
         if not isinstance(data, Images) or folder is None:
             return []
         last = RunFolder(folder).checkpoints.latest(())
@@ -157,21 +156,21 @@ def data_findings(data: Data, folder: Path | None) -> list[Finding]:
             return []
         require_images(folder, ledger, last)
     except (UserError, OSError) as error:
-        return [Finding("data", "failing", "not what it was", str(error))]
-    return [Finding("data", "ok", f"{len(ledger):,} images are as the run read them")]
+        return [Finding("data", "failing", "changed or damaged", str(error))]
+    return [Finding("data", "ok", f"{len(ledger):,} images are unchanged since the run read them")]
 
 
 def caption_findings(data: Data) -> list[Finding]:
-    """How many captions there are, and how many images have none; [] of data without captions, or not counted yet."""
+    """Count captions and images without one. Returns [] without captions, or if they are not counted yet."""
     conditions = Conditions(data)
     if conditions.captions is None or not conditions.are_known:
         return []
     if isinstance(conditions.captions, Templates):
         templates = conditions.captions.templates
         held_out = conditions.captions.held
-        text = f"{data.classes:,}, of {data.labels} classes by {len(templates)} templates"
+        text = f"{data.classes:,}, from {data.labels} classes and {len(templates)} templates"
         if held_out:
-            text += f", and {len(held_out)} that are held out of training"
+            text += f"; {len(held_out)} more templates are held out"
         return [Finding("captions", "ok", text)]
     assert isinstance(data, Images | Latents)
     try:
@@ -180,11 +179,11 @@ def caption_findings(data: Data) -> list[Finding]:
         return [Finding("captions", "failing", "missing, or different from those the run was created with", str(error))]
     num_images = len(captions.ends)
     max_per_image = int(captions.counts.max())
-    # Images without a caption have the number after the last caption.
+    # The index of images without a caption is the number of captions.
     no_caption = len(captions)
     without_caption = int((captions.first_of(torch.arange(num_images)) == no_caption).sum())
     per_image = f"up to {max_per_image}" if max_per_image > 1 else "one"
-    text = f"{len(captions):,} different ones of {num_images:,} images, {per_image} each"
+    text = f"{len(captions):,} different captions for {num_images:,} images, {per_image} each"
     if without_caption == 1:
         text += "; 1 image has none"
     elif without_caption:
@@ -196,31 +195,31 @@ def caption_findings(data: Data) -> list[Finding]:
 
 
 def bucket_findings(data: Data) -> list[Finding]:
-    """What buckets cut off the images; [] of data without buckets."""
+    """Describe the pixels that buckets crop. Returns [] without buckets."""
     if not isinstance(data, Images | Latents):
         return []
     try:
         crops = data.crops()
     except UserError as error:
-        return [Finding("buckets", "warning", "the images do not exist", str(error))]
+        return [Finding("buckets", "warning", "images are missing", str(error))]
     return [Finding("buckets", "ok", str(crops))] if crops else []
 
 
 def weight_findings(spec: Net, data: Data, build: Callable[[Net], nn.Module]) -> list[Finding]:
-    """A pretrained network's dual pass, its low-pass, and how quickly its velocity changes; [] of other networks.
+    """Check the dual pass, the low-pass filter and dv/dt of a pretrained network. Returns [] for other networks.
 
-    `build` makes a network of a spec, on the device on which it is tested.
+    `build` creates a network from a spec, on the device.
     """
     if not (isinstance(spec, Pretrained) and spec.weights == "source"):
         return []
     try:
         return _pretrained_findings(spec, data, build)
     except UserError as error:
-        return [Finding("weights", "failing", "not there, or not to be differentiated", str(error))]
+        return [Finding("weights", "failing", "missing, or not differentiable", str(error))]
 
 
 def _pretrained_findings(spec: Pretrained, data: Data, build: Callable[[Net], nn.Module]) -> list[Finding]:
-    """The findings of `weight_findings`. Raises UserError if the network cannot be made or differentiated."""
+    """Return the findings of `weight_findings`. Raises UserError if the network cannot be created or differentiated."""
     net = build(spec).eval()
     assert isinstance(net, Dualized)
     net.refit()
@@ -232,7 +231,7 @@ def _pretrained_findings(spec: Pretrained, data: Data, build: Callable[[Net], nn
     other_times = dict.fromkeys(net.time_names[1:], t)
     head = velocity_index(list(net.heads))
     pipeline = spec.pipeline
-    findings = [Finding("pipeline", "ok", pipeline.class_name or "a transformer alone")]
+    findings = [Finding("pipeline", "ok", pipeline.class_name or "a transformer without a pipeline")]
     accept_duals()
     with torch.no_grad():
         v = net(x, c, t=t, **other_times)[head]
@@ -241,11 +240,11 @@ def _pretrained_findings(spec: Pretrained, data: Data, build: Callable[[Net], nn
         dv_dt = tangent(dual)
         assert isinstance(dv_dt, Tensor)
         if torch.equal(primal(dual), v):
-            findings.append(Finding("dual pass", "ok", "has the bits of the plain one"))
+            findings.append(Finding("dual pass", "ok", "bit-identical to the plain pass"))
         else:
-            findings.append(Finding("dual pass", "failing", "is not the plain one", "objective.slope.kind=jvp"))
+            findings.append(Finding("dual pass", "failing", "differs from the plain pass", "objective.slope.kind=jvp"))
         if net.lowpass_fits:
-            # The model without the low-pass is this one with its adapters off, or is built again.
+            # Without the low-pass filter, use this model with its adapters disabled, or build the model again.
             if spec.lora:
                 original_model = net.base()
             else:
@@ -254,24 +253,21 @@ def _pretrained_findings(spec: Pretrained, data: Data, build: Callable[[Net], nn
                 original_v = original(x, c, t=t, **other_times)[head]
             change = float((v - original_v).norm() / v.norm())
             fits = "; ".join(map(str, net.lowpass_fits))
-            way = _TEACH_AGAIN if change > _MAX_CHANGE else ""
+            way = _TRAIN_VELOCITY if change > _MAX_CHANGE else ""
             findings.append(_ok_or_warning("low-pass", f"{fits}; |dv| / |v| = {100 * change:.2g} %", way))
     findings.append(rate_finding(t, v, dv_dt, spec.lowpass))
     return findings
 
 
 def velocity_index(heads: Sequence[str]) -> int:
-    """The index of the velocity among the names of a network's heads: of v, or of the first head if there is no v.
-
-    A few-step network may have its jump u alone: then u at r = t is the velocity.
-    """
+    """Return the index of head v, or 0 without v, in which case u at r = t is the velocity."""
     return heads.index("v") if "v" in heads else 0
 
 
 def rate_finding(t: Tensor, v: Tensor, dv_dt: Tensor, lowpass: float | None) -> Finding:
-    """How quickly the velocity v (n, *d) changes at the times t (n,) of TIMES, relative to its length.
+    """Check |t dv/dt| / |v| for velocities v (n, *d) at the times t (n,) of TIMES.
 
-    `lowpass` is the network's (`net.lowpass`, in rad). If v changes too quickly, the fix is a lower one.
+    `lowpass` is the network's `net.lowpass` in rad; if the ratio is too large, the fix is a lower cutoff.
     """
     change_norms = (lift(t, v) * dv_dt).flatten(1).norm(dim=1)
     rates: list[float] = (change_norms / v.flatten(1).norm(dim=1)).tolist()
@@ -279,5 +275,5 @@ def rate_finding(t: Tensor, v: Tensor, dv_dt: Tensor, lowpass: float | None) -> 
     way = ""
     if max(rates) > _MAX_RATE:
         lower = _LOWPASS if lowpass is None or lowpass > _LOWPASS else lowpass / 2
-        way = f"net.lowpass={lower:g}, or less: u may diverge where v changes so quickly"
+        way = f"net.lowpass={lower:g}, or less: u may diverge if v changes this quickly"
     return _ok_or_warning("|t dv/dt| / |v|", text, way)

@@ -1,9 +1,8 @@
-"""Decide what to train, and where: for the command line, `dumo.train` and the lab.
+"""Determine the run to train and its folder, for the command line, `dumo.train` and the lab.
 
-`prepare` is the entry point. It finds out what the source is (a recipe, a file, a run's folder, images, a run that
-Python gives), puts other parts and fields into it, and decides the folder. A network or an array that a notebook gives
-becomes plain values by `plain_net` and `plain_data`, which remember it under its hash for the code that opens the run
-later in this process.
+`prepare` is the entry point. It determines the kind of the source (recipe, file, run's folder, images, or a run from
+Python), replaces components, sets fields, and chooses the folder. `plain_net` and `plain_data` convert networks and
+arrays from Python to plain values, and register the objects by hash for later use in the same process.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,10 +41,9 @@ from dumo.runtime.device import choose_device
 from dumo.runtime.progress import Bar, no_bar
 from dumo.types import Spec, UserError
 
-Fields = dict[str, Any]  # by dotted path, as plain values
-_TOYS = ("digits", "moons")  # kinds of data after which recipes are named, digits first
-# How a module of the user's is trained: Muon and compilation need a network whose blocks are known. The learning rate
-# is that of moons.
+Fields = dict[str, Any]  # plain values by dotted path
+_TOYS = ("digits", "moons")  # kinds of data that are also names of recipes; the first is the default
+# Settings for a user's module, because Muon and compilation need known blocks. The learning rate is that of moons.
 _MODULE_FIELDS: Fields = {
     "train.compile": "none",
     "train.optimizer": {"kind": "adamw", "lr": 0.001, "betas": [0.9, 0.99]},
@@ -54,19 +52,19 @@ _MODULE_FIELDS: Fields = {
 
 @dataclass(frozen=True)
 class Prepared:
-    """What to train, and where. `dumo.run.trainer.open_trainer` takes path, run, changes and origin."""
+    """The run to train and its folder. `path`, `run`, `changes` and `origin` are passed to `open_trainer`."""
 
     # The run's folder.
     path: Path
-    # None: the run that the folder holds, with `changes`.
+    # None means the run in the folder, with `changes`.
     run: Run | None
-    # Fields of the user's, each a.b=c, short forms written out.
+    # The user's overrides a.b=c, with short forms expanded.
     changes: Sequence[str] = ()
-    # The checkpoint of another run that this one begins from.
+    # The checkpoint of another run from which this run starts.
     origin: Origin | None = None
-    # What the source was taken for, in words; "" if that is plain.
+    # A description of how the source was interpreted, "" for a recipe.
     meaning: str = ""
-    # The run as it is proposed for images.
+    # The proposal for images.
     proposal: Proposal | None = None
 
 
@@ -82,29 +80,29 @@ def prepare(
     device: str = "auto",
     bar: Bar = no_bar,
 ) -> Prepared:
-    """The run to train and its folder: the run that `source` names, with the given parts and fields.
+    """Return the run to train and its folder.
 
-    - `source`: a recipe, a YAML file, a run's folder, images, or a run. Without one the parts choose a recipe: for
-      images the one that `dumo.plan.photos` chooses, for points moons, for anything else digits.
-    - `overrides`: fields, each a.b=c, as they are typed (`dumo.config.overrides`).
-    - `out`: the run's folder; None: that of the run that `source` names, else runs/NAME.
-    - `step`: begin a new run in `out` from the checkpoint of this step of the run that `source` names.
-    - `objective`, `data`, `net`: parts instead of the run's own.
+    - `source`: a recipe, a YAML file, a run's folder, images, or a run. Without a source, the recipe depends on the
+      components: for images `dumo.plan.photos` chooses it, for points it is moons, otherwise digits.
+    - `overrides`: fields a.b=c as typed by the user (`dumo.config.overrides`).
+    - `out`: the run's folder. The default is the folder of the run `source`, or runs/NAME.
+    - `step`: start a new run in `out` from the checkpoint of this step of the run `source`.
+    - `objective`, `data`, `net`: components that replace those of the source.
 
-    If the folder holds the run that `source` names, or a run on the same images, that run is resumed, with the parts
-    and fields. Any other run is compared with the one in the folder when it is opened.
+    If the folder contains the run `source`, or a run on the same images, this run is resumed with the components and
+    fields. Otherwise the run is compared with the one in the folder when it is opened.
 
-    Raises UserError if the parts do not fit, or nothing names a folder.
+    Raises UserError if the components are incompatible or there is no folder.
     """
     overrides = full_overrides(overrides)
     if isinstance(source, Run):
         if out is None or any(part is not None for part in (objective, data, net)):
-            raise UserError('a run that has its parts needs a folder: say out="runs/NAME", and no other parts')
+            raise UserError('a Run object needs a folder and no other components: pass out="runs/NAME" only')
         trust.accept_object(source)
         text = parse_text(dump(source), out / RUN_FILE)
         return Prepared(out, load(without_resolved(text), overrides), overrides)
 
-    # Find out what was named: a recipe, a file or a run (`chosen`), or a place of images.
+    # Determine the source: a recipe, a file or a run (`chosen`), or the path of images.
     chosen: ChosenSource | None = None
     images_place: str | None = None
     meaning = ""
@@ -117,7 +115,7 @@ def prepare(
     elif _is_path(data):
         images_place = str(data)
 
-    # Make the parts plain, and choose the folder.
+    # Convert the components to plain values, and choose the folder.
     plain_parts = {
         "objective": _plain_part("objective", objective),
         "net": plain_net(net),
@@ -126,10 +124,10 @@ def prepare(
     parts = {name: part for name, part in plain_parts.items() if part is not None}
     path = out or _default_folder(chosen, parts, images_place)
 
-    # Begin a new run from a checkpoint, or resume the one that began so.
+    # Start a new run from a checkpoint, or resume a run that was started this way.
     if step is not None:
         if chosen is None or chosen.kind != "run":
-            raise UserError(f"--from {step} starts a new run from a checkpoint: give the folder of a run")
+            raise UserError(f"--from {step} starts a new run from a checkpoint: pass the folder of a run")
         source_folder = chosen.folder
         meaning = f"the checkpoint of step {step} in {source_folder}, for a new run in {path}"
         if out is None or out.absolute() == source_folder.absolute():
@@ -166,7 +164,7 @@ def prepare(
         proposal = photos.propose(images_place, new_changes, device=device)
         return Prepared(path, proposal.run, new_changes, meaning=meaning, proposal=proposal)
 
-    # Put the parts into what was named, or into the recipe that suits them.
+    # Use the components in the source, or in a suitable recipe.
     recipe = "" if chosen else _base_recipe(parts)
     base = read(chosen.word if chosen else f"{SHIPPED_PREFIX}{recipe}")
     new_changes = _changes_of_new_run(parts, base, net, overrides)
@@ -179,7 +177,7 @@ def prepare(
 
 
 def _changes_of_new_run(parts: Fields, base: RunText, net: object, changes: Sequence[str]) -> list[str]:
-    """The changes of a base that make a new run with these parts, then `changes`. `net` is the net as it was given."""
+    """Return the overrides that set these components in a new run, followed by `changes`. `net` is the user's."""
     fields = _part_fields(parts, base.tree)
     if isinstance(net, nn.Module):
         fields |= _MODULE_FIELDS
@@ -189,7 +187,7 @@ def _changes_of_new_run(parts: Fields, base: RunText, net: object, changes: Sequ
 
 
 def _changes_of_array(data: Fields, changes: Sequence[str], *, on_a_cpu: bool) -> list[str]:
-    """The changes of `my-images` for images in memory, which are trained on in pixels at their full size."""
+    """Return the overrides of `my-images` for images in memory, in pixel space at full size."""
     spec = _data_spec(data)
     fields = photos.pixel_fields(spec.shape[-1], on_a_cpu=on_a_cpu)
     if isinstance(spec, Memory):
@@ -198,35 +196,35 @@ def _changes_of_array(data: Fields, changes: Sequence[str], *, on_a_cpu: bool) -
 
 
 def _as_changes(fields: Fields) -> list[str]:
-    """Fields as changes, each a.b=c."""
+    """Convert fields to overrides a.b=c."""
     return [f"{field}={yaml_text(value)}" for field, value in fields.items()]
 
 
 def _is_path(data: object) -> bool:
-    """Whether data are given as a path of images, not as the name of a data set."""
+    """Return whether `data` is a path of images, not the name of a data set."""
     return isinstance(data, Path) or (isinstance(data, str) and data not in _TOYS)
 
 
 def _plain_part(name: str, part: object) -> Fields | None:
-    """A part as plain values, from the name of its kind, a mapping, or a spec. Raises UserError for anything else."""
+    """Convert a component, which is a kind, a mapping or a spec, to plain values. Raises UserError for other types."""
     if part is None:
         return None
     if isinstance(part, Mapping):
         if "kind" not in part:
-            raise UserError(f'{name} is a dict without "kind": add it, or of several data sets give one')
+            raise UserError(f'{name} is a dict without "kind": add "kind", or select one of several data sets')
         return dict(part)
     if isinstance(part, str):
         return {"kind": part}
     if isinstance(part, Spec):
         trust.accept_object(part)
         return part.model_dump(mode="json")
-    raise UserError(f"{name} is a {type(part).__name__}: give the name of a kind, or a spec (docs/library.md)")
+    raise UserError(f"{name} is a {type(part).__name__}: pass a kind or a spec (docs/library.md)")
 
 
 def plain_net(net: object) -> Fields | None:
-    """A net as plain values. A module of torch is remembered under its hash, for who opens the run in this process.
+    """Convert a net to plain values. A torch module is registered by its hash, for later use in this process.
 
-    Raises UserError for what is no net.
+    Raises UserError for other types.
     """
     if isinstance(net, nn.Module):
         net = ModuleSpec.of(net)
@@ -234,9 +232,9 @@ def plain_net(net: object) -> Fields | None:
 
 
 def plain_data(data: object, bar: Bar) -> Fields | None:
-    """Data as plain values. A path is a place of images; arrays and data sets are remembered under their hash.
+    """Convert data to plain values. A path means images; arrays and data sets are registered by their hash.
 
-    `bar` shows how far a data set is read. Raises UserError for what is no data.
+    `bar` shows the progress of reading a data set. Raises UserError for other types.
     """
     if _is_path(data):
         return {"kind": "images", "root": str(data)}
@@ -246,9 +244,9 @@ def plain_data(data: object, bar: Bar) -> Fields | None:
 
 
 def _base_recipe(parts: Fields) -> str:
-    """The name of the recipe that parts are put into without a source. Raises UserError if there are no parts."""
+    """Return the recipe for components without a source. Raises UserError if there are no components."""
     if not parts:
-        raise UserError('nothing to train: give a recipe, such as "digits", or data=, objective= or net=')
+        raise UserError('nothing to train: pass a recipe, such as "digits", or data=, objective= or net=')
     data = parts.get("data", {"kind": _TOYS[0]})
     if data["kind"] not in _TOYS:
         return _recipe_of_data(data)
@@ -258,19 +256,19 @@ def _base_recipe(parts: Fields) -> str:
 
 
 def _recipe_of_data(data: Fields) -> str:
-    """The recipe whose settings suit data of this shape: that of images, or moons, that of points."""
+    """Return the recipe for data of this shape: the recipe for images, or moons for points."""
     return IMAGES_RECIPE if len(_data_spec(data).shape) == 3 else "moons"
 
 
 def _data_spec(data: Fields) -> Data:
-    """The spec of data that are given as plain values."""
+    """Parse plain values to a data spec."""
     spec = parse(StandaloneParts, {"data": data}).data
     assert spec is not None
     return spec
 
 
 def _default_folder(chosen: ChosenSource | None, parts: Fields, images_place: str | None) -> Path:
-    """The folder runs/NAME, by the place of images or the source. Raises UserError if neither gives a name."""
+    """Return the folder runs/NAME for the images or the source. Raises UserError if neither has a name."""
     if images_place is not None:
         return folder_of_images(images_place)
     if chosen and (chosen.kind == "run" or not parts):
@@ -279,9 +277,9 @@ def _default_folder(chosen: ChosenSource | None, parts: Fields, images_place: st
 
 
 def _part_fields(parts: Fields, tree: Fields) -> Fields:
-    """The fields to set in the run of a tree so that it has these parts. Other data bring the protocol of their recipe.
+    """Return the fields that set these components in a run's tree. Other data also set the protocol of their recipe.
 
-    A part given by its kind alone is set as `objective=meanflow` sets it; the run's own kind changes nothing.
+    A component that is only a kind is set like `objective=meanflow`. The run's own kind changes nothing.
     """
     fields: Fields = {}
     for name, part in parts.items():
@@ -298,6 +296,6 @@ def _part_fields(parts: Fields, tree: Fields) -> Fields:
 
 
 def _kind_in(tree: Fields, name: str) -> object:
-    """The kind of the part of this name in a run's tree; None: the run has no such part, or it says no kind."""
+    """Return the kind of a component in a run's tree, or None if the component or its kind is missing."""
     part = tree.get(name)
     return part.get("kind") if isinstance(part, dict) else None

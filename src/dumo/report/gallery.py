@@ -62,9 +62,9 @@ Panels = Mapping[SamplingMode, Mapping[int, Image.Image]]
 
 
 def sampling_modes(run: Run, velocity_solver: Euler | Heun | None = None) -> dict[str, SamplingMode]:
-    """The modes that the objective taught, by letter. v takes the steps of `velocity_solver`, by default Euler's.
+    """Return the sampling modes that the objective trains, by letter. v uses `velocity_solver`, by default Euler.
 
-    u jumps by the run's own solver if that jumps, otherwise by the first solver that jumps as the objective taught.
+    u uses the run's solver if that jumps, otherwise the first solver that uses trained jumps only.
     """
     objective = run.objective
     modes: dict[str, SamplingMode] = {}

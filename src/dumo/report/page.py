@@ -1,8 +1,8 @@
-"""The page of a run, report.html: samples, trajectories, nearest training images, curves of the log, and scores.
+"""Write the HTML report of a run: samples, trajectories, nearest training images, training curves, and scores.
 
-`write` reads the log, the evaluations and some images of the data, samples, draws, and renders the template
-report.html.j2. The page is one file that needs no other file, no script and no network. Numbers are computed here, and
-the words are in the template.
+`write` reads the log, the evaluations and some images of the data, generates samples, and renders the template
+report.html.j2. The page is a single file without scripts or external resources. This module computes the numbers; the
+template contains the text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,39 +41,39 @@ from dumo.runtime.progress import Bar, no_bar
 from dumo.training import log
 from dumo.types import Sample, UserError
 
-# Rows and columns of a sheet of images; a column holds at most one class.
+# Rows and columns of a sheet of images. A column shows one class.
 ROWS = 8
 COLUMNS = 10
-# The number of samples to read from data that are not in memory; fewer if they have many pixels.
+# The maximum number of samples and of pixels to read from the data.
 MAX_DATA_ROWS = 2000
 MAX_DATA_PIXELS = 2**24
 PROMPT_PASSES = (1, 2, 4)
-# Captions that are shown if no prompts are given.
+# The number of captions to use as prompts if the user passes none.
 NUM_CAPTIONS = 9
-# Losses count as late after this fraction of the training steps.
+# `late_losses` averages over the steps after this fraction of the training.
 LATE_FROM = 0.75
 
-Pictures = Mapping[int, Image.Image]  # by number of passes
+Pictures = Mapping[int, Image.Image]  # by NFE
 
 
 @dataclass(frozen=True)
 class NearestPictures:
-    """The first samples of a sheet, and the training image that is nearest to each."""
+    """The first samples of a sheet and the nearest training image of each."""
 
     samples: Image.Image
     nearest: Image.Image
-    # Of all samples of the sheet.
+    # Computed over all samples of the sheet.
     proximity: Proximity
-    # The number of samples shown.
+    # The number of samples that are shown.
     count: int
 
 
 @dataclass(frozen=True)
 class PromptSheet:
-    """Prompts, and samples of each at several NFE from the same noise."""
+    """Samples of prompts at several NFE, from the same noise."""
 
     passes: Sequence[int]
-    # A prompt, and its images side by side in the order of `passes`.
+    # Each prompt with an image that contains its samples in the order of `passes`.
     shown: Sequence[tuple[str, Image.Image]]
 
 
@@ -81,7 +81,7 @@ class PromptSheet:
 class PageParts:
     """The content of a page besides the run's fields. Empty or None fields are omitted."""
 
-    # The number of samples in the data; None if they never end or are not on this machine.
+    # The number of samples in the data. None means infinite, or that the data are not on this machine.
     size: int | None = None
     # The reason why the data could not be read.
     missing: str = ""
@@ -92,18 +92,17 @@ class PageParts:
     trajectories: Mapping[str, Pictures] = field(default_factory=dict[str, Pictures])
     neighbours: NearestPictures | None = None
     charts: Sequence[Panel] = ()
-    # By bin of t, as the function `late_losses` returns them.
+    # The output of the function `late_losses`.
     late_losses: Mapping[str, Any] | None = None
     evaluations: Sequence[judgement.Judgement] = ()
 
 
 def write(trained: TrainedRun, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> Path:
-    """Write report.html into the run's folder, and return its path.
+    """Write report.html to the run's folder and return its path.
 
-    A network that reads texts is sampled with these prompts, or with captions of its data. Raises UserError if the log
-    or an evaluation is damaged, or if the run cannot read prompts.
+    A text-conditional network is sampled with `prompts`, or with captions of its data if there are none. Raises
+    UserError if the log or an evaluation is damaged, or if the run does not support prompts.
     """
-
     # Read the log, the evaluations and some images of the data.
     rows = [row for row in log.read_log(trained.run_folder.path / LOG_FILE) if "skipped" not in row]
     evaluations = judgement.read_judgements(trained)
@@ -143,22 +142,22 @@ def write(trained: TrainedRun, bar: Bar = no_bar, prompts: Sequence[str] = ()) -
 
 @dataclass(frozen=True)
 class _DataRows:
-    """Some samples of the data, to draw and to compare with."""
+    """Samples of the data to show and to compare with."""
 
-    # (n, *pixels); None if the data are not on this machine.
+    # (n, *pixels), or None if the data are not on this machine.
     x: Real | None
-    # (n,), their classes.
+    # Classes of x, (n,).
     c: Tensor
-    # The number of samples in all the data; None if they never end or are not on this machine.
+    # The number of samples in the data. None means infinite, or that the data are not on this machine.
     size: int | None
-    # The reason why they could not be read.
+    # The reason why the data could not be read.
     missing: str = ""
 
 
 def _read_data(trained: TrainedRun) -> _DataRows:
-    """Return some samples of the data, decoded; none if the images are elsewhere, or are not those of the training.
+    """Return decoded samples of the data, or none if the training images are not on this machine or have changed.
 
-    Raises UserError if data that are on this machine cannot be read.
+    Raises UserError if data on this machine cannot be read.
     """
     data_spec = squares(trained.spec.data)
     no_classes = torch.zeros(0, dtype=torch.long)
@@ -181,16 +180,16 @@ def _read_data(trained: TrainedRun) -> _DataRows:
 
 
 def num_data_rows(trained: TrainedRun) -> int:
-    """Return the number of samples that are read of data that are not in memory."""
+    """Return the number of samples to read from the data."""
     return min(MAX_DATA_ROWS, MAX_DATA_PIXELS // prod(trained.spec.shown_shape[1:]))
 
 
 def render(trained: TrainedRun, parts: PageParts) -> str:
-    """Return the page as HTML, of these parts and of the run's fields. All that is put into it is escaped."""
+    """Render the page from `parts` and the run's fields. All inserted text is escaped."""
     run = trained.spec
     missing = missing_to_judge(run, parts.size)
     if parts.missing and run.evaluate.protocol.reads_data and not trained.is_only_read:
-        missing = "the images of the training"
+        missing = "the training images"
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dumo.report", "."),
         autoescape=True,
@@ -229,14 +228,14 @@ def render(trained: TrainedRun, parts: PageParts) -> str:
 
 
 def _capitalize(title: str) -> str:
-    """Return a title with a capital letter at its start; other letters stay, and so do the symbols v and u."""
+    """Capitalize the first letter of a title, except for the symbols v and u."""
     return title if len(title) == 1 else title[0].upper() + title[1:]
 
 
 def _next_command(
     trained: TrainedRun, evaluations: Sequence[judgement.Judgement], missing: str | None
 ) -> tuple[str, str, str]:
-    """Where the run stands, the command to type next, and what it does. `missing` is what an evaluation lacks."""
+    """Return the status of the run, the next command, and what it does. `missing` is what an evaluation lacks."""
     train = trained.spec.train
     name = str(trained.source) if trained.is_only_read else shell_path(trained.run_folder.path)
     if train.minutes is None and trained.step < train.steps:
@@ -244,13 +243,13 @@ def _next_command(
     if not evaluations and not missing:
         return "Not evaluated yet.", f"dumo evaluate {name}", "scores it"
     sentences = [evaluation["sentence"] for evaluation in evaluations if evaluation["sentence"]]
-    return " ".join(sentences[:1]), f"dumo sample {name}", "makes more samples"
+    return " ".join(sentences[:1]), f"dumo sample {name}", "generates more samples"
 
 
 def column_conditions(trained: TrainedRun) -> list[int]:
-    """Return the condition of each column of a sheet: the first ten classes, or captions of them.
+    """Return the condition of each column of a sheet: up to ten classes or captions, or [] without conditions.
 
-    Fewer than ten are repeated, each in columns side by side. [] without conditions.
+    Five or fewer conditions take several adjacent columns each.
     """
     data = trained.spec.data
     count = min(data.labels or data.classes, COLUMNS)
@@ -264,14 +263,14 @@ def _num_columns(trained: TrainedRun) -> int:
 
 
 def _class_names(trained: TrainedRun) -> list[str]:
-    """Return the names above a sheet, one for each class; [] for points."""
+    """Return the class names above a sheet, or [] for points."""
     if not trained.makes_images:
         return []
     return [trained.spec.conditions.name(c) for c in dict.fromkeys(column_conditions(trained))]
 
 
 def _data_name(trained: TrainedRun) -> str:
-    """Return the name of the data: that of the folder of images, or their kind."""
+    """Return the name of the image folder, or the kind of the data."""
     images = shown_data(trained.spec.data)
     if isinstance(images, Images):
         return Path(images.root).name.lstrip("$")
@@ -279,10 +278,10 @@ def _data_name(trained: TrainedRun) -> str:
 
 
 def make_samples(trained: TrainedRun, bar: Bar) -> tuple[dict[int, Sample], dict[str, dict[int, Sample]]]:
-    """Return the samples of the sheets by number of passes, and those of the trajectories by mode and number of passes.
+    """Return samples for the sheets, by NFE, and for the trajectories, by sampling mode and NFE.
 
-    Sheets are made by the run's own solver. A trajectory has as many images as a row of a sheet, or as many points as a
-    sheet, and sample i starts from the same noise in all of them.
+    Sheets use the run's solver. A trajectory has as many images as a row of a sheet, or as many points as a sheet, and
+    sample i has the same noise in all of them.
     """
     count = ROWS * _num_columns(trained) if trained.makes_images else picture.SCATTER_POINTS
     classes = column_conditions(trained) if trained.makes_images else range(min(trained.spec.data.classes, COLUMNS))
@@ -305,9 +304,9 @@ def make_samples(trained: TrainedRun, bar: Bar) -> tuple[dict[int, Sample], dict
 
 
 def draw_samples(trained: TrainedRun, x: Sample, real: Real | None) -> Image.Image:
-    """Draw samples (n, *pixels): images as a sheet, points in red before the data `real` in grey.
+    """Draw samples (n, *pixels): images as a sheet, points in red over the data `real` in grey.
 
-    The gaps of a sheet are transparent, since a page may be light or dark.
+    Gaps of a sheet are transparent, because a page may have a light or dark background.
     """
     if not trained.makes_images:
         assert real is not None, "points are drawn from a distribution"
@@ -316,14 +315,14 @@ def draw_samples(trained: TrainedRun, x: Sample, real: Real | None) -> Image.Ima
 
 
 def arrange_by_class(trained: TrainedRun, x: Real, c: Tensor) -> Sample:
-    """The first images x (n, *pixels), of classes c (n,), in the order of a sheet, a column or more for each class.
+    """Arrange images x (n, *pixels) of classes c (n,) in the order of a sheet, with one or more columns per class.
 
-    A class without images is grey. If no class of the sheet has any, the images keep their order.
+    A class without images is grey. If no class of the sheet has images, the order is unchanged.
     """
     images_by_class = [x[c == label] for label in dict.fromkeys(column_conditions(trained))]
     if not any(map(len, images_by_class)):
         return x[: ROWS * COLUMNS]
-    width = _num_columns(trained) // len(images_by_class)  # columns of a class
+    width = _num_columns(trained) // len(images_by_class)
     full_rows = [len(images) // width for images in images_by_class if len(images)]
     rows = max(1, min(ROWS, *full_rows))
     grey = torch.zeros_like(x[:1]).expand(rows * width, *x.shape[1:])
@@ -335,7 +334,7 @@ def arrange_by_class(trained: TrainedRun, x: Real, c: Tensor) -> Sample:
 
 
 def draw_nearest(trained: TrainedRun, x: Sample, real: Real) -> NearestPictures:
-    """Draw the first row of a sheet of samples x (n, *pixels), with the image of the data `real` nearest to each."""
+    """Draw the first row of a sheet of samples x (n, *pixels) and the nearest image in `real` of each sample."""
     proximity = measure_proximity(trained.spec.data, x, real, trained.spec.sample.seed)
     count = min(_num_columns(trained), len(x))
     return NearestPictures(
@@ -347,12 +346,12 @@ def draw_nearest(trained: TrainedRun, x: Sample, real: Real) -> NearestPictures:
 
 
 def late_losses(rows: Sequence[log.Row]) -> dict[str, Any] | None:
-    """The mean loss, and each of its parts, by bin of t, over the last quarter of the training; None without bins.
+    """Average the loss and its parts by bin of t over the last quarter of the training, or return None without bins.
 
-    Every sample of the logged batches counts alike. Returns the step of the `first` row of the log that counts, how
-    many are `logged`, the samples in each bin as `counts`, and the means by part as `bins`.
+    All samples of the logged batches have equal weight. Returns the step of the `first` averaged row, the number of
+    `logged` rows, the samples in each bin as `counts`, and the means by part as `bins`.
     """
-    # A run that ships with dumo has a log of one row without bins.
+    # The bundled runs have a log of one row without bins.
     rows_with_bins = [row for row in rows if "bins" in row]
     if not rows_with_bins:
         return None
@@ -361,19 +360,19 @@ def late_losses(rows: Sequence[log.Row]) -> dict[str, Any] | None:
     counts = torch.tensor([row["counts"] for row in late_rows], dtype=torch.float64)
     bins: dict[str, list[float]] = {}
     for part in late_rows[0]["bins"]:
-        # An empty bin has null.
+        # The mean of an empty bin is null.
         means = torch.tensor([[mean or 0.0 for mean in row["bins"][part]] for row in late_rows], dtype=torch.float64)
         bins[part] = ((means * counts).sum(0) / counts.sum(0)).tolist()
-    # A loss of one part equals that part; as text NaN is equal to itself.
+    # Omit a loss that equals its only part. NaN equals itself only as text.
     if str(bins["loss"]) in [str(means) for part, means in bins.items() if part != "loss"]:
         del bins["loss"]
     return {"first": late_rows[0]["step"], "logged": len(late_rows), "counts": counts.sum(0).tolist(), "bins": bins}
 
 
 def _prompt_sheet(trained: TrainedRun, prompts: Sequence[str], bar: Bar) -> PromptSheet | None:
-    """What the network makes of these prompts, or of captions of its data if there are none; None without texts.
+    """Sample prompts, or captions of the data if there are none. Returns None for a run without texts.
 
-    Raises UserError for prompts that the network cannot read.
+    Raises UserError if the run does not support prompts.
     """
     conditions = trained.spec.conditions
     if prompts:
@@ -382,7 +381,7 @@ def _prompt_sheet(trained: TrainedRun, prompts: Sequence[str], bar: Bar) -> Prom
         try:
             c = conditions.in_turn(NUM_CAPTIONS)
         except UserError:
-            # The captions are with the images, which are elsewhere.
+            # Captions are stored with the images, which are not on this machine.
             return None
     else:
         return None

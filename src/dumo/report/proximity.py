@@ -1,8 +1,7 @@
-"""How near samples lie to the images of the data, as a report shows it: a copy is seen as a copy.
+"""Compute the distances of samples to the nearest training images for a report.
 
-`measure_proximity` is the entrance. Images are compared as the score `copies` compares them (`dumo.evaluation.copy`).
-Its distances mean nothing by themselves, so they are given in units of the mean distance of an image of the data to the
-nearest other one.
+`measure_proximity` compares images in the same way as the score `copies` (`dumo.evaluation.copy`). The unit of its
+distances is the mean distance between an image of the data and its nearest other image.
 """
 
 from collections.abc import Sequence
@@ -17,35 +16,37 @@ from dumo.evaluation.neighbours import Real
 from dumo.runtime.random import stream
 from dumo.types import Sample
 
-# Images of the data whose distance to the others is the unit.
+# The number of images of the data from which the unit is estimated.
 MAX_REAL = 200
 
 
 @dataclass(frozen=True)
 class Proximity:
-    """The nearest image of the data of each of n samples."""
+    """The nearest image of the data for each of n samples."""
 
-    nearest: Sample  # (n, *pixels), the nearest images, mirrored where they are nearer so
-    ratios: Sequence[float]  # distances to them in units of `unit`; nan where there is one image alone
+    # (n, *pixels). An image is mirrored if its mirror image is nearer.
+    nearest: Sample
+    # Distances in units of the mean distance within the data. nan if there is only one image.
+    ratios: Sequence[float]
     is_copy: Sequence[bool]
-    num_real: int  # images that were looked at
+    # The number of images of the data that were compared.
+    num_real: int
 
     @property
     def mean_ratio(self) -> float:
-        """The mean of all ratios."""
+        """Return the mean ratio."""
         return sum(self.ratios) / len(self.ratios)
 
     @property
     def num_copies(self) -> int:
-        """The number of samples that are copies."""
+        """Return the number of samples that are copies."""
         return sum(self.is_copy)
 
 
 def measure_proximity(data: Data, x: Sample, real: Real, seed: int) -> Proximity:
     """Compare samples x (n, *pixels) with the images `real` of the data, all in [-1, 1].
 
-    The images whose distances are the unit are chosen by a key of the seed. Photos are compared with their mirror
-    images, too.
+    The seed selects the images from which the unit is estimated. Photos are also compared with their mirror images.
     """
     real_thumbs = thumbnails(real)
     mirror = isinstance(shown_data(data), Images)
@@ -54,7 +55,8 @@ def measure_proximity(data: Data, x: Sample, real: Real, seed: int) -> Proximity
     if len(real) > 1:
         rows = torch.randperm(len(real), generator=stream(seed, "spacing of the data"))[:MAX_REAL]
         nearest_others = nearest_images(real_thumbs, real_thumbs[rows], left_out=rows, mirror=mirror)
-        unit = nearest_others.distances[:, 0].mean().item() or torch.nan  # 0 where each image is there twice
+        # The mean distance is 0 if all images are duplicated.
+        unit = nearest_others.distances[:, 0].mean().item() or torch.nan
     images = real[nearest.indices]
     is_mirrored = nearest.is_mirrored[:, None, None, None]
     return Proximity(

@@ -1,7 +1,4 @@
-"""Samples of a run: made, decoded and written, as one picture, as files, or as an archive.
-
-`sample_to_files` does all of it for `dumo sample`.
-"""
+"""Generate, decode and write samples of a run: `sample_to_files` implements `dumo sample`."""
 
 import json
 from collections.abc import Sequence
@@ -20,9 +17,9 @@ from dumo.types import UserError
 def sampling_settings(
     run: Run, *, nfe: Sequence[int] | None, seed: int | None, solver: Solver | str | None
 ) -> Sampling:
-    """How a user asked for samples; None is as the run has it.
+    """Return the run's sampling settings with the user's changes. None keeps the run's setting.
 
-    Raises UserError for passes or a solver that the network cannot make.
+    Raises UserError if the run does not support the NFE or the solver.
     """
     chosen_solver = choose_solver(run.sample, solver)
     passes = tuple(nfe or run.sample.nfe)
@@ -47,14 +44,15 @@ def sample_to_files(
     size: str | None = None,
     bar: Bar = no_bar,
 ) -> list[Path]:
-    """Make `count` samples for each number of passes, write them, and return the paths.
+    """Write `count` samples for each NFE and return the paths.
 
-    - `form`: grid, a sheet; images, a file each; npz, an archive in ADM's layout
-    - `only`: classes, in turn; `prompts`: texts, in turn; `source`: an image that prompts edit
-    - `nfe`, `seed`, `solver`, `size`: None: as the run has them
+    - `form`: `grid` for one image, `images` for one file per sample, `npz` for an archive in ADM's layout
+    - `only`, `prompts`: classes or prompts to alternate between
+    - `source`: an image that the prompts edit
+    - `nfe`, `seed`, `solver`, `size`: None means the run's setting
 
-    A file's name says the solver, the passes, and what is not as the run has it. Raises UserError, before anything is
-    written, for an option that the run cannot use.
+    File names contain the solver, the NFE, and settings that differ from the run's. Raises UserError before writing
+    anything if the run does not support an option.
     """
     data = trained.spec.data
     spec = sampling_settings(trained.spec, nfe=nfe, seed=seed, solver=solver)
@@ -63,7 +61,7 @@ def sample_to_files(
         raise UserError(f"format 'images' cannot hold points of shape {trained.spec.shown_shape}: use grid or npz")
     c = trained.conditions(only, count, prompts=prompts or None, source=source)
 
-    # Name the files after what is not as the run has it.
+    # Name the files after settings that differ from the run's.
     name_parts = sampling_changes(trained, spec)
     if only:
         name_parts.append(name_part("labels", only))
@@ -84,15 +82,15 @@ def sample_to_files(
             stem = folder / "-".join([spec.solver.kind, f"nfe{passes}", *name_parts])
             names = trained.names_of_conditions(c)
             written.append(write_samples(rows, c, stem, form, data, spec.seed, names))
-        # Free them before the next ones are made.
+        # Free the samples before the next ones are generated.
         del rows
     return written
 
 
 def sampling_changes(trained: TrainedRun, spec: Sampling) -> list[str]:
-    """Return the parts of a name that say in which fields `spec` differs from the run's own sampling.
+    """Return name parts for the fields in which `spec` differs from the run's sampling settings.
 
-    The solver's kind is none of them, for every name begins with it.
+    The solver's kind is omitted, because every name begins with it.
     """
     run_fields = sampling_fields(trained.spec_as_saved.sample)
     run_fields["solver.kind"] = spec.solver.kind

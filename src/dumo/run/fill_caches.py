@@ -72,10 +72,10 @@ class EncodeResult:
         return index if index and index.shards else None
 
     def lines(self) -> Iterator[str]:
-        """What was done, in lines: what was made again and why, and what is in the folder."""
+        """Yield lines for the user: damaged shards that were encoded again, and the content of the folder."""
         made = self.make_result.made
         for damaged in self.make_result.damaged:
-            yield f"made again: {damaged}"
+            yield f"encoded again: {damaged}"
         index = self.read_index()
         if index is None:
             yield f"{self.folder}: {made} shards made, {self.make_result.missing} remain for other processes"
@@ -99,10 +99,10 @@ class TextResult:
         return not self.make_result.missing
 
     def lines(self) -> Iterator[str]:
-        """What was done, in lines: what was made again and why, and what is in the folder."""
+        """Yield lines for the user: damaged shards that were encoded again, and the content of the folder."""
         made = self.make_result.made
         for damaged in self.make_result.damaged:
-            yield f"made again: {damaged}"
+            yield f"encoded again: {damaged}"
         if self.is_finished:
             yield f"{self.folder}: {self.num_captions:,} captions and the empty text, {made} shards made now"
         else:
@@ -342,4 +342,4 @@ def encode_what_is_missing(run: Run, *, device: str, bar: Bar, print_line: Calla
         )
     for result in results:
         for line in result.make_result.damaged if result else ():
-            print_line(f"made again: {line}")
+            print_line(f"encoded again: {line}")

@@ -308,7 +308,7 @@ class PairsIndex(TableIndex):
     """The index.json of a teacher's pairs: data x, noise z, classes c, and points between on the trajectory."""
 
     noun: ClassVar[str] = "set of pairs"
-    remake_hint: ClassVar[str] = "delete it, and these pairs are made again"
+    remake_hint: ClassVar[str] = "delete it, and the pairs are generated again"
     is_repairable: ClassVar[bool] = False
     # SHA-256 of the teacher's weights or source code.
     teacher: str

@@ -154,7 +154,7 @@ class TimeLaw(Spec, ABC):
         return True
 
     @property
-    def teaches_velocity(self) -> bool:
+    def trains_velocity(self) -> bool:
         """Whether a mean velocity is learned at r = t, where it is the velocity: not if every row has r = 0."""
         return self.between or self.moving_share < 1
 
@@ -409,9 +409,9 @@ class Readings:
     climb: Climb | None = None  # a jump from t up to s, and how much it adds to the log of volume: one pass
 
     # where these hold
-    hops: Callable[[float, float], bool] | None = None  # (t, s) -> whether the flow map was taught this jump; None: all
-    lowest: float = 0.0  # the lowest time at which the endpoint was taught
-    only: tuple[float, ...] | None = None  # the times at which the endpoint was taught; None: all from `lowest`
+    hops: Callable[[float, float], bool] | None = None  # (t, s) -> whether this jump is trained; None means all
+    lowest: float = 0.0  # the lowest time at which the endpoint is trained
+    only: tuple[float, ...] | None = None  # the times at which the endpoint is trained; None means all from `lowest`
 
 
 @runtime_checkable

@@ -164,20 +164,28 @@ def test_free_fields_may_differ() -> None:
 @pytest.mark.parametrize(
     ("override", "line", "may"),
     [
-        ("train.batch=16", "train.batch: 128 there, 16 asked", False),
-        ("train.seed=1", "train.seed: 0 there, 1 asked", False),
-        ("train.clip=0.5", "train.clip: null there, 0.5 asked", True),
-        ("train.optimizer.lr=0.5", "train.optimizer.lr: 0.001 there, 0.5 asked", True),
+        ("train.batch=16", "train.batch: 128 recorded, 16 requested", False),
+        ("train.seed=1", "train.seed: 0 recorded, 1 requested", False),
+        ("train.clip=0.5", "train.clip: null recorded, 0.5 requested", True),
+        ("train.optimizer.lr=0.5", "train.optimizer.lr: 0.001 recorded, 0.5 requested", True),
         ("train.optimizer.kind=adam", "train.optimizer: {betas: [0.9, 0.95], ", False),
-        ("train.optimizer.betas=[0.5, 0.6]", "train.optimizer.betas: [0.9, 0.95] there, [0.5, 0.6] asked", False),
-        ("train.schedule.warmup=1", "train.schedule.warmup: 50 there, 1 asked", True),
+        (
+            "train.optimizer.betas=[0.5, 0.6]",
+            "train.optimizer.betas: [0.9, 0.95] recorded, [0.5, 0.6] requested",
+            False,
+        ),
+        ("train.schedule.warmup=1", "train.schedule.warmup: 50 recorded, 1 requested", True),
         ("train.schedule.kind=constant", "train.schedule: {kind: cosine, warmup: 50} there, {kind: constant, ", True),
-        ("objective.slope.h=0.01", "objective.slope.h: 0.005 there, 0.01 asked", True),
-        ("objective.slope.kind=jvp", "objective.slope: {h: 0.005, kind: central} there, {kind: jvp} asked", True),
+        ("objective.slope.h=0.01", "objective.slope.h: 0.005 recorded, 0.01 requested", True),
+        (
+            "objective.slope.kind=jvp",
+            "objective.slope: {h: 0.005, kind: central} recorded, {kind: jvp} requested",
+            True,
+        ),
         ("objective.drop=0.2", "objective.drop: ", False),
-        ("path.sd=0.5", "path.sd: 1.0 there, 0.5 asked", False),
-        ("net.depth=2", "net.depth: 4 there, 2 asked", False),
-        ("train.ema=[]", "train.ema: [{decay: 0.999, ramp: true}] there, [] asked", False),
+        ("path.sd=0.5", "path.sd: 1.0 recorded, 0.5 requested", False),
+        ("net.depth=2", "net.depth: 4 recorded, 2 requested", False),
+        ("train.ema=[]", "train.ema: [{decay: 0.999, ramp: true}] recorded, [] requested", False),
         ("train.ema=[{decay: 0.5}]", "train.ema: [{decay: 0.999, ramp: true}] there, [{decay: 0.5, ", False),
     ],
 )
@@ -190,13 +198,13 @@ def test_difference(override: str, line: str, may: bool) -> None:
 
 def test_difference_tells_each_field_from_left_to_right() -> None:
     assert changed("train.batch=16", "net.depth=2", "train.steps=3", "train.seed=4") == [
-        "net.depth: 4 there, 2 asked",
-        "train.batch: 128 there, 16 asked",
-        "train.seed: 0 there, 4 asked",
+        "net.depth: 4 recorded, 2 requested",
+        "train.batch: 128 recorded, 16 requested",
+        "train.seed: 0 recorded, 4 requested",
     ]
-    assert list(map(str, differences(Hop(), Hop(start=0.5)))) == ["start: 1.0 there, 0.5 asked"]
+    assert list(map(str, differences(Hop(), Hop(start=0.5)))) == ["start: 1.0 recorded, 0.5 requested"]
     assert list(map(str, differences(Ema(decay=0.5), Ema(decay=0.5, ramp=False), "a."))) == [
-        "a.ramp: true there, false asked"
+        "a.ramp: true recorded, false requested"
     ]
 
 

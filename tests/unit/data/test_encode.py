@@ -115,7 +115,7 @@ def test_damaged_shard_is_found_and_made_again(tmp_path: Path, whole: Path, dama
         data[len(data) // 2] ^= 1
         (out / name).write_bytes(data[:-100] if damage == "truncated" else data)
     if damage != "a bit":  # a reader looks at sizes only
-        with pytest.raises(UserError, match=rf"{name} (has \d+ of \d+ bytes|is not there): run the same dumo encode"):
+        with pytest.raises(UserError, match=rf"{name} (has \d+ of \d+ bytes|is missing): run the same dumo encode"):
             open_cache(out, POINT.codec)
     source = Pictures(COUNT)
     done = encode(source, POINT, PLAN, out, batch=4)
@@ -142,7 +142,7 @@ def test_folder_of_another_cache_stays_as_it_is(whole: Path) -> None:
 
 def test_folder_with_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
-    fix = r"give a new folder \(data.root, .*\); images are read from data.images.root$"
+    fix = r"use a new folder \(data.root, .*\); images are read from data.images.root$"
     with pytest.raises(UserError, match=f"not empty and has no index.json, so it is not a cache: {fix}"):
         encode(Pictures(3), POINT, PLAN, tmp_path)
     assert contents(tmp_path) == {"thesis.tex": b""}

@@ -272,7 +272,7 @@ def test_the_first_images_alone(latents: Maker, images: Path, cached: Latents, t
     whole = latents(images, tmp_path / "first")
     with pytest.raises(UserError, match="first_images: 3 in the cache, 0 in the run"):
         whole.cache()
-    with pytest.raises(UserError, match="first_images: 3 there, None now"):
+    with pytest.raises(UserError, match="first_images: 3 in the folder, None now"):
         fill_caches.encode(whole)
     with pytest.raises(UserError, match="first_images: 0 in the cache, 3 in the run"):
         latents(images, Path(cached.root), count=3).cache()
@@ -309,7 +309,7 @@ def test_a_cache_is_repaired_from_where_the_images_are_now_as_it_was_made(
     moved = latents(tmp_path / "moved", tmp_path / "cache")
     assert fill_caches.encode(moved).make_result.made == 1
     assert contents(data.folder) == files
-    with pytest.raises(UserError, match="dtype: float32 there, float16 now"):
+    with pytest.raises(UserError, match="dtype: float32 in the folder, float16 now"):
         fill_caches.encode(moved, dtype="float16")
 
 

@@ -63,7 +63,7 @@ def test_who_needs_a_pipeline_says_so() -> None:
     assert with_pipeline(PipelineVae(), known).shape(512) == (16, 64, 64)
     with pytest.raises(UserError, match="sd3-small is a config without weights"):
         _ = Pipeline(source="sd3-small").folder
-    with pytest.raises(UserError, match="sd3-small is a transformer alone and has no vae"):
+    with pytest.raises(UserError, match="sd3-small is a transformer without a vae"):
         Pipeline(source="sd3-small").config("vae")
 
 

@@ -170,7 +170,7 @@ def test_every_field_of_run_yaml_is_compared_or_makes_no_difference(run: Path) -
 def test_an_edited_run_yaml_is_refused_by_all(run: Path) -> None:
     edit(run, "net.time_scale=2")
     for use in (lambda: load_run(run), lambda: train(load(str(run)), run)):
-        with pytest.raises(UserError, match=r"net\.time_scale: .* there, 2\.0 asked"):
+        with pytest.raises(UserError, match=r"net\.time_scale: .* recorded, 2\.0 requested"):
             use()
 
 

@@ -78,9 +78,9 @@ def test_pairs_that_are_no_numbers_are_not_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "fault"),
     [
-        (lambda x: {**x, "z": x["z"].roll(1, 0)}, "has changed: its SHA-256 is another"),
+        (lambda x: {**x, "z": x["z"].roll(1, 0)}, r"has changed \(different SHA-256\)"),
         (lambda x: {name: rows[:-1] for name, rows in x.items()}, r"has \d+ of \d+ bytes"),
-        (lambda x: {**x, "x": 0 * x["x"]}, "has changed: its SHA-256 is another"),
+        (lambda x: {**x, "x": 0 * x["x"]}, r"has changed \(different SHA-256\)"),
     ],
     ids=["rolled", "cut", "zeroed"],
 )
