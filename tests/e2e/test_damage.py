@@ -133,7 +133,7 @@ def test_a_field_that_was_edited_is_refused_by_all(here: Path, trained: dict[str
     run = shutil.copytree(trained["digits"], here / "run")
     file = run / "run.yaml"
     file.write_text(edited("time_scale: ", "time_scale: 2")(file.read_text()))
-    named = ("step-00000020 is of another run", "net.time_scale: ", "--from 20 --out NEW")
+    named = ("step-00000020 belongs to a different run", "net.time_scale: ", "--from 20 --out NEW")
     for words in (
         ["sample", "run"],
         ["evaluate", "run"],

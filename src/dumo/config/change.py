@@ -21,7 +21,7 @@ def merge(base: dict[str, Any], change: dict[str, Any], where: str = "") -> dict
         old = base.get(key)
         if isinstance(new, dict) and old is not None and not isinstance(old, dict):
             raise UserError(
-                f"{where}{key} is {brief(yaml_text(old))} in the base, a value without fields: write them out there"
+                f"{where}{key} is {brief(yaml_text(old))} in the base, a plain value: write its fields there"
             )
         if isinstance(new, dict) and new and isinstance(old, dict) and not has_other_kind(old, new.get("kind")):
             merged[key] = merge(old, new, f"{where}{key}.")

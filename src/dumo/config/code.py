@@ -77,5 +77,5 @@ def require_same_code(spec: Spec, resolved: Mapping[str, JsonValue], folder: Pat
     for name, hash_now in codes_of(spec):
         if name in hash_by_name and hash_by_name[name] != hash_now:
             raise UserError(
-                f"{name} is not the code that {folder} was trained with: bring that back, or train in another folder"
+                f"{name} is not the code that {folder} was trained with: restore it, or train in another folder"
             )

@@ -80,7 +80,7 @@ def _parse(word: str) -> tuple[FieldPath, object]:
     dotted, sign, right = word.partition("=")
     if not sign or not dotted:
         typed = brief(word) or "an empty text"
-        raise UserError(f"{typed} is not field=value: set a field such as steps=500, and give a folder by --out")
+        raise UserError(f"{typed} is not field=value: set a field such as steps=500, and the folder with --out")
     try:
         value = parse_yaml(right)
     except yaml.YAMLError as error:

@@ -214,8 +214,8 @@ def _find_shipped_name(source: str, names: Collection[str], *, images: bool = Fa
         return None
     if name == source and find_content(Path(source), images=images) is not None:
         raise UserError(
-            f"{source} is a name of dumo's and a folder here: write {SHIPPED_PREFIX}{source} for dumo's, or "
-            f"./{source} for the folder"
+            f"{source} is a name in dumo and also a folder: write {SHIPPED_PREFIX}{source} for the name, or ./{source} "
+            "for the folder"
         )
     return name
 

@@ -166,7 +166,7 @@ def open_cache(
     missing or has another size.
     """
     missing = UserError(
-        f"{folder} is not a cache (it has no {table.FILE}): make it with dumo encode RECIPE and the same overrides"
+        f"{folder} is not a cache (it has no {table.FILE}): create it with dumo encode RECIPE and the same overrides"
     )
     index = table.read_finished_index(folder, CacheIndex, missing)
     differences = [*_plan_differences(index, plan_fields or {}), *_codec_differences(index, codec)]

@@ -204,9 +204,9 @@ class LoadedCodec:
             raw = self.net.encode(part.to(self.device, torch.float32))
             if raw.shape[1:] != shape:
                 raise UserError(
-                    f"{self.codec.label}: {self.codec.weights} makes latents of shape {tuple(raw.shape[1:])} of "
-                    f"images of {width} x {height} pixels, but its config implies {shape}: restore the published "
-                    "config, or use another autoencoder"
+                    f"{self.codec.label}: {self.codec.weights} encodes {width} x {height} pixels to shape "
+                    f"{tuple(raw.shape[1:])}, but its config implies {shape}: restore the published config, or use "
+                    "another autoencoder"
                 )
             encoded.append(self.codec.normalise(raw).contiguous())
         return torch.cat(encoded)

@@ -100,13 +100,13 @@ class TextTable:
     def texts(self) -> tuple[str, ...]:
         """The texts in the order of the rows. Raises UserError if they do not match the digest in the index."""
         file = self.folder / TEXTS
-        fix = f"remove {self.folder}, and its texts are encoded again"
+        fix = f"remove {self.folder}; its texts are then encoded again"
         try:
             texts = tuple(str(json.loads(line)) for line in read_text(file).split("\n") if line)
         except ValueError as error:
             raise UserError(f"{file} is damaged ({error}): {fix}") from error
         if digest.short(*texts) != self.index.digest:
-            raise UserError(f"{file} has other texts than {FILE} lists: {fix}")
+            raise UserError(f"the texts in {file} differ from {FILE}: {fix}")
         return texts
 
     @cached_property

@@ -74,8 +74,8 @@ class LoadedTokenizer:
         mask = encoded["attention_mask"].bool()
         if not bool(mask.any(1).all()):
             raise UserError(
-                "net.texts: a text has no token, not even one of its end: set net.texts.encoder.template with words "
-                "around {}, such as 'an image: {}.', and skip to leave the first of them out"
+                "net.texts: the tokenizer returns no tokens for a text: set net.texts.encoder.template to words around "
+                "{}, such as 'an image: {}.', and skip to remove the first ones"
             )
         return ids, mask
 
@@ -118,7 +118,7 @@ def load_tokenizer(folder: Path, length: int, template: str = "{}", *, field: st
     if not (folder / "tokenizer_config.json").is_file():
         raise UserError(f"{field}: {folder} has no tokenizer_config.json: {HINT}")
     tokenizer = tokenizer_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    require_vocabulary(tokenizer, f"{field}: {folder} holds no whole tokenizer")
+    require_vocabulary(tokenizer, f"{field}: the tokenizer in {folder} is incomplete")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return LoadedTokenizer(tokenizer, length, template)
@@ -131,7 +131,7 @@ def require_vocabulary(tokenizer: Any, problem: str, hint: str = HINT) -> None: 
     """
     letters = [*_LETTERS]
     if not (_tells_apart(tokenizer, letters) or _tells_apart(tokenizer, letters + _own_words(tokenizer))):
-        raise UserError(f"{problem}, for it tells no texts apart, as without its vocabulary: {hint}")
+        raise UserError(f"{problem}: it encodes different texts equally, as without a vocabulary: {hint}")
 
 
 def _tells_apart(tokenizer: Any, texts: list[str]) -> bool:  # noqa: ANN401, of transformers

@@ -108,8 +108,8 @@ class TextEncoder(Spec):
             tokens_before_text = tokenizer.count_tokens_before_text()
             if self.skip > tokens_before_text:
                 raise UserError(
-                    f"net.texts.encoder.skip={self.skip} cuts tokens of the text: {tokens_before_text} stand before "
-                    f"it. Set it to {tokens_before_text} at most"
+                    f"net.texts.encoder.skip={self.skip} removes tokens of the text, which starts after "
+                    f"{tokens_before_text} tokens: set it to at most {tokens_before_text}"
                 )
 
     def open(self, device: torch.device | str = "cpu") -> "EncoderModel":

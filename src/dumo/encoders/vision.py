@@ -156,7 +156,9 @@ def load(folder: Path, kind: FeatureKind, field: str, device: torch.device | str
     feature_model = FEATURE_MODELS[kind]
     model_type = read_json(folder / CONFIG).get("model_type")
     if model_type not in feature_model.model_types:
-        raise UserError(f"{field}: {folder} holds a {model_type}, no {feature_model.class_name}: {feature_model.hint}")
+        raise UserError(
+            f"{field}: {folder} contains a {model_type}, not a {feature_model.class_name}: {feature_model.hint}"
+        )
     model = load_model(folder, feature_model.class_name, field, feature_model.hint)
     side = model.config.image_size
     if kind == "dinov2":
@@ -233,7 +235,7 @@ def load_clip(folder: Path, field: str, device: torch.device | str = "cpu") -> C
     """
     model_type = read_json(folder / CONFIG).get("model_type")
     if model_type != "clip":
-        raise UserError(f"{field}: {folder} holds a {model_type}, no CLIPModel of images and texts: {CLIP_HINT}")
+        raise UserError(f"{field}: {folder} contains a {model_type}, not a CLIPModel: {CLIP_HINT}")
     model = load_model(folder, "CLIPModel", field, CLIP_HINT).to(device)
     tokenizer = load_tokenizer(folder, model.config.text_config.max_position_embeddings, field=field)
     mean, deviation = _read_colours(folder, CLIP_COLOURS)

@@ -185,7 +185,7 @@ def data_facts(data: Finite, name: str, standard: Standard, split: str | None = 
     if standard.reference_images not in (None, total):
         problem = f"protocol {name} needs {standard.reference_images} images, got {total}"
         if split is not None:
-            raise UserError(f"{problem} in split {split}: compare with the training split by evaluate.split=null")
+            raise UserError(f"{problem} in split {split}: set evaluate.split=null to compare with the training split")
         raise UserError(f"{problem}: use the whole data set once")
     return {"reference": f"{total:,} images of {name_of_data(split)}", "reference_sha256": sha256}
 

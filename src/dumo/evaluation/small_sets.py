@@ -142,10 +142,10 @@ def _require_all_classes(sample_c: Classes, real_c: Classes, context: Context) -
         return
     problem = f"protocol {KIND}: class {missing[0]} has no sample"
     if context.c is not None:
-        raise UserError(f"{problem}: add some, or leave the class out of the images to compare with")
+        raise UserError(f"{problem}: add samples, or remove the class from the real images")
     num_samples = SAMPLES_PER_CLASS * context.classes
     raise UserError(
-        f"{problem}: increase {len(sample_c)} samples by evaluate.protocol.samples={num_samples}, or in training by "
+        f"{problem} among {len(sample_c)} samples: set evaluate.protocol.samples={num_samples}, or in training "
         f"evaluate.few={num_samples}"
     )
 

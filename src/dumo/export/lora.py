@@ -93,7 +93,7 @@ def write_for_comfyui(exported: ExportedModel, file: Path, *, dtype: str, metada
     """
     stock = require_pipeline(exported)
     if exported.class_embeddings:
-        raise UserError("net.texts is codes for classes, and ComfyUI reads texts: export to lora")
+        raise UserError("net.texts.kind=codes uses class embeddings, but ComfyUI needs texts: export to lora")
     if stock.comfyui_names is None:
         raise UserError(
             f"ComfyUI does not support the diffusers layer names of {exported.model_class}: export to lora or diffusers"
@@ -165,7 +165,7 @@ def lora_products(exported: ExportedModel) -> list[LayerProduct]:
     """
     if exported.spec.lora is None:
         raise UserError(
-            "net.lora is null: all weights were tuned, which cannot be exported as a LoRA: export to diffusers"
+            "net.lora is null, and all weights were trained, which a LoRA cannot contain: export to diffusers"
         )
     products = list(_adapter_products(exported))
     for path, old, new in _changed_layers(exported):

@@ -270,8 +270,8 @@ def read_index(source: Path) -> dict[str, Any]:
     index = read_json(source / INDEX)
     if has_component(index.get(SECOND_TRANSFORMER)):
         raise UserError(
-            f"{source} has two transformers, and {SECOND_TRANSFORMER}, which was not tuned, would make some of the "
-            "passes: export to safetensors"
+            f"{source} has two transformers, and {SECOND_TRANSFORMER}, which was not trained, would run some of the "
+            "steps: export to safetensors"
         )
     return {key: entry for key, entry in index.items() if not key.startswith(_SOURCE_ONLY_KEYS)}
 
@@ -326,6 +326,6 @@ def require_own_autoencoder(data: Data) -> None:
     """Raise UserError if the run's latents are not from the pipeline's autoencoder."""
     if isinstance(data, Latents) and data.codec.kind != "pipeline":
         raise UserError(
-            f"data.codec is {data.codec.label}, and the pipeline decodes with its own autoencoder: train with "
+            f"data.codec is {data.codec.label}, but the pipeline decodes with its own autoencoder: train with "
             "data.codec.kind=pipeline, or export without parts"
         )

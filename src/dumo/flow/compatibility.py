@@ -192,7 +192,7 @@ def require_labels(objective: Objective, *, has_coupling: bool) -> None:
     if objective.needs.compares_rows or has_coupling:
         subject = "coupling=" if has_coupling else f"objective '{objective.kind}'"
         raise UserError(
-            f"{subject} compares rows of one label, and c is not a label: pass labels and classes=, or use another "
+            f"{subject} compares rows of one label, but c is not a label: pass labels and classes=, or use another "
             "objective without coupling="
         )
 

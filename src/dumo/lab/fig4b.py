@@ -37,7 +37,9 @@ def time_cells(
 ) -> tuple[list[Result], dict[str, str]]:
     """Time the training steps of all cells, size by size, without training. Raises UserError if `jobs` > 1."""
     if jobs > 1:
-        raise UserError("fig4b times its cells one by one, since parallel cells slow each other: leave out --jobs")
+        raise UserError(
+            "fig4b times its cells one at a time, because parallel cells slow each other down: remove --jobs"
+        )
     torch_device = choose_device(device)
     results: list[Result] = []
     for size in dict.fromkeys(cell.labels["size"] for cell in cells):

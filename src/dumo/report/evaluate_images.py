@@ -9,7 +9,7 @@ rotated by their EXIF tag; 16-bit grey is rounded to 8 bits, as protocols round 
 it, almost all to white; and transparency lies over white. No image is resized or cropped, because the way it is done
 moves a FID (Parmar et al. 2022, arXiv 2104.11222): all must have one size.
 
-The images of a reference folder are cropped and resized to the size of those that are judged, in the way of a run's
+The images of a reference folder are cropped and resized to the size of the evaluated images, in the same way as a run's
 data (`dumo.data.pixel.crop_middle`). So a folder has the same hash as a run's reference and as a reference here, and
 both reports can share a table.
 """
@@ -113,7 +113,7 @@ class ImageSet:
                 is_coloured = (x != x[:, :1]).flatten(1).any(1)
                 if is_coloured.any():
                     row = first + int(is_selected.nonzero()[:, 0][is_coloured][0])
-                    raise UserError(f"{self.name(row)} is in colour, and this protocol judges grey images")
+                    raise UserError(f"{self.name(row)} is in colour, but this protocol needs grayscale images")
             yield sample_indices[is_selected], x[:, :channels]
 
     def chosen_rows(self, total: int) -> Tensor:
@@ -327,7 +327,7 @@ def _find_reference(
         if labels and labels.names and labels.names != DIGIT_NUMERALS:
             raise UserError(
                 f"protocol digits needs the classes 0 to 9, got {first_few(labels.names)}: rename the folders, or put "
-                "all images into one folder to judge them without classes"
+                "all images into one folder to evaluate them without classes"
             )
         return _ImagesReference(Digits().originals(), Digits().model_dump(mode="json"), labels)
     if isinstance(protocol, ImageProtocol) and protocol.standard.url:
@@ -342,8 +342,8 @@ def _find_reference(
         if reference_set.shape != image_set.shape:
             _, reference_height, reference_width = reference_set.shape
             raise UserError(
-                f"{place} has images of {reference_width} x {reference_height} pixels, and those that are judged "
-                f"{width} x {height}: give a reference of that size, or a folder of images"
+                f"{place} has images of {reference_width} x {reference_height} pixels, but the images to evaluate "
+                f"have {width} x {height}: use a reference of that size, or a folder of images"
             )
         spec = {"root": str(place)}
         if by_shared_classes and not have_same_classes(labels, reference_set.labels):
@@ -353,8 +353,8 @@ def _find_reference(
     # Files of images are read as a run's data are.
     if height != width:
         raise UserError(
-            f"{image_set.name(0)} is {width} x {height} pixels, and a folder's images are brought to squares: give the "
-            "reference as an .npz of that size"
+            f"{image_set.name(0)} is {width} x {height} pixels, but images in a folder are cropped to squares: give "
+            "the reference as an .npz of that size"
         )
     data_fields = {"kind": "images", "root": against, "side": height, **tree["data"]}
     images = _reference_images(tree, data_fields)

@@ -43,7 +43,7 @@ def _check_editing(data: Data, net: Net) -> None:
             f"{field} = {source} is a column of images to edit, but {model} does not edit images: remove it"
         )
     if edits and not source:
-        raise UserError(f"{field} is missing, and a {model} edits images: set it to the column of images to edit")
+        raise UserError(f"{field} is missing, but a {model} edits images: set it to the column of images to edit")
 
 
 def _check_positions(data: Data, patch: int, max_patches: int) -> None:

@@ -111,7 +111,7 @@ class Examination:
     def require(self) -> None:
         """Raise UserError with a suggested fix if the examination failed."""
         if not self.passed:
-            raise UserError(f"{self}. Training on that is training on noise: {self.fix}")
+            raise UserError(f"{self}. With this error the target would be wrong: {self.fix}")
 
 
 def examine(run: Run, device: torch.device) -> Examination:

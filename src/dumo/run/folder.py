@@ -285,14 +285,14 @@ class RunFolder:
         if text.hash == config_hash(run):
             return
         lines = [str(difference) for difference in differences(trained_run, run) if difference.decides]
-        way_out = f"give another folder with --out, or remove {self.path}"
+        way_out = f"use another folder with --out, or remove {self.path}"
         if checkpoint:
             step = checkpoint.facts.step
             way_out = f"start a new run from it:  dumo train {shell_path(self.path)} --from {step} --out NEW"
         lines_text = "\n  ".join(lines or [f"{RUN_FILE} was edited, or written by another version of dumo"])
         raise UserError(
-            f"{place or (checkpoint.path if checkpoint else self.path)} is of another run:\n  {lines_text}\n"
-            f"Put these fields back, or {way_out}"
+            f"{place or (checkpoint.path if checkpoint else self.path)} belongs to a different run:\n  {lines_text}\n"
+            f"Reset these fields, or {way_out}"
         )
 
     # ------------------------------------------------------------------------------------------------ while it trains

@@ -39,7 +39,7 @@ def read(start: Start, spec: Net, path: FlowPath, net: nn.Module) -> dict[str, T
     """
     file = hub.path_of(start.source, "start.source", _choose_files)
     if not isinstance(spec, DiT) or not isinstance(net, Transformer):
-        raise UserError(f"start.kind {start.kind} is for net.kind dit, and this run's is {spec.kind}")
+        raise UserError(f"start.kind={start.kind} needs net.kind=dit, got {spec.kind}: set net.kind=dit")
     _require_published_net(start, spec, path)
     tensors: dict[str, Tensor] = {}
     for name, tensor in _load_tensors(start, file).items():
@@ -64,13 +64,13 @@ def _require_published_net(start: Start, spec: DiT, path: FlowPath) -> None:
     for field, value in required_fields.items():
         run_value = getattr(spec, field)
         if run_value != value:
-            raise UserError(f"{prefix} has {field} {value}, and this one {run_value}: set net.{field}={value}")
+            raise UserError(f"{prefix} has {field} {value}, but this run {run_value}: set net.{field}={value}")
     if spec.texts:
-        raise UserError(f"{prefix} is a net of classes, and this one reads texts: set net.texts=null")
+        raise UserError(f"{prefix} is class-conditional, but this run uses texts: set net.texts=null")
     if start.kind == "sit" and (path.kind != "linear" or path.sd != 1):
         raise UserError(
-            f"{prefix} is a velocity on path 'linear' of sd 1, not on path '{path.kind}' of sd {path.sd:g}: set "
-            "path.kind=linear path.sd=1"
+            f"{prefix} predicts a velocity on path 'linear' with sd 1, not on path '{path.kind}' with sd {path.sd:g}: "
+            "set path.kind=linear path.sd=1"
         )
 
 
@@ -90,9 +90,8 @@ def _load_tensors(start: Start, place: Path) -> dict[str, Tensor]:
                 return from_diffusers(part_weights.load())
             break
     raise UserError(
-        f"start.source: {place} is a folder of {model_class}. A sit is one safetensors file under its authors' names, "
-        f"a dit such a file or a folder of {_DIFFUSERS_CLASS}, and a flow model of diffusers a net of its own: "
-        "net.kind=diffusers"
+        f"start.source: {place} contains {model_class}: use a safetensors file of the authors, for start.kind=dit also "
+        f"a folder of a {_DIFFUSERS_CLASS}; diffusers flow models need net.kind=diffusers instead"
     )
 
 
@@ -119,7 +118,7 @@ def _require_layers(start: Start, tensors: dict[str, Tensor], net: Transformer) 
         source_names.add(net_name)
     missing = sorted({*trunk_names, *_OTHER_CONVERTED} - source_names - {"positions"})
     if missing:
-        raise UserError(f"{prefix} it has nothing for {missing[0]}: {fix}")
+        raise UserError(f"{prefix} it has no weights for {missing[0]}: {fix}")
 
     # Compare the shapes. A DiT also predicts a variance.
     width, patch_numbers = net.embed.weight.shape

@@ -116,8 +116,8 @@ class Duration:
             return cls(requested.steps)
         if recorded and recorded.steps != requested.steps:
             raise UserError(
-                f"train.steps={requested.steps} of a run that ends after train.minutes={requested.minutes:.4g}, "
-                "whatever its steps: set train.minutes"
+                f"train.steps={requested.steps} has no effect in a run that ends after "
+                f"train.minutes={requested.minutes:.4g}: set train.minutes"
             )
 
         # Continue from the checkpoint's time. Changed minutes stretch the schedule.
@@ -128,8 +128,7 @@ class Duration:
         if stretched.seconds_left < 0:
             minutes_done = minutes_text(trained.seconds / SECONDS_PER_MINUTE)
             raise UserError(
-                f"train.minutes={requested.minutes:.4g}, but {minutes_done} are trained already: set train.minutes to "
-                "more"
+                f"train.minutes={requested.minutes:.4g}, but {minutes_done} are trained already: increase train.minutes"
             )
         share = trained.seconds / stretched.promised_seconds
         return cls(requested.steps, stretched.model_copy(update={"share": share}))

@@ -252,7 +252,7 @@ def test_an_autoencoder_that_cuts_patches_first_has_the_factor_of_its_config(tmp
     config = tmp_path / "vae" / CONFIG
     fields = json.loads(config.read_text())
     config.write_text(json.dumps(fields | {"scale_factor_spatial": 8}))
-    with pytest.raises(UserError, match=r"makes latents of shape \(8, 2, 2\) .* implies \(8, 4, 4\): restore"):
+    with pytest.raises(UserError, match=r"to shape \(8, 2, 2\), .* implies \(8, 4, 4\): restore"):
         of(tmp_path).open().encode(images(32))
 
 

@@ -237,7 +237,10 @@ def test_data_are_seen_once(folders: dict[FeatureKind, Path], monkeypatch: pytes
 @pytest.mark.parametrize(
     ("spoil", "line"),
     [
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'), "holds a vit, no Dinov2Model"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'),
+            "contains a vit, not a Dinov2Model",
+        ),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 30), "model.safetensors is damaged"),
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), r"pytorch_model.bin"),
     ],

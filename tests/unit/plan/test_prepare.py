@@ -147,7 +147,9 @@ def test_a_recipe_is_compared_with_the_run_in_its_folder_as_on_the_command_line(
     sets = ["net.width=16", "net.depth=1", "train.batch=16", "train.steps=4"]
     other = small | {"train.batch": 16, "train.steps": 4}
     refused = call("train", "moons", "--out", run.folder, "--device", "cpu", *sets)
-    with pytest.raises(dumo.UserError, match=r"is of another run:\n  train\.batch: 8 recorded, 16 requested") as error:
+    with pytest.raises(
+        dumo.UserError, match=r"belongs to a different run:\n  train\.batch: 8 recorded, 16 requested"
+    ) as error:
         train(tmp_path, source="moons", overrides=other)
     assert refused.code == 2
     assert refused.err.splitlines()[:2] == f"error: {error.value}".splitlines()[:2]

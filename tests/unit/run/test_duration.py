@@ -193,7 +193,7 @@ def test_steps_of_a_run_that_ends_by_the_clock_are_refused(clock: Clock, tmp_pat
     """They would only change its warmup; and a run of steps cannot be given minutes."""
     folder = tmp_path / "run"
     train(folder, clock, tiny("moons", *TIMED))
-    with pytest.raises(UserError, match="whatever its steps"):
+    with pytest.raises(UserError, match="has no effect in a run"):
         train(folder, clock, None, "train.steps=100")
     with pytest.raises(UserError, match="duration is set by"):
         train(folder, clock, None, "train.steps=100", "train.minutes=null")

@@ -185,7 +185,7 @@ def test_a_permitted_change_is_listed_and_a_deciding_one_is_refused(tmp_path: Pa
     assert "from step 4 on train.clip is 1.0, and was null" in told
     assert load_run(tmp_path).spec.train.clip == 1
     before = (tmp_path / RUN_FILE).read_bytes()
-    words = r"(?s)step-00000006 is of another run:\n  train\.batch: 4 recorded, 5 requested\nPut.* --from 6 --out NEW"
+    words = r"(?s)step-00000006 belongs to a different run:\n  train\.batch: 4 recorded, 5 .*Reset.* --from 6 --out NEW"
     with pytest.raises(UserError, match=words):
         train(tiny("moons", "train.batch=5"), tmp_path)
     assert (tmp_path / RUN_FILE).read_bytes() == before

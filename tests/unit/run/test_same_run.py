@@ -157,7 +157,7 @@ def test_every_field_of_run_yaml_is_compared_or_makes_no_difference(run: Path) -
             if free:
                 assert torch.equal(samples(run, base), wanted), field
             continue
-        words = rf"(?s)step-00000004.* is of another run:.*\n  {field.removesuffix('.kind')}"
+        words = rf"(?s)step-00000004.* belongs to a different run:.*\n  {field.removesuffix('.kind')}"
         with pytest.raises(UserError, match=words):
             load_run(str(run), device="cpu")
         with pytest.raises(UserError, match=words):
