@@ -29,7 +29,7 @@ STABLE_DIFFUSION = Diffusion(schedule=Schedule(kind="scaled_linear", start=0.000
 def by_hand(net: nn.Module, b: NoisyBatch) -> tuple[Tensor, Tensor]:
     """Samples, with gradients of the last jump alone, and their diffused noise: row by row, as a sampler would."""
     start = b.path.initial_std
-    times = OBJECTIVE.times.sampler_times
+    times = OBJECTIVE.times.taught
     made: list[Tensor] = []
     for i in range(len(b.t)):
         x = start * b.z[i : i + 1]

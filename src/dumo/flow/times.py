@@ -416,11 +416,11 @@ class OfSampler(TimeLaw):
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
         """t and r of n rows, both (n,)."""
-        t = torch.tensor(self.sampler_times)[torch.arange(n) % self.steps]
+        t = torch.tensor(self.taught)[torch.arange(n) % self.steps]
         return t, torch.zeros(n)
 
     @property
-    def sampler_times(self) -> list[float]:
+    def taught(self) -> list[float]:
         """The times in decreasing order."""
         return jump_times(self.steps, self.m)
 

@@ -120,15 +120,15 @@ class DMD2(ObjectiveSpec):
 
     def readings(self, net: Net) -> Readings:
         """Return the endpoint, at the times of training alone."""
-        return Readings(endpoint=jump_to_data(net), only=tuple(self.times.sampler_times))
+        return Readings(endpoint=jump_to_data(net), only=tuple(self.times.taught))
 
     def _inputs(self, net: Frozen, b: NoisyBatch) -> Sample:
         """Return x_t at the time of each row by (1), (b, ...): rows of lower times are carried through higher ones."""
         x_t = b.path.initial_std * b.z
         places = range(len(b.t))
-        for k, (name, s) in enumerate(zip(self._names_of_noise(), self.times.sampler_times[1:], strict=True)):
+        for k, (name, s) in enumerate(zip(self._names_of_noise(), self.times.taught[1:], strict=True)):
             rows = index([i for i in places if i % self.times.steps > k], b.t.device)
-            carried = replace(b, t=torch.full_like(b.t, self.times.sampler_times[k]))[rows]
+            carried = replace(b, t=torch.full_like(b.t, self.times.taught[k]))[rows]
             with torch.no_grad(), dropout.rows(rows):
                 samples = _jump(net, x_t[rows], carried)
             x_s, _ = b.path.at(samples, carried.drawn[name].to(b.z), torch.full_like(carried.t, s))
