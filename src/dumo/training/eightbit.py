@@ -1,14 +1,14 @@
-"""AdamW whose two moments take 8 bits each (Dettmers et al. 2022), and weights of 16 bits that are rounded at random.
+"""AdamW with 8-bit moments (Dettmers et al. 2022) and stochastic rounding of bf16 weights.
 
-`AdamW8bitOptimizer` is the optimizer; `_require` asks for bitsandbytes. A step is torch's, in float32, on one
-parameter's moments at a time. Between steps bitsandbytes keeps them as codes, and a scale to each block of 256 numbers:
-plain tensors, sharded as their parameter, so checkpoints, layouts and counts treat them as any other. A block never
-crosses a row of a matrix, and ranks split a matrix by rows, so blocks and rounding are the same as on one process. The
-moments of a vector, of a matrix whose rows are not whole blocks, and of fewer than 4096 numbers stay in float32.
+`AdamW8bitOptimizer` runs torch's AdamW in float32, one parameter at a time. Between steps the moments are stored as
+bitsandbytes codes with one scale per block of 256 numbers. These are plain tensors that are sharded like their
+parameter, so checkpoints and sharding need no special cases. Blocks do not cross rows of a matrix, and ranks shard by
+rows, so blocks and rounding are the same as on one process. The moments of vectors, of matrices whose rows are not
+multiples of 256, and of parameters with fewer than 4096 numbers stay in float32.
 
-A weight in bf16 has 8 significant bits, and most steps are less than half of the last one: rounded to the nearest, the
-weight would not move. Rounded up or down at random, so that the mean is exact, it moves on average as a weight in
-float32 does (Gupta et al. 2015). The random numbers are a function of seed, step, parameter and place in the whole.
+A bf16 weight has 8 significant bits, and most updates are smaller than half of the last bit, so rounding to nearest
+would not change the weight. Stochastic rounding is unbiased, so on average the weight changes as in float32 (Gupta et
+al. 2015). The random numbers are a function of seed, step, parameter and position in the whole parameter.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,19 +26,23 @@ from dumo.runtime import import_bitsandbytes, require
 from dumo.runtime.random import random_uint32
 from dumo.training.layout import empty_rows_like, local_tensor, offset_on_rank
 
-BLOCK = 256  # numbers to a scale: bitsandbytes'; Dettmers et al.'s is 2048
-_MIN_PARAMETER_SIZE = 4096  # numbers of a parameter whose moments take 8 bits: bitsandbytes'
-_ROUNDED_AT_ONCE = 2**24  # numbers of a weight: ours, to save memory
-_MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # keys of torch's state, and whether the moment has a sign
+# Numbers per scale, as in bitsandbytes. Dettmers et al. use 2048.
+BLOCK = 256
+# The minimum number of parameters for 8-bit moments, as in bitsandbytes.
+_MIN_PARAMETER_SIZE = 4096
+# Weights are rounded in pieces of this size to save memory.
+_ROUNDED_AT_ONCE = 2**24
+# Keys of torch's state, and whether the moment is signed.
+_MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
 
 
 def has_8bit_moments(p: Tensor) -> bool:
-    """Whether the moments of a parameter take 8 bits."""
+    """Return whether a parameter has 8-bit moments."""
     return p.ndim > 1 and p.numel() >= _MIN_PARAMETER_SIZE and prod(p.shape[1:]) % BLOCK == 0
 
 
 def _require() -> None:
-    """Import bitsandbytes. Raises UserError without it."""
+    """Import bitsandbytes. Raise UserError if it is missing."""
     import_bitsandbytes()
     require("bitsandbytes", "quantised", "optimizer 'adamw8bit'")
     for signed in _MOMENTS.values():
@@ -47,9 +51,9 @@ def _require() -> None:
 
 @cache
 def _code_values(signed: bool, device: torch.device) -> Tensor:
-    """Return the values of the 256 codes before scaling, in [-1, 1] or [0, 1]: Dettmers et al.'s dynamic map.
+    """Return the unscaled values of the 256 codes, in [-1, 1] or [0, 1] (the dynamic map of Dettmers et al.).
 
-    They stay on the device, because each copy from the host would wait for the GPU.
+    They are cached on the device, because a copy from the host would synchronize.
     """
     from bitsandbytes.functional import create_dynamic_map
 
@@ -60,12 +64,12 @@ def _code_values(signed: bool, device: torch.device) -> Tensor:
 
 
 class AdamW8bitOptimizer(torch.optim.Optimizer):
-    """AdamW with moments of 8 bits; parameters in bf16 are rounded at random, keyed by `seed`."""
+    """AdamW with 8-bit moments. bf16 parameters are rounded stochastically, keyed by `seed`."""
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], **options: object) -> None:
-        """`options` are lr, betas, eps and weight_decay. Raises UserError without bitsandbytes."""
+        """Create the optimizer; `options` are lr, betas, eps and weight_decay. Raise UserError without bitsandbytes."""
         _require()
-        self.seed = 0  # `dumo.training.state.begin` sets the run's
+        self.seed = 0  # `dumo.training.state.begin` sets the run's seed
         self.names = {p: name for name, p in named_parameters}
         groups: list[dict[str, Any]] = []
         for is_8bit in (True, False):
@@ -75,35 +79,39 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
         super().__init__(groups, {})
 
     def __getstate__(self) -> dict[str, Any]:
-        """The fields of a copy and a pickle: torch's method has its own fields alone."""
+        """Return the fields to copy or pickle. torch's method returns only its own."""
         return {**super().__getstate__(), "seed": self.seed, "names": self.names}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # noqa: ANN401, as torch's
-        """Move all parameters that have a gradient; no closure is called."""
+        """Update all parameters that have a gradient. The closure is not called."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     self._update_parameter(p, p.grad, group)
 
     def _update_parameter(self, p: nn.Parameter, grad: Tensor, group: Mapping[str, Any]) -> None:
-        """Move one parameter. On a GPU a fused kernel does it, which rounds unlike a CPU's."""
+        """Update one parameter. On a GPU a fused kernel is used, which rounds differently from a CPU."""
         state = self.state[p]
         weight = local_tensor(p.detach())
         if not state:
-            state["step"] = torch.tensor(0.0)  # on the CPU, where reading it waits for no GPU
+            # Keep the step on the CPU, so that reading it does not synchronize.
+            state["step"] = torch.tensor(0.0)
             for key in _state_keys(p):
                 state[key] = torch.zeros_like(self.empty_state(key, p))
-        step = state["step"].clone()  # before this update; `adamw` adds 1 to it
+        # `adamw` adds 1 to its step.
+        step = state["step"].clone()
         state["step"] += 1
-        if not weight.numel():  # a parameter with fewer rows than ranks
+        # A parameter with fewer rows than ranks is empty on some ranks.
+        if not weight.numel():
             return
         if p.is_cuda:
-            # The fused kernel reads the step on the GPU. A fill does not wait for it, as a copy would.
+            # The fused kernel reads the step on the GPU. Unlike a copy, a fill does not synchronize.
             step = torch.full((), step.item(), device=p.device)
         exp_avg = _float_moment(state, "exp_avg")
         exp_avg_sq = _float_moment(state, "exp_avg_sq")
-        new_weight = weight.float()  # the weight itself if it is in float32
+        # For a float32 weight, this is the weight itself.
+        new_weight = weight.float()
         beta1, beta2 = group["betas"]
         adamw(
             [new_weight],
@@ -124,14 +132,15 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
         )
         _store_moment(state, "exp_avg", exp_avg)
         _store_moment(state, "exp_avg_sq", exp_avg_sq)
-        if is_fake(weight):  # it has no values to round
+        # Fake tensors have no values to round.
+        if is_fake(weight):
             weight.copy_(new_weight)
         elif weight.dtype in HALVES:
             key = f"{self.names[p]}/{int(state['step'])}"
             self._round_at_random(new_weight.view(-1), weight.view(-1), offset_on_rank(p), key)
 
     def _round_at_random(self, x: Tensor, out: Tensor, offset: int, key: str) -> None:
-        """Round x (n,) to bf16 into `out` (n,): a part of a parameter, from its number `offset` on."""
+        """Round x (n,), which starts at index `offset` of a parameter, to bf16 in `out` (n,)."""
         for start in range(0, len(x), _ROUNDED_AT_ONCE):
             piece = x[start : start + _ROUNDED_AT_ONCE]
             random_bits = random_uint32(
@@ -140,21 +149,21 @@ class AdamW8bitOptimizer(torch.optim.Optimizer):
             out[start : start + _ROUNDED_AT_ONCE] = round_stochastically(piece, random_bits)
 
     def empty_state(self, key: str, p: Tensor) -> Tensor:
-        """An empty tensor of the shape, type and layout of one entry of a parameter's state."""
+        """Return an empty tensor with the shape, dtype and layout of one entry of a parameter's state."""
         if key.endswith("_scale"):
             return empty_rows_like(p, prod(p.shape[1:]) // BLOCK)
         dtype = torch.uint8 if key.endswith("_codes") else torch.float32
         return torch.empty_like(p, dtype=dtype, requires_grad=False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state, each tensor in its own type: torch's method would give all the parameters' type."""
+        """Load the state and keep the dtypes. torch's method would cast all tensors to the parameters' dtype."""
         super().load_state_dict({**state_dict, "state": {}})
         params = [p for group in self.param_groups for p in group["params"]]
         self.state.update({params[index]: state for index, state in state_dict["state"].items()})
 
 
 def _state_keys(p: Tensor) -> list[str]:
-    """The names of a parameter's state, but for its step."""
+    """Return the names of a parameter's state without the step."""
     if not has_8bit_moments(p):
         return [*_MOMENTS]
     keys: list[str] = []
@@ -164,7 +173,7 @@ def _state_keys(p: Tensor) -> list[str]:
 
 
 def _float_moment(state: Mapping[str, Tensor], moment: str) -> Tensor:
-    """This rank's part of a moment in float32: the tensor in the state itself, or what its codes stand for."""
+    """Return this rank's part of a moment in float32: the tensor in the state, or its dequantized codes."""
     if moment in state:
         return local_tensor(state[moment])
     codes = local_tensor(state[f"{moment}_codes"])
@@ -175,11 +184,12 @@ def _float_moment(state: Mapping[str, Tensor], moment: str) -> Tensor:
 
 
 def _store_moment(state: Mapping[str, Tensor], moment: str, x: Tensor) -> None:
-    """Put a moment back as codes, where the state has codes."""
+    """Quantize a moment, if the state contains codes."""
     if moment in state:
         return
     ops: Any = torch.ops.bitsandbytes
     codes, scale = ops.quantize_blockwise(x, _code_values(_MOMENTS[moment], x.device), BLOCK)
     local_tensor(state[f"{moment}_codes"]).copy_(codes)
-    scale += 0 * x.view(-1, BLOCK).sum(1)  # codes cannot be NaN, so a NaN of the block goes into its scale
+    # Codes cannot be NaN, so store a NaN of the block in its scale.
+    scale += 0 * x.view(-1, BLOCK).sum(1)
     local_tensor(state[f"{moment}_scale"]).view(-1).copy_(scale)

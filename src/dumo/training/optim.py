@@ -1,10 +1,7 @@
-"""Optimizer specs: the field `train.optimizer`.
+"""Optimizer specs for the field `train.optimizer`.
 
-A spec (`AdamW`, `Adam`, `AdamW8bit`, `Muon`) contains the peak learning rate. Calling it with a net creates the torch
-optimizer of the trained weights.
-
-`half_rates` returns the fields to set after a training diverged; `time_embedder_parameters` returns the weights that
-may have their own learning rate with Muon.
+A spec (`AdamW`, `Adam`, `AdamW8bit`, `Muon`) contains the peak learning rate. Calling it with a network creates the
+torch optimizer of the trained weights. `half_rates` returns the fields to set after training diverged.
 """
 
 from collections.abc import Collection
@@ -26,7 +23,7 @@ AdamBeta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Adaptive(Spec, Generic[OptimizerKind]):
-    """A step from two moments of the gradient. The defaults are the paper's (Sec. 4.1); eps is torch's."""
+    """Base class of Adam and AdamW. The defaults are the paper's (Sec. 4.1), except eps, which is torch's."""
 
     torch_class: ClassVar[type[torch.optim.Adam]]
     kind: OptimizerKind
@@ -34,15 +31,15 @@ class Adaptive(Spec, Generic[OptimizerKind]):
     betas: tuple[AdamBeta, AdamBeta] = (0.9, 0.95)
     weight_decay: WeightDecay = Field(default=0.0, json_schema_extra=QUIET)
     eps: LearningRate = Field(default=1e-8, json_schema_extra=QUIET)
-    # Of the adapters of the fake score of objective dmd2; None: lr
+    # The learning rate of the fake score's adapters (objective dmd2). None means lr.
     fake_lr: LearningRate | None = Field(default=None, exclude_if=lambda lr: lr is None, json_schema_extra=CHANGES)
 
     def __call__(self, net: nn.Module) -> torch.optim.Optimizer:
-        """Create the optimizer of a net's trained weights."""
+        """Create the optimizer of a network's trained weights."""
         return self._with_fake_lr(self.optimizer_of(_trained_parameters(net)), net)
 
     def _with_fake_lr(self, optimizer: torch.optim.Optimizer, net: nn.Module) -> torch.optim.Optimizer:
-        """Move the weights of the fake score to parameter groups with `fake_lr`, if it is set."""
+        """Move the fake score's weights to parameter groups with `fake_lr`, if it is set."""
         if self.fake_lr is None:
             return optimizer
         fake_parameters = fake_score_parameters(net)
@@ -54,7 +51,7 @@ class Adaptive(Spec, Generic[OptimizerKind]):
         return optimizer
 
     def optimizer_of(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """Create the torch optimizer of some parameters. Fused GPU kernels round differently than the CPU."""
+        """Create the torch optimizer of some parameters. On GPUs it is fused, which rounds differently from a CPU."""
         fused = True if all(p.is_cuda for p in params) else None
         return self.torch_class(params, self.lr, self.betas, self.eps, self.weight_decay, fused=fused)
 
@@ -67,19 +64,19 @@ class AdamW(Adaptive[Literal["adamw"]]):
 
 
 class Adam(Adaptive[Literal["adam"]]):
-    """Adam (arXiv 1412.6980); weight decay is added to the gradient."""
+    """Adam (arXiv 1412.6980). Weight decay is added to the gradient."""
 
     torch_class = torch.optim.Adam
     kind: Literal["adam"] = "adam"
 
 
 class AdamW8bit(Adaptive[Literal["adamw8bit"]]):
-    """AdamW with moments of 8 bits, by bitsandbytes (`AdamW8bitOptimizer`): 2 bytes of memory to a weight, not 8."""
+    """AdamW with 8-bit moments from bitsandbytes (`AdamW8bitOptimizer`): 2 bytes per weight instead of 8."""
 
     kind: Literal["adamw8bit"] = "adamw8bit"
 
     def __call__(self, net: nn.Module) -> AdamW8bitOptimizer:
-        """Create the optimizer of a net's trained weights. Raise UserError if bitsandbytes is missing."""
+        """Create the optimizer of a network's trained weights. Raise UserError if bitsandbytes is missing."""
         named_parameters = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
         optimizer = AdamW8bitOptimizer(named_parameters, **self.model_dump(exclude={"kind", "fake_lr"}))
         self._with_fake_lr(optimizer, net)
@@ -87,28 +84,31 @@ class AdamW8bit(Adaptive[Literal["adamw8bit"]]):
 
 
 class Muon(Spec):
-    """Muon (Jordan et al. 2024) for the matrices of a net's blocks, AdamW for all else (`MuonOptimizer`).
+    """Muon (Jordan et al. 2024) for the matrices in a network's blocks, AdamW for all other weights (`MuonOptimizer`).
 
-    Matrices are the weights of linear layers and, with filters as rows, of convolutions. Embeddings, heads, label
-    tables, biases and norms are AdamW's. Fused layers (`fused`: queries, keys and values; shifts, scales and gates; the
-    two halves of a SwiGLU) are orthogonalized one by one.
+    Matrices are the weights of linear layers and convolutions (one row per filter). Embeddings, heads, label tables,
+    biases and norms use AdamW. The parts of fused layers (`fused`: queries, keys and values; shifts, scales and gates;
+    the halves of a SwiGLU) are orthogonalized separately.
     """
 
     kind: Literal["muon"] = "muon"
-    lr: LearningRate = Field(default=1e-3, json_schema_extra=CHANGES)  # of matrices, as large as AdamW's
+    # For matrices. Updates are scaled so that AdamW's rates can be used.
+    lr: LearningRate = Field(default=1e-3, json_schema_extra=CHANGES)
     momentum: AdamBeta = 0.95  # Jordan et al.
-    # Of matrices and all else; Moonlight (Liu et al. 2025) takes 0.1.
+    # For all weights. Moonlight (Liu et al. 2025) uses 0.1.
     weight_decay: WeightDecay = Field(default=0.0, json_schema_extra=QUIET)
-    adamw_lr: LearningRate | None = Field(default=None, json_schema_extra=CHANGES)  # AdamW's; None: lr
-    # AdamW's for the embedders of times (docs/mathematics.md#the-embedders-rate); None: adamw_lr
+    # For the weights that use AdamW. None means lr.
+    adamw_lr: LearningRate | None = Field(default=None, json_schema_extra=CHANGES)
+    # For time embedders (docs/mathematics.md#the-embedders-rate). None means adamw_lr.
     time_lr: LearningRate | None = Field(default=None, json_schema_extra=CHANGES)
-    betas: tuple[AdamBeta, AdamBeta] = (0.9, 0.95)  # AdamW's, as is eps
+    # betas and eps are AdamW's.
+    betas: tuple[AdamBeta, AdamBeta] = (0.9, 0.95)
     eps: LearningRate = Field(default=1e-8, json_schema_extra=QUIET)
 
     def __call__(self, net: nn.Module) -> torch.optim.Optimizer:
-        """Create the optimizer of a net's trained weights.
+        """Create the optimizer of a network's trained weights.
 
-        Raise UserError if its blocks have no matrices, or if `time_lr` is set and no module embeds times.
+        Raise UserError if no block has matrices, or if `time_lr` is set and there is no time embedder.
         """
         num_stacked = block_matrices(net)
         if not num_stacked:
@@ -135,7 +135,7 @@ class Muon(Spec):
         return MuonOptimizer(params_by_stack, adamw, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
     def _adamw(self, parameters: list[nn.Parameter], time_embedders: Collection[nn.Parameter]) -> torch.optim.Optimizer:
-        """Create AdamW for some parameters. With `time_lr`, `time_embedders` are a separate parameter group."""
+        """Create AdamW for some parameters. With `time_lr`, time embedders form a separate parameter group."""
         lr = self.adamw_lr or self.lr
         adamw = AdamW(lr=lr, betas=self.betas, weight_decay=self.weight_decay, eps=self.eps).optimizer_of(parameters)
         time_parameters = [p for p in parameters if p in time_embedders]
@@ -150,23 +150,23 @@ Optimizer = Annotated[AdamW | Adam | AdamW8bit | Muon, Field(discriminator="kind
 
 
 def half_rates(optimizer: Optimizer) -> dict[str, float]:
-    """Return half of each learning rate of an optimizer, by field."""
+    """Return half of each learning rate, by field."""
     rates = {name: getattr(optimizer, name, None) for name in ("lr", "adamw_lr", "time_lr", "fake_lr")}
     return {name: rate / 2 for name, rate in rates.items() if rate is not None}
 
 
 def _trained_parameters(net: nn.Module) -> list[nn.Parameter]:
-    """Return the trained parameters of a net."""
+    """Return the trained parameters of a network."""
     return [p for p in net.parameters() if p.requires_grad]
 
 
 def fake_score_parameters(net: nn.Module) -> set[nn.Parameter]:
-    """Return the trained weights of a net that are those of its fake score alone."""
+    """Return the trained weights that belong only to the fake score."""
     return {*getattr(net, "fake_score_parameters", ())}
 
 
 def time_embedder_parameters(net: nn.Module) -> set[nn.Parameter]:
-    """Return the trained weights of a net's time embedders, which are modules with `embeds_times = True`."""
+    """Return the trained weights of time embedders, which are modules with `embeds_times = True`."""
     parameters: set[nn.Parameter] = set()
     for module in net.modules():
         if getattr(module, "embeds_times", False):
