@@ -17,13 +17,13 @@ GROUPS = (
     "Your own images",
     "A pretrained transformer",
     "A subject on a few-step LoRA",
-    "A pretrained diffusion",
-    "By words",
+    "A pretrained diffusion model",
+    "Text to image, from scratch",
     "Compare objectives on digits, at equal cost",
-    "More of DuMo on digits",
-    "Two moons, where everything can be seen",
+    "More DuMo on digits",
+    "Two moons",
     "CIFAR-10",
-    "ImageNet, in small",
+    "ImageNet, at a small size",
     "ImageNet, at the paper's size",
 )
 
