@@ -53,6 +53,6 @@ def test_a_caption_without_an_image_is_named(photos: Path) -> None:
     warn_once.cache_clear()
     done = call("show", "text-256", *RECIPE)
     assert done.code == 0
-    assert "11 different ones of 12 images, one each; 1 image has none" in done.out
+    assert "11 different captions for 12 images, one each; 1 image has none" in done.out
     assert done.err.count("'img_99.png' in photos/metadata.csv line 2") == 1
     assert done.err.count("1 of 12 images have no caption, nor a blank one: img_00.png") == 1

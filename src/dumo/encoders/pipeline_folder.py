@@ -40,7 +40,7 @@ CUSTOM_PIPELINE = "custom_pipeline"  # a key for custom code of the pipeline
 SCHEDULER_CONFIG = "scheduler_config.json"
 SECOND_TRANSFORMER = "transformer_2"  # in pipelines with two transformers
 _SOURCE_SCHEMA: JsonDict = {**MAYBE_PLACE, **HUB_MODEL, "names": [*SMALL]}
-HINT = f"Set {FIELD} to a diffusers pipeline: OWNER/NAME on the Hugging Face Hub, or a folder with {INDEX}"
+HINT = f"{FIELD}=... must be a diffusers pipeline: OWNER/NAME on the Hugging Face Hub, or a folder with {INDEX}"
 TEXT_PARTS = re.compile(r"(text_encoder|tokenizer)(_\d)?")  # component names
 OptionalPart = Literal["text_encoder_3"]  # the T5 of SD3, which is optional in diffusers
 _OPTIONAL_PARTS: tuple[OptionalPart, ...] = get_args(OptionalPart)

@@ -27,10 +27,12 @@ def lines(data: Data) -> list[tuple[str, str]]:
 
 def test_captions_are_counted(tmp_path: Path) -> None:
     assert lines(load("digits").data) == []
-    words = "200, of 10 classes by 15 templates, and 5 that are held out of training"
+    words = "200, from 10 classes and 15 templates; 5 more templates are held out"
     assert lines(load("digits-words").data) == [("ok", words)]
     as_lines(tmp_path / "a", TOLD)
-    assert lines(captioned(tmp_path / "a")) == [("ok", "9 different ones of 12 images, up to 2 each; 1 image has none")]
+    assert lines(captioned(tmp_path / "a")) == [
+        ("ok", "9 different captions for 12 images, up to 2 each; 1 image has none")
+    ]
     assert lines(captioned(tmp_path / "later")) == []
 
 
