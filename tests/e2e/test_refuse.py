@@ -93,7 +93,7 @@ READING = (["show"], ["train", "--yes"], ["encode", "--codec", "taef2"])
 def test_a_folder_of_a_recipes_name_is_not_taken_for_it(what: str, here: Path, trained: dict[str, Path]) -> None:
     """By any command; each of the two has a name of its own."""
     digits_here(what, trained)
-    both = ("write dumo:digits for dumo's, or ./digits for the folder",)
+    both = ("write dumo:digits for the name, or ./digits for the folder",)
     for first, *rest in READING:
         refused(first, "digits", *rest, named=both)
     assert "kind: digits" in call("show", "dumo:digits").out

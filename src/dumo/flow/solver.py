@@ -263,8 +263,8 @@ def check(solver: Solver, readings: Readings, *nfes: int) -> None:
         if readings.only and not _uses_trained_times(solver, readings, nfe):
             trained_times = ", ".join(f"{t:.4g}" for t in readings.only)
             raise UserError(
-                f"solver '{solver.kind}' with nfe = {nfe} uses the endpoint at other times than those of its training "
-                f"({trained_times}): set m to that of objective.times, and nfe to its steps or to 1"
+                f"solver '{solver.kind}' with nfe = {nfe} uses the endpoint at times at which it was not trained "
+                f"(trained: {trained_times}): set m to that of objective.times, and nfe to its steps or to 1"
             )
         if not _uses_trained_times(solver, readings, nfe):
             raise UserError(

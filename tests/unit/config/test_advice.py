@@ -26,7 +26,7 @@ def test_a_size_far_from_the_pipelines_is_mentioned() -> None:
     assert not advice(load("sd3-lora"))
     assert not advice(load("cifar10-latents", ["pipeline=sd3-small", "net={kind: diffusers, texts: {kind: codes}}"]))
     (line,) = advice(load("sd3-lora", ["data.images.side=256"]))
-    assert "1024 x 1024 pixels by default, and this run has 256 x 256" in line
+    assert "1024 x 1024 pixels, but this run uses 256 x 256" in line
     assert ways(line) == ["data.images.side=1024"]
     assert not advice(load("sd3-lora", ways(line)))
 
@@ -35,7 +35,7 @@ def test_a_diffusion_at_two_thirds_of_its_size_is_mentioned() -> None:
     """As Stable Diffusion 2.1, of 768 pixels, would be at the 512 of sd15-lora."""
     assert not advice(load("sd15-lora"))
     (line,) = advice(load("sd15-lora", ["data.images.side=768"]))
-    assert "512 x 512 pixels by default, and this run has 768 x 768" in line
+    assert "512 x 512 pixels, but this run uses 768 x 768" in line
     assert not advice(load("sd3-lora", ["data.images.side=768"]))
 
 
@@ -67,7 +67,7 @@ def test_of_others_nothing_is_said(sets: list[str], sd: float | None) -> None:
     ("recipe", "sets", "who"),
     [
         ("digits-ict", ["path.sd=1"], "objective 'consistency' and net.precondition 'edm'"),
-        ("digits-ict", ["path.sd=1", "net.precondition=none"], "objective 'consistency' are"),
+        ("digits-ict", ["path.sd=1", "net.precondition=none"], "objective 'consistency' assume"),
         ("digits-sct", [], "objective 'sct'"),
         ("digits", ["net.precondition=edm"], "of net.precondition 'edm'"),
     ],

@@ -52,7 +52,7 @@ def test_merge(change: str, part: str, expected: object) -> None:
 
 
 def test_merge_refuses_fields_of_a_value_that_has_none() -> None:
-    with pytest.raises(UserError, match=r"^path is linear in the base, a value without fields"):
+    with pytest.raises(UserError, match=r"^path is linear in the base, a plain value"):
         merged("path: {kind: linear}")
     with pytest.raises(UserError, match=r"^train.ema is \[\{decay: 0.9\}, \{decay: 0.99\}\] in the base"):
         merged("train: {ema: {decay: 0.5}}")
