@@ -26,7 +26,7 @@ from dumo.export.scheduler import restart_for_scheduler
 from dumo.export.stock import TRAIN_TIMESTEPS, StockPipeline, find_stock_pipeline
 from dumo.flow.path import Diffusion
 from dumo.flow.reading import head_of, readings_of
-from dumo.flow.solver import Hop, Restart, num_steps, uniform_times
+from dumo.flow.solver import Hop, Restart, num_steps
 from dumo.nets import Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.nets.gap import FixedTimes
@@ -61,8 +61,8 @@ class ExportedModel:
 
     @property
     def makes_hops(self) -> bool:
-        """Whether a net of two times is sampled with Hop."""
-        return bool(self.nfe) and isinstance(self.run.sample.solver, Hop)
+        """Whether the flow map is sampled with Hop."""
+        return self.head == "u" and isinstance(self.run.sample.solver, Hop)
 
     @property
     def pass_intervals(self) -> list[tuple[float, float]]:
@@ -129,8 +129,8 @@ class ExportedModel:
         A Hop is replaced by a Restart with the same start. Raises UserError if no scheduler reproduces the solver.
         """
         solver = self.run.sample.solver
-        if self.nfe and isinstance(solver, Hop):
-            return Restart(m=solver.start / 2, start=solver.start)
+        if self.makes_hops and isinstance(solver, Hop):
+            return Restart(m=solver.m or solver.start / 2, start=solver.start)
         return restart_for_scheduler(solver)
 
     def pipeline_times(self, passes: int) -> Sequence[float]:
@@ -203,8 +203,9 @@ class ExportedModel:
 
     def _start_times(self, n: int) -> list[float]:
         """Return the start times of n passes."""
-        if self.makes_hops:
-            return uniform_times(n, self.solver.start)[:-1]
+        solver = self.run.sample.solver
+        if self.makes_hops and isinstance(solver, Hop):
+            return solver.times(n)[:-1]
         return self.solver.times(n)
 
     def _scheduler_times(self, times: Sequence[float]) -> Tensor:
@@ -236,13 +237,13 @@ def choose_exported_model(
         )
     if head == "v" and run.readings.velocity and head_of(run.objective, "velocity") != head:
         raise UserError(f"objective '{run.objective.kind}' reads its velocity by another head than v: export head u")
-    if net.gap is None or head == "v":
-        return ExportedModel(run=run, spec=spec, net=net, head=head, dtype=dtype)
-    if net.diffusion and isinstance(solver, Hop):
+    if head == "u" and net.diffusion and isinstance(solver, Hop):
         raise UserError(
             "sample.solver is hop, and no stock scheduler makes such steps with a diffusion model: set "
             "sample.solver.kind=restart"
         )
+    if net.gap is None or head == "v":
+        return ExportedModel(run=run, spec=spec, net=net, head=head, dtype=dtype)
     if isinstance(solver, Hop):
         hop_head = head_of(run.objective, "flow_map")
         if hop_head != head:

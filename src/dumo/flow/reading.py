@@ -50,13 +50,16 @@ def bind_knobs(net: Net, **knobs: float) -> Net:
 
 
 def teacher_velocity(readings: Readings) -> TeacherVelocity:
-    """Return a teacher's velocity, a function of (x_t, t, c, v_t). Raises UserError if the readings have none."""
+    """Return a teacher's velocity, a function of (x_t, t, c, v_t). Raises UserError if the readings have none.
+
+    It is differentiable with respect to x_t, if x_t requires a gradient.
+    """
     read = readings.velocity
     if read is None:
         raise UserError("this teacher has no velocity, because its objective trains jumps only: use another teacher")
 
     def velocity(x: Sample, t: Time, c: Cond, v: Sample) -> Sample:
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
             # The recorded losses depend on the rounding of this form.
             return v + (read(x, t, c).to(v) - v)
 

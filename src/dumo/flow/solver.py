@@ -52,6 +52,12 @@ def jump_times(n: int, m: float = 0.5, start: float = 1.0) -> list[float]:
     return [m if 2 * k == n else start * (m / start) ** log2(n / (n - k)) for k in range(n)]
 
 
+def require_falling_times(m: float | None, start: float) -> None:
+    """Raise ValueError if the second of two times is not below the first."""
+    if m is not None and m >= start:
+        raise ValueError(f"m = {m} must be less than start = {start}: decrease m")
+
+
 def times_per_row(times: Sequence[float], like: Sample) -> list[Time]:
     """Return each time as a tensor (b,), on the device and in the dtype of `like` (b, ...)."""
     return [like.new_full((len(like),), t) for t in times]
@@ -114,12 +120,23 @@ class Hop(Stepper):
     kind: Literal["hop"] = "hop"
     # IMM uses 0.994 on ImageNet.
     start: Start = 1.0
+    # The second of two times, as of `Restart`; None means equal steps.
+    m: float | None = Field(default=None, gt=0, lt=1, exclude_if=lambda m: m is None)
+
+    @model_validator(mode="after")
+    def _require_falling_times(self) -> "Hop":
+        require_falling_times(self.m, self.start)
+        return self
+
+    def times(self, n: int) -> list[float]:
+        """Return the n + 1 decreasing times of n jumps, the last of them 0."""
+        return uniform_times(n, self.start) if self.m is None else [*jump_times(n, self.m, self.start), 0.0]
 
     def trail(self, readings: Readings, x: Sample, c: Cond, nfe: int) -> Iterator[Sample]:
         """x after every step."""
         check(self, readings, nfe)
         flow_map = require_reading(self, readings)
-        for t, s in pairwise(times_per_row(uniform_times(nfe, self.start), x)):
+        for t, s in pairwise(times_per_row(self.times(nfe), x)):
             x = flow_map(x, t, s, c)
             yield x
 
@@ -141,8 +158,7 @@ class Restart(Spec):
 
     @model_validator(mode="after")
     def _require_falling_times(self) -> "Restart":
-        if self.m >= self.start:
-            raise ValueError(f"m = {self.m} must be less than start = {self.start}: decrease m")
+        require_falling_times(self.m, self.start)
         return self
 
     def times(self, n: int) -> list[float]:
@@ -263,8 +279,8 @@ def check(solver: Solver, readings: Readings, *nfes: int) -> None:
         if readings.only and not _uses_trained_times(solver, readings, nfe):
             trained_times = ", ".join(f"{t:.4g}" for t in readings.only)
             raise UserError(
-                f"solver '{solver.kind}' with nfe = {nfe} uses the endpoint at times at which it was not trained "
-                f"(trained: {trained_times}): set m to that of objective.times, and nfe to its steps or to 1"
+                f"solver '{solver.kind}' with nfe = {nfe} makes jumps from times at which they were not trained "
+                f"(trained: {trained_times}): set m to that of objective.times, and nfe to its steps"
             )
         if not _uses_trained_times(solver, readings, nfe):
             raise UserError(
@@ -287,11 +303,14 @@ def can_make(solver: Solver, readings: Readings, nfe: int) -> bool:
     hops = readings.hops
     if not isinstance(solver, Hop) or hops is None:
         return True
-    return all(hops(t, s) for t, s in pairwise(uniform_times(nfe, solver.start)))
+    return all(hops(t, s) for t, s in pairwise(solver.times(nfe)))
 
 
 def _uses_trained_times(solver: Solver, readings: Readings, nfe: int) -> bool:
-    """Return whether the endpoint was trained at all times at which a solver uses it in nfe passes."""
+    """Return whether jumps were trained at all times at which a solver uses them in nfe passes."""
+    if isinstance(solver, Hop) and readings.only is not None:
+        trained_jumps = [*pairwise([*readings.only, 0.0])]
+        return all(any(_equal_jumps(jump, other) for other in trained_jumps) for jump in pairwise(solver.times(nfe)))
     if not isinstance(solver, Restart):
         return True
     if readings.only is not None:
@@ -299,3 +318,8 @@ def _uses_trained_times(solver: Solver, readings: Readings, nfe: int) -> bool:
     if not readings.lowest:
         return True
     return min(solver.times(nfe)) >= readings.lowest
+
+
+def _equal_jumps(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    """Whether two jumps (t, s) are equal up to rounding."""
+    return isclose(a[0], b[0]) and isclose(a[1], b[1])

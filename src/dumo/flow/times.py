@@ -404,20 +404,23 @@ class Grid(TimeLaw):
 
 
 class OfSampler(TimeLaw):
-    """The times of the solver `restart` in `steps` passes with its `m`, in turn, with r = 0 (DMD2, few-step SiD).
+    """The times of a solver in `steps` passes, t in turn and r the next time (DMD2, few-step SiD; TDM with `hop`).
 
     Their code draws one of these times for a whole batch. Here neighbouring rows have different ones (our choice), so
     every step has as many rows of each time, and costs the same.
     """
 
     kind: Literal["of_sampler"] = "of_sampler"
+    # Jumps to the data and fresh noise up to the next time, or jumps to the next time (`dumo.flow.solver`).
+    solver: Literal["restart", "hop"] = "restart"
     steps: int = Field(default=4, ge=1, le=PASSES)
     m: float = Field(default=0.75, gt=0, lt=1)
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
         """t and r of n rows, both (n,)."""
-        t = torch.tensor(self.taught)[torch.arange(n) % self.steps]
-        return t, torch.zeros(n)
+        times = torch.tensor([*self.taught, 0.0])
+        place = torch.arange(n) % self.steps
+        return times[place], times[place + 1]
 
     @property
     def taught(self) -> list[float]:
@@ -431,8 +434,8 @@ class OfSampler(TimeLaw):
 
     @property
     def between(self) -> bool:
-        """False, because all jumps end at the data."""
-        return False
+        """Whether jumps end before the data."""
+        return self.solver == "hop" and self.steps > 1
 
 
 Times = Annotated[

@@ -42,7 +42,9 @@ def run_as_marked(block: nn.Module, *inputs: Array | None) -> Array:
     contexts = noop_context_fn
     if not is_recorded:
         names = active_adapters(module)
-        contexts = partial(_with_adapters_of_first_pass, module, names) if names else _without_tangents
+        contexts = _without_tangents
+        if names is not None:
+            contexts = partial(_as_in_first_pass, module, names, training=module.training)
     return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
 
@@ -51,17 +53,25 @@ def _without_tangents() -> tuple[AbstractContextManager[None], AbstractContextMa
     return nullcontext(), primal_only()
 
 
-def _with_adapters_of_first_pass(
-    block: nn.Module, names: Sequence[str]
+def _as_in_first_pass(
+    block: nn.Module, names: Sequence[str], *, training: bool
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return the same contexts for a block with adapters.
+    """Return the same contexts for a block with adapters, of which these were active, in this mode.
 
-    Other adapters may be active in the backward pass, and the recomputation with those would give wrong gradients.
+    In the backward pass other adapters may be active, and the mode may differ if the first pass was a teacher's. The
+    recomputation with those would give wrong gradients.
     """
-    return nullcontext(), _recompute_with(block, names)
+    return nullcontext(), _recompute_with(block, names, training=training)
 
 
 @contextmanager
-def _recompute_with(block: nn.Module, names: Sequence[str]) -> Generator[None, None, None]:
-    with primal_only(), with_adapters(block, *names):
-        yield
+def _recompute_with(block: nn.Module, names: Sequence[str], *, training: bool) -> Generator[None, None, None]:
+    modes = [(part, part.training) for part in block.modules()]
+    if block.training != training:
+        block.train(training)
+    try:
+        with primal_only(), with_adapters(block, *names):
+            yield
+    finally:
+        for part, was_training in modes:
+            part.training = was_training

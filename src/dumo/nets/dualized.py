@@ -45,7 +45,7 @@ from dumo.nets.heads import (
     with_buffers_in_state,
     with_submodules,
 )
-from dumo.nets.lora import FAKE, FEW_STEP, SUBJECT, Lora, adapt, merge, with_adapters, without_adapters
+from dumo.nets.lora import FAKE, FEW_STEP, SUBJECT, Lora, adapt, merge, with_adapters
 from dumo.nets.lowpass import LowpassFit, MaskedLinear
 from dumo.nets.text_rows import Texts
 from dumo.nets.vp import DiffusionToVelocity
@@ -265,7 +265,7 @@ class Dualized(nn.Module):
         originals[self.family.last_layer] = self._join([original_last] * len(self.heads))
         trained = {path: self.model.get_submodule(path) for path in originals}
         gap = self.gap
-        with without_adapters(self.model):
+        with with_adapters(self.model):
             for path, part in originals.items():
                 self.model.set_submodule(path, part)
             self.gap = None

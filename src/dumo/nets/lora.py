@@ -1,6 +1,6 @@
 """LoRA (Hu et al. 2021) by peft: next to a frozen linear layer W, a product B A of low rank that is trained.
 
-`Lora` is the spec. `dumo.nets.dualized` calls `adapt` when a net is made, `without_adapters` and `with_adapters`
+`Lora` is the spec. `dumo.nets.dualized` calls `adapt` when a net is made, `with_adapters`
 around a pass with other adapters, and `merge` for an export. `adapters` finds the layers that peft put in.
 
 - Next to a convolution, A is a convolution of the same kernel and stride to `rank` channels, and B is one of 1 x 1
@@ -128,18 +128,18 @@ def adapters(model: nn.Module) -> list[Any]:
     return [layer for layer in model.modules() if hasattr(layer, "lora_A")]
 
 
-def active_adapters(model: nn.Module) -> list[str]:
-    """Return the names of the adapters that add to a pass of a model; [] if it has none. All layers have the same."""
-    names: list[str] = next((layer.active_adapters for layer in adapters(model)), [])
-    return [*names]
+def active_adapters(model: nn.Module) -> list[str] | None:
+    """Return the names of the adapters that add to a pass of a model; None if it has none. All layers have the same."""
+    layers = adapters(model)
+    return [*layers[0].active_adapters] if layers else None
 
 
-# peft's own switches would also change which parameters are trained, so these two set the private fields behind them.
+# peft's own switches would also change which parameters are trained, so this sets the private field behind them.
 
 
 @contextmanager
 def with_adapters(model: nn.Module, *names: str) -> Generator[None, None, None]:
-    """Inside, only the adapters of these names add to a pass."""
+    """Inside, only the adapters of these names add to a pass; without a name, none does."""
     layers = adapters(model)
     active_before = [layer.active_adapter for layer in layers]
     for layer in layers:
@@ -149,20 +149,6 @@ def with_adapters(model: nn.Module, *names: str) -> Generator[None, None, None]:
     finally:
         for layer, active in zip(layers, active_before, strict=True):
             layer._active_adapter = active
-
-
-@contextmanager
-def without_adapters(model: nn.Module) -> Generator[None, None, None]:
-    """Inside, no adapter adds anything."""
-    layers = adapters(model)
-    disabled_before = [layer.disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer, is_disabled in zip(layers, disabled_before, strict=True):
-            layer._disable_adapters = is_disabled
 
 
 def merge(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """DMD2 (Yin et al. 2024, arXiv 2405.14867): a few-step generator by distribution matching, for pretrained pipelines.
 
-The generator u jumps from x_t to the data at the times t of the solver `restart`. Samples x' are made as by that solver
-from noise z, so that u is trained on the inputs that it has in sampling (their backward simulation):
+The generator u jumps from x_t to the data at the times t of a solver. Samples x' are made as by that solver from noise
+z, so that u is trained on the inputs that it has in sampling (their backward simulation). With the solver `restart`:
 
     x_1 = z,    x' = x_t - t u(x_t, t),    x_s = s z_s + (1 - s) x'    at the next time s < t       (1)
 
@@ -22,18 +22,41 @@ model (`Needs.fake_score`); other networks have a head for each. Their code trai
 step trains one, so that only one of them has activations. Their GAN loss is omitted: it needs data, and a critic on the
 features of a full second network. So is the regression to a teacher's pairs, which they drop for several steps. Data
 are not used but for their conditions.
+
+Related methods are settings:
+
+- Phased DMD (arXiv 2510.27684), `phased`: (2) and (3) have times between s and t only, so that each jump learns from
+  the noise levels that it removes. Theirs trains one network per phase, here one network has all jumps.
+- TDM (arXiv 2503.06674), `times.solver=hop`: jumps keep their noise, x_s = x_t - (t - s) u, and the points x_s of the
+  trajectory are matched instead of x'. They are diffused to times tau between s and t, with a = (1 - tau) / (1 - s):
+
+      x'_tau = a x_s + b z',    b^2 = tau^2 - (a s)^2                                               (4)
+      w(x'_tau, tau)* = k z' - x_s / (1 - s),    k = (tau + (1 - tau) s^2 / (1 - s)^2) / b          (5)
+
+  (5), of Phased DMD, has the velocity of the distribution of x'_tau as its mean. TDM's code fits x' instead, whose
+  noise is not independent of it, with importance weights. Errors of w are divided by k, which grows as tau approaches s
+  (our choice). m is the mean of |(x'_tau - x') / tau - v|, as theirs. Their pseudo-Huber loss is omitted.
+- SiD (arXiv 2404.04057; for few steps 2505.12674), `alpha`: samples descend its loss, (4) of `dumo.objectives.match`,
+  times t / m, including the dependence of both scores on the sample. SIM (arXiv 2410.16794): `alpha` is 1, `smooth` is
+  its c, and there is no m.
+- Diff-Instruct (arXiv 2305.18455): `normalize` is false, so m is 1, and `fake_updates` is 1.
+- Decoupled DMD (arXiv 2511.22677), `scale`: the objective guides, not the teacher, at times tau of their own. With
+  v_null, the velocity without the condition, samples move by V / m at t and by (scale - 1) (v_null - v) / m at tau.
 """
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dumo.objectives.base import (
     STRAIGHT,
+    Cond,
+    Formulas,
     FromTeacher,
     Frozen,
+    Law,
     LogitNormal,
     Needs,
     Net,
@@ -41,9 +64,11 @@ from dumo.objectives.base import (
     NoisyBatch,
     ObjectiveSpec,
     OfSampler,
+    PerSample,
     Readings,
     Sample,
     Terms,
+    Time,
     Uniform,
     UserError,
     descent_error,
@@ -55,6 +80,8 @@ from dumo.objectives.base import (
     lift,
     mean_square,
 )
+from dumo.runtime.limits import FACTOR
+from dumo.types import unwrap
 
 FLOOR = 1e-3  # of m in (3); as `match` has for SiD (our choice), DMD2 has none
 
@@ -68,18 +95,43 @@ class DMD2(ObjectiveSpec):
     fake_updates: int = Field(default=5, ge=1)  # for each update of the generator, as DMD2
     # The loss (2) is the mean square of the velocity's error, or of the error of the noise that it predicts (SDXL).
     fake_loss: Literal["velocity", "noise"] = "velocity"
-    # Of (3), as DMD2; times of (2) are uniform.
+    # The times of (3), as DMD2; times of (2) are uniform.
     pull_times: Uniform | LogitNormal = Field(default=Uniform(low=0.02, high=0.98), discriminator="kind")
+    # Whether both kinds of times are shares of the way from s up to t: always, if the solver is `hop`.
+    phased: bool = False
+    # Whether (3) is divided by m.
+    normalize: bool = True
+    # SiD's alpha, 1.2 in its code; None means (3).
+    alpha: float | None = Field(default=None, ge=0)
+    # SIM's c, which bounds SiD's first factor; None means SiD.
+    smooth: float | None = Field(default=None, gt=0)
+    # The guidance of (3) at times of its own, with an unguided teacher; 1 means none.
+    scale: float = Field(default=1.0, gt=0, le=FACTOR)
+    scale_times: Uniform | LogitNormal = Field(default=Uniform(low=0.02, high=0.98), discriminator="kind")
+
+    @model_validator(mode="after")
+    def _require_one_loss(self) -> "DMD2":
+        if self.alpha is not None and (self.scale != 1 or not self.normalize):
+            raise ValueError("alpha is SiD's loss, to which scale and normalize do not apply: set alpha=null")
+        if self.smooth is not None and self.alpha is None:
+            raise ValueError("smooth bounds a factor of SiD's loss: set alpha=1, as SIM")
+        return self
 
     @property
     def needs(self) -> Needs:
         """The inputs and heads of the network, and the other needs of the loss."""
         noises = {name: Noise() for name in ("fake.z", *self._names_of_noise())}
+        # k of (5) is infinite at s.
+        fake_times = Uniform(low=0.02) if self._matches_trajectory else Uniform()
+        laws: dict[str, Law] = {**noises, "fake.t": fake_times, "pull.t": self.pull_times}
+        if self.scale != 1:
+            laws |= {"scale.z": Noise(), "scale.t": self.scale_times}
         steps = self.fake_updates + 1
         return Needs(
             heads=("u", "w"),
-            formulas=STRAIGHT,
-            laws={**noises, "fake.t": Uniform(), "pull.t": self.pull_times},
+            formulas=Formulas() if self._matches_trajectory else STRAIGHT,
+            laws=laws,
+            guide=self.scale,
             teacher=FromTeacher(velocity="must", reads_v_t=False),
             diffuses_samples=True,
             fake_score=True,
@@ -99,39 +151,58 @@ class DMD2(ObjectiveSpec):
         # Make samples, of which only the last jump has gradients. Diffuse them.
         x_t = self._inputs(frozen(net), b)
         samples = _jump(generator, x_t, b)
-        t = b.drawn["pull.t" if moves_samples else "fake.t"].to(b.t)
-        x_diffused, w_star = b.path.at(samples.detach(), b.drawn["fake.z"].to(b.z), t)
+        if moves_samples and self.alpha is not None:
+            return self._implicit_loss(net, b, x_t, samples)
+        diffused = self._diffuse(b, x_t, samples.detach(), "fake.z", "pull.t" if moves_samples else "fake.t")
 
         # Evaluate the fake score, in the precision of the data from here on, because differences are small.
         with fake_score(net):
-            w = scorer(x_diffused, b.c, t=t)[1].to(w_star)
-        w_loss = mean_square(w - w_star)
+            w = scorer(diffused.x, b.c, t=diffused.t)[1].to(diffused.x)
+        w_loss = mean_square(w - diffused.w_star)
         if not moves_samples:
             # A velocity is wrong by the error of its noise, divided by the weight of the data.
-            weight = b.path.gamma(t) ** 2 if self.fake_loss == "noise" else 1.0
-            return Terms(weight * w_loss, {"w": w_loss})
+            weight = b.path.gamma(diffused.t) ** 2 if self.fake_loss == "noise" else 1.0
+            return Terms(weight * w_loss / diffused.variance, {"w": w_loss})
 
         # Move samples by the difference of both scores.
-        v = b.velocity(x_diffused, t, w_star)
-        m = (w_star - v).abs().flatten(1).mean(1).clamp(min=FLOOR)
+        v = b.velocity(diffused.x, diffused.t, diffused.w_star)
         gap = w - v
-        pull = mean_square(descent_error(samples, -gap / lift(m, gap))) / 2  # (3)
+        move = gap / lift(self._divisor(diffused, v), gap)
+        if self.scale != 1:
+            move = move + self._guidance(b, x_t, samples.detach())
+        pull = mean_square(descent_error(samples, -move)) / 2  # (3)
         return Terms(pull, {"w": w_loss.detach()}, {"pull_w": mean_square(gap)})
 
     def readings(self, net: Net) -> Readings:
-        """Return the endpoint, at the times of training alone."""
-        return Readings(endpoint=jump_to_data(net), only=tuple(self.times.taught))
+        """Return the endpoint, or the jumps to the next time, at the times of training alone."""
+        taught = tuple(self.times.taught)
+        if not self._matches_trajectory:
+            return Readings(endpoint=jump_to_data(net), only=taught)
+
+        def flow_map(x: Sample, t: Time, s: Time, c: Cond) -> Sample:
+            return x - lift(t - s, x) * net(x, c, t=t)[0]
+
+        return Readings(flow_map=flow_map, only=taught)
+
+    @property
+    def _matches_trajectory(self) -> bool:
+        """Whether jumps keep their noise, and the points x_s are matched (TDM)."""
+        return self.times.solver == "hop"
 
     def _inputs(self, net: Frozen, b: NoisyBatch) -> Sample:
-        """Return x_t at the time of each row by (1), (b, ...): rows of lower times are carried through higher ones."""
+        """Return x_t at the time of each row, (b, ...): rows of lower times are carried through higher ones."""
         x_t = b.path.initial_std * b.z
         places = range(len(b.t))
         for k, (name, s) in enumerate(zip(self._names_of_noise(), self.times.taught[1:], strict=True)):
             rows = index([i for i in places if i % self.times.steps > k], b.t.device)
             carried = replace(b, t=torch.full_like(b.t, self.times.taught[k]))[rows]
+            s_rows = torch.full_like(carried.t, s)
             with torch.no_grad(), dropout.rows(rows):
                 samples = _jump(net, x_t[rows], carried)
-            x_s, _ = b.path.at(samples, carried.drawn[name].to(b.z), torch.full_like(carried.t, s))
+            if self._matches_trajectory:
+                x_s = _step(x_t[rows], samples, carried.t, s_rows)
+            else:
+                x_s, _ = b.path.at(samples, carried.drawn[name].to(b.z), s_rows)  # (1)
             x_t = x_t.index_copy(0, rows, x_s.to(x_t))
         return x_t
 
@@ -139,8 +210,84 @@ class DMD2(ObjectiveSpec):
         """Return the names of the noises z_s in (1)."""
         return [f"z_{k}" for k in range(1, self.times.steps)]
 
+    def _diffuse(self, b: NoisyBatch, x_t: Sample, samples: Sample, noise: str, times: str) -> "_Diffused":
+        """Diffuse samples x', or their trajectories, with the noise and to the times of these names."""
+        z = b.drawn[noise].to(b.z)
+        t = b.drawn[times].to(b.t)
+        s = b.r
+        if self.phased or self._matches_trajectory:
+            t = s + t * (b.t - s)
+        if not self._matches_trajectory:
+            x, w_star = b.path.at(samples, z, t)
+            return _Diffused(x, t, w_star, straight=w_star, variance=torch.ones_like(t))
+        x_s = _step(x_t, samples, b.t, s)
+        a = (1 - t) / (1 - s)
+        std = ((t - s) / (1 - s) * (t + a * s)).sqrt()  # b of (4), without a difference of squares
+        k = (t + (1 - t) * s**2 / (1 - s) ** 2) / std
+        x = lift(a, z) * x_s + lift(std, z) * z  # (4)
+        w_star = lift(k, z) * z - x_s / lift(1 - s, z)  # (5)
+        return _Diffused(x, t, w_star, straight=(x - samples) / lift(t, z), variance=k**2)
+
+    def _divisor(self, diffused: "_Diffused", v: Sample) -> PerSample:
+        """Return m of (3), (b,), at least FLOOR, or ones."""
+        if not self.normalize:
+            return torch.ones_like(diffused.t)
+        return (diffused.straight - v).abs().flatten(1).mean(1).clamp(min=FLOOR)
+
+    def _guidance(self, b: NoisyBatch, x_t: Sample, samples: Sample) -> Sample:
+        """Return how guidance moves samples in (3) at its own times, (b, ...)."""
+        diffused = self._diffuse(b, x_t, samples, "scale.z", "scale.t")
+        v = b.velocity(diffused.x, diffused.t, diffused.w_star)
+        v_null = replace(b, c=b.null).velocity(diffused.x, diffused.t, diffused.w_star)
+        gap = (self.scale - 1) * (v_null - v)
+        return gap / lift(self._divisor(diffused, v - gap), gap)
+
+    def _implicit_loss(self, net: Net, b: NoisyBatch, x_t: Sample, samples: Sample) -> Terms:
+        """Return SiD's or SIM's loss of samples, whose gradient passes through the inputs of both scores."""
+        assert self.alpha is not None
+        inputs = samples.detach().requires_grad_()
+        with torch.enable_grad():
+            diffused = self._diffuse(b, x_t, inputs, "fake.z", "pull.t")
+            with fake_score(net):
+                w = unwrap(net)(diffused.x, b.c, t=diffused.t)[1].to(diffused.x)
+            v = b.velocity(diffused.x, diffused.t, diffused.w_star)
+            gap = w - v
+            weight = diffused.t / self._divisor(diffused, v).detach()
+            factor = gap
+            if self.smooth is not None:
+                weight = diffused.t
+                factor = gap / lift((gap.square().flatten(1).sum(1) + self.smooth**2).sqrt(), gap)
+            product = (factor * (diffused.w_star - v - self.alpha * gap)).flatten(1).mean(1)
+            loss = weight * product
+            # Only samples get a gradient: the weights of both scores have none in this step.
+            (slope,) = torch.autograd.grad(loss.sum(), inputs)
+        descent = (samples * slope).flatten(1).sum(1)
+        w_loss = mean_square((w - diffused.w_star).detach())
+        return Terms(loss.detach() + descent - descent.detach(), {"w": w_loss}, {"pull_w": mean_square(gap.detach())})
+
+
+class _Diffused(NamedTuple):
+    """Samples with fresh noise: what both scores get, and what the fake score learns.
+
+    x: the diffused samples, at the times t (b,).
+    w_star: the target of the fake score, (2) or (5).
+    straight: the velocity of the line from the samples to x.
+    variance: k^2 of (5), (b,), by which errors of the fake score are divided; 1 for (2).
+    """
+
+    x: Sample
+    t: Time
+    w_star: Sample
+    straight: Sample
+    variance: PerSample
+
 
 def _jump(net: Net, x_t: Sample, b: NoisyBatch) -> Sample:
     """Return x' of (1), from x_t at the times and with the conditions of b."""
     u = net(x_t, b.c, t=b.t)[0]
     return x_t - lift(b.t, x_t) * u.to(x_t)
+
+
+def _step(x_t: Sample, samples: Sample, t: Time, s: Time) -> Sample:
+    """Return x_s = x_t - (t - s) u, for samples x' = x_t - t u."""
+    return samples + lift(s / t, x_t) * (x_t - samples)

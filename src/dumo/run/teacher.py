@@ -155,17 +155,20 @@ def base_flow(teacher: Teacher, run: Run, net: nn.Module) -> Flow:
 
 
 class PreciseNet(nn.Module):
-    """A net that is evaluated in a precision, without gradients. Its heads are in float32, for guidance."""
+    """A net that is evaluated in a precision. Its heads are in float32, for guidance.
+
+    Gradients are recorded only if x requires one, for an objective that differentiates the teacher with respect to x.
+    """
 
     def __init__(self, net: nn.Module, precision: Precision) -> None:
         super().__init__()
         self.net = net
         self.precision: Precision = precision
 
-    @torch.no_grad()
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
         """Return the heads of the net, each (b, *shape)."""
-        with autocast(self.precision, x.device):
+        records_gradients = torch.is_grad_enabled() and x.requires_grad
+        with torch.set_grad_enabled(records_gradients), autocast(self.precision, x.device):
             return tuple(to_float32(head) for head in self.net(x, c, **inputs))
 
 
@@ -173,11 +176,11 @@ class BaseNet(PreciseNet):
     """The model under a net's adapters, evaluated in a precision. The net must have a context manager `base()`.
 
     It is called between the passes of a step, even inside the loss. It therefore restores adapters and training modes,
-    changes no weights and records no gradients.
+    and changes no weights.
     """
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
-        """Return the heads of the net without its adapters, each (b, *shape), without gradients and dropout."""
+        """Return the heads of the net without its adapters, each (b, *shape), without dropout."""
         off = cast(Callable[[], AbstractContextManager[None]], self.net.base)
         with sampling.eval_mode(self.net), off():
             return super().forward(x, c, **inputs)
