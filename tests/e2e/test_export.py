@@ -48,6 +48,11 @@ DMD2 = (
     "evaluate.nfe=[4]",
     "evaluate.contrast=[]",
 )
+TDM = (
+    *DMD2,
+    "objective={kind: dmd2, times: {kind: of_sampler, solver: hop}}",
+    "sample.solver={kind: hop, m: 0.75}",
+)
 TWO = (  # times, by steps so long that the second counts
     "objective={kind: meanflow, slope: {kind: dual}, times: {kind: jumps}, guide: {zeta: 0}}",
     "train.optimizer.lr=0.01",
@@ -158,6 +163,15 @@ def test_the_card_of_dmd2_makes_dumos_images(name: str, tmp_path: Path, monkeypa
     exported = [x for key, x in load_file(out / lora.FILE).items() if key.endswith(("lora_A.weight", "down.weight"))]
     assert len(exported) == len(generator)
     assert all(any(torch.equal(x, own) for own in generator) for x in exported)
+
+
+@pytest.mark.parametrize("name", tiered(["SD3", "Qwen-Image", "Z-Image"], ci=["SD3"]))
+def test_the_card_of_tdm_makes_dumos_images(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps along u at its four times, which keep their noise."""
+    monkeypatch.setattr("stock.case.SHORT", SHORT[:-1])
+    case = Case.of(name, tmp_path, *LORA, *TDM)
+    for form, out in (("lora", case.export("out", "--to", "lora")), ("merged", case.export("merged"))):
+        assert max(case.image_errors(out, nfe=(4,))) < LIMITS[form]
 
 
 @pytest.mark.parametrize("form", tiered(["full", "merged", "lora"], ci=["lora"]))

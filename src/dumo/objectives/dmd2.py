@@ -158,11 +158,11 @@ class DMD2(ObjectiveSpec):
         # Evaluate the fake score, in the precision of the data from here on, because differences are small.
         with fake_score(net):
             w = scorer(diffused.x, b.c, t=diffused.t)[1].to(diffused.x)
-        w_loss = mean_square(w - diffused.w_star)
+        w_loss = mean_square(w - diffused.w_star) / diffused.variance
         if not moves_samples:
             # A velocity is wrong by the error of its noise, divided by the weight of the data.
             weight = b.path.gamma(diffused.t) ** 2 if self.fake_loss == "noise" else 1.0
-            return Terms(weight * w_loss / diffused.variance, {"w": w_loss})
+            return Terms(weight * w_loss, {"w": w_loss})
 
         # Move samples by the difference of both scores.
         v = b.velocity(diffused.x, diffused.t, diffused.w_star)
@@ -262,7 +262,7 @@ class DMD2(ObjectiveSpec):
             # Only samples get a gradient: the weights of both scores have none in this step.
             (slope,) = torch.autograd.grad(loss.sum(), inputs)
         descent = (samples * slope).flatten(1).sum(1)
-        w_loss = mean_square((w - diffused.w_star).detach())
+        w_loss = mean_square((w - diffused.w_star).detach()) / diffused.variance
         return Terms(loss.detach() + descent - descent.detach(), {"w": w_loss}, {"pull_w": mean_square(gap.detach())})
 
 

@@ -181,13 +181,13 @@ def teacher_passes(net: nn.Module, objective: Objective, path: FlowPath, shape: 
 
 
 class _CountingTeacher:
-    """A teacher that returns v_t and counts the rows of its calls."""
+    """A teacher that returns v_t and counts the rows of its calls, twice if x_t requires a gradient."""
 
     def __init__(self) -> None:
         self.rows = 0
 
     def __call__(self, x_t: Sample, t: Time, c: Cond, v_t: Sample) -> Sample:
-        self.rows += len(t)
+        self.rows += 2 * len(t) if x_t.requires_grad else len(t)
         return v_t
 
 

@@ -1,6 +1,7 @@
 """The fake score of DMD2 beside the generator: two adapters on one frozen model, of which one adds to a pass."""
 
 from copy import deepcopy
+from itertools import product
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from dumo.flow.noisy_batch import draw
 from dumo.flow.path import Diffusion, FlowPath, Linear
+from dumo.flow.times import OfSampler
 from dumo.nets.dualized import Dualized
 from dumo.nets.lora import Lora, adapters
 from dumo.objectives.dmd2 import DMD2
@@ -21,13 +23,15 @@ from transformers_saved import CLASSES, SHAPE, Saved, batch, built
 OBJECTIVE = DMD2()
 FAKE_STEP, GENERATOR_STEP = 0, OBJECTIVE.fake_updates
 NAMES = ["sd3", "sdxl"]
+SID = DMD2(alpha=1.2)  # differentiates the base model and the fake score with respect to their inputs
+TDM = DMD2(times=OfSampler(solver="hop"))
 
 
 def made(folder: Saved, name: str = "sd3", **fields: object) -> Dualized:
     return built(folder(name), OBJECTIVE.needs, lora=Lora(rank=4), **fields)
 
 
-def noisy(net: Dualized, step: int, guidance: float = 1.0) -> NoisyBatch:
+def noisy(net: Dualized, step: int, guidance: float = 1.0, objective: DMD2 = OBJECTIVE) -> NoisyBatch:
     """A step's batch, whose real score is the base model's."""
     x = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(5))
     c = torch.arange(4) % CLASSES
@@ -43,13 +47,13 @@ def noisy(net: Dualized, step: int, guidance: float = 1.0) -> NoisyBatch:
         null = base(x, torch.full_like(c, CLASSES), t=t)[0]
         return null + guidance * (real - null)
 
-    return draw(OBJECTIVE, path, x, c, CLASSES, seed=0, step=step, teacher=teacher)
+    return draw(objective, path, x, c, CLASSES, seed=0, step=step, teacher=teacher)
 
 
-def gradients(net: Dualized, step: int) -> dict[str, Tensor]:
+def gradients(net: Dualized, step: int, objective: DMD2 = OBJECTIVE) -> dict[str, Tensor]:
     """Of the trained weights; only those that have one."""
     net.zero_grad()
-    OBJECTIVE.loss(net, Frozen(net), noisy(net, step, guidance=3.0)).loss.mean().backward()
+    objective.loss(net, Frozen(net), noisy(net, step, 3.0, objective)).loss.mean().backward()
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
 
@@ -101,8 +105,8 @@ def test_each_pass_has_its_own_adapters(folder: Saved) -> None:
     assert not torch.allclose(outputs["original"], outputs["generator"], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_step_trains_one_adapter(folder: Saved, name: str) -> None:
+@pytest.mark.parametrize(("name", "objective"), [("sd3", OBJECTIVE), ("sdxl", OBJECTIVE), ("sd3", SID), ("sdxl", SID)])
+def test_a_step_trains_one_adapter(folder: Saved, name: str, objective: DMD2) -> None:
     """The weights and moments of the other, and all frozen weights, keep their bits."""
     net = randomized(made(folder, name))
     optimizer = AdamW(lr=0.01, weight_decay=0.1, fake_lr=0.003)(net)
@@ -110,7 +114,7 @@ def test_a_step_trains_one_adapter(folder: Saved, name: str) -> None:
         weights = {path: p.detach().clone() for path, p in net.named_parameters()}
         moments = deepcopy({p: state for p, state in optimizer.state.items()})
         optimizer.zero_grad()
-        assert gradients(net, step).keys() == {path for path in weights if is_trained(path, trains_fake)}
+        assert gradients(net, step, objective).keys() == {path for path in weights if is_trained(path, trains_fake)}
         optimizer.step()
         for path, p in net.named_parameters():
             moved = is_trained(path, trains_fake)
@@ -142,13 +146,22 @@ def test_memory_is_of_two_adapters_and_the_gradients_of_one(folder: Saved) -> No
     assert held.optimizer == 2 * trained + 4 * count
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("step", [FAKE_STEP, GENERATOR_STEP])
+@pytest.mark.parametrize(
+    ("name", "objective", "step"),
+    [
+        *product(NAMES, [OBJECTIVE], [FAKE_STEP, GENERATOR_STEP]),
+        *product(NAMES, [SID], [GENERATOR_STEP]),
+        *product(["sd3"], [TDM], [FAKE_STEP, GENERATOR_STEP]),
+    ],
+)
 @pytest.mark.parametrize("fake_rank", [4, 2], ids=["equal ranks", "unequal ranks"])
-def test_checkpointing_changes_no_gradient(folder: Saved, name: str, step: int, fake_rank: int) -> None:
-    """Blocks are computed again while the generator's adapter is active, whichever was in their first pass."""
+def test_checkpointing_changes_no_gradient(
+    folder: Saved, name: str, objective: DMD2, step: int, fake_rank: int
+) -> None:
+    """Blocks are computed again while the generator's adapter is active, whichever was in their first pass, or none."""
     plain, lean = (
-        gradients(randomized(with_rank(made(folder, name, checkpoint=c), fake_rank)), step) for c in (False, True)
+        gradients(randomized(with_rank(made(folder, name, checkpoint=c), fake_rank)), step, objective)
+        for c in (False, True)
     )
     assert plain.keys() == lean.keys()
     assert sum(bool(p.any()) for p in plain.values()) > len(plain) / 2

@@ -14,7 +14,7 @@ from dumo.encoders.tokens import ByteTokenizer
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope
-from dumo.flow.times import Pair
+from dumo.flow.times import OfSampler, Pair
 from dumo.io.deferred import Loaders
 from dumo.nets.dit import DiT
 from dumo.nets.learned import LearnedTexts
@@ -174,6 +174,10 @@ for name in ("sd3", "sdxl"):
     spec = SPEC.model_copy(update={"steps": 8, "optimizer": both})  # the sixth step moves samples
     data = partial(randoms, SHAPE, CLASSES, dtype=torch.float64)
     CASES[f"{name}-dmd2"] = Case(partial(scored, name), (SCORES, CLASSES), data, spec, based=True)
+spec = spec.model_copy(update={"steps": 4})  # two steps move samples
+settings = {"tdm": DMD2(times=OfSampler(solver="hop"), fake_updates=1), "sid": DMD2(alpha=1.2, fake_updates=1)}
+for name, setting in settings.items():
+    CASES[f"sd3-{name}"] = Case(partial(scored, "sd3"), (setting, CLASSES), data, spec, based=True)
 
 
 # Clipped by a norm that is summed shard by shard, a weight of 16 bits would be rounded to its other neighbour.
