@@ -24,7 +24,7 @@ OBJECTIVE = DMD2()
 FAKE_STEP, GENERATOR_STEP = 0, OBJECTIVE.fake_updates
 NAMES = ["sd3", "sdxl"]
 SID = DMD2(alpha=1.2)  # differentiates the base model and the fake score with respect to their inputs
-TDM = DMD2(times=OfSampler(solver="hop"))
+SETTINGS = {"dmd2": OBJECTIVE, "sid": SID, "tdm": DMD2(times=OfSampler(solver="hop"))}
 
 
 def made(folder: Saved, name: str = "sd3", **fields: object) -> Dualized:
@@ -105,7 +105,11 @@ def test_each_pass_has_its_own_adapters(folder: Saved) -> None:
     assert not torch.allclose(outputs["original"], outputs["generator"], atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "objective"), [("sd3", OBJECTIVE), ("sdxl", OBJECTIVE), ("sd3", SID), ("sdxl", SID)])
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [("sd3", OBJECTIVE), ("sdxl", OBJECTIVE), ("sd3", SID), ("sdxl", SID)],
+    ids=["sd3", "sdxl", "sd3-sid", "sdxl-sid"],
+)
 def test_a_step_trains_one_adapter(folder: Saved, name: str, objective: DMD2) -> None:
     """The weights and moments of the other, and all frozen weights, keep their bits."""
     net = randomized(made(folder, name))
@@ -147,25 +151,38 @@ def test_memory_is_of_two_adapters_and_the_gradients_of_one(folder: Saved) -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "objective", "step"),
+    ("name", "setting", "step"),
     [
-        *product(NAMES, [OBJECTIVE], [FAKE_STEP, GENERATOR_STEP]),
-        *product(NAMES, [SID], [GENERATOR_STEP]),
-        *product(["sd3"], [TDM], [FAKE_STEP, GENERATOR_STEP]),
+        *product(NAMES, ["dmd2"], [FAKE_STEP, GENERATOR_STEP]),
+        *product(NAMES, ["sid"], [GENERATOR_STEP]),
+        *product(["sd3"], ["tdm"], [FAKE_STEP, GENERATOR_STEP]),
     ],
 )
 @pytest.mark.parametrize("fake_rank", [4, 2], ids=["equal ranks", "unequal ranks"])
-def test_checkpointing_changes_no_gradient(
-    folder: Saved, name: str, objective: DMD2, step: int, fake_rank: int
-) -> None:
+def test_checkpointing_changes_no_gradient(folder: Saved, name: str, setting: str, step: int, fake_rank: int) -> None:
     """Blocks are computed again while the generator's adapter is active, whichever was in their first pass, or none."""
     plain, lean = (
-        gradients(randomized(with_rank(made(folder, name, checkpoint=c), fake_rank)), step, objective)
+        gradients(randomized(with_rank(made(folder, name, checkpoint=c), fake_rank)), step, SETTINGS[setting])
         for c in (False, True)
     )
     assert plain.keys() == lean.keys()
     assert sum(bool(p.any()) for p in plain.values()) > len(plain) / 2
     assert all(torch.allclose(plain[path], lean[path], rtol=1e-4, atol=1e-6) for path in plain)
+
+
+def test_a_teacher_with_dropout_is_computed_again_without(folder: Saved) -> None:
+    """SiD differentiates the base model, which is evaluated, in a step in which the net has dropout."""
+    plain, lean = (randomized(made(folder, checkpoint=c)) for c in (False, True))
+    pulls: list[Tensor] = []
+    for net in (plain, lean):
+        net.train()
+        for block in net.blocks:
+            block.attn.to_out[1] = nn.Dropout(0.5)  # pyright: ignore[reportIndexIssue]
+        x, c, t = batch()
+        x.requires_grad_()
+        v = BaseNet(net, "fp32")(x, c, t=t)[0]
+        pulls += torch.autograd.grad(v.square().sum(), x)
+    assert torch.equal(*pulls)
 
 
 def with_rank(net: Dualized, rank: int) -> Dualized:
