@@ -36,10 +36,9 @@ Related methods are settings:
   (5), of Phased DMD, has the velocity of the distribution of x'_tau as its mean. TDM's code fits x' instead, whose
   noise is not independent of it, with importance weights. Errors of w are divided by k, which grows as tau approaches s
   (our choice). m is the mean of |(x'_tau - x') / tau - v|, as theirs. Their pseudo-Huber loss is omitted.
-- SiD (arXiv 2404.04057; for few steps 2505.12674), `alpha`: samples descend its loss, (4) of `dumo.objectives.match`,
-  times t / m, including the dependence of both scores on the sample. SIM (arXiv 2410.16794): `alpha` is 1, `smooth` is
-  its c, and there is no m.
-- Diff-Instruct (arXiv 2305.18455): `normalize` is false, so m is 1, and `fake_updates` is 1.
+- SiD (arXiv 2404.04057; for few steps 2505.12674), `alpha`: samples descend the loss (5) of `dumo.objectives.match`,
+  including the dependence of both scores on the sample. SIM (arXiv 2410.16794): `alpha` is 1 and `normalize` is huber.
+- Diff-Instruct (arXiv 2305.18455): `normalize` is none, and `fake_updates` is 1.
 - Decoupled DMD (arXiv 2511.22677), `scale`: the objective guides, not the teacher, at times tau of their own. With
   v_null, the velocity without the condition, samples move by V / m at t and by (scale - 1) (v_null - v) / m at tau.
 """
@@ -83,7 +82,10 @@ from dumo.objectives.base import (
 from dumo.runtime.limits import FACTOR
 from dumo.types import unwrap
 
-FLOOR = 1e-3  # of m in (3); as `match` has for SiD (our choice), DMD2 has none
+# What V is divided by in each row: m (DMD2, SiD), sqrt(mean of V^2 + HUBER^2) (SIM), or nothing (Diff-Instruct).
+Normalize = Literal["distance", "huber", "none"]
+FLOOR = 1e-3  # of m (our choice); DMD2 has none
+HUBER = 0.03  # SIM's c, per number of a row (our choice)
 
 
 class DMD2(ObjectiveSpec):
@@ -99,22 +101,17 @@ class DMD2(ObjectiveSpec):
     pull_times: Uniform | LogitNormal = Field(default=Uniform(low=0.02, high=0.98), discriminator="kind")
     # Whether both kinds of times are shares of the way from s up to t: always, if the solver is `hop`.
     phased: bool = False
-    # Whether (3) is divided by m.
-    normalize: bool = True
+    normalize: Normalize = "distance"
     # SiD's alpha, 1.2 in its code; None means (3).
     alpha: float | None = Field(default=None, ge=0)
-    # SIM's c, which bounds SiD's first factor; None means SiD.
-    smooth: float | None = Field(default=None, gt=0)
     # The guidance of (3) at times of its own, with an unguided teacher; 1 means none.
     scale: float = Field(default=1.0, gt=0, le=FACTOR)
     scale_times: Uniform | LogitNormal = Field(default=Uniform(low=0.02, high=0.98), discriminator="kind")
 
     @model_validator(mode="after")
     def _require_one_loss(self) -> "DMD2":
-        if self.alpha is not None and (self.scale != 1 or not self.normalize):
-            raise ValueError("alpha is SiD's loss, to which scale and normalize do not apply: set alpha=null")
-        if self.smooth is not None and self.alpha is None:
-            raise ValueError("smooth bounds a factor of SiD's loss: set alpha=1, as SIM")
+        if self.alpha is not None and self.scale != 1:
+            raise ValueError("scale guides (3), and alpha replaces it by SiD's loss: set scale=1, or alpha=null")
         return self
 
     @property
@@ -167,7 +164,7 @@ class DMD2(ObjectiveSpec):
         # Move samples by the difference of both scores.
         v = b.velocity(diffused.x, diffused.t, diffused.w_star)
         gap = w - v
-        move = gap / lift(self._divisor(diffused, v), gap)
+        move = normalized(gap, diffused.straight - v, self.normalize)
         if self.scale != 1:
             move = move + self._guidance(b, x_t, samples.detach())
         pull = mean_square(descent_error(samples, -move)) / 2  # (3)
@@ -228,19 +225,13 @@ class DMD2(ObjectiveSpec):
         w_star = lift(k, z) * z - x_s / lift(1 - s, z)  # (5)
         return _Diffused(x, t, w_star, straight=(x - samples) / lift(t, z), variance=k**2)
 
-    def _divisor(self, diffused: "_Diffused", v: Sample) -> PerSample:
-        """Return m of (3), (b,), at least FLOOR, or ones."""
-        if not self.normalize:
-            return torch.ones_like(diffused.t)
-        return (diffused.straight - v).abs().flatten(1).mean(1).clamp(min=FLOOR)
-
     def _guidance(self, b: NoisyBatch, x_t: Sample, samples: Sample) -> Sample:
         """Return how guidance moves samples in (3) at its own times, (b, ...)."""
         diffused = self._diffuse(b, x_t, samples, "scale.z", "scale.t")
         v = b.velocity(diffused.x, diffused.t, diffused.w_star)
         v_null = replace(b, c=b.null).velocity(diffused.x, diffused.t, diffused.w_star)
         gap = (self.scale - 1) * (v_null - v)
-        return gap / lift(self._divisor(diffused, v - gap), gap)
+        return normalized(gap, diffused.straight - (v - gap), self.normalize)
 
     def _implicit_loss(self, net: Net, b: NoisyBatch, x_t: Sample, samples: Sample) -> Terms:
         """Return SiD's or SIM's loss of samples, whose gradient passes through the inputs of both scores."""
@@ -251,19 +242,13 @@ class DMD2(ObjectiveSpec):
             with fake_score(net):
                 w = unwrap(net)(diffused.x, b.c, t=diffused.t)[1].to(diffused.x)
             v = b.velocity(diffused.x, diffused.t, diffused.w_star)
-            gap = w - v
-            weight = diffused.t / self._divisor(diffused, v).detach()
-            factor = gap
-            if self.smooth is not None:
-                weight = diffused.t
-                factor = gap / lift((gap.square().flatten(1).sum(1) + self.smooth**2).sqrt(), gap)
-            product = (factor * (diffused.w_star - v - self.alpha * gap)).flatten(1).mean(1)
-            loss = weight * product
+            loss = diffused.t * sid_loss(self.alpha, w, v, diffused.w_star, diffused.straight, self.normalize)
             # Only samples get a gradient: the weights of both scores have none in this step.
             (slope,) = torch.autograd.grad(loss.sum(), inputs)
         descent = (samples * slope).flatten(1).sum(1)
         w_loss = mean_square((w - diffused.w_star).detach()) / diffused.variance
-        return Terms(loss.detach() + descent - descent.detach(), {"w": w_loss}, {"pull_w": mean_square(gap.detach())})
+        notes = {"pull_w": mean_square((w - v).detach())}
+        return Terms(loss.detach() + descent - descent.detach(), {"w": w_loss}, notes)
 
 
 class _Diffused(NamedTuple):
@@ -280,6 +265,23 @@ class _Diffused(NamedTuple):
     w_star: Sample
     straight: Sample
     variance: PerSample
+
+
+def normalized(gap: Sample, error: Sample, normalize: Normalize) -> Sample:
+    """Return V divided by the divisor of its row, for error = z' - x' - v."""
+    if normalize == "none":
+        return gap
+    if normalize == "huber":
+        return gap / lift((mean_square(gap) + HUBER**2).sqrt(), gap)
+    m = error.detach().abs().flatten(1).mean(1).clamp(min=FLOOR)
+    return gap / lift(m, gap)
+
+
+def sid_loss(alpha: float, w: Sample, v: Sample, w_star: Sample, straight: Sample, normalize: Normalize) -> PerSample:
+    """Return the loss of SiD or SIM of each row, (b,), without their factor t (`dumo.objectives.match`)."""
+    gap = w - v
+    product = normalized(gap, straight - v, normalize) * (w_star - v - alpha * gap)
+    return product.flatten(1).mean(1)
 
 
 def _jump(net: Net, x_t: Sample, b: NoisyBatch) -> Sample:
