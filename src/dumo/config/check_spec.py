@@ -203,6 +203,11 @@ def _check_fake_score(run: "Run") -> None:
             "and with net.lowpass both would train the same time embedder: set net.kind=diffusers, net.lora.rank=64, "
             "net.lora.subject=null and net.lowpass=null, or for other networks objective.kind=match"
         )
+    if run.path.kind == "diffusion" and objective.times.group == 1:
+        raise UserError(
+            "objective.times.steps = 1: a diffusion model predicts noise, whose error in the one step from its last "
+            "index is multiplied by about 15: set objective.times.steps=2 or more"
+        )
 
 
 def _check_teacher(run: "Run") -> None:
@@ -231,6 +236,12 @@ def _check_teacher(run: "Run") -> None:
             "set teacher.guide.scale=1"
         )
     require_unguided_teacher(objective, teacher.guide.scale)
+    embedded = run.net.guidance if isinstance(run.net, Pretrained) else None
+    if teacher.kind == "base" and teacher.guide.active and embedded not in (None, 1):
+        raise UserError(
+            f"teacher.guide.scale = {teacher.guide.scale:g}: the base model is guided already, by the number "
+            f"{embedded:g} that it embeds: set teacher.guide.scale=1, or net.guidance=1"
+        )
 
 
 def _check_start(run: "Run") -> None:

@@ -27,7 +27,7 @@ from torch import Generator
 from dumo.flow.solver import jump_times
 from dumo.runtime import random
 from dumo.runtime.limits import PASSES, require_order
-from dumo.types import Law, PerSample, Time, TimeLaw
+from dumo.types import QUIET, Law, PerSample, Time, TimeLaw
 from dumo.types.batch_rows import split_by_moving, spread_evenly
 
 # EDM is Karras et al. 2022
@@ -412,7 +412,7 @@ class OfSampler(TimeLaw):
 
     kind: Literal["of_sampler"] = "of_sampler"
     # Jumps to the data and fresh noise up to the next time, or jumps to the next time (`dumo.flow.solver`).
-    solver: Literal["restart", "hop"] = "restart"
+    solver: Literal["restart", "hop"] = Field(default="restart", json_schema_extra=QUIET)
     steps: int = Field(default=4, ge=1, le=PASSES)
     m: float = Field(default=0.75, gt=0, lt=1)
 

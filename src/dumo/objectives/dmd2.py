@@ -80,7 +80,7 @@ from dumo.objectives.base import (
     mean_square,
 )
 from dumo.runtime.limits import FACTOR
-from dumo.types import unwrap
+from dumo.types import QUIET, unwrap
 
 # What V is divided by in each row: m (DMD2, SiD), sqrt(mean of V^2 + HUBER^2) (SIM), or nothing (Diff-Instruct).
 Normalize = Literal["distance", "huber", "none"]
@@ -100,13 +100,15 @@ class DMD2(ObjectiveSpec):
     # The times of (3), as DMD2; times of (2) are uniform.
     pull_times: Uniform | LogitNormal = Field(default=Uniform(low=0.02, high=0.98), discriminator="kind")
     # Whether both kinds of times are shares of the way from s up to t: always, if the solver is `hop`.
-    phased: bool = False
-    normalize: Normalize = "distance"
+    phased: bool = Field(default=False, json_schema_extra=QUIET)
+    normalize: Normalize = Field(default="distance", json_schema_extra=QUIET)
     # SiD's alpha, 1.2 in its code; None means (3).
-    alpha: float | None = Field(default=None, ge=0)
+    alpha: float | None = Field(default=None, ge=0, json_schema_extra=QUIET)
     # The guidance of (3) at times of its own, with an unguided teacher; 1 means none.
-    scale: float = Field(default=1.0, gt=0, le=FACTOR)
-    scale_times: Uniform | LogitNormal = Field(default=Uniform(low=0.02, high=0.98), discriminator="kind")
+    scale: float = Field(default=1.0, gt=0, le=FACTOR, json_schema_extra=QUIET)
+    scale_times: Uniform | LogitNormal = Field(
+        default=Uniform(low=0.02, high=0.98), discriminator="kind", json_schema_extra=QUIET
+    )
 
     @model_validator(mode="after")
     def _require_one_loss(self) -> "DMD2":
