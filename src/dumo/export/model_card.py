@@ -242,7 +242,8 @@ def _pipeline_calls(exported: ExportedModel, stock: StockPipeline) -> list[tuple
         guidance = stock.guidance_arguments(embedded=embedded, scale=scale)
         return [(", ".join([*condition, *_keywords(guidance)]), "")]
     calls: list[tuple[str, str]] = []
-    reachable = [n for n in _PASS_COMMENTS if can_make(exported.solver, exported.run.readings, n)]
+    solver = exported.run.sample.solver if exported.makes_hops else exported.solver
+    reachable = [n for n in _PASS_COMMENTS if can_make(solver, exported.run.readings, n)]
     for passes in exported.nfe or reachable:
         times = exported.pipeline_times(passes)
         arguments = [*condition, *_keywords(stock.arguments(times, embedded=embedded, scale=scale))]
