@@ -115,12 +115,27 @@ def test_twinflow_has_adapters_and_a_sign(here: Path, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_dmd2_has_two_adapters_and_resumes_in_mid_cycle(here: Path, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("setting", "solver"),
+    [
+        ("", "restart"),
+        pytest.param(", times: {kind: of_sampler, solver: hop}", "hop", marks=pytest.mark.nightly),
+        pytest.param(", alpha: 1.2", "restart", marks=pytest.mark.nightly),
+    ],
+    ids=["dmd2", "tdm", "sid"],
+)
+def test_dmd2_has_two_adapters_and_resumes_in_mid_cycle(here: Path, folder: Path, setting: str, solver: str) -> None:
     """Stopped before the generator's first step and after it: weights and moments of both are the same to the bit."""
     words = ["train", "digits", *net(folder, "net.lora.rank=4", "net.lowpass=null"), "train.save_every=20"]
-    words += ["train.schedule.kind=constant", "teacher={kind: base, guide: {scale: 3}}", "objective={kind: dmd2}"]
+    words += ["train.schedule.kind=constant", "teacher={kind: base, guide: {scale: 3}}"]
+    words += [f"objective={{kind: dmd2{setting}}}"]
     words += ["train.optimizer={kind: adamw, lr: 0.003, fake_lr: 0.001}", "train.batch=16"]
-    words += ["sample.solver={kind: restart, m: 0.75}", "sample.nfe=[4]", "evaluate.nfe=[4]", "evaluate.contrast=[]"]
+    words += [
+        f"sample.solver={{kind: {solver}, m: 0.75}}",
+        "sample.nfe=[4]",
+        "evaluate.nfe=[4]",
+        "evaluate.contrast=[]",
+    ]
     assert call(*words, "train.steps=13", "--out", "whole").code == 0
     for steps in (4, 9, 13):
         assert call(*words, f"train.steps={steps}", "--out", "parts").code == 0
