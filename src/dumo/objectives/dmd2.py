@@ -280,7 +280,12 @@ def normalized(gap: Sample, error: Sample, normalize: Normalize) -> Sample:
 
 
 def sid_loss(alpha: float, w: Sample, v: Sample, w_star: Sample, straight: Sample, normalize: Normalize) -> PerSample:
-    """Return the loss of SiD or SIM of each row, (b,), without their factor t (`dumo.objectives.match`)."""
+    """Return (5) or (6) of `dumo.objectives.match` of each row, (b,), without their factor t.
+
+    w_star is what w learns, and straight is z' - x', which differs from it for TDM. If w is the velocity of the
+    samples, V (w_star - v) and V^2 have the same mean over noise. At alpha = 1/2 and without a divisor, twice the
+    gradient of this loss is that of the mean of V^2 over samples, including the change of w (ours).
+    """
     gap = w - v
     product = normalized(gap, straight - v, normalize) * (w_star - v - alpha * gap)
     return product.flatten(1).mean(1)

@@ -39,21 +39,18 @@ from dumo.objectives.base import (
     Net,
     Noise,
     NoisyBatch,
-    PerSample,
     Sample,
     Terms,
     Time,
     Uniform,
     descent_error,
-    lift,
     mean_square,
 )
-from dumo.objectives.dmd2 import FLOOR
+from dumo.objectives.dmd2 import Normalize, normalized, sid_loss
 from dumo.objectives.pull import Pull
 
 WEIGHT = 0.05  # of the samples' loss (our choice)
 HEAD_WEIGHT = 0.3  # of the loss of w (our choice)
-HUBER = 0.03  # c of (6) (our choice)
 
 
 class Match(Pull):
@@ -61,8 +58,7 @@ class Match(Pull):
 
     own_heads: ClassVar[tuple[str, ...]] = ("w",)
     kind: Literal["match"] = "match"
-    # What V is divided by in each row: m (DMD2, SiD), the root of (6) (SIM), or nothing (Diff-Instruct).
-    normalize: Literal["distance", "huber", "none"] = "distance"
+    normalize: Normalize = "distance"
     # alpha of (5): SiD uses 1.2, SIM 1. None means (4), the gradient of DMD2.
     alpha: float | None = Field(default=None, ge=0)
 
@@ -82,36 +78,17 @@ class Match(Pull):
         loss = HEAD_WEIGHT * w_loss
         if self.moves_samples(b):
             if self.alpha is None:
-                move = self._normalized(gap, w_star - v)
+                move = normalized(gap, w_star - v, self.normalize)
                 loss = loss + WEIGHT * mean_square(descent_error(u, move))  # (4)
             else:
                 # The second pass has the same values. Subtracting the loss of the first pass cancels the gradient with
                 # respect to the weights, and leaves the gradient with respect to the samples.
                 x_moved, aim = b.path.at(b.z - u, z, t)
                 v_moved, w_moved = self._velocities(net, b, x_moved, t)
-                moved = self.sid_loss(self.alpha, w_moved, v_moved, aim) - self.sid_loss(self.alpha, w, v, w_star)
-                loss = loss + WEIGHT * t * moved
+                moved = sid_loss(self.alpha, w_moved, v_moved, aim, aim, self.normalize)
+                still = sid_loss(self.alpha, w, v, w_star, w_star, self.normalize)
+                loss = loss + WEIGHT * t * (moved - still)
         return Terms(loss, {"w": w_loss}, {"pull_w": mean_square(gap)})
-
-    def sid_loss(self, alpha: float, w: Sample, v: Sample, aim: Sample) -> PerSample:
-        """Return (5) or (6) of each row at x'_t without their factor t, (b,), with aim = z' - x'.
-
-        If w is the velocity of the samples, V (z' - x' - v) and V^2 have the same mean over noise. At alpha = 1/2 and
-        without a divisor, twice the gradient of this loss is that of the mean of V^2 over samples, including the change
-        of w (ours).
-        """
-        gap = w - v
-        product = self._normalized(gap, aim - v) * (aim - v - alpha * gap)
-        return product.flatten(1).mean(1)
-
-    def _normalized(self, gap: Sample, error: Sample) -> Sample:
-        """Return V divided by the divisor of its row, for error = z' - x' - v."""
-        if self.normalize == "none":
-            return gap
-        if self.normalize == "huber":
-            return gap / lift((mean_square(gap) + HUBER**2).sqrt(), gap)
-        m = error.detach().abs().flatten(1).mean(1).clamp(min=FLOOR)
-        return gap / lift(m, gap)
 
     @staticmethod
     def _velocities(net: Net, b: NoisyBatch, x_t: Sample, t: Time) -> tuple[Sample, Sample]:
