@@ -21,6 +21,7 @@ LACKS = {
     "match": SAMPLES,
     "pi_flow": STEP | {"descent_leads_back_to_the_flow", "readings_are_those_of_the_flow"},  # heads are guesses
     "rcgm": STEP,
+    "self_e": {"gradient_vanishes_at_the_flow", "targets_are_of_the_reference", "readings_are_those_of_the_flow"},
     "shortcut": STEP,
     "soflow": STEP,
     "tbsm": STEP,

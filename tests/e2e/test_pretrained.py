@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -83,14 +84,20 @@ def test_adapters_alone_are_saved_and_taught_by_their_base(here: Path, folder: P
     assert all(name.startswith("heads.") or "lora_" in name or "timestep_embedder" in name for name in whole)
 
 
+BY_SLOPE = "slope: {kind: dual}, times: {kind: jumps}"
+OF_TWO_TIMES = {
+    "meanflow": [f"objective={{kind: meanflow, {BY_SLOPE}}}"],
+    "dumo_any": [f"objective={{kind: dumo_any, {BY_SLOPE}}}", "teacher={kind: base}"],
+    "self_e": ["objective={kind: self_e}", "net.lowpass=null", "net.checkpoint=true", "train.precision=bf16"],
+}
+
+
 @pytest.mark.nightly
-@pytest.mark.parametrize("objective", ["meanflow", "dumo_any"])
+@pytest.mark.parametrize("objective", OF_TWO_TIMES)
 def test_two_times_are_trained_in_parts_and_jumped_between(here: Path, folder: Path, objective: str) -> None:
     """Beside adapters the embedding of the gap is trained, saved and gone on with, to the bit."""
-    taught = "teacher={kind: base}" if objective == "dumo_any" else "teacher=null"
-    words = ["train", "digits", *net(folder, "net.lora.rank=4"), *SHORT, "train.schedule.kind=constant", taught]
-    words += [f"objective={{kind: {objective}, slope: {{kind: dual}}, times: {{kind: jumps}}}}"]
-    words += ["sample.solver={kind: hop}"]
+    words = ["train", "digits", *net(folder, "net.lora.rank=4"), *SHORT, "train.schedule.kind=constant"]
+    words += [*OF_TWO_TIMES[objective], "sample.solver={kind: hop}"]
     whole = trained_in_parts(here, words)
     assert whole["gap.layers.linear_2.weight"].any()
     assert call("sample", "whole", "--nfe", "2").code == 0
@@ -148,13 +155,22 @@ def test_dmd2_has_two_adapters_and_resumes_in_mid_cycle(here: Path, folder: Path
     refused("sample", "whole", "--nfe", "3", named=("were not trained", "objective.times"))
 
 
+def self_e(folder: Path) -> list[str]:
+    """A training of adapters that half of the rows pull by the velocities with and without a label."""
+    words = ["train", "digits", *net(folder, "net.lora.rank=4", "net.lowpass=null"), *SHORT]
+    return [*words, "train.schedule.kind=constant", "objective={kind: self_e}", "sample.solver={kind: hop}"]
+
+
 @pytest.mark.slow
-def test_two_ranks_make_the_twinflow_that_one_process_makes_in_two_pieces(here: Path, folder: Path) -> None:
-    """Tasks are given to neighbouring rows of the whole batch, so a rank has as many rows of each.
+@pytest.mark.parametrize(("words_of", "own"), [(twinflow, "negative_time"), (self_e, "gap.layers.linear_2.weight")])
+def test_two_ranks_train_what_one_process_trains_in_two_pieces(
+    here: Path, folder: Path, words_of: Callable[[Path], list[str]], own: str
+) -> None:
+    """Kinds of rows alternate in the whole batch, so a rank has as many rows of each.
 
     Only to rounding: where blocks are sharded, gradients of the time embedding are summed block by block.
     """
-    words = [*twinflow(folder), "train.batch=16"]
+    words = [*words_of(folder), "train.batch=16"]
     assert call(*words, "train.micro_batch=8", "--out", "one").code == 0
     together(2, *words, "--out", "two", cwd=here)
     for part in ("net", "ema-0.999"):
@@ -162,7 +178,7 @@ def test_two_ranks_make_the_twinflow_that_one_process_makes_in_two_pieces(here: 
         assert one.keys() == two.keys()
         for name, weight in one.items():
             assert (weight - two[name]).norm() <= 1e-3 * weight.norm(), name
-        assert one["negative_time"].any()
+        assert one[own].any()
 
 
 @pytest.mark.nightly

@@ -43,6 +43,7 @@ STEPS = {  # of a finite step, and so off the flow by an order of it: by kind, t
     "match": "test_it_rests_at_the_flow",
     "pi_flow": "test_it_rests_at_the_flow_to_the_order_of_its_guesses",
     "rcgm": "test_gradient_vanishes_with_the_step",
+    "self_e": "test_predictions_of_gaussians_are_those_in_closed_form",  # which its guidance moves from the flow
     "shortcut": "test_only_the_first_doubling_is_off_and_by_the_order_of_its_step",
     "soflow": "test_gradient_vanishes_with_the_step",
     "tbsm": "test_it_rests_where_samples_are_the_data",  # on average over what a row meets

@@ -21,6 +21,7 @@ from dumo.flow.compatibility import (
     require_guidable,
     require_independent_noise,
     require_names,
+    require_null,
     require_path,
     require_precision,
     require_teacher,
@@ -289,6 +290,7 @@ def check_ranks(train: Train, objective: AnyObjective, ranks: int = 1) -> None:
 
 def _check_training_guidance(data: Data, objective: Objective) -> None:
     """Raise UserError for guidance in training without classes. A guide may be active although its scale is 1."""
+    require_null(objective, has_null=may_have_classes(data))
     if may_have_classes(data):
         return
     guidance = training_guidance(objective.needs)

@@ -197,6 +197,19 @@ def require_labels(objective: Objective, *, has_coupling: bool) -> None:
         )
 
 
+def require_null(objective: Objective, *, has_null: bool) -> None:
+    """Refuse training without conditions or without dropping any, if the objective learns from their effect.
+
+    has_null: whether there are conditions, and a null condition that replaces dropped ones.
+    """
+    if objective.needs.reads_null and not (has_null and objective.drop):
+        raise UserError(
+            f"objective '{objective.kind}' learns from the difference between velocities with a condition and without, "
+            "so it needs conditions of which some are dropped: train with classes or captions (in dumo.Flow classes= "
+            "or null=) and objective.drop=0.1, or use objective.kind=flow_matching"
+        )
+
+
 def require_independent_noise(objective: Objective, *, has_coupling: bool, has_pairs: bool = False) -> None:
     """Refuse noise that is tied to data, if the objective would be biased by it.
 

@@ -162,7 +162,9 @@ class Flow(nn.Module):
 
         # Without a null condition nothing is dropped. A network that is called directly always gets a condition, with
         # the null label `classes`, even if classes = 0.
-        if not (classes or direct) and null is None:
+        has_null = bool(classes or direct) or null is not None
+        compatibility.require_null(objective, has_null=has_null)
+        if not has_null:
             objective = compatibility.without_drop(objective)
 
         self.net = net

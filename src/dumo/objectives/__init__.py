@@ -28,6 +28,7 @@ from dumo.objectives.meanflow import MeanFlow
 from dumo.objectives.pi_flow import PiFlow
 from dumo.objectives.rcgm import RCGM
 from dumo.objectives.sct import SCT
+from dumo.objectives.self_e import SelfE
 from dumo.objectives.several import Several
 from dumo.objectives.shortcut import Shortcut
 from dumo.objectives.soflow import SoFlow
@@ -59,6 +60,7 @@ BundledObjective = Annotated[
     | PiFlow
     | RCGM
     | SCT
+    | SelfE
     | Several
     | Shortcut
     | SoFlow

@@ -216,6 +216,7 @@ class Needs:
     group: int = 1  # the number of consecutive rows that the loss combines
     compares_rows: bool = False  # it uses distances between samples and data of the same label
     diffuses_samples: bool = False  # it compares the velocities of noised samples and data
+    reads_null: bool = False  # it learns from the difference that a condition makes, and so needs conditions
     ref: float | None = None  # the EMA decay of theta^- in the paper; None: the weights in training
     scheduled: bool = False  # it changes with `NoisyBatch.progress`
     fake_score: bool = False  # head w has weights of its own, if the net can have them (`dumo.types.fake_score`)

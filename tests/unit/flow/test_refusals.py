@@ -19,6 +19,7 @@ from dumo.types import Frozen, Needs, Net, NoisyBatch, Terms, UserError
 TWO = Needs(heads=("v", "u"))
 U = Needs(heads=("u",))
 U_OF_TWO_TIMES = Needs(inputs=("t", "r"), heads=("u",))
+V_OF_TWO_TIMES = Needs(inputs=("t", "r"))
 X = torch.randn(8, 2, generator=torch.Generator().manual_seed(1))
 IMAGES = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 LABELS = torch.arange(8) % 3
@@ -194,6 +195,7 @@ REFUSED: list[tuple[str, str, Callable[[], object]]] = [
     ("no teacher", "pi_flow", learns(objective="pi_flow")),
     ("trajectories", "teacher.pairs", learns(objective={"kind": "cmt"})),
     ("an idle teacher", "teacher=", learns(lambda: Perceptron(U_OF_TWO_TIMES), objective="imm", teacher=path_velocity)),
+    ("no conditions to compare", "needs conditions", learns(lambda: Perceptron(V_OF_TWO_TIMES), objective="self_e")),
     ("a share without a teacher", "prior = 0.5", learns(prior=0.5)),
     ("a share of no row", "prior = 0.05", learns(prior=0.05, teacher=path_velocity)),
     ("a share of all rows", "prior = 1", learns(prior=1.0, teacher=path_velocity)),

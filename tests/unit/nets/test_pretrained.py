@@ -27,7 +27,8 @@ from dumo.nets.dualized import Dualized, time_embedder_paths
 from dumo.nets.lora import Lora
 from dumo.nets.lowbit import HalfLinear
 from dumo.nets.text_rows import Codes
-from dumo.objectives import DuMo, FlowMatching
+from dumo.objectives import DuMo, SelfE
+from dumo.objectives.base import ObjectiveSpec
 from dumo.training.compile import compile_blocks
 from dumo.training.frozen import digest
 from dumo.types import Frozen, Heads, Needs, NoisyBatch, UserError
@@ -85,7 +86,7 @@ def with_limit(spec: Pretrained, name: str) -> Pretrained:
     return spec if name in NO_LOWPASS else spec.model_copy(update={"lowpass": 10.0})
 
 
-def record(objective: DuMo | FlowMatching) -> NoisyBatch:
+def record(objective: ObjectiveSpec) -> NoisyBatch:
     x, c, _ = batch(4)
     return draw(objective, Linear(), x, c, torch.full_like(c, CLASSES), seed=0, step=0)
 
@@ -164,15 +165,18 @@ def test_heads_go_their_own_ways(folder: Saved, name: str) -> None:
 def test_one_guided_step_is_exact(folder: Saved, name: str) -> None:
     """DuMo's gradient by the slope that rides is that by forward-mode differentiation, and every parameter has one."""
     spec = with_limit(folder(name), name)
-    dual, jvp = (gradient(built(spec), slope) for slope in (DualSlope(), JvpSlope()))
+    dual, jvp = (gradient(built(spec), guided(slope)) for slope in (DualSlope(), JvpSlope()))
     assert dual.keys() == jvp.keys() == {n for n, p in built(spec).named_parameters() if p.requires_grad}
     size = torch.stack([g.norm() for g in jvp.values()]).norm()
     assert torch.stack([(dual[n] - g).norm() for n, g in jvp.items()]).norm() / size < 1e-5
 
 
-def gradient(net: Dualized, slope: Slope) -> dict[str, Tensor]:
+def guided(slope: Slope) -> DuMo:
+    return DuMo(slope=slope, drop=0.1, guide=Guide(zeta=0.55))
+
+
+def gradient(net: Dualized, objective: ObjectiveSpec) -> dict[str, Tensor]:
     """Of every parameter that has one."""
-    objective = DuMo(slope=slope, drop=0.1, guide=Guide(zeta=0.55))
     objective.loss(net.train(), Frozen(net), record(objective)).loss.mean().backward()
     return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
@@ -267,11 +271,12 @@ def test_stock_is_the_model_with_one_head(folder: Saved, name: str, lora: Lora |
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("objective", [guided(DualSlope()), SelfE()], ids=["dumo", "self_e"])
 @pytest.mark.parametrize("lora", [None, LORA])
-def test_checkpointing_changes_no_gradient(folder: Saved, lora: Lora | None) -> None:
+def test_checkpointing_changes_no_gradient(folder: Saved, lora: Lora | None, objective: ObjectiveSpec) -> None:
     spec = folder("sd3").model_copy(update={"lora": lora, "lowpass": 10.0})
-    every = False, True, 2
-    plain, lean, half = (gradient(built(spec.model_copy(update={"checkpoint": c})), DualSlope()) for c in every)
+    every = (spec.model_copy(update={"checkpoint": c}) for c in (False, True, 2))
+    plain, lean, half = (gradient(built(spec, objective.needs), objective) for spec in every)
     for other in (lean, half):
         assert plain.keys() == other.keys()
         assert all(torch.allclose(plain[n], other[n], rtol=1e-4, atol=1e-6) for n in plain)
@@ -298,7 +303,7 @@ def compiled(name: str, frozen: Any) -> None:  # noqa: ANN401
         block.compile = partial(block.compile, backend="eager")  # pyright: ignore[reportAttributeAccessIssue]
     torch.compile = partial(torch.compile, backend="eager")
     compile_blocks(net)
-    there, found = gradient(plain, DualSlope()), gradient(net, DualSlope())
+    there, found = (gradient(net, guided(DualSlope())) for net in (plain, net))
     assert found.keys() == there.keys()
     off = torch.stack([(found[n] - g).norm() for n, g in there.items()]).norm()
     size = torch.stack([g.norm() for g in there.values()]).norm()
@@ -437,7 +442,7 @@ def test_a_pass_in_bf16_has_the_bits_of_float32_weights(tmp_path: Path, name: st
     assert same(passed(whole, low=True), passed(half, low=True))
     assert not same(passed(whole, low=False), passed(half, low=False))  # what is stored in more bits is rounded
     with torch.autocast("cpu", torch.bfloat16):
-        one, other = (gradient(net, DualSlope()) for net in (whole, half))
+        one, other = (gradient(net, guided(DualSlope())) for net in (whole, half))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 

@@ -17,6 +17,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
         {"kind": "several", "third": "shortcut", "apart": True, "times": {"kind": "pair", "velocity_ratio": 0.0}},
         "times.kind",
     ),
+    ({"kind": "self_e", "times": {"kind": "uniform"}}, "times={kind: jumps"),
     ({"kind": "split_meanflow", "times": {"kind": "pair", "velocity_ratio": 0.0}}, "times.velocity_ratio"),
 ]
 
