@@ -1,17 +1,17 @@
 """Evaluate existing images with the same scores and card as samples of a run.
 
-`judge`, which `dumo evaluate --images` calls, opens the images (`open_images`), completes the protocol by their number
-and shape, finds the reference images, hashes the images, scores them, and writes the report.
+`judge`, which `dumo evaluate --images` calls, opens the images (`open_images`), completes the protocol with their
+number and shape, finds the reference images, hashes the images, scores them, and writes the report.
 
-Images are read as the field's evaluators read them (pytorch-fid, torch-fidelity and clean-fid: `Image.convert("RGB")`):
-grey becomes three equal channels, and pillow keeps the high byte of 16-bit colours. Three things differ: images are
-rotated by their EXIF tag; 16-bit grey is rounded to 8 bits, as protocols round samples, where the evaluators clip
-it, almost all to white; and transparency lies over white. No image is resized or cropped, because the way it is done
-moves a FID (Parmar et al. 2022, arXiv 2104.11222): all must have one size.
+Images are read as in pytorch-fid, torch-fidelity and clean-fid (`Image.convert("RGB")`): grey becomes three equal
+channels, and pillow keeps the high byte of 16-bit colours. There are three differences. Images are rotated by their
+EXIF tag. 16-bit grey is rounded to 8 bits, as samples are; the other evaluators clip almost all of it to white.
+Transparent images are drawn on white. Images are neither resized nor cropped, because resizing changes the FID (Parmar
+et al. 2022, arXiv 2104.11222), so all must have the same size.
 
 The images of a reference folder are cropped and resized to the size of the evaluated images, in the same way as a run's
-data (`dumo.data.pixel.crop_middle`). So a folder has the same hash as a run's reference and as a reference here, and
-both reports can share a table.
+data (`dumo.data.pixel.crop_middle`). A folder therefore has the same hash as the reference of a run and of images, and
+both reports can be compared.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -46,14 +46,14 @@ from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.runtime.random import stream
 from dumo.types import Spec, UserError
 
-# The protocol that needs no download.
+# A protocol that needs no download.
 DEFAULT_KIND = "photos"
-# The protocols that judge by class if images and reference have the same classes.
+# Protocols that compute class scores if images and reference have the same classes.
 CLASSES_KINDS = ("photos", "cifar10-features")
 DIGIT_NUMERALS = tuple("0123456789")
-# The protocols that judge images without captions.
+# Protocols for images without captions.
 KINDS = sorted({*get_args(InceptionKind), *get_args(BundledKind), *get_args(vision.FeatureKind)} - {"toy"})
-# The size of the cache of decoded pixels, as for a run's data.
+# The size of the cache of decoded pixels, equal to that of a run's data.
 MEMORY_BYTES = 2 * GIGABYTE
 
 # Sample indices (n,), and images (n, channels, height, width) in [-1, 1].
@@ -67,7 +67,7 @@ class _ProtocolOnly(Spec):
 
 
 class _ImagesSettings(Spec):
-    """The fields that overrides may set: of the protocol, and of the data that are the reference."""
+    """The fields that overrides may set: those of the protocol and of the reference data."""
 
     evaluate: _ProtocolOnly
     data: Images | None = None
@@ -81,26 +81,26 @@ class ImageSet:
     source: Source | NpzImages
     # (3, height, width).
     shape: tuple[int, ...]
-    # None if they have no classes.
+    # None if there are no classes.
     labels: Labels | None
     # The name of the image in a row, for messages.
     name: Callable[[int], str]
-    # The reason why their classes cannot be read.
+    # The reason why the classes cannot be read.
     label_problem: str = ""
 
     def batches(self, total: int, channels: int) -> Iterator[Batch]:
-        """This rank's share of `total` images, at most all: sample indices (n,), and images in [-1, 1].
+        """Yield this rank's batches of `total` chosen images: sample indices (n,), and images in [-1, 1].
 
-        The images are (n, channels, height, width). An image's sample index is its place among the `total`. Batches
-        hold the same images however many ranks there are. Raises UserError for an image in colour if `channels` is 1,
-        and for one that is unreadable or of another size.
+        The images are (n, channels, height, width). The sample index is the position among the `total` images. Batches
+        do not depend on the number of ranks. Raises UserError for colour images if `channels` is 1, and for an image
+        that is unreadable or of another size.
         """
         not_selected = -1
         sample_index_by_row = torch.full((len(self.source),), not_selected)
         sample_index_by_row[self.chosen_rows(total)] = torch.arange(total)
 
-        # Ranks take blocks of BATCH_SIZE rows in turn, so that batches do not depend on the number of ranks. A rank
-        # without a block yields one empty batch, because the other ranks wait for its part.
+        # Blocks of BATCH_SIZE rows are assigned to ranks round-robin, so that batches do not depend on the number of
+        # ranks. A rank without a block yields an empty batch, because the other ranks wait for it.
         num_rows = len(sample_index_by_row)
         first_rows: Sequence[int] = range(dist.rank() * BATCH_SIZE, num_rows, dist.world() * BATCH_SIZE)
         for first in first_rows or [num_rows]:
@@ -117,7 +117,7 @@ class ImageSet:
             yield sample_indices[is_selected], x[:, :channels]
 
     def chosen_rows(self, total: int) -> Tensor:
-        """The rows (total,) that are judged, in order: all, or a random choice, since files may be sorted by class."""
+        """Return the rows (total,) to evaluate: all, or a random choice, because files may be sorted by class."""
         order = torch.randperm(len(self.source), generator=stream("images"))
         return order[:total].sort().values
 
@@ -125,9 +125,8 @@ class ImageSet:
 def open_images(place: Path) -> ImageSet:
     """Open the images of a folder, .npz, table or archive.
 
-    Classes are left out if they cannot be read (`ImageSet.label_problem`). An .npz does not say how many there are:
-    they are counted up to the largest number in it. Raises UserError if there are no images, or the first is
-    unreadable.
+    Classes that cannot be read are omitted (`ImageSet.label_problem`). The number of classes of an .npz is its largest
+    class number plus 1. Raises UserError if there are no images, or if the first is unreadable.
     """
     if place.suffix == ".npz":
         source = NpzImages(place)
@@ -140,7 +139,7 @@ def open_images(place: Path) -> ImageSet:
     try:
         labels = labels_of(rows)
     except UserError as error:
-        # The rest of the message says what to set in a run.
+        # The rest of the message is a fix for runs.
         problem, _, _ = str(error).partition(": ")
     try:
         width, height = pixel.load_upright(rows.read(0)).size
@@ -161,15 +160,15 @@ def judge(
     device: str = "auto",
     bar: Bar = no_bar,
 ) -> dict[str, Any]:
-    """Judge images by the protocol `kind`, write the report, and return it.
+    """Evaluate images with the protocol `kind`, write the report, and return it.
 
-    `images` is a folder or a file of images to judge, `against` one of real images to compare them with. `fields` are
-    overrides of a run's fields, such as "evaluate.protocol.samples=1000". `out` is the report's file;
-    its default is named after `images`, and after a protocol other than `DEFAULT_KIND`, in the working folder.
+    `images` is a folder or file of images to evaluate, and `against` one of real images. `fields` are overrides of a
+    run's fields, such as "evaluate.protocol.samples=1000". `out` is the report's file, by default in the working folder
+    and named after `images`, and after the protocol if it is not `DEFAULT_KIND`.
 
-    All images are judged. If their number is not the protocol's own, its name in the report says so. Several ranks
-    share the work, and the first one writes. Raises UserError, and writes nothing, if there are no images or none that
-    the protocol can judge, or if the reference is missing or does not fit.
+    All images are evaluated. If their number differs from the protocol's, its name in the report contains the number.
+    Ranks share the work, and the first one writes. Raises UserError, and writes nothing, if there are no images that
+    the protocol supports, or if the reference is missing or incompatible.
     """
     place = user_path(images, "--images")
     tree: dict[str, Any] = {"evaluate": {"protocol": {"kind": kind}}, "data": {}}
@@ -190,19 +189,19 @@ def judge(
     reference = _find_reference(protocol, tree, against, image_set, labels_of_images)
     labels = reference.labels
 
-    # Hash them.
+    # Hash the images.
     with bar("reading the images", total) as tick:
         batches = with_progress(image_set.batches(total, channels), total, _update_bar(tick))
         _, sha256 = hash_images((index, to_uint8(x)) for index, x in batches)
 
-    # Score them.
+    # Score the images.
     torch_device = choose_device(device)
     with bar_while_reading(bar) as reading_tick:
         c = labels.c[image_set.chosen_rows(total)] if labels else None
         num_classes = labels.count if labels else 0
         context = Context(reference.open, num_classes, device=torch_device, tick=reading_tick, c=c)
         evaluator = protocol.evaluator(context)
-    with bar("judging", total) as tick:
+    with bar("scoring", total) as tick:
         batches = with_progress(image_set.batches(total, channels), total, _update_bar(tick))
         scores = evaluator.score(batches)
 
@@ -243,16 +242,15 @@ def judge(
 
 
 def _update_bar(tick: Tick) -> ImageTick:
-    """Return a callback for each batch that updates the bar."""
+    """Return a callback that updates the bar after each batch."""
     return lambda done, total: tick(done, "")
 
 
 def _protocol_for(tree: dict[str, Any], image_set: ImageSet, place: Path, against: str | None) -> MetricProtocol:
-    """Return the protocol of the tree; it judges all images unless the tree says how many.
+    """Return the protocol of the tree. It evaluates all images, unless the tree sets a number.
 
-    A protocol that compares with ADM's file gets `against` as its reference, in the tree, too. Raises UserError if
-    there are fewer images than it judges, if a file of the protocol is missing, and for a reference that it would
-    ignore.
+    The reference of a protocol that compares with ADM's file is set to `against`, also in the tree. Raises UserError if
+    there are too few images, if a file of the protocol is missing, and for a reference that would be ignored.
     """
     count = len(image_set.source)
     tree["evaluate"]["protocol"].setdefault("samples", count)
@@ -280,10 +278,10 @@ def _protocol_for(tree: dict[str, Any], image_set: ImageSet, place: Path, agains
 
 
 def judged_channels_and_classes(protocol: MetricProtocol, image_set: ImageSet, place: Path) -> tuple[int, int]:
-    """Return the number of channels and of classes by which the protocol can judge the images.
+    """Return the number of channels and classes of the images that the protocol supports.
 
-    All 3 channels if it can, otherwise 1; all classes if it can, otherwise 0. Raises UserError if it judges neither 3
-    channels nor 1 of images of this size.
+    These are 3 channels if supported, otherwise 1, and all classes if supported, otherwise 0. Raises UserError if the
+    protocol supports neither 3 channels nor 1 at this image size.
     """
     num_classes = image_set.labels.count if image_set.labels else 0
     for channels in (3, 1):
@@ -299,17 +297,17 @@ def judged_channels_and_classes(protocol: MetricProtocol, image_set: ImageSet, p
 
 @dataclass(frozen=True)
 class _ImagesReference:
-    """What images are compared with, and the labels by which they are judged."""
+    """The reference of an evaluation, and the labels of the evaluated images."""
 
-    # None if the protocol reads a file of its own.
+    # None if the protocol has its own reference file.
     data: Data | None
-    # The data as the card describes them; None if `data` is.
+    # The description of the data in the card, or None if `data` is None.
     spec: Card | None
-    # Of the images that are judged; None if they are judged without classes.
+    # None if the images are evaluated without classes.
     labels: Labels | None
 
     def open(self) -> Data:
-        """Return the data. A protocol that reads a file of its own never calls this."""
+        """Return the data. A protocol with its own reference file never calls this."""
         assert self.data is not None, "the protocol has its own reference file"
         return self.data
 
@@ -317,10 +315,10 @@ class _ImagesReference:
 def _find_reference(
     protocol: MetricProtocol, tree: dict[str, Any], against: str | None, image_set: ImageSet, labels: Labels | None
 ) -> _ImagesReference:
-    """What `image_set`, whose classes are `labels`, is compared with.
+    """Return the reference for `image_set`, whose classes are `labels`.
 
-    Protocols of `CLASSES_KINDS` judge by class only if images and reference have the same classes. Raises UserError if
-    --against is missing or names images of another size, and if the classes of protocol digits are not 0 to 9.
+    Protocols of `CLASSES_KINDS` use classes only if images and reference have the same ones. Raises UserError if
+    --against is missing or has images of another size, and if the classes of protocol digits are not 0 to 9.
     """
     if protocol.kind == "digits":
         # Classes are numbered in the order of their names, so only these names give the numbers of the digits.
@@ -333,7 +331,7 @@ def _find_reference(
     if isinstance(protocol, ImageProtocol) and protocol.standard.url:
         return _ImagesReference(None, None, labels)
     if against is None:
-        raise UserError(f"protocol {protocol.kind} compares with real images: give --against FOLDER or FILE.npz")
+        raise UserError(f"protocol {protocol.kind} compares with real images: pass --against FOLDER or FILE.npz")
     by_shared_classes = protocol.kind in CLASSES_KINDS
     place = user_path(against, "--against")
     _, height, width = image_set.shape
@@ -350,7 +348,7 @@ def _find_reference(
             return _ImagesReference(NpzImages(place, with_classes=False), spec, None)
         return _ImagesReference(reference_set.source, spec, labels)
 
-    # Files of images are read as a run's data are.
+    # Read image files in the same way as a run's data.
     if height != width:
         raise UserError(
             f"{image_set.name(0)} is {width} x {height} pixels, but images in a folder are cropped to squares: give "
@@ -367,14 +365,14 @@ def _find_reference(
 
 
 def _reference_images(tree: dict[str, Any], data: dict[str, Any]) -> Images:
-    """Return the images of a reference, opened by the fields `data`."""
+    """Return the images of a reference with the fields `data`."""
     images = parse(_ImagesSettings, {"evaluate": tree["evaluate"], "data": data}).data
     assert images is not None, "it is given"
     return images.with_facts()
 
 
 def have_same_classes(a: Labels | None, b: Labels | None) -> bool:
-    """Whether two sets have as many classes, with equal names if both have names. False if one has no classes."""
+    """Return whether two sets have the same number of classes and, if both have names, the same names."""
     if a is None or b is None or a.count != b.count:
         return False
     if not a.names or not b.names:

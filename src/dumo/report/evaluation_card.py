@@ -1,8 +1,8 @@
-"""The card of an evaluation: a dictionary of all that its scores depend on.
+"""The card of an evaluation: a dictionary of everything that its scores depend on.
 
-`make_card` makes the card of a run that is evaluated. `measure` is the part of a card that says how samples were
-measured: scores are comparable if their measures are equal. `sample_settings` is the part that says which samples were
-measured, and `is_card_of` compares it with what a run samples now. `read_report` reads a report with its card.
+`make_card` creates the card of a run. `measure` returns the entries that describe how samples were measured: scores are
+comparable if these are equal. `sample_settings` returns the entries that identify the samples, and `is_card_of`
+compares them with the run's current settings. `read_report` reads a report with its card.
 """
 
 import re
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 # Values of JSON, by name.
 Card = dict[str, Any]
 
-# In the name of a reference, such as "50,000 images of split test".
+# Matches the split in the name of a reference, such as "50,000 images of split test".
 SPLIT_NAME = re.compile(r"\bsplit [^,]+")
 MEASURE_FIELDS = (
     "protocol",
@@ -71,16 +71,16 @@ def make_card(trained: TrainedRun, run: Run, facts: Mapping[str, str], samples: 
 
 
 def measure(card: Card) -> Card:
-    """Return the part of a card that says how samples were measured. Scores are comparable if it is equal.
+    """Return the entries of a card that describe how samples were measured. Scores are comparable if they are equal.
 
-    What made the samples (weights, solver, guidance) is left out, because it is what is compared. The codec is part of
-    the measure: another codec shows other pixels for the same latent.
+    Weights, solver and guidance are omitted, because they are what is compared. The codec is included, because another
+    codec decodes the same latent to other pixels.
     """
     fields: Card = {field: card[field] for field in MEASURE_FIELDS if field in card}
     codec = card.get("codec")
     if codec:
         fields["codec"] = f"{codec['kind']} {codec['sha256']}"
-    # The name of the reference says whether a run was trained on it. Its hash says more than the name of its split.
+    # The name of the reference tells whether a run was trained on it. The hash replaces the name of the split.
     if "reference_sha256" in card:
         fields["reference"] = SPLIT_NAME.sub("the data", str(card.get("reference")))
     else:
@@ -92,7 +92,7 @@ def measure(card: Card) -> Card:
 
 
 def sample_settings(trained: TrainedRun, run: Run) -> Card:
-    """Return the part of a card that identifies the samples of `run` for a given NFE."""
+    """Return the entries of a card that identify the samples of `run` for a given NFE."""
     spec = run.sample
     return {
         "weights_sha256": trained.sha256,
@@ -104,12 +104,12 @@ def sample_settings(trained: TrainedRun, run: Run) -> Card:
 
 
 def is_card_of(card: Mapping[str, Any], trained: TrainedRun) -> bool:
-    """Whether a card is of the weights of an opened run, sampled as it samples now."""
+    """Return whether a card describes samples of the opened run with its current settings."""
     return all(card.get(field) == value for field, value in sample_settings(trained, trained.spec).items())
 
 
 def judging_settings(run: Run) -> Card:
-    """Return the part of a card that the config of an evaluation decides."""
+    """Return the entries of a card that depend on the config of the evaluation."""
     evaluation = run.evaluate
     fields: Card = {
         "labels": labels_text(run.data, evaluation),
@@ -124,9 +124,9 @@ def judging_settings(run: Run) -> Card:
 
 
 def protocol_settings(run: Run) -> Card:
-    """What a run is evaluated by that its protocol's name leaves out: the split, and fields that differ from defaults.
+    """Return the protocol settings that its name omits: the split, and fields that differ from their defaults.
 
-    A model or a reference is named by the last part of its path.
+    Paths of models and references are shortened to their last component.
     """
     evaluation = without_paths(run).evaluate
     settings = evaluation.protocol.model_dump(mode="json", exclude={"kind", "samples"}, exclude_defaults=True)
@@ -136,7 +136,7 @@ def protocol_settings(run: Run) -> Card:
 
 
 def labels_text(data: Data, evaluation: Evaluation) -> str:
-    """Return the class or caption of sample i, in words. Other programs often draw labels at random."""
+    """Describe the class or caption of sample i. Other programs often draw labels at random."""
     captions = Conditions(data).captions
     if isinstance(evaluation.protocol, LikelihoodProtocol):
         return "those of the data"
@@ -149,7 +149,7 @@ def labels_text(data: Data, evaluation: Evaluation) -> str:
 
 
 def contrast_passes(run: Run) -> list[int]:
-    """Return the numbers of passes of the contrast; [] if there is none."""
+    """Return the NFE of the contrast, or [] if there is none."""
     evaluation = run.evaluate
     if isinstance(evaluation.protocol, LikelihoodProtocol):
         return [evaluation.protocol.passes]
