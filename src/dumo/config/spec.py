@@ -1,8 +1,8 @@
-"""`Run`: the configuration of a run, whose fields are the keys of run.yaml.
+"""`Run`: the configuration of a run. Its fields are the keys of run.yaml.
 
-`Run` checks that its parts fit each other (`dumo.config.check_spec`) when it is validated. `Sampling` and `Evaluation`
-say how samples are made and how a run is judged; the other parts come from the subpackages that use them.
-`StandaloneParts` validates an objective or data that Python code gives without a run around them.
+Validation also checks that the components are compatible (`dumo.config.check_spec`). `Sampling` and `Evaluation` are
+the settings of sampling and evaluation; the other components are defined in the subpackages that use them.
+`StandaloneParts` validates an objective or data without a run.
 """
 
 from collections.abc import Mapping
@@ -34,47 +34,48 @@ S = TypeVar("S", bound=Spec)
 
 # The number of validation samples (our choice), clipped to the limits of the protocol.
 _VALIDATION_SAMPLES = 500
-_MIN_SAMPLES = 2  # for protocols that name no least number: a variance needs two
+# The minimum for protocols without their own: a variance needs two samples.
+_MIN_SAMPLES = 2
 
-# Passes through the net for one sample (NFE); a guided pass calls the net twice. A solver says which numbers it can
-# make.
+# The NFE of a sample. A guided pass calls the network twice. Solvers may support only some values.
 NumPasses = Annotated[int, Field(le=PASSES)]
 
 
 class Sampling(Spec):
-    """How samples are made by default."""
+    """The default settings of sampling."""
 
     solver: Solver
     guide: CFG = Field(default=CFG(), json_schema_extra=QUIET)  # no guidance by default
-    # Values of conditioning scalars that the objective declares, by name.
+    # Values of the objective's conditioning scalars, by name.
     knobs: dict[str, float] = Field(default_factory=dict[str, float])
-    nfe: tuple[NumPasses, ...] = Field(default=(1, 2, 4), min_length=1)  # a sheet of samples for each
+    nfe: tuple[NumPasses, ...] = Field(default=(1, 2, 4), min_length=1)  # one sheet of samples per value
     seed: int = Field(default=0, ge=0, json_schema_extra=QUIET)  # of the noise
-    precision: Precision | None = None  # of the net's passes; None: as in training. Decoders stay in float32
+    # The precision of the network. None means that of training. Decoders use float32.
+    precision: Precision | None = None
 
 
 class Evaluation(Spec):
-    """How a run is judged: at its end, and in training (`validation`)."""
+    """The settings of evaluation, after training and during training (`validation`)."""
 
     protocol: MetricProtocol
-    # A split of the data's folder that no training sees, to judge samples against; None: the data that are trained on.
+    # The split of the data to compare samples with. None means the training data.
     split: str | None = None
-    # Which templates of captions samples are made of: those that were trained on, or those held out.
+    # Use the caption templates of training, or the held-out ones.
     captions: Literal["seen", "held"] = Field(default="seen", json_schema_extra=QUIET)
-    nfe: tuple[NumPasses, ...] = Field(default=(1, 2), min_length=1)  # scores for each
-    # Numbers of passes that are also judged with Euler steps; (): none.
+    nfe: tuple[NumPasses, ...] = Field(default=(1, 2), min_length=1)
+    # The NFE that are also evaluated with Euler steps.
     contrast: tuple[Annotated[NumPasses, Field(ge=1)], ...] = (1,)
     seed: int = Field(default=0, ge=0, json_schema_extra=QUIET)  # of the noise
-    # Steps of training between two validations; 0: none.
+    # Training steps between two validations. 0 disables validation.
     every: int = Field(default=0, ge=0, le=STEPS, json_schema_extra=QUIET)
-    # Samples of a validation; None: _VALIDATION_SAMPLES, or what the protocol judges at least, or at most.
+    # The number of validation samples. None means _VALIDATION_SAMPLES, clipped to the limits of the protocol.
     few: int | None = Field(default=None, ge=2, le=SAMPLES)
-    # Whether the folder best/ keeps the weights whose validation has the best score.
+    # Whether to keep the weights with the best validation score in the folder best/.
     best: bool = Field(default=False, json_schema_extra=QUIET)
 
     @property
     def min_samples(self) -> int:
-        """The fewest samples that the protocol judges in training, without Inception's Fréchet distances."""
+        """The minimum number of validation samples, without Inception's Fréchet distances."""
         if isinstance(self.protocol, ImageProtocol):
             return self.protocol.standard.kid_subset_size
         if isinstance(self.protocol, BundledProtocol):
@@ -83,10 +84,10 @@ class Evaluation(Spec):
 
     @property
     def validation(self) -> "Evaluation":
-        """How a run is judged in training: at the first number of passes, by few samples.
+        """The settings of validation during training: the first NFE and few samples.
 
-        The seed is the next one, so that the noise that chooses a best step is not the noise of the final numbers.
-        Protocols of Inception's features leave out Fréchet distances, which take thousands of samples.
+        The seed is increased by 1, so that the best step is not selected with the noise of the final evaluation.
+        Protocols with Inception features omit Fréchet distances, which need thousands of samples.
         """
         num_samples = self.few
         if num_samples is None:
@@ -98,17 +99,17 @@ class Evaluation(Spec):
 
 
 class StandaloneParts(Spec):
-    """Parts of a run that Python code gives by themselves, each validated as in a run (`dumo.config.load.parse`)."""
+    """An objective or data that are validated without a run (`dumo.config.load.parse`)."""
 
     objective: Objective | None = None
     data: Data | None = None
 
 
 class Run(Spec):
-    """All parts of a run. Raises pydantic's ValidationError if a field is wrong, or two parts do not fit."""
+    """All components of a run. Raises ValidationError for invalid fields, and UserError for incompatible components."""
 
-    about: str = Field(json_schema_extra=FREE)  # what the run is, in one line
-    # A folder of diffusers, with the model that is tuned, and what codecs and texts of `kind: pipeline` are read from.
+    about: str = Field(json_schema_extra=FREE)  # a description in one line
+    # The diffusers pipeline that contains the model to fine-tune, and the codec and text encoders of `kind: pipeline`.
     pipeline: Pipeline | None = None
     data: Data
     net: Net
@@ -119,14 +120,15 @@ class Run(Spec):
     train: Train
     sample: Sampling = Field(json_schema_extra=FREE)
     evaluate: Evaluation = Field(json_schema_extra=FREE)
-    # What `dumo.run.resolve` found on disk, by the dotted path of its field.
+    # Values that `dumo.run.resolve` determined, by dotted path of the field.
     resolved: dict[str, JsonValue] = Field(default_factory=dict[str, JsonValue], json_schema_extra=FREE)
 
     def model_post_init(self, _: object) -> None:
-        """Hand the pipeline to the parts that read it. Pydantic calls this when it has validated the fields."""
+        """Pass the pipeline to the components that use it. Pydantic calls this after validating the fields."""
         for name in ("data", "net"):
             part = with_pipeline(getattr(self, name), self.pipeline)
-            object.__setattr__(self, name, part)  # specs are frozen, but nobody has seen this one yet
+            # Specs are frozen, but this one is still under construction.
+            object.__setattr__(self, name, part)
 
     @model_validator(mode="after")
     def _require_parts_fit(self) -> Self:
@@ -134,13 +136,14 @@ class Run(Spec):
         return self
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Copy as pydantic does. The parts that read the pipeline then read the copy's."""
+        """Copy the run. Components that use the pipeline use that of the copy."""
         run_copy = super().model_copy(update=update, deep=deep)
-        run_copy.model_post_init(None)  # which pydantic does not call for a copy, as it validates none
+        # Pydantic does not validate copies, so it does not call this method.
+        run_copy.model_post_init(None)
         return run_copy
 
     def __repr__(self) -> str:
-        """One line; `dumo show` prints all of it."""
+        """Summarize the run in one line."""
         minutes = self.train.minutes
         length = f"{self.train.steps:,} steps" if minutes is None else minutes_text(minutes)
         return f"<{self.objective.kind} on {self.data.kind}, net {self.net.kind}, {length}>"
@@ -149,29 +152,29 @@ class Run(Spec):
 
     @property
     def shown_data(self) -> ShownData:
-        """The images or points that reports show: of latents, the images that were encoded."""
+        """The images or points that reports show. For latents, these are the encoded images."""
         return shown_data(self.data)
 
     @property
     def shown_shape(self) -> tuple[int, ...]:
-        """The shape of a sample as reports show it: (channels, height, width) of an image, (2,) of a point."""
+        """The shape of a decoded sample: (channels, height, width) for images, (2,) for points."""
         return self.shown_data.shape
 
     @property
     def readings(self) -> Readings:
-        """The readings that the objective trains, such as the flow map, before there is a net."""
+        """The readings that the objective trains, such as the flow map."""
         return available_readings(self.objective)
 
     @property
     def conditions(self) -> Conditions:
-        """The classes or captions that the net is conditioned on."""
+        """The classes or captions on which the network is conditioned."""
         return Conditions(self.data)
 
     @property
     def has_subject(self) -> bool:
-        """Whether adapters for a subject, a thing or style of the user's own, are trained on top of a few-step run.
+        """Whether adapters for a subject or style are trained on top of a few-step run (docs/personal.md).
 
-        `start` names the few-step run, whose own adapters stay frozen (docs/personal.md).
+        `start` is the few-step run, whose adapters are frozen.
         """
         net = self.net
         if self.start is None or not isinstance(net, Pretrained) or net.weights != "source":
@@ -180,24 +183,24 @@ class Run(Spec):
 
     @property
     def knobs(self) -> dict[str, float]:
-        """The conditioning scalars of the net in sampling: the objective's defaults, changed by `sample.knobs`."""
+        """The conditioning scalars in sampling: the objective's defaults, updated with `sample.knobs`."""
         return {**self.objective.needs.knobs, **self.sample.knobs}
 
     @property
     def precision(self) -> Precision:
-        """The precision of the net's passes in sampling."""
+        """The precision of the network in sampling."""
         return self.sample.precision or self.train.precision
 
     @property
     def training_guidance(self) -> GuidanceScale:
-        """The guidance of the velocity that the net learns, by its teacher or else by the objective."""
+        """The guidance of the velocity target, from the teacher or the objective."""
         if self.teacher and self.teacher.guide.active:
             return GuidanceScale(self.teacher.guide.scale, "teacher.guide", "teacher.guide.scale=1")
         return GuidanceScale.of(self.objective.needs)
 
 
 def with_pipeline(part: S, pipeline: Pipeline | None) -> S:
-    """Return a part of a run, all of whose own parts that read a pipeline read this one."""
+    """Return a component with this pipeline in all nested specs that use one."""
     changed: dict[str, Spec] = {}
     for name in type(part).model_fields:
         field = getattr(part, name)

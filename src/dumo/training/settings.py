@@ -1,7 +1,4 @@
-"""How to train, as a value: `Train`, the field `train` of a run, with the defaults of the paper where it has any.
-
-Its methods say after which steps something is due.
-"""
+"""`Train`: the field `train` of a run. Defaults are the paper's, if it specifies them."""
 
 from typing import Literal
 
@@ -19,15 +16,15 @@ Compile = Literal["none", "blocks", "loss"]
 
 
 class Train(Spec):
-    """How to train. When a run is resumed, FREE and MACHINE fields may change, and CHANGES, which are then noted.
+    """The settings of training. A resumed run may change FREE, MACHINE and CHANGES fields; CHANGES are recorded.
 
-    QUIET fields are not shown at their default.
+    QUIET fields are hidden at their default.
     """
 
-    # Optimizer steps in total; schedules stretch with it.
+    # The total number of optimizer steps, over which schedules extend.
     steps: int = Field(ge=1, le=STEPS, json_schema_extra=FREE)
-    # Minutes of training in all, after which it ends. The schedule then stretches with time, and `steps` only scales
-    # its warmup. None: it ends by steps.
+    # The time limit in minutes, in total. Schedules then extend over this time, and `steps` only scales the warmup.
+    # None means no time limit.
     minutes: float | None = Field(
         default=None,
         gt=0,
@@ -37,61 +34,67 @@ class Train(Spec):
         json_schema_extra=CHANGES,
     )
     batch: int = Field(ge=1, le=ROWS)  # rows per step, over all ranks
-    # Which noise goes with which data (Pooladian et al. 2023); None: any, as the paper.
+    # Noise-data coupling (Pooladian et al. 2023). None means independent noise, as in the paper.
     coupling: Coupling | None = None
-    # Rows of a pass on a rank, to save memory; None: all of a rank's. Changes rounding only.
+    # Rows per pass on a rank, to save memory. None means all rows of a rank. Changes only rounding.
     micro_batch: int | None = Field(default=None, ge=1, json_schema_extra=MACHINE)
-    # The number of ranks that hold one replica of weights, averages and optimizer between them, to save memory. 1: each
-    # rank has a replica; all ranks: each has a shard; between: a replica per group. With fewer ranks: all of them.
+    # The number of ranks over which weights, averages and optimizer are sharded, to save memory. 1 means a replica per
+    # rank, the number of ranks means one replica, and values in between mean a replica per group.
     share: int = Field(default=1, ge=1, json_schema_extra=MACHINE)
-    # Free gathered weights after each pass and gather them again: less memory, more communication.
+    # Free gathered weights after each pass and gather them again, which trades communication for memory.
     reshard: bool = Field(default=False, json_schema_extra=MACHINE)
     optimizer: Optimizer = AdamW()
-    # The type of trained weights. bfloat16 takes half the memory and needs precision bf16; adamw8bit rounds at random.
+    # The dtype of trained weights. bfloat16 needs precision bf16 and adamw8bit, which rounds stochastically.
     weights: Literal["float32", "bfloat16"] = Field(default="float32", json_schema_extra=QUIET)
     schedule: LearningRateSchedule = Field(default=Constant(), json_schema_extra=CHANGES)
-    ema: tuple[Average, ...] = (Ema(decay=0.9999),)  # App. C.1; the first is sampled and evaluated, the weights if none
-    ref: Literal["self"] | float = "self"  # theta^- (Alg. 1): the weights in training, or the average of this decay
-    # Largest norm of the gradient; None: no clipping, as the paper.
+    # App. C.1. The first average is used for sampling and evaluation, or the weights if there is none.
+    ema: tuple[Average, ...] = (Ema(decay=0.9999),)
+    # theta^- (Alg. 1): the current weights, or the average with this decay.
+    ref: Literal["self"] | float = "self"
+    # The maximum norm of the gradient. None means no clipping, as in the paper.
     clip: float | None = Field(default=None, gt=0, json_schema_extra=CHANGES)
     compile: Compile = Field(default="none", json_schema_extra=MACHINE)  # blocks or loss, on a GPU; changes rounding
-    # tf32: on a GPU the factors of products are rounded; bf16: autocast of the loss. Neither changes the type of
-    # weights, optimizer and averages.
+    # tf32 rounds the factors of matrix products on a GPU, and bf16 is autocast of the loss. Neither changes the dtype
+    # of weights, optimizer and averages.
     precision: Precision = Field(default="fp32", json_schema_extra=CHANGES)
     seed: int = Field(default=0, ge=0, json_schema_extra=QUIET)
     log_every: int = Field(default=50, ge=1, json_schema_extra=MACHINE)  # steps
-    # Steps after which samples are drawn into sheets/; a number n: after every n-th.
+    # Write samples to sheets/ after these steps, or after every n-th step.
     sheets: PositiveInt | tuple[PositiveInt, ...] = Field(default=(), json_schema_extra=MACHINE)
     save_every: int = Field(default=1000, ge=1, json_schema_extra=MACHINE)  # steps
-    # Minutes after which a checkpoint is saved, too: the most that a sudden stop can lose. None: by steps alone.
+    # Also save a checkpoint after this many minutes. None disables it.
     save_minutes: float | None = Field(default=10.0, gt=0, json_schema_extra=MACHINE)
-    keep: int = Field(default=2, ge=1, json_schema_extra=MACHINE)  # checkpoints; and the last good one, if none is
-    # Training stops after this many steps in a row whose loss or gradient is not finite.
+    # The number of checkpoints to keep, in addition to the last good one.
+    keep: int = Field(default=2, ge=1, json_schema_extra=MACHINE)
+    # Training ends after this many consecutive steps with a non-finite loss or gradient.
     max_skips: int = Field(default=3, ge=1, json_schema_extra=MACHINE)
-    milestones: tuple[NonNegativeInt, ...] = Field(default=(), json_schema_extra=MACHINE)  # steps whose weights stay
+    milestones: tuple[NonNegativeInt, ...] = Field(
+        default=(), json_schema_extra=MACHINE
+    )  # steps whose weights are kept
 
     @model_validator(mode="after")
     def _require_fit(self) -> "Train":
         keys = [ema.key for ema in self.ema]
         if len({*keys}) < len(keys):
-            raise ValueError(f"ema has an average twice: {keys}")
+            raise ValueError(f"ema has a duplicate average: {keys}")
         if self.ref != "self" and self.ref not in keys:
             raise ValueError(f"ref = {self.ref} must be the decay of an average in ema, which has {keys or 'none'}")
         if self.weights == "bfloat16" and (self.optimizer.kind != "adamw8bit" or self.precision != "bf16"):
             raise ValueError(
-                "weights in bfloat16 need optimizer.kind adamw8bit and precision bf16: set both, or weights float32"
+                "weights=bfloat16 needs optimizer.kind=adamw8bit and precision=bf16: set both, or weights=float32"
             )
         return self
 
     @property
     def first_saved_step(self) -> int:
-        """The first step after which a checkpoint is saved, whatever the clock says."""
-        if self.minutes is not None:  # it is not known which step is the last
+        """The first step after which a checkpoint is saved, regardless of time."""
+        # With a time limit, the last step is unknown.
+        if self.minutes is not None:
             return self.save_every
         return min(self.save_every, self.steps)
 
     def is_sheet_due(self, step: int) -> bool:
-        """Whether samples are drawn after this step."""
+        """Return whether samples are written after this step."""
         if isinstance(self.sheets, int):
             return step % self.sheets == 0
         return step in self.sheets
