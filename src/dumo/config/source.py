@@ -1,11 +1,11 @@
-"""Read a run's text: of a recipe, a YAML file or a run's folder, over the base that a file may name (ADR 0002).
+"""Read the settings of a recipe, a YAML file or a run's folder, merged over its bases (ADR 0002).
 
-1. `choose` decides what a word of the command line means: a recipe, a file, a run, a trained run that ships with dumo,
-   or images, which may be a data set of the Hugging Face Hub.
-2. `read` returns the plain values that a source says, merged over its bases. `dumo.config.load` makes a run of them.
+1. `choose` interprets an argument as a recipe, a file, a run, a bundled run, or images, which may be a data set on the
+   Hugging Face Hub.
+2. `read` returns the plain values of a source, merged over its bases. `dumo.config.load` converts them to a run.
 
-A run.yaml, which training writes complete, has a format (ADR 0003); files that people write need none. If a run was
-moved together with its latents or texts, `read_file` finds these next to it.
+A run.yaml is complete and has a format number (ADR 0003); files of users need none. If a run was moved together with
+its latents or texts, `read_file` finds them next to it.
 """
 
 import os
@@ -60,32 +60,32 @@ _LATENTS_FIELDS = ("kind", "root", "images", "codec", "memory", "prior")  # fiel
 
 
 class Origin(BaseModel):
-    """The checkpoint that a run began from, of another run."""
+    """The checkpoint of another run from which a run was started."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    run: str  # the absolute path of its folder
+    run: str  # the absolute path of the other run's folder
     step: int
 
 
 @dataclass(frozen=True)
 class RunText:
-    """What a source says of a run, merged over its bases."""
+    """The settings of a source, merged over its bases."""
 
     tree: dict[str, Any]  # plain values
-    name: str  # of the source, for errors
-    hash: str | None = None  # as a run.yaml records it when its run begins; None: nothing began
+    name: str  # the name of the source, for errors
+    hash: str | None = None  # the hash in a run.yaml. None means that no run was started
     origin: Origin | None = None
 
 
 @dataclass(frozen=True)
 class ChosenSource:
-    """What the word that names a run was taken for. A path that does not exist is a file, which `read` refuses."""
+    """The interpretation of a source. A path that does not exist is a file, for which `read` raises an error."""
 
     kind: Literal["recipe", "file", "run", "trained", "images"]
-    word: str | Path  # what to give to `read`; for images their place
+    word: str | Path  # the argument for `read`, or the path of images
     folder: Path  # the folder to train in, unless another is given
-    is_resumed: bool = True  # whether a run is trained in its own folder, not its settings in a new one
+    is_resumed: bool = True  # for a run: resume it, or use its settings for a new run
 
     @property
     def meaning(self) -> str:
@@ -115,16 +115,16 @@ class ChosenSource:
 
     @property
     def _shipped_name(self) -> str:
-        """The name of a recipe or a trained run that ships with dumo, without the prefix."""
+        """The name of a bundled recipe or run, without the prefix."""
         return str(self.word).removeprefix(SHIPPED_PREFIX)
 
 
 def choose(source: str | Path, out: Path | None = None) -> ChosenSource:
     """Interpret a source as a recipe, a YAML file, a run's folder (or run.yaml), a bundled trained run, or images.
 
-    `out` is the folder to train in, if one was given. If it has the name of a recipe and holds a run, that name means
-    the run, so that `train digits --out digits` resumes when it is typed again. Raises UserError if NAME is a recipe
-    and ./NAME holds a run or images, and for the folder of a diffusers pipeline.
+    `out` is the folder to train in, if given. If it has the name of a recipe and contains a run, the name means the
+    run, so that `train digits --out digits` resumes if it is repeated. Raises UserError if NAME is a recipe and ./NAME
+    contains a run or images, and for the folder of a diffusers pipeline.
     """
     if out is not None and source in recipe_files.names() and out == Path(source) and (out / RUN_FILE).is_file():
         return ChosenSource("run", f"./{source}", out)

@@ -1,7 +1,7 @@
-"""The words of a report (words.yaml): what a measured number is called, which way is better, and what it says.
+"""Titles and descriptions of the numbers in a report (words.yaml).
 
 `word` looks up a key in one of the tables below, `watched` a note of a training step, `merits` the columns of a table
-of scores, and `method` an objective. A report shows no key as a file has it: one without words is shown with spaces.
+of scores, and `method` an objective. The title of a key without an entry is the key with spaces.
 """
 
 import re
@@ -19,10 +19,10 @@ _FIRST_LINE = re.compile(r"([^(:]+) \(([^)]+)\): (.+)")  # of an objective's mod
 
 @dataclass(frozen=True)
 class Word:
-    """What a report says of a number."""
+    """The title and description of a number."""
 
-    title: str  # the head of its column
-    better: str = ""  # which way is better, as words.yaml has it; "": neither
+    title: str  # the column header
+    better: str = ""  # whether higher or lower is better, as in words.yaml; "" for neither
     meaning: str = ""  # a sentence
 
 
@@ -43,19 +43,19 @@ HEADS: dict[str, str] = _WORDS["heads"]  # of more than DuMo's v and u
 
 
 def word(words: Mapping[str, Word], key: str) -> Word:
-    """Return the words for a key; where it has none, a title that is the key with spaces."""
+    """Return the entry of a key, by default with the key with spaces as the title."""
     return words.get(key) or Word(key.replace("_", " "))
 
 
 class Method(NamedTuple):
-    """An objective as a reader knows it: its name, its source, and a line that says what it does."""
+    """The name, source and one-line description of an objective."""
 
     name: str
     source: str = ""
     what: str = ""
 
     def __str__(self) -> str:
-        """Return the first line of its module; the name alone where no source is known."""
+        """Return the first line of the objective's module, or the name if the source is unknown."""
         return f"{self.name} ({self.source}): {self.what}" if self.source else self.name
 
 

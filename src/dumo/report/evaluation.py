@@ -1,11 +1,10 @@
-"""Evaluate a run by its protocol: sample at every number of passes, score the samples, write a report with its card.
+"""Evaluate a run with its protocol: sample at every NFE, score the samples, and write a report with its card.
 
-`evaluate` is what `dumo evaluate` and `TrainedRun.evaluate` call. The report is evaluation.json in the run's folder
-(for a run that ships with dumo, in a folder of its name) if the run is evaluated as its run.yaml says. An evaluation by
-other settings or of other weights is a file named after what differs (`report_path`). A report replaces an earlier one
-of the same name. `current_report` reads a report back if it is of the same weights and settings.
-
-`score_passes` makes and scores the samples of one number of passes.
+`evaluate` is called by `dumo evaluate` and `TrainedRun.evaluate`. With the settings of run.yaml, the report is
+evaluation.json in the run's folder (for bundled runs, in a folder with the run's name). With other settings or weights,
+the file is named after the differences (`report_path`). A report replaces an earlier one of the same name.
+`current_report` reads a report if it has the same weights and settings. `score_passes` generates and scores the samples
+at one NFE.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,7 +55,7 @@ def evaluate(
     metrics: Mapping[str, UserMetric] | None = None,
     bar: Bar = no_bar,
 ) -> dict[str, Any]:
-    """Evaluate a run by its protocol, write the report, and return it. Its `file` says where it is.
+    """Evaluate a run with its protocol, write the report, and return it. `file` is its path.
 
     `results` has one row per NFE. If the run's solver is not Euler, `contrast` has rows for Euler steps of the velocity
     at the same and at additional NFE of the config, to show the gain of the other head or of the higher order. For
@@ -209,9 +208,9 @@ def current_report(trained: TrainedRun) -> dict[str, Any] | None:
 
 
 def report_path(trained: TrainedRun, run: Run) -> Path:
-    """Where the report of an evaluation as `run` says belongs.
+    """Return the path of the report of an evaluation with the settings of `run`.
 
-    That is evaluation.json, or a name with the settings that differ from those of the run's run.yaml.
+    This is evaluation.json, or a name with the settings that differ from run.yaml.
     """
     run_as_saved = trained.spec_as_saved
     saved_fields = _named_fields(run_as_saved.sample, run_as_saved.evaluate)

@@ -1,8 +1,8 @@
-"""The evaluations of a run as its page shows them.
+"""The evaluations of a run for its HTML report.
 
-`read_judgements` reads the reports of the weights that a page is of. A `Judgement` is a report with what the page says
-about it. The template of the page, report.html.j2, uses this module as `judgement`, and lays a report out by
-`table_rows` and `baseline_rows`. What the scores themselves say is in `dumo.report.score`.
+`read_judgements` reads the evaluations of a run's weights. A `Judgement` is an evaluation with additional text for
+the report. The template report.html.j2 uses this module as `judgement`, with the tables of `table_rows` and
+`baseline_rows`. `dumo.report.score` compares and formats the scores.
 """
 
 from collections.abc import Sequence
@@ -15,20 +15,23 @@ from dumo.report import score
 from dumo.report.evaluation_card import is_card_of, read_report
 from dumo.run.trained import TrainedRun
 
-# A report with what a page says about it, as `read_judgements` returns it.
+# An evaluation with the additional fields of `read_judgements`.
 Judgement = dict[str, Any]
-# The solver, the number of passes, and the scores as text.
+# The solver, the NFE, and the scores as text.
 ResultRow = tuple[str, int, list[str]]
 
 
 def read_judgements(trained: TrainedRun) -> list[Judgement]:
-    """Return the evaluations of a run's weights, sampled as the run samples now: by its own settings, then by others.
+    """Return the evaluations of a run's weights with its current sampling settings, evaluation.json first.
 
-    Each report has, in addition,
+    Each has these additional fields:
 
-    - `name`: that of its file
-    - `columns`: its scores, the main score first; `summary`: some of them; `words`: their titles
-    - `sentence`: the distance of the samples from the data; `notes`: how it was measured
+    - `name`: the file name
+    - `columns`: the scores, with the main score first
+    - `summary`: the scores of the summary
+    - `words`: the titles of the scores
+    - `sentence`: the comparison with a perfect sampler
+    - `notes`: how the scores were measured
     - `biased`: the scores that the run was trained on
     """
     paths = [trained.find_output(EVALUATION_FILE), *sorted(trained.folder.glob(OTHER_EVALUATIONS))]

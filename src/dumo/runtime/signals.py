@@ -1,17 +1,17 @@
-"""Stopping when asked from outside: a signal is noted, and long work asks for it between its pieces.
+"""Graceful stops: signals are recorded, and long work polls for them.
 
-1. The command line enters `listening`, which handles SIGNALS: Ctrl-C of a person, SIGHUP of a terminal that is closed,
-   SIGTERM of a scheduler that takes the machine back in some seconds, or SIGUSR1 where it was set to that.
-2. A signal comes: it is noted in `received_signal`, and nothing else changes. A second signal of the same kind does
-   what it did before `listening`: mostly it ends the process at once.
-3. The work asks between its pieces. If it has something to save, it calls `poll`, saves, and raises `Stopped`; other
-   work calls `check`, which raises. Inside `uninterrupted`, `check` raises nothing.
+1. The command line enters `listening`, which handles SIGNALS: Ctrl-C, SIGHUP of a closed terminal, and SIGTERM or
+   SIGUSR1 of a scheduler that will soon kill the process.
+2. The first signal is only recorded in `received_signal`. A second signal of the same kind has the effect that it had
+   before `listening`, which usually ends the process at once.
+3. Long work polls between its pieces. If it has something to save, it calls `poll`, saves, and raises `Stopped`. Other
+   work calls `check`, which raises `Stopped`, except inside `uninterrupted`.
 
-A process that works for another one, as a rank does for torchrun, is also asked to stop where that one is gone. There a
-scheduler may signal both, and torchrun passes the signal on to its ranks: so what comes again within REPEAT_SECONDS is
-no second signal.
+A process that works for another one, such as a rank of torchrun, also stops if the other process is gone. A scheduler
+may signal both, and torchrun forwards the signal to its ranks, so a repetition within REPEAT_SECONDS does not count as
+a second signal.
 
-`default_handlers` is for waits in C, in which no handler would run.
+`default_handlers` is for waits in C code, during which Python handlers do not run.
 """
 
 import os
@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
-REPEAT_SECONDS = 2.0  # within which one request may come twice: ours
+REPEAT_SECONDS = 2.0  # a repeated signal within this time does not count (our choice)
 TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"  # torchrun sets it in the environment of its ranks
 
 # The state of the process. `dumo.cli.train_callback` sets the first where a callback ends a training.

@@ -1,9 +1,9 @@
-"""How many threads torch uses on a CPU.
+"""The number of threads that torch uses on a CPU.
 
-The threads of an operation spin while they wait for one another. The operations of a small network are too short for
-that: on an idle machine several threads gain little, and next to another busy process a step takes ten times as long
-(docs/adr/0020-threads.md). So a small network gets one thread, and a large one as many as torch takes, one per core.
-OMP_NUM_THREADS or MKL_NUM_THREADS override this.
+Threads busy-wait for each other. The operations of a small network are too short for this: on an idle machine several
+threads gain little, and next to another busy process a step takes ten times as long (docs/adr/0020-threads.md). Small
+networks therefore use one thread, and large ones torch's default of one per core. OMP_NUM_THREADS or MKL_NUM_THREADS
+override this.
 """
 
 import os
