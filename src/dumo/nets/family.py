@@ -1,16 +1,16 @@
-"""The models of diffusers that can be tuned: a `Family` for each class, with the paths of its parts and its arguments.
+"""The diffusers models that can be fine-tuned: one `Family` per class, with its arguments and the names of its layers.
 
-`family_of` is the entrance: it finds the `Family` of a pipeline by its config.json, or refuses it.
-`dumo.nets.dualized` calls the model with what `Family.arguments` makes of its `Inputs`; `dumo.encoders.encode_prompt`
-encodes texts by it. To add one, add an entry to `FAMILIES`, or to `VARIANTS` where its class is there already, and a
-function of arguments if no other fits (docs/families.md). `PIPELINES` are the accepted classes of pipelines, which
-messages and that page list.
+`family_of` returns the `Family` of a pipeline from its config.json, or raises UserError. `dumo.nets.dualized` calls the
+model with the arguments that `Family.arguments` returns for `Inputs`, and `dumo.encoders.encode_prompt` uses the family
+to encode texts. To add a family, add an entry to `FAMILIES`, or to `VARIANTS` if the model class has an entry already,
+and a function for the arguments if none of the existing ones fits (docs/families.md). `PIPELINES` lists the supported
+pipeline classes.
 
-A family holds what no config says. Models of a diffusion (`Family.is_diffusion`) are read by `dumo.nets.vp`. Every
-other model here learned the velocity noise - data on the linear path, with data at t = 0, noise at t = 1; Z-Image and
-Lumina 2 count time from the noise and give data - noise (`Family.has_reversed_time`).
+A family contains what does not follow from configs. `dumo.nets.vp` converts the outputs of diffusion models
+(`Family.is_diffusion`). All other models predict the velocity noise - data on the linear path, with data at t = 0 and
+noise at t = 1. Z-Image and Lumina 2 reverse time and predict data - noise (`Family.has_reversed_time`).
 
-A family is right if the stock pipeline makes the same image as dumo, to the bit.
+Tests check that stock pipelines and dumo generate the same images.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,32 +29,33 @@ from dumo.types import Array, Sample, UserError
 Config = Mapping[str, Any]  # a model's config.json
 Arguments = dict[str, Any]  # of a model's forward, by name
 
-MAX_FREQUENCY = 1000.0  # rad per unit of t, of the quickest wave: nearly every time embedding reads 1000 t
+# The highest frequency of a time embedding, in rad per unit of t: nearly all models embed 1000 t.
+MAX_FREQUENCY = 1000.0
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a pass gives to a model of diffusers, for b rows: images in the model's layout, its own time, and texts."""
+    """The inputs of a diffusers model for b rows: images in the model's layout, the model's time, and texts."""
 
     x: Array  # the image (b, c, h, w), or packed into tokens (b, n, c p p)
     time: Array  # (b,), in the model's own unit
     tokens: Tensor  # (b, l, d), of text
-    mask: Tensor | None  # (b, l), bool: False on padding of text; None: there is no padding
+    mask: Tensor | None  # (b, l), bool: False on padding of text. None means no padding
     pooled: Tensor | None  # (b, p), of text
     guidance: Array | None  # (b,), the number that a distilled model embeds
     grid: tuple[int, int]  # rows and columns of patches
-    lengths: tuple[int, ...] | None  # text tokens of each row, for a model that takes captions one by one
-    source: Tensor | None = None  # (b, n, c p p), packed: the image that is edited
+    lengths: tuple[int, ...] | None  # text tokens per row, for models that process captions one by one
+    source: Tensor | None = None  # (b, n, c p p), packed: the image to edit
 
     @property
     def mask_or_ones(self) -> Tensor:
-        """The mask, (b, l), for a model that demands one."""
+        """Return the mask (b, l) for a model that requires one."""
         if self.mask is None:
             return self.tokens.new_ones(self.tokens.shape[:2], dtype=torch.bool)
         return self.mask
 
 
-# --- The arguments of a model's forward, by name, one function for each kind of model. ---
+# --- The arguments of forward, one function for each kind of model. ---
 
 
 def plain_arguments(inputs: Inputs) -> Arguments:
@@ -248,54 +249,55 @@ def unpack_latents(y: Array, grid: tuple[int, int], p: int) -> Array:
 
 @dataclass(frozen=True)
 class Family:
-    """A class of models of diffusers: what no config says of them.
+    """The properties of a diffusers model class that do not follow from its config.
 
-    A "key" is one of the model's config.json, a "path" is that of a submodule, "" if there is none.
+    A "key" is a key of the model's config.json, and a "path" the name of a submodule; "" means none.
     """
 
-    arguments: Callable[[Inputs], Arguments]  # makes the arguments of the model's forward
-    pipeline: str  # the class of the pipeline that makes an image of a text
+    arguments: Callable[[Inputs], Arguments]  # returns the arguments of the model's forward
+    pipeline: str  # the class of the text-to-image pipeline
 
     # text
-    # What the pipeline's encode_prompt returns, in order: "tokens", "mask" and "pooled" of the prompt, with "-" before
-    # the name those of the negative prompt, and "_" for what is not read.
+    # The outputs of the pipeline's encode_prompt, in order: "tokens", "mask" and "pooled" of the prompt, with the
+    # prefix "-" for the negative prompt, and "_" for outputs that are not used.
     encodes: str
-    max_text_tokens: int  # of a text, by the defaults of the pipeline's __call__
+    max_text_tokens: int  # the default of the pipeline's __call__
     text_width: str  # key: channels of a token
-    pooled_text_width: str = ""  # key: channels of the pooled text; "": the model takes none
-    takes_mask: bool = False  # of text
-    adds_mask: bool = False  # the mask hides nothing, but is added to the scores of attention: padding is read
-    mask_reader: str = ""  # path: a part that reads the values of the mask, its second argument
-    takes_lists: bool = False  # of captions, each with its own length
-    one_by_one: bool = False  # it takes no mask, so rows whose captions have several lengths go through it one by one
+    pooled_text_width: str = ""  # key: channels of the pooled text embedding; "" if the model has none
+    takes_mask: bool = False  # whether forward has a text mask
+    adds_mask: bool = False  # the mask is added to the attention scores, so padding is attended to
+    mask_reader: str = ""  # path: a submodule that uses the values of the mask, its second argument
+    takes_lists: bool = False  # forward takes lists of captions with different lengths
+    one_by_one: bool = False  # without a mask, rows with captions of different lengths are processed one by one
 
     # time
     time_scale: Callable[[Config], float] = lambda config: 1.0  # the model's time at t = 1
-    has_reversed_time: bool = False  # the model's time is 1 - t, and its output data - noise
-    # the model learned the noise of a diffusion, or its v: the scheduler says which, and its times
+    has_reversed_time: bool = False  # the model's time is 1 - t, and its output is data - noise
+    # A diffusion model, which predicts noise or v at the times of its scheduler.
     is_diffusion: bool = False
-    max_frequency: Callable[[Config], float] = lambda config: MAX_FREQUENCY  # of the quickest wave, rad per unit of t
-    # the end of the path of every two-layer perceptron over waves of t; "": there is none
+    # The highest frequency of the time embedding, in rad per unit of t.
+    max_frequency: Callable[[Config], float] = lambda config: MAX_FREQUENCY
+    # The last part of the paths of time embedders, which are two-layer perceptrons of sines and cosines; "" if none.
     time_embedder: str = "timestep_embedder"
-    # path: the part whose first arguments are time and guidance, which layers before round to their precision
+    # path: the submodule whose first arguments are time and guidance, which earlier layers would round.
     time_part: str = ""
-    time_part_scale: float = 1.0  # time and guidance are multiplied by it before that part
-    guidance_scale: Callable[[Config], float] = lambda config: 1.0  # the embedded guidance is multiplied by it
+    time_part_scale: float = 1.0  # the factor of time and guidance before that submodule
+    guidance_scale: Callable[[Config], float] = lambda config: 1.0  # the factor of the embedded guidance
 
     # samples
-    last_layer: str = "proj_out"  # path: makes the outputs of a patch
-    channels_last: bool = False  # of the last layer's outputs, within a patch
-    out_channels: str = ""  # where the model reads their number: "attribute" or "config"; "": nowhere
-    takes_packed_latents: bool = False  # it takes and gives tokens, (b, n, c p p)
-    edits_images: bool = False  # it takes an image in addition to a text, and its first outputs alone are of x
-    default_side: Callable[[Config], int] = lambda config: 1024  # pixels of the pipeline's image; 0: it is no square
+    last_layer: str = "proj_out"  # path: the layer that computes the outputs of a patch
+    channels_last: bool = False  # whether the channels are last in the outputs of a patch
+    out_channels: str = ""  # where the model stores their number: "attribute" or "config"; "" if nowhere
+    takes_packed_latents: bool = False  # inputs and outputs are tokens (b, n, c p p)
+    edits_images: bool = False  # forward also has an image to edit, and only the first outputs belong to x
+    default_side: Callable[[Config], int] = lambda config: 1024  # pixels of the pipeline's image; 0 if not a square
 
     # blocks
-    unused_layers: str = ""  # pattern of paths, LAST for the last block: layers that do not reach the output
-    keeps_mask_when_checkpointed: bool = True  # it passes the mask to blocks that are computed again, too
+    unused_layers: str = ""  # a pattern of paths, with LAST for the last block: layers without effect on the output
+    keeps_mask_when_checkpointed: bool = True  # whether recomputed blocks receive the mask
 
     def patch(self, config: Config, channels: int) -> int:
-        """Return the side of a patch. Raises UserError where the model takes samples of other channels."""
+        """Return the side of a patch. Raises UserError if the model needs a different number of channels."""
         in_channels: int = config["in_channels"]
         if self.takes_packed_latents:
             p = isqrt(in_channels // channels)
@@ -314,14 +316,14 @@ class Family:
         return patch[-1] if isinstance(patch, list | tuple) else patch  # Wan's: frames, rows, columns
 
     def pooled_width(self, config: Config) -> int:
-        """Return the numbers of pooled text; 0: the model takes none. SDXL embeds six sizes with them."""
+        """Return the width of the pooled text embedding, or 0 if the model has none. SDXL also embeds six sizes."""
         if not self.pooled_text_width:
             return 0
         return config[self.pooled_text_width] - 6 * (config.get("addition_time_embed_dim") or 0)
 
 
 def _latent_side(config: Config) -> int:
-    """Return the default side in pixels, from a config that has it in latents of 8 pixels."""
+    """Return the default side in pixels, from a config with the side in latents of 8 pixels."""
     return 8 * config.get("sample_size", 128)
 
 
