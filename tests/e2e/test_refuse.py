@@ -127,7 +127,7 @@ def test_places_that_cannot_be_written(here: Path, trained: dict[str, Path]) -> 
 def test_another_run_lives_there(here: Path, trained: dict[str, Path]) -> None:
     run = shutil.copytree(trained["digits"], here / "run")
     words = [*TINY, "net.depth=2", "objective.drop=0.25", "train.log_every=9"]
-    done = refused("train", "digits", "--out", run, *words, named=("another run", "--out"), lines=None)
+    done = refused("train", "digits", "--out", run, *words, named=("a different run", "--out"), lines=None)
     assert "  net.depth: 1 recorded, 2 requested\n" in done.err
     assert " recorded, 0.25 requested\n" in done.err
     assert "log_every" not in done.err
