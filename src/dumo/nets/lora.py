@@ -130,8 +130,11 @@ def adapters(model: nn.Module) -> list[Any]:
 
 def active_adapters(model: nn.Module) -> list[str] | None:
     """Return the names of the adapters that add to a pass of a model; None if it has none. All layers have the same."""
-    layers = adapters(model)
-    return [*layers[0].active_adapters] if layers else None
+    for layer in model.modules():
+        if hasattr(layer, "lora_A"):
+            names: Any = layer.active_adapters
+            return [*names]
+    return None
 
 
 # peft's own switches would also change which parameters are trained, so this sets the private field behind them.
@@ -140,6 +143,10 @@ def active_adapters(model: nn.Module) -> list[str] | None:
 @contextmanager
 def with_adapters(model: nn.Module, *names: str) -> Generator[None, None, None]:
     """Inside, only the adapters of these names add to a pass; without a name, none does."""
+    # A walk over all layers takes long, and the recomputation of a block asks for the adapters that are active.
+    if active_adapters(model) == [*names]:
+        yield
+        return
     layers = adapters(model)
     active_before = [layer.active_adapter for layer in layers]
     for layer in layers:

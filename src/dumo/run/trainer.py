@@ -205,6 +205,7 @@ class Trainer:
             if checkpoint:
                 self.resumed_from = restore_last_finite(folder.checkpoints, checkpoint, self.state)
                 self.state.duration = Duration.resolve(config, recorded, self.resumed_from.facts)
+        self.state.net.train()
         facts = self.resumed_from.facts if self.resumed_from else None
         timing = self.state.duration.timing
         self.clock = Clock(timing, began) if timing else None
@@ -388,7 +389,8 @@ class Trainer:
         between = paired[1] if len(paired) > 1 else None
 
         # Accumulate the gradients of the micro-batches. The last one averages them over ranks.
-        state.net.train()
+        if not state.net.training:
+            state.net.train()
         state.optimizer.zero_grad()
         dropout_keys = to_device(draws.keys, x.device)
         caches_casts = not layout.frees_gathered_weights(config.reshard)
@@ -410,8 +412,7 @@ class Trainer:
             terms_of_micro_batches.append(terms.detach())
 
         # Reduce all metrics over ranks at once. This is the only synchronization with the device.
-        parameters = list(state.net.parameters())
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = get_total_norm([p.grad for p in state.trained_parameters if p.grad is not None])
         learning_rate = config.optimizer.lr * state.duration.rate_factor(config.schedule, state.step)
         t = torch.cat(times)
         terms = join_terms(terms_of_micro_batches)
@@ -440,7 +441,7 @@ class Trainer:
 
         # Update the weights, then their averages. Some networks normalize their weights after each update.
         if config.clip is not None:
-            clip_grads_with_norm_(parameters, config.clip, norm)
+            clip_grads_with_norm_(state.trained_parameters, config.clip, norm)
         for group in state.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("ratio", 1.0)
         state.optimizer.step()

@@ -181,9 +181,8 @@ def prepare_backward(net: nn.Module, is_last: bool, *, reshard: bool) -> None:
 
     Weights stay gathered between passes unless `reshard` is set.
     """
-    modules = _sharded_modules(net)
-    if modules:
-        root = modules[0]
+    root = _sharded_root(net)
+    if root is not None:
         root.set_requires_gradient_sync(is_last)
         root.set_reshard_after_backward(is_last or reshard)
 
@@ -193,13 +192,13 @@ def frees_gathered_weights(reshard: bool) -> bool:
     return reshard and dist.world() > 1
 
 
-def _sharded_modules(net: nn.Module) -> "list[FSDPModule]":
-    """Return the sharded modules of a net, the root first; [] if it is not sharded."""
+def _sharded_root(net: nn.Module) -> "FSDPModule | None":
+    """Return the net if it is sharded, else None."""
     if dist.world() == 1:
-        return []
+        return None
     from torch.distributed.fsdp import FSDPModule
 
-    return [module for module in net.modules() if isinstance(module, FSDPModule)]
+    return net if isinstance(net, FSDPModule) else None
 
 
 def gather_net(net: nn.Module, build: Callable[[torch.device], nn.Module]) -> nn.Module:
@@ -208,7 +207,7 @@ def gather_net(net: nn.Module, build: Callable[[torch.device], nn.Module]) -> nn
     If the net is sharded or trained in bf16, `build(device)` creates a new net that receives the trained weights;
     otherwise the net itself is returned. Every rank must call it.
     """
-    if not _sharded_modules(net) and not trains_in_16_bits(net):
+    if _sharded_root(net) is None and not trains_in_16_bits(net):
         return unwrap(net)
     whole_net = build(next(net.parameters()).device)
     weights = whole_net.state_dict()

@@ -14,6 +14,7 @@ decreases, so a level far above its minimum means divergence, even if every numb
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import exp, isfinite, log
 
 import torch
@@ -82,6 +83,11 @@ class State:
     trend: Trend = field(default_factory=Trend)
     # Digest of the frozen weights (`dumo.training.frozen`); None if there are none.
     frozen: str | None = None
+
+    @cached_property
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The trained weights. They are found once, because a walk over a large net takes milliseconds."""
+        return [p for p in self.net.parameters() if p.requires_grad]
 
     @property
     def is_over(self) -> bool:
