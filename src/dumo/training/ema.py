@@ -101,21 +101,17 @@ class MovingAverage:
         """Start with a copy of the net."""
         self.spec = spec
         self.module = copy_net(net).requires_grad_(False).eval()
-        # The net of the last update, and pairs of its trained weights and their averages.
-        self.net: nn.Module | None = None
-        self.pairs: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
     def update(self, net: nn.Module, n: int) -> None:
         """Update the average in place after step n, counted from 1 with skipped steps. Buffers are copied."""
-        # Walk over the modules once, because that takes milliseconds for a large net. Skip frozen weights, which are
-        # shared with the net.
-        if self.net is not net:
-            self.net = net
-            pairs = zip(self.module.parameters(), net.parameters(), strict=True)
-            self.pairs = [(average, weight) for average, weight in pairs if average is not weight]
-        averages = [average for average, _ in self.pairs]
-        weights = [weight for _, weight in self.pairs]
+        # Skip frozen weights, which are shared with the net.
+        averages: list[Tensor] = []
+        weights: list[Tensor] = []
+        for average, weight in zip(self.module.parameters(), net.parameters(), strict=True):
+            if average is not weight:
+                averages.append(average)
+                weights.append(weight)
         move = get_ema_multi_avg_fn(self.spec(n))
         if any(weight.dtype in HALVES for weight in weights):
             # Update one tensor at a time, to limit the memory of float32 copies.

@@ -67,6 +67,24 @@ def test_opening_a_run_outlines_its_net_at_most_twice(tmp_path: Path, monkeypatc
         assert devices.count("meta") <= 2
 
 
+def test_a_network_that_is_built_in_evaluation_mode_is_trained_in_training_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the model of a pipeline is, whose wrapper is in training mode."""
+    run = tiny()
+    build = type(run.net).build
+
+    def built_in_evaluation_mode(*args: Any, **named: Any) -> nn.Module:  # noqa: ANN401
+        net = build(*args, **named)
+        for part in net.children():
+            part.eval()
+        return net
+
+    monkeypatch.setattr(type(run.net), "build", built_in_evaluation_mode)
+    with open_trainer(tmp_path, run, device="cpu") as trainer:
+        assert all(part.training for part in trainer.state.net.modules())
+
+
 @pytest.mark.slow
 def test_hooks_are_called_in_their_order_and_in_the_precision_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -74,6 +74,22 @@ def test_any_split_is_the_whole_batch(dtype: torch.dtype, close: float, rows: in
             torch.testing.assert_close(tensors(split)[name], value, rtol=0, atol=close)
 
 
+def test_only_averages_walk_over_modules_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first step. A pretrained model has thousands of modules."""
+    spec = Train(steps=STEPS, batch=12, ema=())
+    state = begin(Small(), spec)
+    trainer = ToyTrainer(state, flow_of(state, spec, Toy(), Linear(), CLASSES), spec)
+    some = batches(12, torch.float64)(0)
+    trainer.step(some)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a step walks over all modules")
+
+    for name in ("train", "named_parameters", "named_modules"):
+        monkeypatch.setattr(torch.nn.Module, name, refuse)
+    trainer.step(some)
+
+
 def test_bins_are_means_by_time() -> None:
     state, b = fresh(), noised(40)
     terms = Toy().loss(state.net, frozen(state.net), b)
