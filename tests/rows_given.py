@@ -21,6 +21,8 @@ class GivenStore:
         self.length: int | None = columns["tokens"].shape[1]
         self.lengths_differ = "mask" in columns and len({*columns["mask"].sum(1).tolist()}) > 1
 
+    is_whole = True
+
     def row(self, number: int, device: torch.device) -> StoredRow:
         """A row, with its padding."""
         return {name: column[number] for name, column in self.columns.items()}

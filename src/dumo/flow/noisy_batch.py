@@ -111,6 +111,7 @@ class Draws:
     moving: the rows that may have r != t, determined by their position; None means all.
     teacher_rows: the rows with a teacher's target; None means all, if there is a teacher.
     step: the number of steps before this one.
+    is_coupled: whether the noise was assigned to the data (`couple`).
     """
 
     t: Time
@@ -122,11 +123,17 @@ class Draws:
     moving: tuple[bool, ...] | None
     teacher_rows: Rows | None = None
     step: int = 0
+    is_coupled: bool = False
 
     def __getitem__(self, rows: slice) -> "Draws":
         """Return the draws of some of the rows."""
         moving = None if self.moving is None else self.moving[rows]
         return replace(self._map_tensors(lambda v: v[rows]), moving=moving)
+
+    def couple(self, coupling: Coupling, path: FlowPath, x: Sample, c: Cond) -> "Draws":
+        """Return draws whose noise is assigned to the data x (b, ...) with conditions c, all of them on the CPU."""
+        assert self.z is not None, "data with noise of their own are not coupled"
+        return replace(self, z=coupling(x / path.sd, self.z.to(x), c), is_coupled=True)
 
     def pin(self) -> "Draws":
         """Return a copy in pinned memory, for asynchronous transfer to a GPU."""
@@ -209,7 +216,7 @@ def add_noise(
     progress: the share of the training that is done, from 0 to 1.
     z: noise for x; None means that of the draws.
     teacher: a velocity (x_t, t, c, v_t) that replaces v_t on the rows `draws.teacher_rows`.
-    coupling: assigns noise to data; None means in the order of the draws.
+    coupling: assigns noise to data, unless the draws have done so; None means in the order of the draws.
     between: the points of a trajectory from x to z, at equal time steps; t must be the end of a step.
     asks_teacher: whether to call the teacher for v_t; otherwise only the loss calls it (`FromTeacher.reads_v_t`).
     """
@@ -227,7 +234,7 @@ def add_noise(
 
     # Compute the points of the path.
     x = x / path.sd
-    if coupling:
+    if coupling and not draws.is_coupled:
         z = coupling(x, z, c)
     x_t, v_t = path.at(x, z, t)
 

@@ -223,11 +223,6 @@ class Bucketed:
         """Return the seed of part k, in a run with this seed."""
         return stream(seed, "part", k).initial_seed()
 
-    def shape(self, step: int, batch_size: int, seed: int) -> tuple[int, ...]:
-        """Return the shape of a step's samples."""
-        k, _ = self.part_of_step(step, batch_size, seed)
-        return self.shapes[k]
-
     def part_of_step(self, step: int, batch_size: int, seed: int) -> tuple[int, int]:
         """Return the number of the part that makes a step's batch, and the number of the batch within the part."""
         counts = self.counts

@@ -3,10 +3,11 @@
 For a data set with n captions, rows 0 to n - 1 are the captions, row n is the empty text, which means no caption, and
 prompts for sampling follow.
 
-A network calls `Texts.forward` in every pass, and for some models `sources` and `lengths`. A sampler calls `append` to
-add prompts, and stores their row numbers in `prompts`, the most recent last; `forget` removes the oldest. There are two
-subclasses: `Rows` are embeddings of a frozen encoder (`dumo.nets.text_spec`), and `TokenTexts` are token ids with an
-encoder that is trained with the network (`dumo.nets.learned`).
+A network calls `Texts.forward` in every pass, and for some models `sources` and `lengths`. In training, the rows of a
+step's captions are read ahead (`Rows.read_step`), and sent to the device once (`using_step_texts`). A sampler calls
+`append` to add prompts, and stores their row numbers in `prompts`, the most recent last; `forget` removes the oldest.
+There are two subclasses: `Rows` are embeddings of a frozen encoder (`dumo.nets.text_spec`), and `TokenTexts` are token
+ids with an encoder that is trained with the network (`dumo.nets.learned`).
 
 A network is built without rows, because its spec contains only the number of captions; `TextsSpec.load` adds them.
 `Rows` read from a store: `CachedStore` for captions in a cache (`dumo.encoders.textcache`), or `RandomStore`, to test
@@ -14,7 +15,8 @@ or time a network. `make_codes` creates random rows for classes, without text.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
@@ -134,10 +136,13 @@ class RowStore(Protocol):
 
     length: the number of tokens to pad rows to; None means that of the longest in a pass.
     lengths_differ: whether rows have different numbers of tokens.
+    is_whole: whether all captions are encoded.
     """
 
     length: int | None
     lengths_differ: bool
+
+    is_whole: bool
 
     def row(self, number: int, device: torch.device) -> StoredRow:
         """Return the row of a caption, or of the empty text, on the CPU, encoding it on `device` if necessary."""
@@ -219,6 +224,7 @@ class RandomStore:
     """Random rows of the largest sizes: row i has 1 + i tokens, modulo the length and modulo _NUM_RANDOM_ROWS."""
 
     lengths_differ = True
+    is_whole = True
 
     def __init__(self, sizes: TextSizes, source_shape: tuple[int, ...] = ()) -> None:
         """Create a store. `source_shape` is the shape of the source images' latents, or () without source images."""
@@ -248,6 +254,29 @@ def _draw_row(sizes: TextSizes, source_shape: tuple[int, ...], number: int) -> S
     if source_shape:
         row["source"] = torch.randn(source_shape, generator=generator, device="cpu")
     return row
+
+
+class StepTexts(NamedTuple):
+    """The rows of the captions of a step and of the empty text, in their stored dtypes.
+
+    numbers: the numbers of the rows, (n,), in ascending order.
+    tokens, mask, pooled, source: as in `Rows`.
+    """
+
+    numbers: Int64[Tensor, " n"]
+    tokens: Tensor
+    mask: Tensor | None
+    pooled: Tensor | None
+    source: Tensor | None
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> "StepTexts":
+        """Return a copy with every tensor changed."""
+        mask, pooled, source = (None if x is None else change(x) for x in (self.mask, self.pooled, self.source))
+        return StepTexts(change(self.numbers), change(self.tokens), mask, pooled, source)
+
+    def places(self, c: Cond) -> Int64[Tensor, " b"]:
+        """Return the places of the rows with the numbers c (b,), without a device synchronization."""
+        return torch.searchsorted(self.numbers, c)
 
 
 class Rows(Texts):
@@ -282,6 +311,8 @@ class Rows(Texts):
         self.source_shape = source_shape
         self.store: RowStore | None = None
         self.prompt_rows: list[StoredRow] = []
+        # In a training step, the rows of its captions on the device, if they were read before.
+        self.step_texts: StepTexts | None = None
         self.register_buffer("like", torch.empty(0), persistent=False)
         for name in ("tokens", "mask", "pooled", "source"):
             self.register_buffer(name, None, persistent=False)
@@ -292,7 +323,7 @@ class Rows(Texts):
         self.lengths_differ = store.lengths_differ and self.has_mask
         if on_device:
             rows = [store.row(number, self.like.device) for number in range(self.count + 1)]
-            tokens, mask, pooled = self._join(rows)
+            tokens, mask, pooled = self._join(rows, self._padded_length)
             source = self._join_sources(rows)
             device = self.like.device
             self.hold_tensors(
@@ -327,7 +358,15 @@ class Rows(Texts):
                 None if mask is None else mask[c],
                 None if pooled is None else to_float32(pooled[c]),
             )
-        tokens, mask, pooled = self._join(self._rows_of(c))
+        if self.step_texts is not None and not self.prompt_rows:
+            _, tokens, mask, pooled, _ = self.step_texts
+            k = self.step_texts.places(c)
+            return (
+                self._like(tokens[k]),
+                None if mask is None else mask[k],
+                None if pooled is None else self._like(pooled[k]),
+            )
+        tokens, mask, pooled = self._join(self._rows_of(c), self._padded_length)
         return (
             self._like(tokens),
             None if mask is None else to_device(mask, self.like.device),
@@ -340,6 +379,8 @@ class Rows(Texts):
             return to_float32(self.source[c])
         if not self.source_shape:
             return None
+        if self.step_texts is not None and self.step_texts.source is not None and not self.prompt_rows:
+            return self._like(self.step_texts.source[self.step_texts.places(c)])
         source = self._join_sources(self._rows_of(c))
         return None if source is None else self._like(source)
 
@@ -376,6 +417,19 @@ class Rows(Texts):
         kept = [self.prompt_rows[number - self.count - 1] for number in rows]
         self.prompt_rows = [*self.prompt_rows[: first - self.count - 1], *kept]
 
+    def read_step(self, c: Cond) -> StepTexts | None:
+        """Read the rows of the captions c (b,) of a step and of the empty text, on the CPU, for `using_step_texts`.
+
+        Return None if all rows are on the device, if some captions are not encoded, or if the length of a row depends
+        on the pass. Any thread may call it.
+        """
+        store = self.store
+        if self.tokens is not None or store is None or not store.is_whole or store.length is None:
+            return None
+        numbers = torch.cat([c, torch.tensor([self.count])]).unique()
+        rows = [store.row(number, c.device) for number in numbers.tolist()]
+        return StepTexts(numbers, *self._join(rows, store.length), self._join_sources(rows))
+
     def _like(self, x: Tensor) -> Tensor:
         """Convert rows of the store on the network's device, because half precision is half the bytes to send."""
         return to_device(x, self.like.device).to(self.like.dtype)
@@ -391,12 +445,16 @@ class Rows(Texts):
                 rows.append(self.store.row(number, self.like.device))
         return rows
 
-    def _join(self, rows: Sequence[StoredRow]) -> TextRows:
-        """Stack rows, padded with zeros to the length of the store, or to the longest prompt."""
+    @property
+    def _padded_length(self) -> int:
+        """The length of the store, or of the longest prompt; 0 if rows are as long as the longest of a pass."""
         assert self.store is not None
-        length = self.store.length or 0
-        if length:
-            length = max(length, *(len(row["tokens"]) for row in self.prompt_rows), 0)
+        if not self.store.length:
+            return 0
+        return max(self.store.length, *(len(row["tokens"]) for row in self.prompt_rows), 0)
+
+    def _join(self, rows: Sequence[StoredRow], length: int) -> TextRows:
+        """Stack rows, padded with zeros to at least `length` tokens."""
         tokens = pad_tokens(pad_sequence([row["tokens"] for row in rows], batch_first=True), length)
         mask = None
         if self.has_mask:
@@ -408,6 +466,24 @@ class Rows(Texts):
     def _join_sources(self, rows: Sequence[StoredRow]) -> SourceLatents | None:
         """Stack the latents of the rows' source images, or return None without source images."""
         return torch.stack([row["source"] for row in rows]) if self.source_shape else None
+
+
+@contextmanager
+def using_step_texts(modules: Sequence[Rows], texts: StepTexts | None) -> Generator[None, None, None]:
+    """Inside, passes look up captions in the rows of a step; None means in the store.
+
+    modules: the texts of a network and its averages, which share a store.
+    """
+    if texts is not None:
+        device = modules[0].like.device
+        texts = texts.map_tensors(lambda x: to_device(x, device))
+    for module in modules:
+        module.step_texts = texts
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.step_texts = None
 
 
 def _all_true(length: int) -> Tensor:

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from pydantic import BaseModel
@@ -47,6 +48,7 @@ from dumo.flow.precision import product_precision
 from dumo.io.data_source import Bucketed, DataSource
 from dumo.io.yaml import yaml_text
 from dumo.nets.dualized import Dualized
+from dumo.nets.text_rows import Rows, StepTexts, using_step_texts
 from dumo.run import examination
 from dumo.run.data import begin_ledger, compare_data, recorded_facts, require_same_fingerprint, with_data_facts
 from dumo.run.fill_caches import encode_what_is_missing
@@ -81,6 +83,17 @@ from dumo.types.batch_rows import pin, to_device
 
 # This rank's rows of a batch: (x, c), (x, c, z) with paired noise, or (x, c, z, between) with points between x and z.
 Batch = Sequence[Tensor]
+
+
+class StepInputs(NamedTuple):
+    """What a step needs and can be prepared ahead: this rank's rows of the batch, and their random numbers.
+
+    texts: the rows of their captions, if they are read from host memory.
+    """
+
+    batch: Batch
+    draws: Draws
+    texts: StepTexts | None
 
 
 @contextmanager
@@ -228,6 +241,10 @@ class Trainer:
         self.source: DataSource | TeacherPairs = self.data
         self.rows, self.micro_batches = rows_of_rank(config, run.objective)
         self.loss: Loss = run.objective.loss
+        # The captions of the network and of its averages.
+        self.text_rows: list[Rows] = []
+        for module in (self.state.net, *(average.module for average in self.state.averages.values())):
+            self.text_rows += [part for part in module.modules() if isinstance(part, Rows)]
 
         # Create the hooks in the order in which they are called (`dumo.run.hooks`).
         self.show_progress = ShowProgress(self)
@@ -261,24 +278,24 @@ class Trainer:
         for hook in self.hooks:
             hook.before_training(self)
 
-        # Compile the loss, and start the threads that prefetch batches and random numbers.
+        # Compile the loss, and start the threads that prefetch batches, random numbers and captions.
         if config.compile != "none":
             self.loss = compile_loss(state.net, self.flow.objective, config.compile)
         last_step = config.steps if config.minutes is None else STEPS
         with (
             self.folder.checkpoints,
-            Prefetch(self.read_batch, last=last_step, depth=BATCHES_AHEAD) as batches,
-            Prefetch(self.make_draws, last=last_step) as draws,
+            Prefetch(self.prepare_inputs, last=last_step, depth=BATCHES_AHEAD) as inputs,
             self.show_progress.shown(self),
             product_precision(config.precision, self.device),
         ):
             # Take steps. Stop on divergence or a signal only after the hooks, because one of them saves checkpoints.
             while not state.is_over:
-                batch = [to_device(part, self.device) for part in batches(state.step)]
-                step_draws = draws(state.step)
+                batch, draws, texts = inputs(state.step)
+                batch = [to_device(part, self.device) for part in batch]
                 timing = self.clock.read() if self.clock else None
                 checkpoint_due = self.save_checkpoints.is_due_by_clock(self)
-                metrics = self.train_step(batch, step_draws, timing=timing, checkpoint_due=checkpoint_due)
+                with using_step_texts(self.text_rows, texts):
+                    metrics = self.train_step(batch, draws, timing=timing, checkpoint_due=checkpoint_due)
                 for hook in self.hooks:
                     hook.after_step(self, metrics)
                 if metrics.skipped and state.skips >= config.max_skips:
@@ -353,20 +370,22 @@ class Trainer:
         facts = recorded_facts(run)
         return [*lines, *advice(run, facts.sd if facts else None)]
 
-    def read_batch(self, step: int) -> Batch:
-        """Read this rank's rows of a step's batch, into pinned memory for a GPU. Any thread may call it."""
-        parts = self.source.batch(step, self.config.batch, self.config.seed, self.rows)
-        return [pin(part) for part in parts] if self.device.type == "cuda" else parts
+    def prepare_inputs(self, step: int) -> StepInputs:
+        """Read this rank's rows of a step's batch and draw its random numbers, into pinned memory for a GPU.
 
-    def make_draws(self, step: int) -> Draws:
-        """Draw this rank's random numbers of a step, into pinned memory for a GPU. Any thread may call it."""
-        shape = self.run.data.shape
-        if isinstance(self.source, Bucketed):
-            shape = self.source.shape(step, self.config.batch, self.config.seed)
+        Any thread may call it.
+        """
+        batch = self.source.batch(step, self.config.batch, self.config.seed, self.rows)
+        x, c, *_ = batch
         # Pairs of a teacher include the noise.
         draws_z = not isinstance(self.source, TeacherPairs)
-        draws = self.flow.make_draws(step, shape, batch=self.config.batch, rows=self.rows, z=draws_z)
-        return draws.pin() if self.device.type == "cuda" else draws
+        draws = self.flow.make_draws(step, x.shape[1:], batch=self.config.batch, rows=self.rows, z=draws_z)
+        if self.config.coupling:
+            draws = draws.couple(self.config.coupling, self.run.path, x, c)
+        texts = self.text_rows[0].read_step(c) if self.text_rows else None
+        if self.device.type != "cuda":
+            return StepInputs(batch, draws, texts)
+        return StepInputs([pin(part) for part in batch], draws.pin(), texts.map_tensors(pin) if texts else None)
 
     # ------------------------------------------------------------------------------------------------------------ step
 

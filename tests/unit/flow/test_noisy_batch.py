@@ -190,6 +190,17 @@ def test_pieces_of_whole_groups_are_the_batch() -> None:
     assert cost(x, z) < cost(x, plain[0])
 
 
+def test_draws_are_coupled_ahead_as_in_the_step() -> None:
+    """Any split into whole groups gets the same noise, to the bit."""
+    coupling, path = Coupling(group=8), Linear(sd=0.7)
+    draws = make_draws(DuMo(), X.shape[1:], seed=0, step=0, batch=len(X))
+    ahead = draws.couple(coupling, path, X, C)
+    for rows in (slice(0, 24), slice(0, 8), slice(8, 24)):
+        b = add_noise(draws[rows], path, X[rows], C[rows], -1, coupling=coupling)
+        assert not torch.equal(b.z, draws[rows].z)
+        assert torch.equal(b.z, add_noise(ahead[rows], path, X[rows], C[rows], -1, coupling=coupling).z)
+
+
 def test_what_is_not_finite_is_left_to_the_step() -> None:
     x = torch.where(torch.arange(24)[:, None, None] == 7, torch.nan, X)
     z = Coupling(group=24)(x, Z, C)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dumo.encoders.textcache import StoredRow
-from dumo.nets.text_rows import RandomStore, Rows, TextSizes
+from dumo.nets.text_rows import RandomStore, Rows, TextSizes, using_step_texts
 from rows_given import given_rows
 
 
@@ -64,3 +64,57 @@ def test_random_rows_are_the_same_for_the_same_number_and_have_the_largest_sizes
     assert pooled is not None
     assert pooled.shape == (4, 3)
     assert rows.sources(c) is not None
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_passes_of_a_step_take_the_rows_that_were_read_ahead(pooled: bool) -> None:
+    """Each row is read once, whatever passes look up; outside of the step, and with prompts, the store is read."""
+    sizes = TextSizes(20, 6, 3 if pooled else 0, has_mask=True, dtype=torch.float16)
+    rows = Rows(sizes, 1000, (2, 4, 4))
+    store = CountedStore(RandomStore(sizes, (2, 4, 4)))
+    rows.hold(store, on_device=False)
+    c = torch.tensor([999, 3, 7, 3])
+    passes = [c, torch.full_like(c, 1000), c[[2, 0]], torch.tensor([7, 1000])]
+    wanted = [(*rows(some), rows.sources(some)) for some in passes]
+    store.numbers.clear()
+    texts = rows.read_step(c)
+    assert store.numbers == [3, 7, 999, 1000]
+    with using_step_texts([rows], texts):
+        found = [(*rows(some), rows.sources(some)) for some in passes]
+        assert len(store.numbers) == 4
+        rows.append(["two words"], torch.zeros(1, 2, 4, 4))
+        rows(c)
+        assert len(store.numbers) == 8
+        rows.keep(1001, [])
+    rows(c)
+    assert len(store.numbers) == 12
+    for one, other in zip(found, wanted, strict=True):
+        for x, y in zip(one, other, strict=True):
+            assert (x is None) == (y is None)
+            assert x is None or (y is not None and torch.equal(x, y) and x.dtype == y.dtype)
+
+
+def test_rows_on_the_device_are_not_read_ahead() -> None:
+    assert given_rows(torch.ones(3, 2, 4)).read_step(torch.tensor([0, 1])) is None
+    short = given_rows(torch.ones(3, 2, 4), on_device=False)
+    assert short.read_step(torch.tensor([0, 1])) is not None
+    assert short.store is not None
+    short.store.length = None
+    assert short.read_step(torch.tensor([0, 1])) is None, "the length depends on the pass"
+
+
+class CountedStore:
+    """A store that notes the numbers of the rows that are read, and has prompts of ones."""
+
+    def __init__(self, store: RandomStore) -> None:
+        self.store, self.numbers = store, list[int]()
+        self.length, self.lengths_differ, self.is_whole = store.length, store.lengths_differ, store.is_whole
+
+    def row(self, number: int, device: torch.device) -> StoredRow:
+        """A row of the store."""
+        self.numbers.append(number)
+        return self.store.row(number, device)
+
+    def encode(self, texts: Sequence[str], device: torch.device) -> list[StoredRow]:
+        """A row for each prompt."""
+        return [{"tokens": torch.ones(2, 6), "pooled": torch.ones(3)} for _ in texts]
