@@ -308,7 +308,7 @@ class Flow(nn.Module):
         between: points of a teacher's trajectory from x to z, (b, points - 1, ...).
         progress: the share of the training that is done, from 0 to 1.
 
-        It does not synchronize with the device, unless there is a coupling.
+        It does not synchronize with the device, unless there is a coupling that the draws have not applied.
         """
         # Pass conditions that are not labels to the objective as row numbers.
         index = self._condition_index(len(x), c, x.device)

@@ -4,7 +4,7 @@
    time before the step and in any thread.
 2. `add_noise` makes the noisy batch on the data's device: it divides the data by the path's sd, couples noise with data
    (`Coupling`), computes the points of the path, drops conditions and calls the teacher. It synchronizes with the
-   device only if there is a coupling.
+   device only to couple noise with data, unless the draws were coupled before (`Draws.couple`).
 
 `draw` does both, for steps that are only counted, timed or checked; `path_velocity` replaces their teacher. `Noise` and
 `Signs` are distributions of an objective's further random numbers.
@@ -73,7 +73,7 @@ class Coupling(Spec):
 
         c: the conditions before any are dropped.
 
-        It runs on the CPU, and so synchronizes with a GPU. Noises of a group and class with a non-finite value are not
+        It runs on the CPU, and so synchronizes with a GPU if x or z is there. Noises of a group and class with a non-finite value are not
         permuted.
         """
         class_of_row = torch.unique(c.cpu(), dim=0, return_inverse=True)[1]

@@ -4,7 +4,7 @@
 2. Before the network is loaded, `dumo.run.fill_caches` encodes captions that are not in the cache, unless `is_online`.
 3. `build` creates the module, `Rows`, without opening files.
 4. `load` opens the cache and loads the rows of the captions: onto the device if they take at most `memory` GB, and
-   otherwise from host memory in each pass.
+   otherwise from host memory, in training once for each step.
 
 `EmbeddedTexts` is their base class. `dumo.nets.learned` trains the encoder with the network.
 """
