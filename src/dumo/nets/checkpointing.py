@@ -66,8 +66,9 @@ def _as_in_first_pass(
 
 @contextmanager
 def _recompute_with(block: nn.Module, names: Sequence[str], *, training: bool) -> Generator[None, None, None]:
-    modes = [(part, part.training) for part in block.modules()]
+    modes: list[tuple[nn.Module, bool]] = []
     if block.training != training:
+        modes += [(part, part.training) for part in block.modules()]
         block.train(training)
     try:
         with primal_only(), with_adapters(block, *names):
