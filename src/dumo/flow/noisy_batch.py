@@ -73,8 +73,8 @@ class Coupling(Spec):
 
         c: the conditions before any are dropped.
 
-        It runs on the CPU, and so synchronizes with a GPU if x or z is there. Noises of a group and class with a non-finite value are not
-        permuted.
+        It runs on the CPU, and so synchronizes with a GPU if x or z is there. Noises of a group and class with a
+        non-finite value are not permuted.
         """
         class_of_row = torch.unique(c.cpu(), dim=0, return_inverse=True)[1]
         data = x.detach().cpu().double().flatten(1)
