@@ -57,7 +57,7 @@ def test_from_a_folder_to_samples(here: Path, folder: Path) -> None:
     assert files(here / "tuned/samples") == same
     file = another / "transformer/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"qk_norm": "rms_norm"}))
-    named = ("pipeline", "another transformer (config.json)", "pipeline.source")
+    named = ("pipeline", "the transformer of", "(config.json) has changed", "pipeline.source")
     refused("sample", "tuned", f"pipeline.source={another}", named=named)
     done = call("show", "digits", *net(folder), "--json")
     assert (done.code, done.json["parameters"]) == (0, 75_976)

@@ -212,7 +212,7 @@ def a_pipeline_without_a_transformer(folder: Saved, here: Path) -> None:
 OTHERS: dict[Callable[[Saved, Path], object], str] = {
     two_transformers: "two transformers",
     a_pipeline_without_a_transformer: "StableCascadeDecoderPipeline",
-    another_transformer: "another transformer",
+    another_transformer: "the transformer of",
     the_base_of_full_fine_tuning: "net.lora",
     float32_passes_of_weights_in_bf16: "train.precision",
     an_embedding_without_bias_as_the_velocity_s: "bias",
