@@ -291,7 +291,7 @@ def meet(case: Harm) -> Done:
     if case.harmless:
         assert (ended.code, end(case.words)) == (0, ENDS[case.words]), ended
     elif case.older:
-        assert (ended.code, "step-00000002, before it, is taken" in ended.err) == (0, True), ended
+        assert (ended.code, "using the previous checkpoint step-00000002" in ended.err) == (0, True), ended
     else:
         assert (ended.code, standing()) == (2, before), ended
     return ended

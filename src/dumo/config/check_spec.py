@@ -206,8 +206,8 @@ def _check_fake_score(run: "Run") -> None:
         )
     if run.path.kind == "diffusion" and objective.times.group == 1:
         raise UserError(
-            "objective.times.steps = 1: a diffusion model predicts noise, whose error in the one step from its last "
-            "index is multiplied by about 15: set objective.times.steps=2 or more"
+            "objective.times.steps = 1 amplifies the error of a noise-predicting model about 15 times: set "
+            "objective.times.steps=2 or more"
         )
 
 
@@ -240,8 +240,8 @@ def _check_teacher(run: "Run") -> None:
     embedded = run.net.guidance if isinstance(run.net, Pretrained) else None
     if teacher.kind == "base" and teacher.guide.active and embedded not in (None, 1):
         raise UserError(
-            f"teacher.guide.scale = {teacher.guide.scale:g}: the base model is guided already, by the number "
-            f"{embedded:g} that it embeds: set teacher.guide.scale=1, or net.guidance=1"
+            f"teacher.guide.scale = {teacher.guide.scale:g}, but the base model already embeds a guidance scale of "
+            f"{embedded:g}: set teacher.guide.scale=1, or net.guidance=1"
         )
 
 

@@ -197,13 +197,13 @@ def _read(data: Any, bar: Bar) -> tuple[Any, Any, tuple[str, ...]]:  # noqa: ANN
             sample, label = _sample_and_label(data[i])
             tensors.append(_to_tensor(sample, f"row {i} of the data"))
             labels.append(label)
-            has_other_shape = tensors[i].shape != tensors[0].shape
-            lacks_label = (label is None) != (labels[0] is None)
-            if has_other_shape or lacks_label:
+            if tensors[i].shape != tensors[0].shape:
                 raise UserError(
-                    f"row {i} of the data has shape {tuple(tensors[i].shape)}, row 0 has {tuple(tensors[0].shape)}, "
-                    "and all or none must have a label: resize all to one size, or give a folder of images"
+                    f"row {i} of the data has shape {tuple(tensors[i].shape)}, but row 0 has "
+                    f"{tuple(tensors[0].shape)}: resize all rows to one size, or use a folder of images"
                 )
+            if (label is None) != (labels[0] is None):
+                raise UserError(f"only one of rows 0 and {i} of the data has a label: label all rows, or none")
             tick(i + 1, "")
     has_labels = labels[0] is not None
     return torch.stack(tensors), labels if has_labels else None, _class_names(data)

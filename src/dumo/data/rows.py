@@ -664,7 +664,7 @@ def require_paired(where: str, what: str, unpaired: Sequence[str], total: int) -
         return
     text = f"{where}: {len(unpaired):,} of {total:,} {what}: {first_few(unpaired)}"
     if len(unpaired) > MAX_UNPAIRED * total:
-        raise UserError(f"{text}. More than {MAX_UNPAIRED:.0%} are refused")
+        raise UserError(f"{text}. At most {MAX_UNPAIRED:.0%} may be unpaired: complete or remove them")
     warn_once(text)
 
 

@@ -207,8 +207,8 @@ def _changed_layers(exported: ExportedModel) -> Iterator[tuple[str, Layer, Layer
                 continue
             if not isinstance(old, Layer) or changed != {"weight"}:
                 raise UserError(
-                    f"head {exported.head} has another {' and '.join(sorted(changed))} of {path}, which no LoRA holds: "
-                    "export to diffusers"
+                    f"head {exported.head} changes the {' and '.join(sorted(changed))} of {path}, which a LoRA cannot "
+                    "store: export to diffusers"
                 )
             assert isinstance(new, Layer)
             yield path, old, new

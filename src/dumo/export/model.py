@@ -232,11 +232,11 @@ def choose_exported_model(
     solver = run.sample.solver
     if head == "v" and net.gap is not None and not _reads_velocity_at_rest(run.objective):
         raise UserError(
-            f"objective '{run.objective.kind}' has its velocity at r != t, but head v is exported at r = t: export "
-            "head u"
+            f"objective '{run.objective.kind}' has its velocity at r != t, but head v is exported at r = t: use "
+            "--head u"
         )
     if head == "v" and run.readings.velocity and head_of(run.objective, "velocity") != head:
-        raise UserError(f"objective '{run.objective.kind}' reads its velocity by another head than v: export head u")
+        raise UserError(f"objective '{run.objective.kind}' takes its velocity from another head: use --head u")
     if head == "u" and net.diffusion and isinstance(solver, Hop):
         raise UserError(
             "sample.solver is hop, and no stock scheduler makes such steps with a diffusion model: set "

@@ -648,8 +648,8 @@ class Flow(nn.Module):
         rank, ranks = self.shard or (dist.rank(), dist.world())
         if ranks > 1 and largest and rows > largest:
             raise UserError(
-                f"a batch of {rows} rows on rank {rank} of {ranks}, after {largest} at most: the ranks would share "
-                "noise, so give the largest batch first"
+                f"the batch has {rows} rows on rank {rank} of {ranks}, but earlier batches had at most {largest}: pass "
+                "the largest batch first, or ranks would draw the same noise"
             )
 
     def _ranks_differ(self, rows: int, rows_per_rank: int, ranks: int) -> bool:

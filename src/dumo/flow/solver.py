@@ -279,8 +279,8 @@ def check(solver: Solver, readings: Readings, *nfes: int) -> None:
         if readings.only and not _uses_trained_times(solver, readings, nfe):
             trained_times = ", ".join(f"{t:.4g}" for t in readings.only)
             raise UserError(
-                f"solver '{solver.kind}' with nfe = {nfe} makes jumps from times at which they were not trained "
-                f"(trained: {trained_times}): set m to that of objective.times, and nfe to its steps"
+                f"solver '{solver.kind}' with nfe = {nfe} needs jumps from untrained times (trained: {trained_times}): "
+                "set m and nfe to objective.times.m and objective.times.steps"
             )
         if not _uses_trained_times(solver, readings, nfe):
             raise UserError(

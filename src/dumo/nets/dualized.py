@@ -345,8 +345,8 @@ class Dualized(nn.Module):
         bias = bias_or_none(layer)
         if bias is None:
             raise UserError(
-                f"the embedding of time of a {type(self.model).__name__} has no bias, which would hold that of r = t: "
-                "export it with --head u, if u was trained, or use dumo sample"
+                f"the time embedder of {type(self.model).__name__} has no bias to absorb the embedding of r = t: export "
+                "with --head u if u was trained, or use dumo sample"
             )
         layer.bias = nn.Parameter(bias + self.gap(bias.new_zeros(1))[0], False)
         return layer

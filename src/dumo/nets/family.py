@@ -699,9 +699,9 @@ def _pixart_family(config: Config, pipeline: str) -> Family:
         reads_sizes = sample_size == _ALPHA_SAMPLE_SIZE
     if reads_sizes and (sample_size != _ALPHA_SAMPLE_SIZE or pipeline == FAMILIES[PIXART].pipeline):
         raise UserError(
-            f"pipeline has a PixArt that reads the sizes of images (use_additional_conditions), with sample_size "
-            f"{sample_size}, which {pipeline or PIXART_ALPHA.pipeline} does not pass: use the folder of a "
-            f"{PIXART_ALPHA.pipeline} of 1024 pixels, or of a {FAMILIES[PIXART].pipeline} without them"
+            f"pipeline: this PixArt uses size conditioning (use_additional_conditions) at sample_size {sample_size}, "
+            f"which {pipeline or PIXART_ALPHA.pipeline} does not support: use the folder of a {PIXART_ALPHA.pipeline} "
+            f"for 1024 pixels, or of a {FAMILIES[PIXART].pipeline} without size conditioning"
         )
     if reads_sizes or pipeline == PIXART_ALPHA.pipeline:
         return PIXART_ALPHA

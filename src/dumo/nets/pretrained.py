@@ -235,8 +235,8 @@ class Pretrained(PipelineSpec):
             raise UserError(f"{subject}, and adapters of convolutions are for UNets: set net.lora.convolutions=false")
         if self.lowpass and not family.time_embedder:
             raise UserError(
-                f"{subject}, whose time embedding does not support a low-pass filter: set net.lowpass=null, and an "
-                "exact slope"
+                f"{subject}, whose time embedding does not support a low-pass filter: set net.lowpass=null, and "
+                "objective.slope.kind=dual if the objective has a slope"
             )
         if ("r" in needs.names or needs.signed) and not family.time_embedder:
             raise UserError(

@@ -141,8 +141,9 @@ class DMD2(ObjectiveSpec):
         """Return (2), or in the last step of a cycle (3). Raises UserError if times do not go with their rows."""
         if len(b.t) % self.times.group:
             raise UserError(
-                f"{len(b.t)} rows: objective '{self.kind}' gives neighbouring rows {self.times.group} times: set "
-                f"train.batch and train.micro_batch to multiples of {self.times.group} on each rank"
+                f"objective '{self.kind}' assigns {self.times.group} different times to consecutive rows, so the batch "
+                f"size must be a multiple of {self.times.group}, got {len(b.t)}: set train.batch and train.micro_batch "
+                f"to multiples of {self.times.group} on each rank"
             )
         moves_samples = b.step % (self.fake_updates + 1) == self.fake_updates
         generator, scorer = (net, frozen(net)) if moves_samples else (frozen(net), net)

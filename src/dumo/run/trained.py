@@ -242,7 +242,7 @@ class TrainedRun:
         Raise UserError if the arguments contradict each other or the run.
         """
         if output not in _OUTPUTS:
-            raise UserError(f"output '{output}': there is {', '.join(_OUTPUTS)}")
+            raise UserError(f"unknown output '{output}': use one of {', '.join(_OUTPUTS)}")
         if generator is not None:
             if seed is not None or noise is not None:
                 raise UserError("generator cannot be combined with seed or noise: give only one")
@@ -444,7 +444,7 @@ class TrainedRun:
         problem = f"class {int(out_of_range[0])} is out of range"
         if num_classes:
             raise UserError(f"{problem}: classes are 0 to {num_classes - 1}, and {num_classes} is the null class")
-        raise UserError(f"{problem}: these data have none, so c is 0")
+        raise UserError(f"{problem}: this data has no classes, so use c = 0")
 
 
 # ------------------------------------------------------------------------------------------------- options of a sample

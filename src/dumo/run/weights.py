@@ -397,13 +397,11 @@ def _require_net(source: Run, start: Start, net: Net, path: FlowPath, free_field
         lines = "; ".join(map(str, mismatches))
         # Another kind of net or path cannot be fixed by setting fields.
         if any(difference.field in ("net", "path") for difference in mismatches):
-            fix = "take a run that has the same kind of it,"
+            fix = "use a run of the same kind"
         else:
             fields = shlex.join(f"{difference.field}={yaml_text(difference.was)}" for difference in mismatches)
-            fix = f"set these fields as they are there,  {fields} "
-        raise UserError(
-            f"start: the nets differ, {start.source} has another {lines}: {fix} or leave its weights out by start=null"
-        )
+            fix = f"set {fields}"
+        raise UserError(f"start: {start.source} has another net or path ({lines}): {fix}, or set start=null")
 
 
 def _part_differences(part_name: str, was: Spec, now: Spec) -> list[Difference]:

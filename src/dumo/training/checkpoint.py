@@ -130,7 +130,7 @@ class Checkpoint:
         except (FileNotFoundError, ValueError) as error:
             raise Damaged(f"{file} is missing or damaged") from error
         if listing.sum != listing.checksum() or path.name != folder_of(listing.facts.step):
-            raise Damaged(f"{file} was changed, or is of another step")
+            raise Damaged(f"{file} was modified, or belongs to another step")
         return cls(path, listing.facts, listing.files)
 
     @cached_property
@@ -220,7 +220,7 @@ class Checkpoints:
                 faults.append(fault)
                 continue
             if faults and dist.is_main():
-                warnings.warn(f"{'; '.join(faults)}: {folder_of(step)}, before it, is taken", stacklevel=2)
+                warnings.warn(f"{'; '.join(faults)}: using the previous checkpoint {folder_of(step)}", stacklevel=2)
             return self.read(step)
         if faults:
             raise UserError(

@@ -36,7 +36,7 @@ def compile_blocks(net: nn.Module, *, dynamic: bool | None = None) -> None:
     """
     blocks = getattr(net, "regions", getattr(net, "blocks", None))
     if not blocks:
-        raise UserError("compile 'blocks': this net has none: use loss, or none")
+        raise UserError("train.compile=blocks needs a network with blocks: set train.compile to loss or none")
     torch.compiler.config.recompile_limit = _MAX_COMPILED_VARIANTS
     for block in blocks:
         block.compile(fullgraph=True, dynamic=dynamic)

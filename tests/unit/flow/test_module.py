@@ -158,7 +158,7 @@ def test_a_batch_that_grows_on_one_rank_is_refused() -> None:
     flow(X[:4])
     flow(X)
     for step in (None, 9):
-        with pytest.raises(dumo.UserError, match="16 rows on rank 0 of 2, after 8"):
+        with pytest.raises(dumo.UserError, match="16 rows on rank 0 of 2, but earlier batches had at most 8"):
             flow(torch.cat([X, X]), step=step)
     alone = dumo.Flow(net_of_points())
     alone(X)

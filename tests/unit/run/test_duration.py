@@ -137,7 +137,7 @@ def test_a_kill_in_the_last_checkpoint_does_not_change_the_schedule(name: str, c
     rates = [json.loads(line)["lr"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     file = last.path / name
     file.write_bytes(bytes(file.stat().st_size))
-    with pytest.warns(UserWarning, match=f"{before.path.name}, before it, is taken"):
+    with pytest.warns(UserWarning, match=f"using the previous checkpoint {before.path.name}"):
         train(folder, clock)
     again = [json.loads(line)["lr"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     step = before.facts.step

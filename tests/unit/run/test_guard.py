@@ -201,7 +201,7 @@ def test_a_checkpoint_with_a_number_that_is_none_is_not_gone_on_from(moons: Path
     found[name := sorted(found)[0]].view(-1)[0] = torch.nan
     safetensors.torch.save_file(found, file)
     sign(last)
-    wrong = rf"step-00000008: optimizer: {name} is not finite: step-00000006, before it, is taken"
+    wrong = rf"step-00000008: optimizer: {name} is not finite: using the previous checkpoint step-00000006"
     with pytest.warns(UserWarning, match=wrong):
         train(tiny(), run)
     assert known.bits(run) == known.bits(moons)  # it was replaced

@@ -177,7 +177,7 @@ def test_an_edited_run_yaml_is_refused_by_all(run: Path) -> None:
 def test_a_run_that_is_damaged_in_its_checkpoint_is_as_any_damage(run: Path) -> None:
     file = run / LAST / "run.yaml"
     file.write_text(file.read_text().replace("batch: 4", "batch: 6"))
-    with pytest.warns(UserWarning, match=r"run\.yaml is damaged: .*step-00000002, before it, is taken"):
+    with pytest.warns(UserWarning, match=r"run\.yaml is damaged: .*using the previous checkpoint step-00000002"):
         assert load_run(str(run)).step == 2
 
 

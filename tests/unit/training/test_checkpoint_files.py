@@ -87,7 +87,7 @@ def test_damage_is_named_and_the_one_before_is_taken(
     wrong = fault(last)
     assert wrong.startswith(str(file))
     assert said in wrong
-    with pytest.warns(UserWarning, match="step-00000002, before it, is taken") as caught:
+    with pytest.warns(UserWarning, match="using the previous checkpoint step-00000002") as caught:
         assert latest(folder) == before
     assert [str(file) in str(w.message) for w in caught] == [True]
     members(before, "net")[0].unlink()
