@@ -447,7 +447,7 @@ def of_checkpoints() -> Iterator[Harm]:
         "scaled",
         shown,
         ("evaluate", "runs/digits", "--nfe", "1"),
-        ("ema-0.999", "before it"),
+        ("ema-0.999", "previous checkpoint"),
         older=True,
     )
     swap = swapped(f"{last}/net/00000.safetensors", f"{last}/ema-0.999/00000.safetensors")

@@ -188,7 +188,7 @@ def _check_precondition(run: "Run") -> None:
 
 
 def _check_fake_score(run: "Run") -> None:
-    """Raise UserError if a fake score shares trained weights with the generator, or if its learning rate has no use."""
+    """Raise UserError if a fake score shares trained weights with the generator, or if fake_lr is set without one."""
     objective = run.objective
     if not objective.needs.fake_score:
         if getattr(run.train.optimizer, "fake_lr", None) is not None:

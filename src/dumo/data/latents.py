@@ -287,8 +287,8 @@ class LatentSource:
                 how_many = "all"
             raise UserError(
                 f"data.prior: {how_many} of the images in {self.cache.folder} are in a folder {_PRIOR_FOLDER}: move "
-                f"the teacher's prior images into a folder {_PRIOR_FOLDER} and the training images beside it, then encode "
-                "again, or set data.prior=null and teacher=null"
+                f"the teacher's prior images into a folder {_PRIOR_FOLDER} and the training images beside it, then "
+                "encode again, or set data.prior=null and teacher=null"
             )
         self.prior = PriorRows(share, self.cache_rows[is_prior], self.cache_rows[~is_prior])
 

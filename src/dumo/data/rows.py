@@ -267,7 +267,7 @@ class FolderRows(Rows):
                         f"relative to {folder}"
                     )
                 path = _composed(os.path.abspath(os.path.join(folder, file_name)))
-                # Accept paths of Windows.
+                # Accept Windows paths.
                 if path not in of_all_splits:
                     path = path.replace("\\", "/")
                 if path not in of_all_splits:
@@ -675,7 +675,7 @@ def warn_once(text: str) -> None:
 
 
 def caption_lines(text: str) -> list[str]:
-    """Return a caption for each line that is not blank. Line ends may be those in Unix, Windows or old Macs."""
+    """Return a caption for each line that is not blank. Unix, Windows and old Mac line endings are accepted."""
     lines = [line.strip() for line in re.split("\r\n|\r|\n", text)]
     return [line for line in lines if line]
 

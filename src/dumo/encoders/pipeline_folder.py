@@ -113,7 +113,7 @@ class Pipeline(Spec):
     def index(self) -> dict[str, Any]:
         """The content of model_index.json, or {} for a single transformer.
 
-        Raises UserError as `folder`, and for a component that is code of the pipeline's own.
+        Raises UserError if the folder is missing (`folder`), or if a component is custom code of the pipeline.
         """
         if self.is_published:
             return published_config(self.source)
@@ -206,7 +206,7 @@ class Pipeline(Spec):
         return self.model_copy(update={"facts": facts}) if facts else self
 
     def verify(self) -> None:
-        """Compare all components but the model's weights with the facts. Raises UserError if one has changed."""
+        """Raise UserError if a component other than the model's weights differs from the recorded facts."""
         without_facts = self.model_copy(update={"facts": None})
         for name, current in without_facts._read_facts():
             if name not in LICENSE:

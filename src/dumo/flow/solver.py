@@ -86,7 +86,7 @@ class Euler(Stepper):
     kind: Literal["euler"] = "euler"
 
     def trail(self, readings: Readings, x: Sample, c: Cond, nfe: int) -> Iterator[Sample]:
-        """x after every step."""
+        """Yield x after every step."""
         velocity = require_reading(self, readings)
         for t, s in pairwise(times_per_row(uniform_times(num_steps(self, nfe)), x)):
             x = x - lift(t - s, x) * velocity(x, t, c)
@@ -102,7 +102,7 @@ class Heun(Stepper):
     kind: Literal["heun"] = "heun"
 
     def trail(self, readings: Readings, x: Sample, c: Cond, nfe: int) -> Iterator[Sample]:
-        """x after every step."""
+        """Yield x after every step."""
         velocity = require_reading(self, readings)
         for t, s in pairwise(times_per_row(uniform_times(num_steps(self, nfe)), x)):
             dt = lift(t - s, x)
@@ -133,7 +133,7 @@ class Hop(Stepper):
         return uniform_times(n, self.start) if self.m is None else [*jump_times(n, self.m, self.start), 0.0]
 
     def trail(self, readings: Readings, x: Sample, c: Cond, nfe: int) -> Iterator[Sample]:
-        """x after every step."""
+        """Yield x after every step."""
         check(self, readings, nfe)
         flow_map = require_reading(self, readings)
         for t, s in pairwise(times_per_row(self.times(nfe), x)):
@@ -166,7 +166,7 @@ class Restart(Spec):
         return jump_times(n, self.m, self.start)
 
     def __call__(self, readings: Readings, path: FlowPath, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
-        """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
+        """Carry noise x to data in nfe passes. Raises UserError if the readings or nfe are not supported."""
         check(self, readings, nfe)
         endpoint = require_reading(self, readings)
         times = path.nearest_net_times(self.times(num_steps(self, nfe)))
@@ -195,7 +195,7 @@ class Hermite(Spec):
     kind: Literal["hermite"] = "hermite"
 
     def __call__(self, readings: Readings, path: FlowPath, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
-        """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
+        """Carry noise x to data in nfe passes. Raises UserError if the readings or nfe are not supported."""
         both = require_reading(self, readings)
         times = times_per_row(jump_times(num_steps(self, nfe)), x)
         for t, s in pairwise(times):
@@ -263,7 +263,7 @@ def require_reading(solver: Solver, readings: Readings) -> Callable[..., Any]:
 
 
 def num_steps(solver: Solver, nfe: int) -> int:
-    """Return the number of steps for nfe passes. Raises UserError if there is none."""
+    """Return the number of steps for nfe passes. Raises UserError for an unsupported nfe."""
     if not 1 <= nfe <= PASSES:
         raise UserError(f"nfe must be between 1 and {PASSES}, got nfe = {nfe}")
     if nfe % solver.passes:
@@ -295,7 +295,7 @@ def check(solver: Solver, readings: Readings, *nfes: int) -> None:
 
 
 def can_make(solver: Solver, readings: Readings, nfe: int) -> bool:
-    """Return whether nfe passes are a whole number of steps, and use trained jumps only."""
+    """Return whether nfe passes are a whole number of steps and use only trained jumps."""
     if nfe < 1 or nfe % solver.passes:
         return False
     if not _uses_trained_times(solver, readings, nfe):

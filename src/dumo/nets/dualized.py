@@ -1,24 +1,23 @@
-"""A model of diffusers as a net of dumo: x_t, t and c in, velocities and flow maps out.
+"""Wrap a diffusers model as a dumo network, which maps x_t, times and conditions to velocities and flow maps.
 
-The model keeps its class. `Dualized` exchanges some of its parts, which keep their names and shapes: the last layer
+The model keeps its class. `Dualized` replaces some of its modules, which keep their names and shapes: the last layer
 (`dumo.nets.heads`), the time embedder (`dumo.nets.lowpass`), and layers with adapters (`dumo.nets.lora`).
 
 The order of events:
 
-1. `Dualized(...)` exchanges the parts, once.
-2. `refit` adapts the time embedder, after weights are loaded and before the first step.
-3. `forward` is a pass: it puts x_t and t in the model's own layout and unit (`Inputs`), calls the model with the
-   arguments that its `Family` makes of them, and cuts the output of its last layer into heads.
-4. `base` is the untuned model as a teacher, and `fake_score` the model with the adapters of a fake score.
-5. For an export, `single_head_model` is the model with one head; `fit_fixed_times`, `velocity_time_layer` and
-   `model_times` serve nets of two times.
+1. `Dualized(...)` replaces the modules, once.
+2. `refit` fits the time embedder, after weights are loaded and before the first step.
+3. `forward` converts x_t and t to the model's own layout and unit (`Inputs`), calls the model with the arguments of its
+   `Family`, and splits the output of its last layer into heads.
+4. `base` evaluates the untuned model as a teacher, and `fake_score` the model with the adapters of a fake score.
+5. For an export, `single_head_model` returns the model with one head; `fit_fixed_times`, `velocity_time_layer` and
+   `model_times` are for nets with two times.
 
-Sharding, compiling and checks read `blocks`, `regions` and `max_patches`. The names of a `Dualized`'s modules are those
-in checkpoints, so a rename of `model`, `texts`, `old`, `heads` or `gap` breaks runs, as does one of `negative_time`.
+Sharding, compiling and checks use `blocks`, `regions` and `max_patches`. Checkpoints contain the names of modules and
+parameters, so renaming `model`, `texts`, `old`, `heads`, `gap` or `negative_time` makes existing runs unreadable.
 
-An objective with negative times (FACM, TwinFlow) reads the model at -t, which it never saw. The embedder of time then
-gets |t|, and a trained vector is added to its output on these rows, zero at the start (our choice; TwinFlow's code
-passes -t to the embedder). So a pass at -t begins as one at t.
+At negative times (FACM, TwinFlow) the time embedder receives |t|, and a trained vector, initially zero, is added to its
+output (our choice; TwinFlow's code passes -t to the embedder). A pass at -t is therefore initially the same as at t.
 """
 
 import copy
@@ -54,12 +53,12 @@ from dumo.types import Array, Cond, Heads, Rows, Sample, Time, UserError
 
 
 class Dualized(nn.Module):
-    """The net of a `Pretrained` spec: `heads` by name, `gap` where it has two times, and `model`, which holds all else.
+    """The net of a `Pretrained` spec: a diffusers `model`, `heads` by name, and a `gap` embedder if it has two times.
 
-    Parameters that are not trained require no gradients. `lowpass_fits` reports the low-pass of each time embedder.
+    Parameters that are not trained require no gradients. `lowpass_fits` reports the low-pass fit of each time embedder.
     """
 
-    model: Any  # of diffusers
+    model: Any
 
     def __init__(
         self,
@@ -77,17 +76,17 @@ class Dualized(nn.Module):
         signed: bool = False,
         fake_score: bool = False,
     ) -> None:
-        """Take over the model, which is changed in place. Every head begins as a copy of its last layer.
+        """Wrap the model and modify it in place. Every head is initialized as a copy of its last layer.
 
-        - `patch`: the side of a patch
-        - `guidance`: the number that a distilled model embeds; None: the model embeds none
-        - `lowpass_limit`: in rad per unit of t, quicker waves of time are cut; None: none are
-        - `diffusion`: turns the output of a model of a diffusion into a velocity; None: the model learned a velocity
-        - `gap`: whether the net takes r, too, for which the model must have an embedder of time
-        - `signed`: whether times may be negative, for which, too, the model must have an embedder of time
-        - `fake_score`: whether the net has adapters of a fake score, too; then only adapters are trained
+        - `patch`: the side of a patch.
+        - `guidance`: the guidance scale that a distilled model embeds. None means that it embeds none.
+        - `lowpass_limit`: the highest frequency of the time embedding in rad per unit of t. None disables the low-pass.
+        - `diffusion`: converts the output of a diffusion model to a velocity. None means that it predicts a velocity.
+        - `gap`: whether the net also takes r. This requires a time embedder.
+        - `signed`: whether times may be negative. This requires a time embedder.
+        - `fake_score`: whether the net also has adapters of a fake score. Then only adapters are trained.
 
-        Raises UserError as `lora.adapt`.
+        Raises UserError if adapters need a package that is missing (`lora.adapt`).
         """
         super().__init__()
         self.model = model
@@ -98,10 +97,11 @@ class Dualized(nn.Module):
         self.diffusion = diffusion
         for layer in model.modules():
             if isinstance(layer, nn.Dropout):
-                layer.p = 0.0  # it would draw from torch's global generator
+                # Dropout would draw from torch's global generator.
+                layer.p = 0.0
         self.unsaved_buffers = _drop_buffers_from_state(model)
 
-        # adapters, with copies of the layers that are trained in full
+        # Add adapters. Copy the layers that are trained in full, so that `base` can restore them.
         unused_layers = self._unused_layers()
         embedder_paths = time_embedder_paths(model, family)
         trained_paths = [family.last_layer, *embedder_paths]
@@ -109,21 +109,21 @@ class Dualized(nn.Module):
         if lora:
             adapt(model, lora, self.blocks, unused_layers, trained_paths, fake_score=fake_score)
         originals = [copy.deepcopy(model.get_submodule(path)) for path in self.trained_paths]
-        self.old = nn.ModuleList(originals).requires_grad_(False)  # the untuned layers at `trained_paths`
+        self.old = nn.ModuleList(originals).requires_grad_(False)
         for name, p in model.named_parameters():
             if name.startswith(tuple(unused_layers)):
                 p.requires_grad_(False)
 
-        # heads
+        # Make the heads.
         last_layer: Any = model.get_submodule(family.last_layer)
         self.heads = nn.ModuleDict({name: HeadLayer(last_layer) for name in heads})
         set_channels(model, family.out_channels, len(heads) * self.channels)
 
-        # time
+        # Limit the frequencies of the time embedding, and add the embeddings of the gap and of negative times.
         max_frequency = family.max_frequency(self.config)
-        self.lowpass_fits = self._cut_quick_waves(embedder_paths, max_frequency, lowpass_limit)
+        self.lowpass_fits = self._apply_lowpass(embedder_paths, max_frequency, lowpass_limit)
         self.time_names = ("t", "r") if gap else ("t",)
-        # The embedder of time that the embeddings of the gap and of negative times are added to.
+        # The embeddings of the gap and of negative times are added to the output of this embedder.
         self.time_path = embedder_paths[0] if embedder_paths else ""
         self.gap = GapEmbedder(self._time_embedder, max_frequency) if gap else None
         self.negative_time = self._zero_time_embedding() if signed else None
@@ -132,26 +132,27 @@ class Dualized(nn.Module):
             model.get_submodule(family.mask_reader).register_forward_pre_hook(_with_readable_mask)
         model.set_submodule(family.last_layer, self._join([head.out for head in self._heads]))
 
-        # A LoRA holds products alone (`dumo.export.lora`), so the biases of layers that are trained in full stay fixed.
+        # A LoRA file stores only low-rank products (`dumo.export.lora`), so freeze the biases of fully trained layers.
         if lora:
             trained_in_full: list[nn.Module] = [*self._heads, *map(model.get_submodule, embedder_paths)]
             for layer in trained_in_full:
                 for name, p in layer.named_parameters():
                     if name.endswith("bias"):
                         p.requires_grad_(False)
-        # A layer that is trained in full would be trained by the fake score, too, and change the samples.
+        # The fake score would also train the heads, which would change the samples.
         if fake_score:
             self.heads.requires_grad_(False)
         self.has_subject = bool(lora and lora.subject)
-        if self.has_subject:  # all else is the few-step run's, its time embedder, too
+        # Everything but the subject's adapters belongs to the few-step run, including the time embedder.
+        if self.has_subject:
             self.lowpass_fits = ()
             for name, p in self.named_parameters():
                 p.requires_grad_(f".{SUBJECT}." in name)
 
-    def _cut_quick_waves(
+    def _apply_lowpass(
         self, embedder_paths: Sequence[str], max_frequency: float, limit: float | None
     ) -> tuple[LowpassFit, ...]:
-        """Cut the waves of time above `limit` in each embedder, which is then trained; None: none are cut."""
+        """Remove frequencies above `limit` from each time embedder, and train it. If None, do nothing."""
         if limit is None:
             return ()
         fits: list[LowpassFit] = []
@@ -161,7 +162,7 @@ class Dualized(nn.Module):
         return tuple(fits)
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
-        """Return the heads, shaped like x (b, channels, h, w), for rows c (b,) of the texts.
+        """Return the heads, each shaped like x (b, channels, h, w), for the numbers c (b,) of the texts.
 
         The inputs are times, (b,) each: t, and r if there is a gap. Raises TypeError for other inputs.
         """
@@ -171,15 +172,15 @@ class Dualized(nn.Module):
         if not goes_row_by_row:
             return self._predict(x, c, *times)
         heads_by_row: list[Heads] = []
-        for i in range(dist.num_synced_calls(self, len(c))):  # another rank may have more rows
+        # If another rank has more rows, repeat the last row, so that all ranks make the same number of passes.
+        for i in range(dist.num_synced_calls(self, len(c))):
             first = min(i, len(c) - 1)
             row = slice(first, first + 1)
             heads_by_row.append(self._predict(x[row], c[row], *(time[row] for time in times)))
-        # repeats of the last row are cut off
         return tuple(torch.cat(rows)[: len(c)] for rows in zip(*heads_by_row, strict=True))
 
     def refit(self) -> None:
-        """Fit the time embedders, whose quick waves are cut, to the curves that they had before. Takes seconds."""
+        """Fit the time embedders after the low-pass to their outputs before it. Takes seconds."""
         if not self.lowpass_fits:
             return
         embedders = [self.model.get_submodule(path) for path in time_embedder_paths(self.model, self.family)]
@@ -198,26 +199,29 @@ class Dualized(nn.Module):
 
     @property
     def channels(self) -> int:
-        """The number of channels of a head: those of a sample, and of a variance where the model learned one."""
+        """The number of channels of a head: those of a sample, and of a learned variance if there is one."""
         return self._heads[0].channels // self.patch**2
 
     @property
     def max_patches(self) -> int | None:
-        """The number of patches along an axis that the model has positions for; None: there is no limit."""
-        axes = self.config.get("axes_lens")  # of text, rows and columns
+        """The number of patches along an axis for which the model has positions. None means no limit."""
+        # The lengths of the axes of text, rows and columns.
+        axes = self.config.get("axes_lens")
         if axes:
             return min(axes[1:])
         kind = type(self.model).__name__
-        if not kind.startswith(("SD3", "AuraFlow")):  # CogView4 has the key, and reads none
+        # CogView4 has the key of position tables but does not use it.
+        if not kind.startswith(("SD3", "AuraFlow")):
             return None
         size = self.config.get("pos_embed_max_size")
-        if size and kind.startswith("AuraFlow"):  # of all patches of a square
+        # AuraFlow's key counts all patches of a square.
+        if size and kind.startswith("AuraFlow"):
             return isqrt(size)
         return size
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The modules that are sharded one by one: those in the model's own lists, and the middle of a UNet."""
+        """The modules that are sharded separately: those in the model's module lists, and the mid block of a UNet."""
         blocks: list[nn.Module] = []
         for part in self.model.children():
             if isinstance(part, nn.ModuleList):
@@ -234,22 +238,23 @@ class Dualized(nn.Module):
 
     @property
     def regions(self) -> list[nn.Module]:
-        """The modules that are compiled one by one: the blocks, or the transformers in a UNet's blocks.
+        """The modules that are compiled separately: the blocks, or the transformers in a UNet's blocks.
 
-        A UNet's blocks are too deep to trace.
+        Entire UNet blocks are too deep to trace.
         """
         if not self.is_unet:
             return self.blocks
-        compiled_classes = self.model._repeated_blocks  # the names of the classes that diffusers' own compiling takes
+        # diffusers lists here the class names that its own regional compilation compiles.
+        compiled_classes = self.model._repeated_blocks
         transformers = [part for part in self.model.modules() if type(part).__name__ in compiled_classes]
         return transformers or self.blocks
 
     @contextmanager
     def base(self) -> Generator["Dualized", None, None]:
-        """Inside, every head gives the output of the untuned model, for any r.
+        """Within the context, every head returns the output of the untuned model, independent of r.
 
-        A net with adapters of a subject on top of a few-step run gives the outputs of that run, head by head. Raises
-        UserError where the net has no adapters.
+        If a subject's adapters are trained on top of a few-step run, the heads return the outputs of that run. Raises
+        UserError if the net has no adapters.
         """
         if not self.old:
             raise UserError(
@@ -278,21 +283,21 @@ class Dualized(nn.Module):
 
     @contextmanager
     def fake_score(self) -> Generator[None, None, None]:
-        """Inside, the adapters of the fake score add to a pass, in place of the trained model's."""
+        """Within the context, the adapters of the fake score are active instead of the trained model's."""
         with with_adapters(self.model, FAKE):
             yield
 
     @property
     def fake_score_parameters(self) -> list[nn.Parameter]:
-        """The parameters of the adapters of the fake score."""
+        """The parameters of the fake score's adapters."""
         return [p for name, p in self.named_parameters() if f".{FAKE}." in name]
 
-    def single_head_model(self, head: str, *, merged: bool = False, time_layer: nn.Linear | None = None) -> Any:  # noqa: ANN401, of diffusers
-        """Return the model with one head as its last layer. Its class and shapes are diffusers'; weights are shared.
+    def single_head_model(self, head: str, *, merged: bool = False, time_layer: nn.Linear | None = None) -> Any:  # noqa: ANN401, a diffusers model
+        """Return a model of the diffusers class and shapes, with one head as its last layer. It shares the weights.
 
-        With `merged` it is a copy in float32, with adapters added to their layers. `time_layer`, if given, replaces the
-        last layer of the embedder of time, and contains the gap's embedding (`fit_fixed_times`, `velocity_time_layer`).
-        Raises KeyError for an unknown head.
+        With `merged`, return a float32 copy with the adapters merged into their layers. `time_layer`, if given,
+        replaces the last layer of the time embedder and contains the gap's embedding (`fit_fixed_times`,
+        `velocity_time_layer`). Raises KeyError for an unknown head.
         """
         head_layer = self.heads[head]
         assert isinstance(head_layer, HeadLayer)
@@ -307,7 +312,7 @@ class Dualized(nn.Module):
         model = with_submodules(self.model, parts)
         set_channels(model, self.family.out_channels, self.channels)
         if merged:
-            # deepcopy takes these copies for its own: one in bf16 first would be memory for nothing
+            # deepcopy uses these float32 copies instead of copying the parameters in bf16 first, which saves memory.
             copies: dict[int, nn.Parameter] = {}
             for p in model.parameters():
                 copies[id(p)] = nn.Parameter(p.detach().to(torch.float32, copy=True), False)
@@ -317,10 +322,10 @@ class Dualized(nn.Module):
 
     @torch.no_grad()
     def fit_fixed_times(self, t: Time, r: Time, model_times: Tensor, dtype: torch.dtype = torch.float32) -> FixedTimes:
-        """Fit the last layer of the embedder of time to passes from t to r, (k,) each.
+        """Fit the last layer of the time embedder to passes from t to r, (k,) each.
 
-        With it the model alone has, at its own times `model_times` (k,), the embedding that this net has at t and r.
-        Weights are for `dtype`. Raises UserError as `gap.fit_fixed_times`.
+        With this layer, the model alone has at its own times `model_times` (k,) the embedding that this net has at t
+        and r. Weights are rounded to `dtype`. Raises UserError if the fit fails (`gap.fit_fixed_times`).
         """
         assert self.gap is not None
         embedder = self._time_embedder
@@ -335,9 +340,9 @@ class Dualized(nn.Module):
 
     @torch.no_grad()
     def velocity_time_layer(self) -> nn.Linear:
-        """Return the last layer of the embedder of time for r = t, a velocity, at every t.
+        """Return the last layer of the time embedder for velocities, with r = t at every t.
 
-        The gap's embedding is then the same for all t, and is added to the bias. Raises UserError where there is none.
+        The gap's embedding is then the same for all t, and is added to the bias. Raises UserError if there is no bias.
         """
         assert self.gap is not None
         _, _, last = lowpass.linear_layers(self._time_embedder)
@@ -345,20 +350,20 @@ class Dualized(nn.Module):
         bias = bias_or_none(layer)
         if bias is None:
             raise UserError(
-                f"the time embedder of {type(self.model).__name__} has no bias to absorb the embedding of r = t: export "
-                "with --head u if u was trained, or use dumo sample"
+                f"the time embedder of {type(self.model).__name__} has no bias to absorb the embedding of r = t: "
+                "export with --head u if u was trained, or use dumo sample"
             )
         layer.bias = nn.Parameter(bias + self.gap(bias.new_zeros(1))[0], False)
         return layer
 
     def model_times(self, scheduler_times: Tensor) -> Tensor:
-        """Convert a scheduler's times (k,), from 0 to 1000, to the model's own unit, with the pipeline's operations."""
+        """Convert a scheduler's times (k,), 0 to 1000, to the model's own unit, rounding as the pipeline does."""
         if self.family.has_reversed_time:
             return (1000.0 - scheduler_times) / 1000.0
         return scheduler_times / (1000.0 / self.family.time_scale(self.config))
 
     def _predict(self, x: Sample, c: Cond, t: Time, r: Time | None = None) -> Heads:
-        """Return the heads, shaped like x (b, channels, h, w), of rows that may share a pass of the model."""
+        """Return the heads, each shaped like x (b, channels, h, w), in one pass of the model."""
         is_negative = None
         if self.negative_time is not None:
             is_negative = t < 0
@@ -373,32 +378,34 @@ class Dualized(nn.Module):
         inputs = self._inputs(x_in, c, time)
         with self._with_unrounded_time(inputs), self._with_added_embeddings(t, r, is_negative):
             out = self.model(**self.family.arguments(inputs), return_dict=False)[0]
-        if inputs.source is not None:  # its tokens are the last
+        # The tokens of a source image come last.
+        if inputs.source is not None:
             out = out[:, : inputs.x.shape[1]]
         if self.family.takes_packed_latents:
             out = unpack_latents(out, inputs.grid, self.patch)
         heads = split_into_heads(out, len(self.heads))
-        if self.diffusion:  # a learned variance is cut off
+        # Drop a learned variance.
+        if self.diffusion:
             heads = tuple(head[:, : x.shape[1]] for head in heads)
         return tuple(to_velocity(head) for head in heads)
 
     def _model_time(self, t: Time) -> Array:
-        """Return t (b,) in the unit of a model that learned a flow. A few families count time from the noise."""
+        """Return t (b,) in the unit of a flow-matching model. In a few families, time 0 is the noise."""
         if self.family.has_reversed_time:
             t = 1 - t
         scale = self.family.time_scale(self.config)
         return t if scale == 1 else scale * t
 
     def _to_velocity(self, out: Array) -> Array:
-        """Return the velocity noise - data, from the output of a model that learned a flow."""
+        """Return the velocity, noise - data, given the output of a flow-matching model."""
         return -out if self.family.has_reversed_time else out
 
     def _waves(self, time: Tensor) -> Tensor:
-        """Return what the embedder of time reads, (k, waves), at the model's own times (k,). The model computes it."""
+        """Return the input of the time embedder, (k, waves), at the model's own times (k,). The model computes it."""
         return torch.cat([self._waves_at(one_time) for one_time in time.split(1)])
 
     def _waves_at(self, time: Tensor) -> Tensor:
-        """Return the waves (1, waves) at one time (1,): run the model on zeros, up to its embedder of time."""
+        """Return the waves (1, waves) at one time (1,): run the model on zeros up to its time embedder."""
         inputs = self._zeros_at(time)
 
         def stop(_: nn.Module, args: tuple[object, ...]) -> None:
@@ -412,13 +419,14 @@ class Dualized(nn.Module):
             return reached.args[0]
         finally:
             handle.remove()
-        raise AssertionError("no pass without an embedding of time")
+        raise AssertionError("the model did not call its time embedder")
 
     def _zeros_at(self, time: Tensor) -> Inputs:
-        """Make the inputs of one row of 2 x 2 patches and one token: zeros but for the model's own time (1,)."""
+        """Make one row of inputs with 2 x 2 patches and one token, all zero except for the model's own time (1,)."""
         family = self.family
         texts = self.texts
-        weight = self._heads[0].out.weight  # whose device and type the inputs have
+        # The inputs get the device and dtype of this weight.
+        weight = self._heads[0].out.weight
         channels = self.config["in_channels"]
         if family.takes_packed_latents:
             x = weight.new_zeros(1, 4, channels)
@@ -439,38 +447,39 @@ class Dualized(nn.Module):
 
     @property
     def _time_layer_path(self) -> str:
-        """The path of the last layer of the embedder of time."""
+        """The path of the last layer of the time embedder."""
         linear_names = [name for name, layer in self._time_embedder.named_modules() if isinstance(layer, nn.Linear)]
         return f"{self.time_path}.{linear_names[-1]}"
 
     @property
     def _time_embedder(self) -> nn.Module:
-        """The embedder of time at `time_path`."""
+        """The time embedder at `time_path`."""
         return self.model.get_submodule(self.time_path)
 
     def _zero_time_embedding(self) -> nn.Parameter:
-        """Return a vector of zeros (width,) that can be added to an embedding of time."""
+        """Return a vector of zeros (width,) to be added to a time embedding."""
         _, _, last = lowpass.linear_layers(self._time_embedder)
         return nn.Parameter(last.weight.new_zeros(last.out_features))
 
     @property
     def _heads(self) -> list[HeadLayer]:
-        """The layers of `heads`, in their order."""
+        """The layers of `heads` in order."""
         return [head for head in self.heads.values() if isinstance(head, HeadLayer)]
 
     def _join(self, layers: Sequence[nn.Module]) -> JoinedHeads:
-        """Make one layer of the last layers of all heads, for the place of the model's last layer."""
+        """Join the last layers of all heads into one that replaces the model's last layer."""
         return JoinedHeads(layers, self.channels if self.family.channels_last else None)
 
     def _inputs(self, x: Sample, c: Cond, time: Array) -> Inputs:
-        """Put x (b, channels, h, w), the texts of c (b,) and the model's own time (b,) in the model's layout."""
+        """Convert x (b, channels, h, w), the texts of c (b,) and the model's own time (b,) to the model's layout."""
         family = self.family
         tokens, mask, pooled = self.texts(c)
         source = self.texts.sources(c)
         lengths: tuple[int, ...] | None = None
         if family.one_by_one or family.takes_lists:
             lengths = self.texts.lengths(c)
-        if family.one_by_one and lengths and mask is not None:  # all rows here have as many tokens
+        # All rows of this pass have the same number of tokens, so no mask is needed.
+        if family.one_by_one and lengths and mask is not None:
             tokens = tokens[:, : lengths[0]]
             mask = None
         grid = (x.shape[2] // self.patch, x.shape[3] // self.patch)
@@ -487,16 +496,16 @@ class Dualized(nn.Module):
         )
 
     def _guidance(self, tokens: Tensor) -> Tensor | None:
-        """Return the guidance that a distilled model embeds, (b,), in its own unit; None: it embeds none."""
+        """Return the guidance scale that a distilled model embeds, (b,), in its own unit, or None if it embeds none."""
         if self.guidance is None:
             return None
         return tokens.new_full((len(tokens),), self.guidance * self.family.guidance_scale(self.config))
 
     @contextmanager
     def _with_unrounded_time(self, inputs: Inputs) -> Generator[None, None, None]:
-        """Inside, the part of the model that takes time and guidance gets them unrounded, by a hook.
+        """Within the context, a hook passes unrounded time and guidance to the module that embeds them.
 
-        In bf16 the model would round t to 8 bits before.
+        A bf16 model would first round t to 8 bits.
         """
         if not self.family.time_part:
             yield
@@ -516,7 +525,7 @@ class Dualized(nn.Module):
 
     @contextmanager
     def _with_added_embeddings(self, t: Time, r: Time | None, is_negative: Rows | None) -> Generator[None, None, None]:
-        """Inside, the embedding of t - r, and of rows at negative times, is added to the model's own of t."""
+        """Within the context, add the embeddings of t - r and of negative times to the model's own embedding of t."""
         embeddings: list[Array] = []
         if self.gap is not None and r is not None:
             embeddings.append(self.gap(t - r))
@@ -546,7 +555,7 @@ class Dualized(nn.Module):
 
 
 def time_embedder_paths(model: nn.Module, family: Family) -> list[str]:
-    """Return the paths of a model's perceptrons that embed time."""
+    """Return the paths of a model's time embedders."""
     path_end = family.time_embedder
     if not path_end:
         return []
@@ -554,9 +563,9 @@ def time_embedder_paths(model: nn.Module, family: Family) -> list[str]:
 
 
 def _drop_buffers_from_state(model: nn.Module) -> dict[str, list[str]]:
-    """Take the fixed buffers of all layers out of the model's state dict. Returns their names by the layer's path.
+    """Remove the fixed buffers of all layers from the model's state dict. Return their names by the layer's path.
 
-    Those of the model itself are left out of the result.
+    Buffers of the model itself are removed, but not returned.
     """
     names_by_path: dict[str, list[str]] = {}
     for path, layer in model.named_modules():
@@ -566,12 +575,12 @@ def _drop_buffers_from_state(model: nn.Module) -> dict[str, list[str]]:
     return names_by_path
 
 
-class _EmbedderReached(Exception):  # noqa: N818, no error
-    """Stops a pass of `_waves_at` where the model calls its embedder of time. The argument is what that reads."""
+class _EmbedderReached(Exception):  # noqa: N818, not an error
+    """Stops the pass of `_waves_at` when the model calls its time embedder. The argument is the embedder's input."""
 
 
 def _with_readable_mask(_: nn.Module, args: tuple[Array, Tensor]) -> tuple[Array, Tensor]:
-    """Replace a mask on the meta device, which has no values, by one that keeps all tokens. A hook before a module."""
+    """Replace a mask on the meta device, which has no values, by one that keeps all tokens, in a forward pre-hook."""
     x, mask = args
     if mask.is_meta:
         mask = torch.ones(mask.shape, dtype=torch.long, device="cpu")

@@ -9,7 +9,7 @@ The fake score w learns the velocity of the samples, diffused with fresh noise z
 
     x'_t = t z' + (1 - t) x',    w(x'_t, t)* = z' - x'                                              (2)
 
-The real score v is a teacher's, guided: on a pipeline that of the frozen base model. With the mean m of |z' - x' - v|
+The real score v is that of a guided teacher; on a pipeline, of the frozen base model. With the mean m of |z' - x' - v|
 over a row, samples move by the normalized difference of both scores:
 
     V = w - v,    loss = mean of (x' - x'*)^2 / 2    with    x'* = sg(x' + V / m)                   (3)
@@ -20,13 +20,13 @@ network. V vanishes if samples have the distribution of the guided data; `dumo.o
 `fake_updates` steps train w by (2), then one step trains u by (3). On a pipeline u and w are two adapters of one frozen
 model (`Needs.fake_score`); other networks have a head for each. Their code trains both at every fifth step; here each
 step trains one, so that only one of them has activations. Their GAN loss is omitted: it needs data, and a critic on the
-features of a full second network. So is the regression to a teacher's pairs, which they drop for several steps. Data
-are not used but for their conditions.
+features of a full second network. The regression to a teacher's pairs, which they drop for several steps, is omitted
+as well. Only the conditions of the data are used.
 
 Related methods are settings:
 
 - Phased DMD (arXiv 2510.27684), `phased`: (2) and (3) have times between s and t only, so that each jump learns from
-  the noise levels that it removes. Theirs trains one network per phase, here one network has all jumps.
+  the noise levels that it removes. They train one network per phase; here one network learns all jumps.
 - TDM (arXiv 2503.06674), `times.solver=hop`: jumps keep their noise, x_s = x_t - (t - s) u, and the points x_s of the
   trajectory are matched instead of x'. They are diffused to times tau between s and t, with a = (1 - tau) / (1 - s):
 
@@ -35,7 +35,7 @@ Related methods are settings:
 
   (5), of Phased DMD, has the velocity of the distribution of x'_tau as its mean. TDM's code fits x' instead, whose
   noise is not independent of it, with importance weights. Errors of w are divided by k, which grows as tau approaches s
-  (our choice). m is the mean of |(x'_tau - x') / tau - v|, as theirs. Their pseudo-Huber loss is omitted.
+  (our choice). m is the mean of |(x'_tau - x') / tau - v|, as in TDM. Its pseudo-Huber loss is omitted.
 - SiD (arXiv 2404.04057; for few steps 2505.12674), `alpha`: samples descend the loss (5) of `dumo.objectives.match`,
   including the dependence of both scores on the sample. SIM (arXiv 2410.16794): `alpha` is 1 and `normalize` is huber.
 - Diff-Instruct (arXiv 2305.18455): `normalize` is none, and `fake_updates` is 1.
@@ -84,22 +84,26 @@ from dumo.types import QUIET, unwrap
 
 # What V is divided by in each row: m (DMD2, SiD), sqrt(mean of V^2 + HUBER^2) (SIM), or nothing (Diff-Instruct).
 Normalize = Literal["distance", "huber", "none"]
-FLOOR = 1e-3  # of m (our choice); DMD2 has none
-HUBER = 0.03  # SIM's c, per number of a row (our choice)
+# The lower bound of m (our choice; DMD2 has none).
+FLOOR = 1e-3
+# SIM's c, per number of a row (our choice).
+HUBER = 0.03
 
 
 class DMD2(ObjectiveSpec):
-    """Two time scales: several steps of the fake score, then one of the generator."""
+    """Train the fake score for several steps, then the generator for one."""
 
     kind: Literal["dmd2"] = "dmd2"
-    times: OfSampler = OfSampler()  # of the generator
+    # The generator's times.
+    times: OfSampler = OfSampler()
     drop: float = Field(default=0.0, ge=0, le=1)
-    fake_updates: int = Field(default=5, ge=1)  # for each update of the generator, as DMD2
+    # Updates of the fake score for each update of the generator, as DMD2.
+    fake_updates: int = Field(default=5, ge=1)
     # The loss (2) is the mean square of the velocity's error, or of the error of the noise that it predicts (SDXL).
     fake_loss: Literal["velocity", "noise"] = "velocity"
     # The times of (3), as DMD2; times of (2) are uniform.
     pull_times: Uniform | LogitNormal = Field(default=Uniform(low=0.02, high=0.98), discriminator="kind")
-    # Whether both kinds of times are shares of the way from s up to t: always, if the solver is `hop`.
+    # If true, times in (2) and (3) are drawn between s and t. Always the case for `hop`.
     phased: bool = Field(default=False, json_schema_extra=QUIET)
     normalize: Normalize = Field(default="distance", json_schema_extra=QUIET)
     # SiD's alpha, 1.2 in its code; None means (3).
@@ -138,7 +142,7 @@ class DMD2(ObjectiveSpec):
         )
 
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """Return (2), or in the last step of a cycle (3). Raises UserError if times do not go with their rows."""
+        """Return (2), or (3) in the last step of a cycle. Raises UserError for a batch size that times do not divide."""
         if len(b.t) % self.times.group:
             raise UserError(
                 f"objective '{self.kind}' assigns {self.times.group} different times to consecutive rows, so the batch "
@@ -155,7 +159,7 @@ class DMD2(ObjectiveSpec):
             return self._implicit_loss(net, b, x_t, samples)
         diffused = self._diffuse(b, x_t, samples.detach(), "fake.z", "pull.t" if moves_samples else "fake.t")
 
-        # Evaluate the fake score, in the precision of the data from here on, because differences are small.
+        # Evaluate the fake score. From here on, use the precision of the data, because differences are small.
         with fake_score(net):
             w = scorer(diffused.x, b.c, t=diffused.t)[1].to(diffused.x)
         w_loss = mean_square(w - diffused.w_star) / diffused.variance
@@ -190,7 +194,7 @@ class DMD2(ObjectiveSpec):
         return self.times.solver == "hop"
 
     def _inputs(self, net: Frozen, b: NoisyBatch) -> Sample:
-        """Return x_t at the time of each row, (b, ...): rows of lower times are carried through higher ones."""
+        """Return x_t at the time of each row, (b, ...). Rows of lower times pass through all higher times."""
         x_t = b.path.initial_std * b.z
         places = range(len(b.t))
         for k, (name, s) in enumerate(zip(self._names_of_noise(), self.times.taught[1:], strict=True)):
@@ -229,7 +233,7 @@ class DMD2(ObjectiveSpec):
         return _Diffused(x, t, w_star, straight=(x - samples) / lift(t, z), variance=k**2)
 
     def _guidance(self, b: NoisyBatch, x_t: Sample, samples: Sample) -> Sample:
-        """Return how guidance moves samples in (3) at its own times, (b, ...)."""
+        """Return the displacement of samples by guidance in (3), at times of its own, (b, ...)."""
         diffused = self._diffuse(b, x_t, samples, "scale.z", "scale.t")
         v = b.velocity(diffused.x, diffused.t, diffused.w_star)
         v_null = replace(b, c=b.null).velocity(diffused.x, diffused.t, diffused.w_star)
@@ -255,7 +259,7 @@ class DMD2(ObjectiveSpec):
 
 
 class _Diffused(NamedTuple):
-    """Samples with fresh noise: what both scores get, and what the fake score learns.
+    """Samples with fresh noise, the input of both scores, and the target of the fake score.
 
     x: the diffused samples, at the times t (b,).
     w_star: the target of the fake score, (2) or (5).

@@ -1,6 +1,7 @@
-"""DuMo and distribution matching (DMD2, Yin et al. 2024, arXiv 2405.14867): a head replaces its second network.
+"""DuMo and distribution matching (DMD2, Yin et al. 2024, arXiv 2405.14867): a head replaces DMD2's fake-score network.
 
-The network's samples x' are diffused with fresh noise z', and a head w learns their velocity, as v learns the data's:
+The network's samples x' are diffused with fresh noise z', and a head w learns their velocity, as v learns that of the
+data:
 
     x'_t = t z' + (1 - t) x'                                                  (1)
     w* = z' - x'                                                              (2)
@@ -54,7 +55,7 @@ HEAD_WEIGHT = 0.3  # of the loss of w (our choice)
 
 
 class Match(Pull):
-    """DuMo's loss, the velocity of its samples, and a loss of the samples by the difference of both velocities."""
+    """DuMo's loss, a loss of the samples' velocity w, and a loss that moves samples by the difference w - v."""
 
     own_heads: ClassVar[tuple[str, ...]] = ("w",)
     kind: Literal["match"] = "match"
@@ -64,7 +65,7 @@ class Match(Pull):
 
     @property
     def needs(self) -> Needs:
-        """The needs of `Pull`, and noise and time of x'_t (`dumo.objectives.twinflow` explains the fresh noise)."""
+        """The needs of `Pull`, and the noise and time of x'_t (`dumo.objectives.twinflow` explains the fresh noise)."""
         return replace(super().needs, laws={"w.z": Noise(), "w.t": Uniform()}, diffuses_samples=True)
 
     def pull(self, net: Net, b: NoisyBatch, u: Sample) -> Terms:

@@ -127,9 +127,9 @@ class TwinFlow(RCGM):
         """Return the loss with one task per row, and G on the jumps from noise."""
         if len(b.t) % times.group:
             raise UserError(
-                f"objective '{self.kind}' with times.kind=quarters assigns four tasks to consecutive rows, so the batch "
-                f"size must be a multiple of 4, got {len(b.t)}: set train.batch and train.micro_batch to multiples of "
-                "4 on each rank"
+                f"objective '{self.kind}' with times.kind=quarters assigns four tasks to consecutive rows, so the "
+                f"batch size must be a multiple of 4, got {len(b.t)}: set train.batch and train.micro_batch to "
+                "multiples of 4 on each rank"
             )
         device = b.t.device
         places = range(len(b.t))

@@ -19,7 +19,7 @@ from dumo.report.evaluation_card import Card, Row
 ERROR_SUFFIX = "_sd"
 # The fields of a row that are not scores.
 ROW_LABELS = ("nfe", "solver")
-# The number of distances over which a baseline is averaged.
+# The field of a baseline with the number of distances that are averaged.
 NUM_SPLITS = "splits"
 # The fields of a card that describe the reference and how samples are compared with it.
 NOTED_FIELDS = ("reference", CLASS_MMD, "copies", "kid")
@@ -181,7 +181,8 @@ def mark_best(rows: Sequence[Row], lead: str) -> list[Row]:
     """Add `best` to each row: whether its score `lead` is the lowest at its NFE, or not significantly worse.
 
     Rows without an NFE, such as existing images, are compared with all rows. Rows without the score or its error are
-    not best. No row gets the field if none has both, if higher is better, or if the error is a spread.
+    not best. No row gets the field if no row has both, if higher scores are better, or if its `sd` is a spread
+    rather than a standard error.
     """
     if higher_is_better(lead) or metric(lead).sd_is_spread:
         return list(rows)

@@ -91,7 +91,7 @@ class RunFolder:
         self.written_text = ""
         self.checkpoints = Checkpoints(path / "checkpoints")
 
-    # ------------------------------------------------------------------------------------------------ what it holds
+    # ----------------------------------------------------------------------------------------------------- contents
 
     @cached_property
     def text(self) -> RunText | None:

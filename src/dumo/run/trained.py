@@ -69,7 +69,8 @@ class TrainedRun:
     run_folder: RunFolder
     net: nn.Module
     step: int = 0
-    # The weights file, or the part of a checkpoint: its name, relative to the run's folder if it lies inside, and path.
+    # The name and path of the weights file, or of the weights in a checkpoint. A name in the run's folder is relative to
+    # the folder.
     weights: str = ""
     file: Path = Path()
     # The newest whole checkpoint, even if another weights file was given.
@@ -133,7 +134,7 @@ class TrainedRun:
         """
         return self.listed_sha256 or sha256(self.file)
 
-    # ------------------------------------------------------------------------------------------------- what it makes
+    # ---------------------------------------------------------------------------------------------------- properties
 
     @property
     def device(self) -> torch.device:
@@ -205,7 +206,7 @@ class TrainedRun:
             return [image.convert("L") for image in pictures]
         return pictures
 
-    # ---------------------------------------------------------------------------------------------------- what it does
+    # -------------------------------------------------------------------------------------------------------- sampling
 
     def sample(
         self,

@@ -8,7 +8,7 @@ checkpoint, and rejects runs that cannot be trained. It writes only missing cach
 step of the checkpoint, then takes steps (`train_step`) and calls hooks (`dumo.run.hooks`) until the run's duration is
 over.
 
-Every rank runs every line, but only rank 0 locks the folder, writes and prints. Operations that may fail on one rank
+All ranks execute the same code, but only rank 0 locks the folder, writes and prints. Operations that may fail on one rank
 while a run is opened, a checkpoint is saved or samples are scored run inside `agreement`, so that they fail on all
 ranks; inside a step torchrun stops the other ranks.
 
@@ -16,8 +16,8 @@ A batch and its random numbers depend only on the step number. They can therefor
 steps, a stop and M more steps equal N + M steps, including skipped steps. The gradient is that of the mean loss over
 the global batch: each micro-batch adds the gradient of its summed loss times ranks / batch, and gradients are averaged
 over ranks after the last micro-batch. The split therefore affects only rounding, and two ranks are bit-identical to
-one rank with two micro-batches; of a pretrained model, whose blocks sum the gradients of one time embedding, up to
-rounding.
+one rank with two micro-batches. For pretrained models, whose blocks accumulate gradients of one time embedding, they
+agree up to rounding.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence

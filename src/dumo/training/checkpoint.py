@@ -351,7 +351,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """Wait for the last checkpoint, also after an error of training, which takes precedence."""
+        """Wait for the last checkpoint. Raise its error, unless training has failed already."""
         if error is None:
             self.wait()
         elif self._work:
@@ -656,7 +656,7 @@ def folder_of(step: int) -> str:
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint. Rename it first, so that a partially removed folder is never taken for a checkpoint.
 
-    On NFS, a file that some process has mapped stays in the hidden folder until a later save. Of a symbolic link, only
+    On NFS, a file that some process has mapped stays in the hidden folder until a later save. For a symbolic link, only
     the link is removed.
     """
     files.remove(checkpoint.rename(files.temp_path_for(checkpoint)))

@@ -104,7 +104,7 @@ def test_a_stray_file_is_named(folder: Path, name: str) -> None:
     some = members(last, "net")[0]
     stray = shutil.copy(some, some.with_name(name))
     assert fault(last) == f"{stray} is not listed in state.json"
-    with pytest.warns(UserWarning, match="step-00000002, before it"):
+    with pytest.warns(UserWarning, match="previous checkpoint step-00000002"):
         assert latest(folder) == folder / "step-00000002"
     stray.rename(stray.with_name(".nfs0001"))  # what a file system leaves of a file that is open elsewhere
     assert latest(folder) == last
@@ -174,7 +174,7 @@ def test_a_damaged_step_does_not_count_as_kept(folder: Path, harm: str) -> None:
     """Not a changed bit either, which was found when the run was resumed."""
     HARMS[harm][0](members(folder / "step-00000003", "net")[0])
     state, checkpoints = trained(SPEC), Checkpoints(folder)
-    with pytest.warns(UserWarning, match="step-00000002, before it"):
+    with pytest.warns(UserWarning, match="previous checkpoint step-00000002"):
         assert checkpoints.latest()
     for state.step, stand in ((4, (2, 3, 4)), (5, (4, 5))):
         checkpoints.save(state, keep=2)
