@@ -1,4 +1,4 @@
-"""The commands `reproduce`, which makes a figure or table again, and `bench`, which times a training step."""
+"""The commands `reproduce`, which reproduces a figure or table, and `bench`, which times a training step."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -76,8 +76,8 @@ def bench(
 ) -> None:
     """Time a training step with every slope.
 
-    A slope is a way to compute du/dt. Operations, memory and the error of du/dt are shown, too. F is a forward pass: by
-    time a third of the plain flow-matching step in the same precision.
+    A slope is a way to compute du/dt. Operations, memory and the error of du/dt are also shown. F is a forward pass,
+    whose time is taken as a third of the plain flow-matching step in the same precision.
 
     Examples:
     dumo bench digits --slope dual
@@ -107,7 +107,7 @@ def bench(
 
 
 def _step_cells(row: dict[str, Any]) -> dict[str, str]:
-    """Return a measured row as cells of a table, by column; a cell is empty if its number is not known."""
+    """Return a measured row as cells of a table, by column. A cell is empty if its number is unknown."""
 
     def cell(key: str, form: str, scale: float = 1.0) -> str:
         return "" if row[key] is None else format(scale * row[key], form)

@@ -1,9 +1,9 @@
-"""Terminal output of commands: results on stdout, everything else on stderr, and exit codes.
+"""Terminal output of commands, with results on stdout and everything else on stderr, and exit codes.
 
-`dumo.cli.run_command` runs a command inside `reopen_streams`, `silenced_other_ranks` (under torchrun) and
-`plain_warnings`, and prints what `explain` says of an error. `stoppable` handles signals of a command. Commands print
-with `out`, `err`, `show_lines` and `show_table`, and add what helps to an error or a stop by `memory_hint` and
-`resume_hint`.
+`dumo.cli.run_command` calls `reopen_streams`, runs a command within `silenced_other_ranks` (under torchrun) and
+`plain_warnings`, and prints the line that `explain` returns for an error. `stoppable` handles the signals of a command.
+Commands print with `out`, `err`, `show_lines` and `show_table`, and add hints to an error or a stop with `memory_hint`
+and `resume_hint`.
 """
 
 import codecs
@@ -49,7 +49,7 @@ class PlainConsole(Console):
 out = PlainConsole()
 err = PlainConsole(highlight=False, stderr=True)
 
-# The exit code of a command that a signal ends is this plus the signal's number.
+# The exit code of a command that is ended by a signal is this plus the signal's number.
 _STOPPED = 128
 # A failed rank waits this long for rank 0 to print the same error, then prints the last lines of its own output.
 _RANK_0_SECONDS = 5.0
@@ -65,10 +65,10 @@ _PLAIN_CHARACTERS = str.maketrans({"±": "+-", "−": "-", "…": "...", "·": "
 
 
 def stoppable(command: Callable[..., None], *, between_pieces: bool = True) -> Callable[..., None]:
-    """Wrap a command so that a signal ends it with one line and the exit code 128 + the signal (130: Ctrl-C).
+    """Wrap a command so that a signal ends it with one line and the exit code 128 + the signal (130 for Ctrl-C).
 
-    `between_pieces`: the command stops between two pieces of its work, and a second signal ends it at once. Without it
-    the first signal ends it at once.
+    `between_pieces`: stop between two pieces of work, and at once at a second signal. If false, the first signal ends
+    the command at once.
     """
 
     @wraps(command)
@@ -88,7 +88,7 @@ def stoppable(command: Callable[..., None], *, between_pieces: bool = True) -> C
 
 @contextmanager
 def resume_hint(hint: str = "the same command resumes") -> Generator[None, None, None]:
-    """Add a hint how to resume the work inside to the message of a signal."""
+    """Add a hint on how to resume the work to the message of a signal within the context."""
     try:
         yield
     except (signals.Stopped, KeyboardInterrupt) as stop:
@@ -99,15 +99,15 @@ def resume_hint(hint: str = "the same command resumes") -> Generator[None, None,
 def _acknowledge(number: int) -> None:
     """Acknowledge Ctrl-C. Writes to stderr directly, because the signal may interrupt a print."""
     if number == signal.SIGINT and sys.stderr.isatty():
-        os.write(2, b"\nstopping when this piece is done; Ctrl-C again: at once\n")
+        os.write(2, b"\nstopping after the current piece of work; press Ctrl-C again to stop at once\n")
 
 
 def reopen_streams() -> None:
-    """Open streams that the program was started without (>&-), and replace characters that an encoding lacks.
+    """Open standard streams that were closed at the start (>&-), and replace characters that an encoding lacks.
 
-    Without an open stream Python would drop what is printed, and a file that is opened later, such as a checkpoint,
-    would have the number of the closed stream, into which C code prints. Writing to the new stdout fails; stderr drops
-    its text. On a terminal without UTF-8 a character that it lacks would end the command with a traceback.
+    If a stream is closed, Python drops all output, and a file that is opened later, such as a checkpoint, could get the
+    descriptor of the closed stream, to which C code prints. Writing to the new stdout fails; the new stderr discards
+    its text. On a terminal without UTF-8, a missing character would end the command with a traceback.
     """
     streams = (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w"))
     for name, flags, mode in streams:
@@ -128,11 +128,11 @@ def _spell_out(error: UnicodeError) -> tuple[str, int]:
 
 @contextmanager
 def silenced_other_ranks() -> Generator[Callable[[int], NoReturn], None, None]:
-    """Under torchrun, hold back the output of ranks above 0. Yields a function that exits the process with a code.
+    """Under torchrun, buffer the output of ranks above 0. Yields a function that exits the process with a code.
 
-    A rank that fails waits a little, then prints what it held back. torchrun stops all ranks as soon as one is gone, so
-    rank 0 alone prints an error that all ranks have. Ranks that have joined skip Python's own shutdown, in which torch
-    may abort because of what a sharded network leaves behind.
+    A rank that fails waits for some seconds, then prints its buffered output. torchrun stops all ranks as soon as one
+    has ended, so only rank 0 prints an error that all ranks raise. Ranks that have joined a process group skip Python's
+    own shutdown, in which torch may abort after sharded training.
     """
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -150,7 +150,7 @@ def silenced_other_ranks() -> Generator[Callable[[int], NoReturn], None, None]:
             try:
                 stream.flush()
             except OSError:
-                # It was reported already, and Python would report it again at exit.
+                # The error was reported already, and Python would report it again at exit.
                 sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
         # `dumo --help` does not import dumo.runtime.dist.
         if getattr(sys.modules.get("dumo.runtime.dist"), "has_joined", False):
@@ -181,25 +181,25 @@ def plain_warnings() -> Generator[None, None, None]:
 
     with warnings.catch_warnings():
         warnings.showwarning = show
-        # Pillow warns of an image of over 89 million pixels, and reads it.
+        # Pillow warns about images of over 89 million pixels, but reads them.
         warnings.filterwarnings("ignore", "Image size .* could be decompression bomb", RuntimeWarning)
-        # torch warns of its own code on the first torch.func.jvp.
+        # torch warns about its own code on the first torch.func.jvp.
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
-        # torch warns that RMS norms in bf16 take the slower of two implementations.
+        # torch warns that RMS norms in bf16 use the slower of two implementations.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
         yield
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:
-    """Return what to print for an error and the exit code, or None if it is a bug, which shows its traceback.
+    """Return the line to print for an error and the exit code, or None for a bug, whose traceback is shown.
 
-    Exit code 2 is for what the user gave: UserError, values that pydantic refuses, bad YAML, files that cannot be read
-    or written (a full disk, too), and what the Hugging Face Hub refuses. Exit code 1 is for a machine or a run that
-    failed: out of memory, divergence.
+    Exit code 2 means an error in the user's input: UserError, values that pydantic rejects, invalid YAML, files that
+    cannot be read or written (including a full disk), and errors of the Hugging Face Hub. Exit code 1 means that the
+    machine or the run failed: out of memory, divergence.
 
-    The classes of errors are looked up among the imported modules, so that explaining an error imports none of them.
+    Error classes are looked up among the imported modules, so that no module is imported for it.
     """
-    # Out of memory comes first because the operating system's is an OSError.
+    # Check for out of memory first, because the operating system raises it as OSError.
     if _is_out_of_memory(error):
         amount = _MISSING_MEMORY.search(str(error))
         message = f"out of memory at {amount[1]} more" if amount else "out of memory"
@@ -236,7 +236,7 @@ def _is_of_the_hub(error: BaseException) -> bool:
 
 
 def _validation_line(error: Any) -> str:  # noqa: ANN401, pydantic is not imported
-    """Return every field that pydantic refused, with its rule and the value, in one line."""
+    """Return one line with every field that pydantic rejected, its rule and its value."""
     problems: list[str] = []
     for problem in error.errors(include_url=False, include_context=False):
         field = ".".join(map(str, problem["loc"])) or error.title
@@ -245,7 +245,7 @@ def _validation_line(error: Any) -> str:  # noqa: ANN401, pydantic is not import
 
 
 def _one_line(text: str) -> str:
-    """Join the lines of a text, and escape its control characters."""
+    """Join the lines of a text and escape its control characters."""
     return escape_line(" ".join(text.split()))
 
 
@@ -264,7 +264,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def memory_hint(hint: str) -> Generator[None, None, None]:
-    """Add a hint how to reduce memory to the message of an out-of-memory error inside."""
+    """Add a hint on how to reduce memory use to the message of an out-of-memory error within the context."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:

@@ -42,8 +42,8 @@ def train(
     Run the same command again to resume, or with more steps or minutes, which are totals, to train for longer. --from
     STEP --out NEW starts a new run NEW from a checkpoint of a run, with other data or fields if they are given.
 
-    If SOURCE is a folder or archive of images, propose a run that suits them and this machine, and ask for
-    confirmation. On a CPU it takes 6 minutes, unless minutes=N or steps=N is given.
+    If SOURCE is an image dataset, propose a run that suits it and this machine, and ask for confirmation. On a CPU it
+    takes 6 minutes, unless minutes=N or steps=N is given.
 
     digits-trained and cifar10-trained, which ship with dumo, start a new run with their settings and weights.
 

@@ -1,11 +1,11 @@
-"""Load a run from a recipe's name, a file or a folder, with overrides `field=value`; and write it as YAML.
+"""Load a run from a recipe's name, a file or a folder, with overrides `field=value`, and write it as YAML.
 
-`load` is the entrance. In this order it reads the text (`dumo.config.source`), sets the overrides, fills in what was
-found when the run was first opened (`resolved`), and validates the tree (`parse`). `load_recipe` reads a shipped recipe
-by name, `run_of` a text that is read already.
+`load` reads the text (`dumo.config.source`), applies the overrides, fills in the values found when the run was first
+opened (`resolved`), and validates the tree (`parse`), in this order. `load_recipe` loads a shipped recipe by name, and
+`run_of` a run from a text that has been read already.
 
-`dump` is the inverse of `load`, and `summary` a shorter tree for people. `dumo.config.difference`
-compares two runs.
+`dump` is the inverse of `load`, and `summary` returns a shorter tree for display. `dumo.config.difference` compares two
+runs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ from dumo.config.source import (
     RunText,
     read,
 )
-from dumo.config.source import RUN_FILE as RUN_FILE  # those who `load` and `dump` a run.yaml have it from here
+from dumo.config.source import RUN_FILE as RUN_FILE
 from dumo.config.spec import Run, StandaloneParts
 from dumo.flow.reading import available_readings
 from dumo.flow.solver import best_solver
@@ -39,20 +39,21 @@ S = TypeVar("S", bound=Spec)
 
 
 def load(source: str | Path | RunText, overrides: Sequence[str] = ()) -> Run:
-    """Read a run from a recipe's name, a YAML file, a folder with a run.yaml, or a text that is read already.
+    """Load a run from a recipe's name, a YAML file, a folder with a run.yaml, or a text that has been read already.
 
     An existing `Path` is never a recipe's name. Raises UserError with one line per mistake, each with its dotted path
     and the nearest valid name.
     """
-    trust.accept(overrides)  # classes in the user's overrides may be imported
+    # Classes in the user's own overrides may be imported.
+    trust.accept(overrides)
     text = source if isinstance(source, RunText) else read(source)
     return run_of(text, overrides)
 
 
 def run_of(text: RunText, overrides: Sequence[str] = ()) -> Run:
-    """Return the run that a text describes, with `overrides` set. Raises UserError, one line per mistake.
+    """Return the run that a text describes, with `overrides` applied. Raises UserError with one line per mistake.
 
-    If they set an objective of another kind, samples are made by a solver that suits it, unless they set that, too.
+    If they set an objective of another kind and no solver, the solver becomes the best one for this objective.
     """
     tree = deepcopy(text.tree)
     kind_before = _objective_kind(tree)
@@ -63,13 +64,14 @@ def run_of(text: RunText, overrides: Sequence[str] = ()) -> Run:
         assert objective is not None
         override(tree, [f"sample.solver={{kind: {best_solver(available_readings(objective)).kind}}}"])
     resolved = tree.get(RESOLVED_KEY)
-    if isinstance(resolved, dict):  # anything else is left to validation
+    # Validation reports any other type.
+    if isinstance(resolved, dict):
         _fill(tree, resolved)
     return parse(Run, tree, text.name)
 
 
 def _objective_kind(tree: dict[str, Any]) -> object:
-    """Return the kind of the objective in a tree, or None, which validation reports."""
+    """Return the kind of the objective in a tree. If it is missing, return None; validation reports it."""
     objective = tree.get("objective")
     return objective.get("kind") if isinstance(objective, dict) else None
 
@@ -80,15 +82,16 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Run:
 
 
 def parse(spec: type[S], tree: object, name: str = "") -> S:
-    """Validate a tree of plain values as a spec. Types are as strict as in JSON: "2" is no number, 2.0 no integer.
+    """Validate a tree of plain values as a spec. Types are strict as in JSON: "2" is not a number, 2.0 not an integer.
 
-    Raises UserError with one line per mistake, prefixed by `name` if it is a file; and, before any import, for user
+    Raises UserError with one line per mistake, prefixed by `name` if it is a file, and, before any import, for user
     code without consent (`dumo.config.trust`).
     """
     trust.require(trust.named_classes(tree), name)
     try:
         return spec.model_validate_json(to_json(tree, inf_nan_mode="constants"), strict=True)
-    except PydanticSerializationError as error:  # a lone surrogate in a field's name: YAML refuses it in values
+    # A field's name contains a lone surrogate. YAML rejects it in values.
+    except PydanticSerializationError as error:
         raise UserError(f"a field's name contains a lone surrogate, which is not valid Unicode: {error}") from error
     except ValidationError as error:
         from dumo.config.messages import explain
@@ -103,7 +106,8 @@ def _fill(tree: dict[str, Any], resolved: dict[str, Any]) -> None:
     `resolved` has these values by dotted path.
     """
     for field, value in resolved.items():
-        if field in (CODE_KEY, DATA_KEY):  # records of the run, no fields
+        # These are records of the run, not fields.
+        if field in (CODE_KEY, DATA_KEY):
             continue
         *parents, name = str(field).split(".")
         part = _part_at(tree, parents)
@@ -120,9 +124,9 @@ def _part_at(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any] | None
 
 
 def dump(run: Run, header: Mapping[str, object] | None = None, *, short: bool = False) -> str:
-    """Return the complete run as YAML, which `load` reads back: its format, `header`, the fields, and `resolved`.
+    """Return the complete run as YAML, which `load` accepts: its format, `header`, the fields, and `resolved`.
 
-    `short` writes its `summary` instead, without `resolved`.
+    With `short`, write its `summary` without `resolved`.
     """
     written: dict[str, Any] = {FORMAT_KEY: FORMAT, **(header or {})}
     tree = summary(run) if short else run.model_dump(mode="json")
@@ -134,9 +138,10 @@ def dump(run: Run, header: Mapping[str, object] | None = None, *, short: bool = 
         part = _part_at(tree, parents)
         if part is None or name not in part:
             continue
-        if part[name] in (None, value):  # written under `resolved` alone
+        # Write a found value only under `resolved`, unless the field has been set to another value since.
+        if part[name] in (None, value):
             del part[name]
-        else:  # set since it was found
+        else:
             del resolved[field]
     written |= tree
     if resolved and not short:
@@ -145,9 +150,9 @@ def dump(run: Run, header: Mapping[str, object] | None = None, *, short: bool = 
 
 
 def summary(part: BaseModel) -> dict[str, Any]:
-    """Return a spec as plain values, without fields at a default that is null, empty or marked quiet.
+    """Return a spec as plain values, without fields whose value is a default that is null, empty or marked quiet.
 
-    `parse` reads it back as the same spec.
+    `parse` returns the same spec again.
     """
     tree = part.model_dump(mode="json")
     for name, field in type(part).model_fields.items():

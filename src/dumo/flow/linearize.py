@@ -3,14 +3,14 @@
 A linearization is `(heads, along)`: the heads of one training pass, and a function `along(w)` that returns the
 derivative of each head along dx/dt = w:
 
-    linearize_deferred  `along` computes the derivatives from tensors that the pass has saved, once
-    linearize_fused     w is known before the pass, which computes the derivatives; `along` returns them
+    linearize_deferred  `along` computes the derivatives once, from tensors saved by the pass
+    linearize_fused     the pass computes the derivatives along a w given in advance; `along` returns them
     linearize_separate  `along` makes extra passes
 
 The first two pass Duals (`dumo.autodiff.dual`) to the network, and the tangents of the heads are the derivatives.
 
-Autograd records the heads and never the derivatives, because losses use these as regression targets: tangents are not
-recorded by default, `ref` runs without gradients, and w is detached.
+Autograd records the heads but not the derivatives, which losses use as regression targets: tangents are not recorded by
+default, `ref` runs without gradients, and w is detached.
 
 `heads_and_end_derivatives` differentiates with respect to r, the end of a jump, for losses that contain the derivative.
 Autograd records it unless `recorded` is False. `tangent_or_zeros` returns the tangent of a head of any dual pass.
@@ -28,7 +28,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dumo.autodiff import dual, tape
-from dumo.autodiff import rule as rule  # its import registers the rules of torch's operations for Duals
+from dumo.autodiff import rule as rule  # registers the rules of torch's operations for Duals
 from dumo.autodiff.dual import accept_duals, pair, primal
 from dumo.autodiff.fallback import without_slope_advice
 from dumo.autodiff.tape import DeferredTangent
@@ -99,11 +99,11 @@ def linearize_fused(
     t: Time,
     **inputs: Time,
 ) -> tuple[Heads, Along]:
-    """Make one pass of net with tangents along `direction`; if only some rows are `moving`, a second for the rest.
+    """Make one pass of net with tangents along `direction`. Rows that are not `moving` get a second, plain pass.
 
-    resting: the heads of the second pass, if it is made already.
+    resting: the heads of the second pass, if it has been made already.
 
-    `along` raises ValueError for any w but `direction`.
+    `along` raises ValueError for any w other than `direction`.
     """
 
     def moving_pass(rows: _RowIndex) -> Heads:
@@ -138,7 +138,7 @@ def linearize_separate(
 ) -> tuple[Heads, Along]:
     """Make one plain pass of net; `along` calls `derivatives` on the `moving` rows, if there are any.
 
-    resting: the heads of the rows that are not `moving`, if their pass is made already.
+    resting: the heads of the rows that are not `moving`, if their pass has been made already.
 
     `along` may be called for several directions.
     """
@@ -186,12 +186,13 @@ def heads_and_end_derivatives(
 ) -> tuple[Heads, Heads]:
     """Return the network's heads and their derivatives with respect to r, the end of a jump, both with gradients.
 
-    moving: the rows that need a derivative, which get a pass of their own; None means all. The rest get zeros.
-    recorded: whether the derivatives have gradients; the heads always have.
+    moving: the rows that need a derivative, which get a separate pass; None means all. The derivatives of the remaining
+        rows are zero.
+    recorded: whether the derivatives have gradients, as the heads always do.
 
-    It is a dual pass inside reverse mode. The layers that depend on r cost twice as much, and so does the backward pass
-    if derivatives are recorded. `torch.func.jvp` inside reverse mode is silently wrong through `F.layer_norm` (torch
-    2.13, pytorch #196700), and fused attention kernels differentiate only once.
+    This is a dual pass in reverse mode. Layers that depend on r cost twice as much, and so does the backward pass if
+    derivatives are recorded. `torch.func.jvp` in reverse mode is silently wrong through `F.layer_norm` (torch 2.13,
+    pytorch #196700), and fused attention kernels differentiate only once.
     """
     accept_duals()
 
@@ -253,10 +254,10 @@ def tangent_or_zeros(head: Array) -> Tensor:
 
 
 def rows_at_rest(net: Net, ref: Frozen, b: NoisyBatch) -> Int[Tensor, " k"] | None:
-    """Return the indices of the rows with r = t, if a training pass of them serves as V(c), too.
+    """Return the indices of the rows with r = t, if the training pass of these rows can also be used as V(c).
 
-    There a mean velocity is the velocity, and dropout masks belong to rows. None if theta^- has other weights, or if
-    no row has r = t by its place.
+    At r = t a mean velocity is the velocity, and dropout masks depend on the row. Return None if theta^- has other
+    weights, or if no row has r = t by its position.
     """
     if ref.module is not unwrap(net) or b.moving is None or all(b.moving):
         return None
@@ -264,7 +265,7 @@ def rows_at_rest(net: Net, ref: Frozen, b: NoisyBatch) -> Int[Tensor, " k"] | No
 
 
 def heads_at_rest(net: Net, ref: Frozen, b: NoisyBatch, **inputs: Time) -> Heads | None:
-    """Make the training pass of the rows with r = t, if it serves as V(c), too (`rows_at_rest`); else return None."""
+    """Make the training pass of the rows with r = t if it can also be used as V(c) (`rows_at_rest`), or return None."""
     i = rows_at_rest(net, ref, b)
     if i is None:
         return None

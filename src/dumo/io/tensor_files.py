@@ -1,18 +1,18 @@
-"""Read and write weights in a safetensors file or a folder of files, of a published model or of a checkpoint.
+"""Read and write weights of published models and checkpoints, in a safetensors file or a folder of such files.
 
-In a part of a checkpoint a file has what one rank held of each tensor. Its header says where that begins, as torch's
-`HuggingFaceStorageReader` reads it.
+In a checkpoint, each file contains the shards of one rank. Its header has their offsets in the full tensors, in the
+format of torch's `HuggingFaceStorageReader`.
 
-- Reading: `load` gives tensors, those of a single file mapped into memory, `read` metadata, too; `header` gives names,
-  shapes and dtypes, and `read_metadata` no tensors at all. `open_safetensors` is below them.
-- Loading into a net: `compare` refuses the weights of another net, then `fill` copies them into tensors, each rank its
-  part of a DTensor.
-- Writing: `write_part` writes what a rank holds; `unshared` prepares tensors for safetensors. `write_weights` writes
-  weights outside of a checkpoint, with facts about them that `facts_of` reads, and `load_checked` compares their
+- Reading: `load` returns tensors, memory-mapped if they are in a single file, and `read` also metadata; `header`
+  returns names, shapes and dtypes, and `read_metadata` only metadata. They use `open_safetensors`.
+- Loading into a net: `compare` rejects the weights of another net, then `fill` copies them into tensors. For a DTensor,
+  each rank reads its own shard.
+- Writing: `write_part` writes the shards of a rank, and `unshared` prepares tensors for safetensors. `write_weights`
+  writes weights outside of a checkpoint with facts about them, which `facts_of` returns; `load_checked` verifies their
   checksum.
-- `sha256` is the checksum of either, `title` its name.
+- `sha256` returns the checksum of a file or folder, and `title` its name.
 
-Pickles are not read, because unpickling can run arbitrary code.
+Pickles are not supported, because unpickling can run arbitrary code.
 """
 
 import errno
@@ -38,20 +38,23 @@ from dumo.types import UserError
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-ABOUT = "dumo"  # key of the one metadata entry of weights outside of a checkpoint: facts about them, as JSON
-SUM = "sum"  # key of the checksum among these facts
+# The only metadata key of weights outside of a checkpoint: facts about them, as JSON.
+ABOUT = "dumo"
+# The key of the checksum among these facts.
+SUM = "sum"
 # The offsets of a rank's shard in each full tensor, by name.
 Offsets = dict[str, Sequence[int]]
 
-PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")  # suffixes of pickled weights
+# Suffixes of pickled weights.
+PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 NO_PICKLE = "pickle files are not supported because they can run code: save these weights as safetensors"
 
 
 @contextmanager
 def open_safetensors(file: Path, hint: str = "") -> Generator[safe_open, None, None]:
-    """Open a safetensors file; its header is read, and compared with the file's size.
+    """Open a safetensors file, and compare its header with the file's size.
 
-    Raises UserError, which ends in `hint`, for a pickle or a damaged file, and FileNotFoundError.
+    Raises UserError, whose message ends in `hint`, for a pickle or a damaged file, and FileNotFoundError.
     """
     if file.suffix.lower() in PICKLES:
         raise UserError(f"{file}: {NO_PICKLE}. {hint}")
@@ -65,14 +68,14 @@ def open_safetensors(file: Path, hint: str = "") -> Generator[safe_open, None, N
 def read(file: Path, hint: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of a safetensors file by name, mapped into memory, and its metadata. Raises UserError."""
     with open_safetensors(file, hint) as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, no dict
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a dict
         return tensors, opened.metadata() or {}
 
 
 def load(place: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file, or of a folder of files, by name; those of a single file are mapped into memory.
+    """Return the tensors of a file or a folder of files by name, memory-mapped if there is a single file.
 
-    Raises UserError if it is damaged.
+    Raises UserError if a file is damaged.
     """
     file = place if place.is_file() else _single_file(place)
     if file:
@@ -99,7 +102,7 @@ def _single_file(folder: Path) -> Path | None:
 def _headers(folder: Path) -> "Mapping[str, TensorStorageMetadata]":
     """Return the tensor metadata of the files in a folder.
 
-    torch's reader takes the files that exist, so a tensor that lacks a part, or has one twice, is refused here.
+    torch's reader accepts any set of files. Raises UserError if a shard of a tensor is missing or duplicated.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
@@ -120,9 +123,9 @@ def _headers(folder: Path) -> "Mapping[str, TensorStorageMetadata]":
 
 @torch.no_grad()
 def fill(place: Path, into: Mapping[str, Tensor]) -> None:
-    """Copy the tensors of a file or folder into those of `into`, by name: whole, or of a DTensor this rank's part.
+    """Copy the tensors of a file or folder into the tensors of `into` by name, or into this rank's shard of a DTensor.
 
-    Names and shapes must agree: call `compare` before. Other dtypes are converted. Each rank reads for itself. Raises
+    Names and shapes must agree: call `compare` before. Other dtypes are converted. Ranks read independently. Raises
     UserError if the file or folder is damaged.
     """
     is_sharded = any(hasattr(x, "to_local") for x in into.values())
@@ -138,7 +141,8 @@ def fill(place: Path, into: Mapping[str, Tensor]) -> None:
 
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is meant
+                # Reading without torch.distributed is intended.
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
                 reader = HuggingFaceStorageReader(str(place))
                 state_dict_loader.load(dict(into), storage_reader=reader, no_dist=True)
         # CheckpointException is a BaseException.
@@ -152,7 +156,7 @@ def write_part(file: Path, tensors: Mapping[str, Tensor], offsets: Offsets) -> N
     The tensors must be contiguous, each in memory of its own. Raises OSError if the disk is full.
     """
     sharding = json.dumps({name: {"saved_offsets": [*offsets[name]]} for name in sorted(tensors)})
-    # Only one entry, because the order of several is not fixed, and the bytes would differ.
+    # Write only one entry: the order of several entries is not fixed, so the bytes would differ.
     metadata = {"DCP_SHARDING_INFO": sharding}
     try:
         safetensors.torch.save_file(dict(tensors), file, metadata)
@@ -182,25 +186,25 @@ def write_weights(file: Path, tensors: Mapping[str, Tensor], **facts: object) ->
 
 
 def _sum_of(tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> str:
-    """Return the checksum of weights and of the facts about them."""
+    """Return the checksum of weights and the facts about them."""
     others = {name: value for name, value in facts.items() if name != SUM}
     return digest.short(json.dumps(others, sort_keys=True), digest.of_tensors(tensors))
 
 
 def load_checked(place: Path) -> dict[str, Tensor]:
-    """Load tensors as `load`. Raises UserError if the checksum in their metadata does not match."""
+    """Load tensors like `load`. Raises UserError if the checksum in their metadata does not match."""
     tensors = load(place)
     facts = facts_of(place)
-    # state.json has the digests of a checkpoint's files, and other programs write none.
+    # Files of a checkpoint have digests in its state.json instead, and files of other programs have no checksum.
     if SUM in facts and facts[SUM] != _sum_of(tensors, facts):
-        raise UserError(f"{place} has changed, since its checksum differs: download it again, or use other weights")
+        raise UserError(f"{place} was modified, since its checksum differs: download it again, or use other weights")
     return tensors
 
 
 def facts_of(place: Path) -> dict[str, Any]:
-    """Return the facts in a file of weights that `write_weights` wrote: its step, and maybe its run; else {}."""
+    """Return the facts in a file of `write_weights`: its step, and its run if recorded. Return {} for other files."""
     facts = json.loads(read_metadata(place).get(ABOUT, "{}"))
-    assert isinstance(facts, dict), "`write_weights` wrote them"
+    assert isinstance(facts, dict), "`write_weights` writes a mapping"
     return facts
 
 
@@ -210,7 +214,7 @@ def title(place: Path) -> str:
 
 
 def read_metadata(place: Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file, its tensors left unread; {} for a folder. Raises UserError."""
+    """Return the metadata of a safetensors file without reading tensors; {} for a folder. Raises UserError."""
     if place.is_dir():
         return {}
     with open_safetensors(place) as opened:
@@ -248,10 +252,10 @@ def compare(
 ) -> None:
     """Raise UserError, naming the first mismatch, unless names, shapes and, if `dtypes`, dtypes agree.
 
-    file_tensors: those of `file`, by name.
-    net_tensors: those of the net, by name.
-    owner: what the message calls the net.
-    way_out: the fix that the message ends with.
+    file_tensors: the tensors of `file`, by name.
+    net_tensors: the tensors of the net, by name.
+    owner: the name of the net in the message.
+    way_out: the fix at the end of the message.
     """
     mismatches: list[str] = []
     for name in sorted(file_tensors.keys() | net_tensors.keys()):

@@ -470,7 +470,7 @@ class Rows(Texts):
 
 @contextmanager
 def using_step_texts(modules: Sequence[Rows], texts: StepTexts | None) -> Generator[None, None, None]:
-    """Inside, passes look up captions in the rows of a step; None means in the store.
+    """Within the context, passes look up captions in the rows of a step; None means in the store.
 
     modules: the texts of a network and its averages, which share a store.
     """

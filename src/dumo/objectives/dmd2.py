@@ -142,12 +142,12 @@ class DMD2(ObjectiveSpec):
         )
 
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """Return (2), or (3) in the last step of a cycle. Raises UserError for a batch size that times do not divide."""
+        """Return (2), or (3) in the last step of a cycle. Raises UserError if `times` do not fit the batch size."""
         if len(b.t) % self.times.group:
             raise UserError(
-                f"objective '{self.kind}' assigns {self.times.group} different times to consecutive rows, so the batch "
-                f"size must be a multiple of {self.times.group}, got {len(b.t)}: set train.batch and train.micro_batch "
-                f"to multiples of {self.times.group} on each rank"
+                f"objective '{self.kind}' assigns {self.times.group} different times to consecutive rows, so the "
+                f"batch size must be a multiple of {self.times.group}, got {len(b.t)}: set train.batch and "
+                f"train.micro_batch to multiples of {self.times.group} on each rank"
             )
         moves_samples = b.step % (self.fake_updates + 1) == self.fake_updates
         generator, scorer = (net, frozen(net)) if moves_samples else (frozen(net), net)

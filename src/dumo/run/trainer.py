@@ -8,9 +8,9 @@ checkpoint, and rejects runs that cannot be trained. It writes only missing cach
 step of the checkpoint, then takes steps (`train_step`) and calls hooks (`dumo.run.hooks`) until the run's duration is
 over.
 
-All ranks execute the same code, but only rank 0 locks the folder, writes and prints. Operations that may fail on one rank
-while a run is opened, a checkpoint is saved or samples are scored run inside `agreement`, so that they fail on all
-ranks; inside a step torchrun stops the other ranks.
+All ranks execute the same code, but only rank 0 locks the folder, writes and prints. Operations that may fail on one
+rank while a run is opened, a checkpoint is saved or samples are scored run within `agreement`, so that they fail on all
+ranks. If a training step fails, torchrun stops the other ranks.
 
 A batch and its random numbers depend only on the step number. They can therefore be prefetched by any thread, and N
 steps, a stop and M more steps equal N + M steps, including skipped steps. The gradient is that of the mean loss over

@@ -1,14 +1,14 @@
 """Distributed processes: ranks, collectives and rendezvous.
 
-Inside `join`, the processes that torchrun started have a store and a process group. `rank`, `world` and `is_main`
-number them. `mean`, `all_reduce_max`, `largest`, `all_gather`, `gather`, `num_synced_calls`, `barrier` and
-`wait_for_all` are collectives: every rank must call them. `new_group` is for a second thread. If a rank ends, torchrun
-ends the others; a collective that waits longer than `TIMEOUT` fails.
+Within `join`, the processes that torchrun started have a store and a process group. `rank`, `world` and `is_main`
+return their numbers. `mean`, `all_reduce_max`, `largest`, `all_gather`, `gather`, `num_synced_calls`, `barrier` and
+`wait_for_all` are collectives: every rank must call them. `new_group` creates a group for a second thread. If a rank
+ends, torchrun stops all ranks; a collective that waits longer than `TIMEOUT` fails.
 
-Without torch.distributed there is one rank, number 0, and every collective returns its own tensor.
+Without torch.distributed there is one rank, number 0, and collectives return the rank's own values.
 
-`torchrun_rank_and_world` reads the numbers before `join`, too. `require_one_process` and `require_distributed_torch`
-refuse what cannot run here. `dumo.runtime.device` chooses the device of a rank.
+`torchrun_rank_and_world` works even before `join`. `require_one_process` and `require_distributed_torch` raise
+UserError for work that does not support the environment. `dumo.runtime.device` chooses the device of a rank.
 """
 
 import os
@@ -33,15 +33,19 @@ from dumo.types import UserError
 
 T = TypeVar("T")
 
-MIN_TORCH = "2.13"  # the oldest version with tested sharding and checkpoints
+# The oldest version with tested sharding and checkpoints.
+MIN_TORCH = "2.13"
 # The timeout of the rendezvous and of collectives: gloo's default, since the first step may compile.
 TIMEOUT = timedelta(minutes=30)
-_MEETING_INTERVAL = 0.01  # polling interval of the rendezvous, in seconds
-_WAITING_INTERVAL = 0.05  # polling interval of `wait_for_all`, in seconds
+# The polling intervals of the rendezvous and of `wait_for_all`, in seconds.
+_MEETING_INTERVAL = 0.01
+_WAITING_INTERVAL = 0.05
 
-has_joined = False  # whether this process ever met others; read by `dumo.cli.terminal`
-_store: Store | None = None  # that the ranks of the current `join` share
-_num_waits = 0  # calls of `wait_for_all` in the current `join`
+# Whether this process has ever been in a process group (read by `dumo.cli.terminal`).
+has_joined = False
+# The shared store, and the number of calls of `wait_for_all`, in the current `join`.
+_store: Store | None = None
+_num_waits = 0
 # The process group of this thread and the same thread of other ranks (`dumo.training.agreement`); None means the
 # default group.
 group: ContextVar[ProcessGroup | None] = ContextVar("group", default=None)
@@ -70,7 +74,8 @@ def mean(x: Tensor) -> Tensor:
     if world() == 1:
         return x
     total = x.clone()
-    torch.distributed.all_reduce(total)  # the sum, because gloo has no mean
+    # Sum and divide, because gloo has no mean.
+    torch.distributed.all_reduce(total)
     return total / world()
 
 
@@ -87,10 +92,7 @@ def all_reduce_max(x: Tensor) -> Tensor:
 
 
 def all_values(value: T) -> list[T]:
-    """Return the `value` of each rank, in the order of ranks, in a training loop of any backend.
-
-    Every rank must call it.
-    """
+    """Return the `value` of each rank, in the order of ranks, with any backend. Every rank must call it."""
     if world() == 1:
         return [value]
     values: list[Any] = [None] * world()
@@ -99,15 +101,13 @@ def all_values(value: T) -> list[T]:
 
 
 def largest(value: float) -> float:
-    """Return the largest `value` of all ranks, in a training loop of any backend. Every rank must call it."""
+    """Return the largest `value` of all ranks, with any backend. Every rank must call it."""
     return max(all_values(value))
 
 
 def sharded_parts(net: nn.Module) -> list[Any]:
-    """Return the parts of a network that FSDP2 shards.
-
-    Its module is slow to import, and if parts are sharded, it is there.
-    """
+    """Return the modules of a network that FSDP2 shards."""
+    # The import is slow, and has happened already if modules are sharded.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return []
@@ -132,7 +132,7 @@ def num_synced_calls(net: nn.Module, num_rows: int) -> int:
 def all_gather(x: Tensor) -> list[Tensor]:
     """Gather x (n, *d) of every rank, in the order of ranks, on the CPU. n may differ. Every rank must call it.
 
-    A rank waits for the others without a timeout.
+    It waits for all ranks without a timeout.
     """
     if world() == 1:
         return [x.cpu()]
@@ -179,7 +179,8 @@ def new_group() -> ProcessGroup | None:
     if world() == 1:
         return None
     thread_group = torch.distributed.new_group(backend="gloo")
-    if not isinstance(thread_group, ProcessGroup):  # torch's type allows a number, which a rank outside of it gets
+    # torch's return type includes a number, which it returns on ranks outside of the group.
+    if not isinstance(thread_group, ProcessGroup):
         return None
     return thread_group
 
@@ -213,7 +214,7 @@ def require_distributed_torch(what: str) -> None:
     """Raise UserError below torch `MIN_TORCH`. The message begins with `what`."""
     if TorchVersion(torch.__version__) < MIN_TORCH:
         raise UserError(
-            f"{what} needs torch {MIN_TORCH} or newer, here is {torch.__version__}: pip install 'torch>={MIN_TORCH}'"
+            f"{what} needs torch {MIN_TORCH} or newer, got {torch.__version__}: pip install 'torch>={MIN_TORCH}'"
         )
 
 
@@ -234,7 +235,8 @@ def join() -> Generator[None, None, None]:
     require_distributed_torch(f"work on {world_size} ranks")
     take_own_gpu()
     backend = _choose_backend()
-    with signals.default_handlers():  # there is nothing to save yet
+    # A signal may end the process at once, because there is nothing to save yet.
+    with signals.default_handlers():
         store, own_rank = _rendezvous()
         has_joined = True
         torch.distributed.init_process_group(
@@ -249,7 +251,8 @@ def join() -> Generator[None, None, None]:
     try:
         yield
         wait_for_all()
-        torch.distributed.barrier()  # no rank leaves while another may still ask
+        # Keep the store of rank 0 until no rank uses it.
+        torch.distributed.barrier()
     finally:
         _store = None
         torch.distributed.destroy_process_group()
@@ -278,11 +281,11 @@ def _rendezvous() -> tuple[Store, int]:
 
 
 def _unique_run_id(store: Store, own_rank: int, world_size: int) -> str:
-    """Agree on a new id for this start of all ranks, as a prefix in their store. Every rank must call it.
+    """Return a new id for this start of all ranks, used as a prefix in their store. Every rank must call it.
 
-    torchrun keeps one store over its restarts, in which a rank may find the address of one that is dead (pytorch
-    #135712, in 2.13 still). So rank 0 makes up an id. Every other rank asks for it under a token of its own, and
-    confirms it. Rank 0 answers until all have confirmed.
+    torchrun keeps one store across restarts, in which a rank may find the address of a dead process (pytorch #135712,
+    still in 2.13). Rank 0 therefore creates an id. Every other rank requests it with its own token and confirms it.
+    Rank 0 answers until all ranks have confirmed.
     """
     token = token_hex(8)
     if own_rank > 0:
@@ -294,7 +297,8 @@ def _unique_run_id(store: Store, own_rank: int, world_size: int) -> str:
     deadline = time.monotonic() + TIMEOUT.total_seconds()
     for other in range(1, world_size):
         while not store.check([f"heard/{run_id}/{other}"]):
-            other_token = store.get(f"asks/{other}").decode()  # may be a dead process's, so look again
+            # The token may be that of a dead process, so read it again in each round.
+            other_token = store.get(f"asks/{other}").decode()
             store.set(f"answer/{other_token}", run_id)
             if time.monotonic() > deadline:
                 raise torch.distributed.DistStoreError(f"rank {other} does not answer")

@@ -24,18 +24,23 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
-REPEAT_SECONDS = 2.0  # a repeated signal within this time does not count (our choice)
-TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"  # torchrun sets it in the environment of its ranks
+# A repeated signal within this time does not count (our choice).
+REPEAT_SECONDS = 2.0
+# torchrun sets this variable in the environment of its ranks.
+TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
 
-# The state of the process. `dumo.cli.train_callback` sets the first where a callback ends a training.
-received_signal: int | None = None  # the number of the signal that asked this process to stop
-is_listening = False  # whether `listening` is entered
-_is_uninterrupted = False  # whether `uninterrupted` is entered
-_parent_pid: int | None = None  # stop if this process ends
+# The number of the signal that asked this process to stop. `dumo.cli.train_callback` sets it if a callback stops the
+# training.
+received_signal: int | None = None
+# Whether `listening` and `uninterrupted` are entered.
+is_listening = False
+_is_uninterrupted = False
+# The process stops if this parent process ends.
+_parent_pid: int | None = None
 
 
-class Stopped(RuntimeError):  # noqa: N818, it is no error
-    """The work was stopped from outside, and what there was is saved. The command line exits with 128 + the signal."""
+class Stopped(RuntimeError):  # noqa: N818, not an error
+    """The work was stopped by a signal, and its results so far are saved. The exit code is 128 + `number`."""
 
     def __init__(self, number: int, text: str = "") -> None:
         if not text:
@@ -45,7 +50,7 @@ class Stopped(RuntimeError):  # noqa: N818, it is no error
 
 
 def poll() -> int | None:
-    """Return the number of the signal that asked this process to stop; None while nobody has."""
+    """Return the number of the signal that asked this process to stop, or None."""
     global received_signal
     if received_signal is None and _parent_pid is not None and os.getppid() != _parent_pid:
         received_signal = signal.SIGTERM
@@ -53,7 +58,7 @@ def poll() -> int | None:
 
 
 def check() -> None:
-    """Raise Stopped if the process was asked to stop: for work that has nothing to save, or has saved it."""
+    """Raise Stopped if the process was asked to stop. For work that has nothing to save, or has saved it."""
     if _is_uninterrupted:
         return
     number = poll()
@@ -63,7 +68,7 @@ def check() -> None:
 
 @contextmanager
 def uninterrupted() -> Generator[None, None, None]:
-    """Inside, `check` raises nothing: for a short piece that ranks make together, and that only this step can make."""
+    """Within the context, `check` does not raise. For short collective work that must finish in this step."""
     global _is_uninterrupted
     was_uninterrupted = _is_uninterrupted
     _is_uninterrupted = True
@@ -77,26 +82,28 @@ def uninterrupted() -> Generator[None, None, None]:
 def listening(
     on_signal: Callable[[int], object] = lambda number: None, *, child: bool | None = None
 ) -> Generator[None, None, None]:
-    """While inside, note signals instead of ending; afterwards the handlers are as before.
+    """Within the context, record signals instead of ending the process. Restore the handlers afterwards.
 
-    Does nothing outside of the main thread and inside another `listening`. A signal that is ignored (nohup) stays so.
+    Does nothing outside of the main thread and inside another `listening`. Ignored signals (nohup) stay ignored.
 
-    `on_signal` is called with the number of each signal as it comes, between any two instructions. `child`: whether to
-    stop where the process that started this one is gone; None: if that is torchrun.
+    `on_signal` is called with the number of each first signal as soon as it arrives, between any two instructions.
+    `child`: whether to stop if the parent process is gone; None means only if it is torchrun.
     """
     global received_signal, is_listening, _parent_pid
     if is_listening or threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers_before: dict[int, Any] = {}  # by number of the signal
-    received_at: dict[int, float] = {}  # by number of the signal: when it came first, in seconds
+    # The handlers before, and the time of arrival in seconds, by number of the signal.
+    handlers_before: dict[int, Any] = {}
+    received_at: dict[int, float] = {}
 
     def handle(number: int, frame: FrameType | None) -> None:
         global received_signal
         if number not in received_at:
             received_signal = number
             received_at[number] = time.monotonic()
-            if _parent_pid is None:  # else the same request may come twice
+            # A child may receive the same request twice, from the scheduler and from its parent.
+            if _parent_pid is None:
                 signal.signal(number, handlers_before[number])
             on_signal(number)
         elif time.monotonic() - received_at[number] > REPEAT_SECONDS:
@@ -110,7 +117,8 @@ def listening(
     _parent_pid = os.getppid() if child else None
     for number in SIGNALS:
         handler = signal.getsignal(number)
-        if handler not in (signal.SIG_IGN, None):  # None: C code installed it
+        # None means a handler that C code has installed.
+        if handler not in (signal.SIG_IGN, None):
             handlers_before[number] = handler
             signal.signal(number, handle)
     try:
@@ -125,9 +133,9 @@ def listening(
 
 @contextmanager
 def default_handlers() -> Generator[None, None, None]:
-    """Inside, signals that `listening` handles end the process at once: for a wait in C, where no handler would run.
+    """Within the context, signals end the process at once. For a wait in C code, during which Python handlers wait.
 
-    Raises Stopped if the process was asked to stop already.
+    Raises Stopped if the process was already asked to stop.
     """
     check()
     handlers_before: dict[int, Any] = {}

@@ -119,9 +119,9 @@ def frozen(net: Net) -> Frozen:
 
 
 def fake_score(net: Net) -> AbstractContextManager[object]:
-    """Inside, passes of the net use the weights of its fake score, if it has separate ones (`Needs.fake_score`).
+    """Within the context, passes of the net use its fake score's own weights, if it has any (`Needs.fake_score`).
 
-    The passes may be those of `frozen(net)`. A backward pass may follow outside.
+    This includes passes of `frozen(net)`. The backward pass may be outside of the context.
     """
     switch: Callable[[], AbstractContextManager[object]] | None = getattr(unwrap(net), "fake_score", None)
     return switch() if switch else nullcontext()

@@ -127,7 +127,7 @@ def test_what_will_not_be_read_need_only_have_its_size(folder: Path) -> None:
 def test_a_list_that_is_damaged(folder: Path, text: str) -> None:
     last = folder / "step-00000003/state.json"
     last.write_text(text)
-    with pytest.warns(UserWarning, match="state.json is missing or damaged.*step-00000002, before"):
+    with pytest.warns(UserWarning, match="state.json is missing or damaged.*previous checkpoint step-00000002"):
         assert latest(folder) == folder / "step-00000002"
 
 
