@@ -117,7 +117,7 @@ def test_samples_in_a_file_are_judged_as_their_run_and_stand_in_its_table(here: 
 def test_weights_that_are_not_inceptions(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing to compare without them."""
     way = ("docs/data.md", network.VARIABLE)
-    refused("evaluate", "a", named=("no weights of Inception", f"{network.VARIABLE} is not set", *way), lines=None)
+    refused("evaluate", "a", named=("needs Inception weights", f"{network.VARIABLE} is not set", *way), lines=None)
     torch.save({"fc.bias": torch.zeros(1008)}, "i.pth")
     monkeypatch.setenv(network.VARIABLE, "i.pth")
     refused("evaluate", "a", named=("i.pth", "pickle files are not supported", *way), lines=None)

@@ -47,7 +47,7 @@ SOURCES = [
     ("no.yaml", b"", ("'no.yaml'",)),
     ("a.yaml", b"a: [1, 2\nb: }", ("a.yaml", "is not YAML", "line 2")),
     *(("a.yaml", text, ("a.yaml is not YAML",)) for text in (b"\t- x", b"a: *b", b"a: 1\n b: 2", b"\x00")),
-    *(("a.yaml", text, ("a.yaml holds no run", "names to values")) for text in (b"- 1", b" ", b"3", b"2026-01-01")),
+    *(("a.yaml", text, ("a.yaml is not a run", "names to values")) for text in (b"- 1", b" ", b"3", b"2026-01-01")),
     ("a.yaml", b"about: !!python/object/apply:os.getcwd []", ("a.yaml", "python")),
     ("a.yaml", b"\xff\xfe\x00", ("a.yaml",)),
 ]

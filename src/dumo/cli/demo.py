@@ -36,7 +36,7 @@ def demo(
 
     dist.require_one_process("dumo demo")
     if weights and run_folders and len(run_folders) > 1:
-        raise typer.BadParameter("--weights are of one run: give one run")
+        raise typer.BadParameter("--weights belong to a single run: give only one run")
 
     def print_address(url: str) -> None:
         out.print(url, soft_wrap=True)

@@ -93,9 +93,7 @@ def evaluate(
     if images is not None and any((run_folder, nfe, seed is not None, solver, weights)):
         raise typer.BadParameter("--images evaluates existing images: remove RUN, --nfe, --seed, --solver, --weights")
     if images is None and (protocol or against or file):
-        raise typer.BadParameter(
-            "--protocol, --against and --out are for --images: a run is judged by its evaluate.protocol"
-        )
+        raise typer.BadParameter("--protocol, --against and --out need --images: for a run, set evaluate.protocol")
 
     from dumo.report import evaluate_images as image_report
     from dumo.report import evaluation, score

@@ -42,7 +42,9 @@ def report(
         out.print(str(file), soft_wrap=True)
         return
     if file:
-        raise typer.BadParameter("--out is for the figure of several runs: the page of a run is in its folder")
+        raise typer.BadParameter(
+            "--out is for the figure of several runs, and the report of one run is in its folder: remove --out"
+        )
     [run_folder] = run_folders
 
     from dumo.encoders.caption_ids import read_prompts

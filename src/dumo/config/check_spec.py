@@ -193,8 +193,7 @@ def _check_fake_score(run: "Run") -> None:
     if not objective.needs.fake_score:
         if getattr(run.train.optimizer, "fake_lr", None) is not None:
             raise UserError(
-                f"train.optimizer.fake_lr is the rate of the fake score of objective 'dmd2', which '{objective.kind}' "
-                "does not have: set it to null"
+                f"train.optimizer.fake_lr is set, but objective '{objective.kind}' has no fake score: set it to null"
             )
         return
     net = run.net
@@ -417,6 +416,6 @@ def _deviation_advice(objective: Objective, net: Net, path: FlowPath, sd: float)
         return []
     units = "" if path.sd == 1 else f" in units of path.sd = {path.sd:g}"
     return [
-        f"the constants of {' and '.join(owners)} assume data with standard deviation 1, but that of these data is "
+        f"the constants of {' and '.join(owners)} assume data with standard deviation 1, but this data has "
         f"{sd / path.sd:.2g}{units}. To rescale them:  path.sd={sd:.2g}"
     ]

@@ -367,7 +367,9 @@ def _take_format(tree: dict[str, Any], file: Path) -> None:
     """Remove the format from the tree of a file. Raises UserError for another format."""
     file_format = tree.pop(FORMAT_KEY, FORMAT)
     if file_format != FORMAT:
-        raise UserError(f"{file} is of format {brief(yaml_text(file_format))}, and this dumo reads {FORMAT}")
+        raise UserError(
+            f"{file} has format {brief(yaml_text(file_format))}, but this version of dumo supports only {FORMAT}"
+        )
 
 
 def _recipe_tree(name: str) -> dict[str, Any]:

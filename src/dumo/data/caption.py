@@ -85,14 +85,14 @@ class Templates(Spec):
         for text, count in Counter(texts).items():
             if not text or count > 1:
                 what = f"the caption '{text}' twice" if text else "a blank caption"
-                raise UserError(f"captions.templates and the names of the classes give {what}: change one of them")
+                raise UserError(f"captions.templates and the class names produce {what}: change one of them")
         ends = len(self.templates) * torch.arange(1, len(class_names) + 1)
         return Captions(texts, torch.arange(len(trained)), ends)
 
     def _class_names(self, data_names: Sequence[str]) -> Sequence[str]:
         """Return the class names in captions. Raises UserError if there are none, or if their numbers differ."""
         if not self.names and not data_names:
-            raise UserError("the classes of these data have no names: set captions.names, one for each class")
+            raise UserError("the classes of this data have no names: set captions.names to one name for each class")
         if self.names and data_names and len(data_names) != len(self.names):
             raise UserError(
                 f"captions.names has {len(self.names)} names for {len(data_names)} classes: give one for each class"

@@ -304,5 +304,5 @@ def _checked_floats(images: Tensor, labels: Tensor, index: CacheIndex, batch_sta
         return from_uint8(images)
     largest = float(images.abs().max())
     if largest > 1 + 1e-4:
-        raise UserError(f"{span} reach {largest:.4g}: give uint8, or floats in [-1, 1]")
+        raise UserError(f"{span} have values up to {largest:.4g}: give uint8, or floats in [-1, 1]")
     return images.float()

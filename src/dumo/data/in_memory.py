@@ -168,7 +168,7 @@ class Memory(Spec):
         """Return all samples. Raises UserError if they were not passed to this process."""
         if self.digest not in SOURCES:
             raise UserError(
-                f"the data are a {self.name} of Python that this process does not have: pass it again in Python, "
+                f"the data is a Python {self.name} that was not passed to this process: pass it again in Python, "
                 "dumo.train(RUN, data=...) or dumo.load(RUN, data=...)"
             )
         return SOURCES[self.digest]

@@ -122,7 +122,8 @@ class CodecSpec(Spec):
         for side in (height, width):
             if side % self.factor:
                 raise UserError(
-                    f"{side} pixels do not divide by {self.factor}, as {self.label} needs: resize the images"
+                    f"{self.label} needs sides that are multiples of {self.factor} pixels, got {side}: resize the "
+                    "images"
                 )
         return self.channels, height // self.factor, width // self.factor
 

@@ -320,7 +320,7 @@ def load(path: Path | str | None = None, device: torch.device | str = "cpu") -> 
     file = weights_path(path)
     if file is None:
         raise UserError(
-            f"no weights of Inception for the FID: no path is given and {VARIABLE} is not set.\n{_how_to_get_weights()}"
+            f"the FID needs Inception weights, but no path is given and {VARIABLE} is not set.\n{_how_to_get_weights()}"
         )
     with torch.device("meta"):
         net = Inception()

@@ -213,7 +213,7 @@ class EncoderModel:
         kept_tokens = states[:, spec.skip :].float().cpu()
         kept_mask = mask[:, spec.skip :]
         if not bool(kept_mask.any(1).all()):
-            raise UserError(f"net.texts.encoder.skip={spec.skip} leaves nothing of a short text: set it lower")
+            raise UserError(f"net.texts.encoder.skip={spec.skip} skips all tokens of a short text: decrease it")
         pooled = self._pooled(output) if spec.pooled else None
         return Embeddings(kept_tokens, kept_mask, pooled, self.tokenizer.cut_texts(texts))
 

@@ -77,7 +77,7 @@ class FeatureProtocol(ModelProtocol):
             data = data.held_out
         if not isinstance(data, Finite):
             raise UserError(
-                f"protocol {self.kind} needs a finite data set of images, but these data are infinite: choose another"
+                f"protocol {self.kind} needs a finite image dataset, but this data is infinite: choose another protocol"
             )
         standard = FEATURE_STANDARDS[self.kind]
         facts = encoder.facts | reference.data_facts(data, self.kind, standard, context.split)

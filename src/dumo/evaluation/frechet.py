@@ -72,9 +72,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """
     num_features = len(a.mean)
     if len(b.mean) != num_features:
-        raise UserError(
-            f"rows with {num_features} and {len(b.mean)} features have no Fréchet distance: give equal numbers"
-        )
+        raise UserError(f"a Fréchet distance needs equal numbers of features, got {num_features} and {len(b.mean)}")
     for moments in (a, b):
         if moments.count <= num_features:
             raise UserError(

@@ -125,7 +125,7 @@ def kid(x: Points, y: OtherPoints, *, subsets: int, subset_size: int, generator:
     """
     if subset_size > min(len(x), len(y)):
         raise UserError(
-            f"subsets of {subset_size} rows need as many rows, got {len(x)} and {len(y)}: give more samples"
+            f"subsets of {subset_size} rows need at least as many rows, got {len(x)} and {len(y)}: give more samples"
         )
     x = x.double()
     y = y.double()

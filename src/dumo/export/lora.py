@@ -65,11 +65,11 @@ class LayerProduct(NamedTuple):
 def write(exported: ExportedModel, provenance: model_card.Provenance, out: Path, name: str, *, dtype: str) -> None:
     """Write the LoRA, its scheduler and its card into the empty folder `out`, which will be called `name`.
 
-    Raises UserError as `lora_products`, and if no pipeline of diffusers loads a LoRA for the class.
+    Raises UserError as `lora_products`, and if no diffusers pipeline loads a LoRA for the class.
     """
     stock = require_pipeline(exported)
     if not stock.loads_lora:
-        raise UserError(f"no pipeline of diffusers loads a LoRA for {exported.model_class}: export to diffusers")
+        raise UserError(f"no diffusers pipeline loads a LoRA for {exported.model_class}: export to diffusers")
     save_file(exported, out / FILE, dtype=dtype, metadata=_METADATA)
     # A subject alone is sampled with the scheduler of the few-step run's export.
     if exported.head == "u" and not exported.subject_only:

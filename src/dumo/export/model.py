@@ -75,9 +75,9 @@ class ExportedModel:
                 other_r = end_by_start.setdefault(t, r)
                 if other_r != r:
                     raise UserError(
-                        f"in {' and '.join(map(str, self.nfe))} passes of solver hop, the one from t = {t:g} goes to r "
-                        f"= {other_r:g} and to r = {r:g}, and a stock model is given t alone: export each nfe to a "
-                        "folder of its own"
+                        f"with nfe = {' and '.join(map(str, self.nfe))}, solver hop jumps from t = {t:g} both to r = "
+                        f"{other_r:g} and to r = {r:g}, but a stock model has only the input t: export each nfe to a "
+                        "separate folder"
                     )
         return sorted(end_by_start.items(), reverse=True)
 
@@ -239,7 +239,7 @@ def choose_exported_model(
         raise UserError(f"objective '{run.objective.kind}' takes its velocity from another head: use --head u")
     if head == "u" and net.diffusion and isinstance(solver, Hop):
         raise UserError(
-            "sample.solver is hop, and no stock scheduler makes such steps with a diffusion model: set "
+            "sample.solver is hop, which no stock scheduler supports for a diffusion model: set "
             "sample.solver.kind=restart"
         )
     if net.gap is None or head == "v":
@@ -286,7 +286,7 @@ def require_pipeline(exported: ExportedModel) -> StockPipeline:
     scale = exported.run.sample.guide.scale
     if exported.head == "u" and scale != 1 and stock.rescales_cfg:
         raise UserError(
-            f"sample.guide.scale is {scale:g}, and {stock.pipeline} rescales what it guides, so its images would "
+            f"sample.guide.scale is {scale:g}, but {stock.pipeline} rescales guided predictions, so its images would "
             "differ: set it to 1, or export to safetensors"
         )
     if exported.head == "u" and scale != 1 and stock.guide_argument is None:

@@ -100,8 +100,8 @@ def check_scheduler(folder: Path) -> None:
     for name, value in required.items():
         if config.get(name) != value:
             raise UserError(
-                f"{EULER} of the installed diffusers has {name}={config.get(name)}, and a flow map needs {value}: "
-                "install another diffusers"
+                f"{EULER} of the installed diffusers has {name}={config.get(name)}, but a flow map needs {value}: "
+                "install another version of diffusers"
             )
 
 

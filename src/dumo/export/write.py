@@ -175,7 +175,7 @@ def _choose_head(objective: Objective, head: str | None) -> Head:
     if head is None:
         return exportable[0]
     if head not in exportable:
-        raise UserError(f"head {head}: objective '{objective.kind}' has {' and '.join(exportable)} to export")
+        raise UserError(f"objective '{objective.kind}' has no head {head} to export: use {' or '.join(exportable)}")
     return head
 
 

@@ -156,7 +156,7 @@ def require_unguided_teacher(objective: Objective, scale: float, field: str = "t
     guidance = training_guidance(objective.needs)
     if scale != 1 and guidance is not None:
         raise UserError(
-            f"{guidance.field} would guide a target that the teacher has guided already, at scale {scale:g}: set "
+            f"{guidance.field} would guide the target twice, because the teacher is guided at scale {scale:g}: set "
             f"{field}=1, or train with {guidance.off}"
         )
 
@@ -204,19 +204,19 @@ def require_null(objective: Objective, *, has_null: bool) -> None:
     """
     if objective.needs.reads_null and not (has_null and objective.drop):
         raise UserError(
-            f"objective '{objective.kind}' learns from the difference between velocities with a condition and without, "
-            "so it needs conditions of which some are dropped: train with classes or captions (in dumo.Flow classes= "
-            "or null=) and objective.drop=0.1, or use objective.kind=flow_matching"
+            f"objective '{objective.kind}' learns from the difference between conditional and unconditional "
+            "velocities, so some conditions must be dropped: train with classes or captions (in dumo.Flow classes= or "
+            "null=) and objective.drop=0.1, or use objective.kind=flow_matching"
         )
 
 
 def require_independent_noise(objective: Objective, *, has_coupling: bool, has_pairs: bool = False) -> None:
-    """Refuse noise that is tied to data, if the objective would be biased by it.
+    """Refuse noise that depends on the data, if the objective would be biased by it.
 
-    - A coupling makes the rows of a group depend on each other. An objective that compares them takes the distance of
-      a sample from data that are near its noise for one of two distributions: on N(0, I) samples contract.
-    - Where the noise of a row belongs to its data, by a coupling or by a teacher's pairs, the velocity of the data is
-      another than that of samples diffused by fresh noise, although both have one distribution.
+    - A coupling makes the rows of a group depend on each other. An objective that compares them mistakes the distance
+      between a sample and data near its noise for a distance between distributions: on N(0, I) samples contract.
+    - If the noise of a row depends on its data, by a coupling or by a teacher's pairs, the velocity of the data differs
+      from that of samples diffused with fresh noise, although both have the same distribution.
     """
     compares = objective.needs.compares_rows or isinstance(objective.times, Groups)
     tie = ""
@@ -227,8 +227,8 @@ def require_independent_noise(objective: Objective, *, has_coupling: bool, has_p
     if tie:
         argument = "; in dumo.Flow remove coupling=" if has_coupling else ""
         raise UserError(
-            f"{tie} ties noise to data, and objective '{objective.kind}' compares samples and data as if it were "
-            f"independent, so they would not agree at the exact flow: set {tie}=null{argument}"
+            f"{tie} makes noise depend on data, but objective '{objective.kind}' assumes independent noise and would "
+            f"be biased: set {tie}=null{argument}"
         )
 
 

@@ -22,7 +22,7 @@ _EXPONENT_STARTS = list("-+0123456789")  # the first characters of what may matc
 class _Loader(yaml.CSafeLoader):
     """PyYAML's safe loader in C, which refuses duplicate keys."""
 
-    def construct_document(self, node: yaml.Node) -> Any:  # noqa: ANN401, whatever stands there
+    def construct_document(self, node: yaml.Node) -> Any:  # noqa: ANN401, any YAML value
         """Return the values of a whole text.
 
         All keys are compared before the first value is made: PyYAML puts what `<<` merges into the nodes themselves,
@@ -63,19 +63,20 @@ for _class in (_Loader, _Dumper):
 _Loader.add_constructor(f"{TAG}timestamp", _Loader.construct_yaml_str)
 
 
-def parse_yaml(text: str) -> Any:  # noqa: ANN401, whatever stands there
+def parse_yaml(text: str) -> Any:  # noqa: ANN401, any YAML value
     """Parse YAML. Raises yaml.YAMLError for invalid YAML."""
     try:
         return yaml.load(text, _Loader)
-    except ValueError as error:  # such as of `!!int x`
+    # Values that contradict their tag, such as `!!int x`, raise ValueError.
+    except ValueError as error:
         raise yaml.YAMLError(str(error)) from error
 
 
 def parse_mapping(text: str, name: str, content: str, example: str) -> dict[str, Any]:
-    """Return the mapping of names to values in the text of a file, whose `name` begins an error.
+    """Return the mapping of names to values in the text of a file.
 
-    Raises UserError for what is not YAML, and for other values, which are no `content`, such as "run"; `example` ends
-    this message, such as "as docs/compare.md has them".
+    Raises UserError for invalid YAML and for other values. The message begins with the file's `name`, names the
+    expected `content`, such as "run", and ends with an `example`.
     """
     try:
         tree = parse_yaml(text)
@@ -83,7 +84,7 @@ def parse_mapping(text: str, name: str, content: str, example: str) -> dict[str,
         one_line = " ".join(str(error).split())
         raise UserError(f"{name} is not YAML: {one_line}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"{name} holds no {content}: it must map names to values, {example}")
+        raise UserError(f"{name} is not a {content}: it must map names to values, {example}")
     return tree
 
 

@@ -303,8 +303,8 @@ class Family:
             p = isqrt(in_channels // channels)
             if p == 0 or p * p * channels != in_channels:
                 raise UserError(
-                    f"pipeline has a model with tokens of {in_channels} numbers, channels x patch x patch, but the "
-                    f"data have {channels} channels: use the data of this model's autoencoder"
+                    f"pipeline has a model with tokens of {in_channels} numbers (channels x patch x patch), but the "
+                    f"data have {channels} channels: use latents of this model's autoencoder"
                 )
             return p
         if in_channels != channels:

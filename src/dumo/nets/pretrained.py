@@ -156,7 +156,8 @@ class Pretrained(PipelineSpec):
         patch = model_family.patch(model.config, shape[0])
         if shape[1] % patch or shape[2] % patch:
             raise UserError(
-                f"{FIELD} has a model of patches of {patch} x {patch}, which do not divide the data's sides {shape[1:]}"
+                f"{FIELD} has a model with patches of {patch} x {patch}, which do not divide the data's sides "
+                f"{shape[1:]}: use images of another size"
             )
         texts = self.text_rows(model_family, model.config, classes, shape)
         if self.checkpoint:

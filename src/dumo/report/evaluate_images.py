@@ -267,7 +267,9 @@ def _protocol_for(tree: dict[str, Any], image_set: ImageSet, place: Path, agains
     if ignored:
         raise UserError(f"protocol {protocol.kind} has its own reference: remove data, and for digits --against")
     if protocol.total > count:
-        raise UserError(f"{place} has {count:,} images, evaluate.protocol.samples={protocol.total}: set no more")
+        raise UserError(
+            f"{place} has {count:,} images, but evaluate.protocol.samples={protocol.total}: set it to {count} or fewer"
+        )
     if isinstance(protocol, ImageProtocol):
         missing = protocol.missing_files("by --against, or in evaluate.protocol.reference")
     else:

@@ -65,7 +65,7 @@ def _check_positions(data: Data, patch: int, max_patches: int) -> None:
         if max(data.shape[1:]) // patch <= max_patches:
             fix = f"lower {buckets_field(data)}.ratio"
         raise UserError(
-            f"pipeline has a model with positions for {max_patches} patches a side, and the images have {patches}: "
+            f"pipeline has a model with positions for {max_patches} patches a side, but the images have {patches}: "
             f"{fix}"
         )
 

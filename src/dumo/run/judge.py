@@ -148,11 +148,11 @@ def require_likelihood(run: Run) -> None:
     from dumo.flow.likelihood import climb_of
 
     if isinstance(run.data, Latents):
-        raise UserError("protocol likelihood is of the data themselves, not of latents: choose another protocol")
+        raise UserError("protocol likelihood does not support latents: choose another protocol")
     if run.conditions.captions:
         raise UserError("protocol likelihood supports classes, not captions: choose another protocol")
     if run.sample.guide.active:
-        raise UserError("protocol likelihood is of the flow without guidance: set sample.guide.scale=1")
+        raise UserError("protocol likelihood does not support guidance: set sample.guide.scale=1")
     # Raise UserError if the solver cannot integrate from data to noise with the functions that the net learned.
     climb_of(run.sample.solver, run.readings)
 

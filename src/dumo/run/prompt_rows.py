@@ -55,7 +55,7 @@ def _read_pixels(file: Path, to_pixels: ToSquare) -> Tensor:
     try:
         return to_pixels(file.read_bytes())
     except Unreadable as error:
-        raise UserError(f"{file}, which is to be edited, {error}") from error
+        raise UserError(f"the image to edit, {file}, {error}") from error
 
 
 def edits_images(data: Data) -> bool:
@@ -87,7 +87,7 @@ def conditions_of_prompts(
     texts = texts_of(net)
     if texts is None or conditions.captions is None:
         fix = "give classes (--labels)" if conditions.count else "leave them out"
-        raise UserError(f"this run was trained without captions, so it reads no prompts: {fix}")
+        raise UserError(f"this run was trained without captions, so it does not support prompts: {fix}")
     captions = _as_captions(data, prompts, source)
 
     # Mark repeated prompts as the most recently used.

@@ -69,7 +69,7 @@ class TrainedRun:
     run_folder: RunFolder
     net: nn.Module
     step: int = 0
-    # The name and path of the weights file, or of the weights in a checkpoint. The name of a file in the run's folder is
+    # The name and path of the weights file, or of the weights in a checkpoint. A name in the run's folder is
     # relative to it.
     weights: str = ""
     file: Path = Path()

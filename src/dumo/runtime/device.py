@@ -83,7 +83,7 @@ def require_memory(size: int, what: str, fix: str, device: torch.device | str = 
         return
     total = total_memory(device)
     if size > total:
-        raise UserError(f"{what} {size / 1e9:,.1f} GB of memory, and {device} has {total / 1e9:,.1f} GB: {fix}")
+        raise UserError(f"{what} {size / 1e9:,.1f} GB of memory, but {device} has {total / 1e9:,.1f} GB: {fix}")
 
 
 def known_peak_tflops(device: torch.device) -> float | None:

@@ -30,10 +30,11 @@ def split_batch(spec: Train, objective: Objective, ranks: int) -> list[list[slic
     micro_batch = spec.micro_batch
     group = rows_kept_together(spec, objective)
     if batch % group:
-        raise UserError(f"train.batch = {batch} must be a multiple of {group}, the rows that belong together")
+        raise UserError(f"train.batch = {batch} must be a multiple of {group}, the size of a group of dependent rows")
     if micro_batch is not None and micro_batch < group:
         raise UserError(
-            f"train.micro_batch = {micro_batch} parts {group} rows that belong together: raise it to {group} or more"
+            f"train.micro_batch = {micro_batch} would split groups of {group} dependent rows: increase it to {group} "
+            "or more"
         )
     groups = batch // group
     max_groups_per_micro_batch = batch if micro_batch is None else micro_batch // group

@@ -288,7 +288,7 @@ def test_what_is_not_there_is_told_before_anybody_asks_and_before_the_data_is_op
 
     monkeypatch.delenv(inception.VARIABLE, raising=False)
     assert "docs/data.md" in str(FOLDER.missing)
-    with pytest.raises(UserError, match="no weights of Inception for the FID: no path is given"):
+    with pytest.raises(UserError, match="needs Inception weights, but no path is given"):
         FOLDER.evaluator(Context(never))
     monkeypatch.setenv(inception.VARIABLE, "/none")
     with pytest.raises(FileNotFoundError, match="/none"):

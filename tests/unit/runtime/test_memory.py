@@ -36,7 +36,7 @@ def test_as_much_as_there_is_and_no_more(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("dumo.runtime.device.total_memory", lambda device: 2_000_000_000)
     require_memory(2_000_000_000, "the net takes", "take another")
     require_memory(3_000_000_000, "the net takes", "take another", "meta")
-    with pytest.raises(UserError, match=r"^the net takes 2\.1 GB of memory, and cpu has 2\.0 GB: take another$"):
+    with pytest.raises(UserError, match=r"^the net takes 2\.1 GB of memory, but cpu has 2\.0 GB: take another$"):
         require_memory(2_100_000_000, "the net takes", "take another")
 
 
