@@ -325,7 +325,7 @@ class Dualized(nn.Module):
         """Fit the last layer of the time embedder to passes from t to r, (k,) each.
 
         With this layer, the model alone has at its own times `model_times` (k,) the embedding that this net has at t
-        and r. Weights are rounded to `dtype`. Raises UserError if the fit fails (`gap.fit_fixed_times`).
+        and r. The fit is for weights that are rounded to `dtype`. Raises UserError if its error is too large.
         """
         assert self.gap is not None
         embedder = self._time_embedder

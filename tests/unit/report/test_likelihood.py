@@ -76,7 +76,7 @@ GUIDED = ["objective.drop=0.1", "sample.guide.scale=2"]
 @pytest.mark.parametrize(
     ("recipe", "words", "says"),
     [
-        ("cifar10-latents", [], "not of latents"),
+        ("cifar10-latents", [], "not support latents"),
         ("digits-words", [], "not captions"),
         ("digits-flow-matching", GUIDED, "scale=1"),
     ],
