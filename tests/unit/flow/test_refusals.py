@@ -195,7 +195,7 @@ REFUSED: list[tuple[str, str, Callable[[], object]]] = [
     ("no teacher", "pi_flow", learns(objective="pi_flow")),
     ("trajectories", "teacher.pairs", learns(objective={"kind": "cmt"})),
     ("an idle teacher", "teacher=", learns(lambda: Perceptron(U_OF_TWO_TIMES), objective="imm", teacher=path_velocity)),
-    ("no conditions to compare", "conditions must be dropped", learns(lambda: Perceptron(V_OF_TWO_TIMES), objective="self_e")),
+    ("no conditions to compare", "must be dropped", learns(lambda: Perceptron(V_OF_TWO_TIMES), objective="self_e")),
     ("a share without a teacher", "prior = 0.5", learns(prior=0.5)),
     ("a share of no row", "prior = 0.05", learns(prior=0.05, teacher=path_velocity)),
     ("a share of all rows", "prior = 1", learns(prior=1.0, teacher=path_velocity)),
