@@ -60,7 +60,7 @@ def counted(cls: type[Spec], *, guided: bool) -> float | None:
     name, fields = kind(cls), cls.model_fields
     if "guide" in fields:
         guidance: dict[str, object] = {"guide": Guide(zeta=0.5 if guided else 0)}
-    elif "scale" in fields:
+    elif "scale" in fields and name != "dmd2":  # which guides with passes of the teacher alone
         guidance = {"scale": 1.5 if guided else 1}
     elif name == "imf":
         guidance = {} if guided else {"w": None}
