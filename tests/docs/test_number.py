@@ -93,7 +93,7 @@ def test_a_step_costs_what_the_table_says(cls: type[Spec]) -> None:
 @pytest.mark.parametrize("name", sorted(kind(cls) for cls in OBJECTIVES))
 def test_a_section_says_what_the_table_says(name: str) -> None:
     plain, guided = told(name)
-    said = re.search(r"A step costs \*\*([\d.]+) F\*\*(?:, or \*\*([\d.]+) F\*\* with guidance)?", sections()[name])
+    said = re.search(r"[Aa] step costs \*\*([\d.]+) F\*\*(?:, or \*\*([\d.]+) F\*\* with guidance)?", sections()[name])
     assert said
     assert (float(said[1]), said[2] and float(said[2])) == (plain, guided)
 
@@ -291,7 +291,7 @@ def test_numbers_of_the_gpu_are_those_of_its_file() -> None:
     assert "its error is 1.4 times du/dt" in (ROOT / "docs/mathematics.md").read_text(encoding="utf-8")
     assert off["central"] == pytest.approx(1.4, abs=0.05)
     guarantees = (ROOT / "docs/guarantees.md").read_text(encoding="utf-8")
-    assert "One GPU took [82 to 99 %]" in guarantees
+    assert "Measured on one GPU, the peak was [82 to 99 %]" in guarantees
     taken = [row["measured / planned"] for row in rows if row.get("measured / planned")]
     assert (round(100 * min(taken)), round(100 * max(taken))) == (82, 99)
     assert "du/dt in bf16 was within 0.006 of float64" in guarantees

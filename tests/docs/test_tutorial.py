@@ -59,7 +59,7 @@ def photos(folder: Path) -> None:
 
 def test_a_law_of_t_alone_is_of_the_class_that_the_page_names() -> None:
     page = (PAGES / "own-objective.md").read_text(encoding="utf-8")
-    named = re.search(r"To draw t alone, [^|]*subclass `(\w+)`", page)
+    named = re.search(r"To draw t alone, [^|]*subclass of `(\w+)`", page)
     assert named
     cls: type[Spec] = getattr(base, named[1])
 

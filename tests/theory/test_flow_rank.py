@@ -30,7 +30,7 @@ def test_two_ranks_are_one(what: str, tmp_path: Path) -> None:
         assert row["error"] < LIMIT, row
         assert other["error"] < LIMIT, other
         assert row["loss"] != other["loss"]
-        assert row["why"].startswith("dual, ")
+        assert row["why"].startswith("dual: ")
 
 
 @pytest.mark.slow

@@ -140,7 +140,7 @@ def choose_slope(
         try:
             errors = slope_errors(slope, net, Frozen(net), b.x_t, b.v_t, b.c, inputs, exact)
             error = max(float(error) if error.isfinite() else inf for error in errors)
-            failure = f"du/dt is {100 * error:.2g} % off a central difference"
+            failure = f"du/dt has a relative error of {error:.2g} against a central difference"
         except (UserError, *RAISED_ON_DUALS) as raised:
             error = inf
             failure = f"{type(raised).__name__}: {str(raised).partition(chr(10))[0]}"
@@ -149,10 +149,10 @@ def choose_slope(
         if error == inf and not is_failed_here:
             failure = "it fails on another rank"
         if not is_compared and not isinstance(slope, CentralSlope) and error < inf:
-            text = f"{slope.kind}, not checked, because rounding is too large for a central difference"
+            text = f"{slope.kind}: not checked, because rounding is too large for a central difference"
             return slope, "; ".join([text, *failures])
         if error <= max_slope_error(slope, precision_of(b.x_t)) + uncertainty:
-            text = f"{slope.kind}, {100 * error:.2g} % off a central difference"
+            text = f"{slope.kind}: relative error {error:.2g} against a central difference"
             return slope, "; ".join([text, *failures])
         failures.append(f"not {slope.kind}: {failure}")
     raise UserError(

@@ -464,10 +464,10 @@ def gradient_vanishes_at_the_flow(
     worst = grad.abs().amax(1)
     require(
         worst.max() < MAX_EXACT_GRADIENT,
-        "at the exact flow the gradient with respect to each head is "
-        + ", ".join(f"{name}: {g:.2g}" for name, g in zip(objective.needs.heads, worst.tolist(), strict=True))
-        + f", but should be below {MAX_EXACT_GRADIENT:g}: check the sign of du/dt, factors such as t - r, t and r, the "
-        "order of the heads, and that du/dt follows the velocity of the target",
+        f"at the exact flow the gradient should be below {MAX_EXACT_GRADIENT:g} for every head, but is "
+        + ", ".join(f"{g:.2g} for {name}" for name, g in zip(objective.needs.heads, worst.tolist(), strict=True))
+        + ": check the sign of du/dt, factors such as t - r, t and r, the order of the heads, and that du/dt follows the "
+        "velocity of the target",
     )
 
 

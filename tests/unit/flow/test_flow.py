@@ -314,7 +314,7 @@ def test_a_network_of_diffusers_is_called_by_a_function() -> None:
     )
     flow = dumo.Flow(net, classes=CLASSES, call=lambda net, x, t, c: net(x, t, c).sample.chunk(2, 1))
     flow(images(), LABELS).backward()
-    assert flow.slope_report.startswith("dual, ")
+    assert flow.slope_report.startswith("dual: ")
     assert flow.sample(2).isfinite().all()
 
 
