@@ -466,8 +466,8 @@ def gradient_vanishes_at_the_flow(
         worst.max() < MAX_EXACT_GRADIENT,
         f"at the exact flow the gradient should be below {MAX_EXACT_GRADIENT:g} for every head, but is "
         + ", ".join(f"{g:.2g} for {name}" for name, g in zip(objective.needs.heads, worst.tolist(), strict=True))
-        + ": check the sign of du/dt, factors such as t - r, t and r, the order of the heads, and that du/dt follows the "
-        "velocity of the target",
+        + ": check the sign of du/dt, factors such as t - r, t and r, the order of the heads, and that du/dt follows "
+        "the velocity of the target",
     )
 
 
