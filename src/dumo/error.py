@@ -1,9 +1,9 @@
-"""The error of what a user gave. It has a file of its own, without torch, so that a mistake is answered at once."""
+"""Errors in a user's input. This file does not import torch, so that the command line reports mistakes at once."""
 
 
 class UserError(ValueError):
-    """What the user gave is wrong. The message names the thing and the way out; the command line exits with 2."""
+    """The user's input is wrong. The message has the value, the rule and the fix; the command line exits with 2."""
 
 
 class NotFiniteError(UserError):
-    """Samples or likelihoods that are to be judged are not finite numbers: the weights have diverged."""
+    """Samples or likelihoods to be evaluated are not finite, because the weights have diverged."""

@@ -1,4 +1,4 @@
-"""A command of `dumo`: its help begins with its examples, and an unknown option is answered in one line."""
+"""The class of dumo's commands. Their help begins with examples, and an unknown option is a one-line error."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,16 +18,16 @@ class Command(TyperCommand):
         """Put the examples first. The first line of the docstring describes the command in the list of commands."""
         text, _, examples = help.partition(_EXAMPLES)
         options["short_help"] = text.partition("\n")[0]
-        # The terminal breaks the lines of a paragraph anew; \b keeps those of the examples.
+        # The lines of a paragraph are wrapped to the terminal's width; \b keeps the lines of the examples.
         paragraphs = [paragraph.replace("\n", " ") for paragraph in text.split("\n\n")]
         super().__init__(*words, help="\n\n".join([f"\b\n{examples}", *paragraphs]), **options)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401, a private class of typer
-        """Parse the words after a command. Raises UserError for an unknown option, with what may be meant."""
+        """Parse the words after a command. Raises UserError with a suggestion for an unknown option."""
         try:
             return super().parse_args(ctx, args)
         except typer.TyperException as error:
-            # The class of this error is private to typer. It alone has possibilities: options of a similar name.
+            # typer's error class is private. Only this error has `possibilities`, options with a similar name.
             unknown: Any = error
             if not hasattr(unknown, "possibilities"):
                 raise
@@ -35,7 +35,7 @@ class Command(TyperCommand):
             raise UserError(f"there is no option {unknown.option_name}; {hint}") from None
 
     def _hint(self, option: str, similar_options: Sequence[str]) -> str:
-        """What a person may mean by an unknown option: a field, as other trainers have --batch-size, or an option."""
+        """Return a suggestion for an unknown option: a field, such as batch for --batch-size, or an option."""
         from dumo.config.messages import field_paths, nearest_field
         from dumo.config.overrides import SHORT_FORMS
         from dumo.config.spec import Run

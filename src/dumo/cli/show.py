@@ -1,6 +1,6 @@
-"""The command `show`: what a run is, what training it costs (--cost), and whether this machine can train it (--check).
+"""The command `show` prints a run, the cost of training it (--cost), and tests of this machine (--check).
 
-It needs no data. `dumo.plan` counts and tests; with --json the same facts are printed as one object.
+It needs no data. `dumo.plan` counts and tests; with --json the same facts are printed as one JSON object.
 """
 
 import json
@@ -107,7 +107,7 @@ def show(
 
 
 def _fact_lines(run: "Run", facts: "RunFacts") -> list[tuple[str, str]]:
-    """What a run is, in lines, each with its name."""
+    """Return the lines that describe a run, as pairs of name and text."""
     from dumo.config.word import method
     from dumo.plan.preflight import caption_findings
 
@@ -136,12 +136,12 @@ def _fact_lines(run: "Run", facts: "RunFacts") -> list[tuple[str, str]]:
 
 
 def _comment(text: str) -> str:
-    """Return a line that YAML skips."""
+    """Return a text as a YAML comment."""
     return "# " + "".join(char if char.isprintable() else " " for char in text)
 
 
 def _count_cost(run: "Run", ranks: int, tflops: float | None, device: str) -> "Cost":
-    """Count what a run costs. `tflops` None: a share of this GPU's peak, if that is known."""
+    """Estimate the cost of a run. If `tflops` is None, assume a share of this GPU's peak, if it is known."""
     from dumo.plan import cost
     from dumo.runtime.device import choose_device, known_peak_tflops
 
@@ -154,7 +154,7 @@ def _count_cost(run: "Run", ranks: int, tflops: float | None, device: str) -> "C
 def _print_cost(cost: "Cost") -> None:
     """Print operations, hours and disk as lines, and the memory of each layout as a table."""
     gpus = "1 GPU" if cost.ranks == 1 else f"{cost.ranks} GPUs"
-    hours = "unknown: give --tflops, what a GPU reaches"
+    hours = "unknown: pass --tflops, the throughput of a GPU"
     if cost.hours is not None and cost.tflops is not None:
         hours = f"{number_text(cost.hours)} on {gpus} at {number_text(cost.tflops)} TFLOP/s each"
     show_lines(
@@ -173,7 +173,7 @@ def _print_cost(cost: "Cost") -> None:
 
 
 def _check(run: "Run", device: str, source: str) -> "Check":
-    """Test a run on this machine; if `source` is a run's folder, its images, too."""
+    """Test a run on this machine. If `source` is a run's folder, also test its images."""
     from dumo.config.source import choose
     from dumo.plan.preflight import check
 

@@ -157,14 +157,15 @@ def folder_of_images(place: str | Path) -> Path:
     if hub.is_hub_name(str(place)):
         return Path(RUNS_FOLDER) / Path(hub.repository_of(str(place))).name
     path = user_path(str(place), "the images").resolve()
-    name = path.stem if path.is_file() else path.name  # of a folder a dot is no suffix
+    # A dot in the name of a folder does not begin a suffix.
+    name = path.stem if path.is_file() else path.name
     return Path(RUNS_FOLDER) / name
 
 
 def settings_of_images(tree: dict[str, Any], texts: Sequence[str], place: str | None = None) -> list[str]:
-    """Settings of a run of images, each a.b=c, for a run of this tree: of latents, data.side is data.images.side.
+    """Return settings of image data, each a.b=c, for the run of a tree: for latents, data.side is data.images.side.
 
-    `place` is set in it, too, where it is given.
+    If `place` is given, also set the path of the images.
     """
     data = tree.get("data")
     is_of_latents = isinstance(data, dict) and data.get("kind") == "latents"
@@ -312,7 +313,7 @@ def parse_text(text: str, file: Path) -> RunText:
 
 
 def _file_text(file: Path) -> str:
-    """Return the text of a YAML file. Raises OSError, and UserError for what is not UTF-8."""
+    """Return the text of a YAML file. Raises OSError, and UserError if it is not UTF-8."""
     return read_text(file)
 
 
@@ -334,21 +335,24 @@ def _merge_over_base(
 
 
 def _read_base(base: object, name: str, file: Path | None) -> tuple[dict[str, Any], str, Path | None]:
-    """The tree, the name and the file of a base: a recipe, or what lies at a path next to the file that names it.
+    """Return the tree, name and file of a base: a recipe, or a path relative to the file that names it.
 
-    ${NAME:-recipe}, as a shell reads it: what lies where the variable says, from here, or the recipe where it is unset.
+    As in a shell, ${NAME:-recipe} is the path in this variable, relative to the working folder, or the recipe if it is
+    unset.
     """
     word = base if isinstance(base, str) else yaml_text(base)
-    folder = file.parent if file else None  # in which its path begins; None: that of a recipe is no path
+    # Relative paths begin in this folder. The base of a recipe cannot be a path.
+    folder = file.parent if file else None
     variable = _BASE_VARIABLE.fullmatch(word)
     if variable:
         word = os.environ.get(variable[1]) or variable[2]
         base = word
-        folder = Path()  # the working folder
+        folder = Path()
         name = f"{name}: ${variable[1]}"
     if isinstance(base, str):
         recipe = base.removeprefix(SHIPPED_PREFIX)
-        if recipe in recipe_files.names():  # whatever lies next to the file
+        # A recipe takes precedence over a file of the same name.
+        if recipe in recipe_files.names():
             return _recipe_tree(recipe), f"recipe {recipe}", None
         base_file = find_run_file(folder / user_path(base, "base")) if folder is not None else None
         if base_file:
@@ -380,9 +384,10 @@ def _recipe_tree(name: str) -> dict[str, Any]:
 
 
 def _parse_mapping(text: str, name: str) -> dict[str, Any]:
-    """Return the mapping that YAML text holds. Raises UserError, after the `name` of its source, for anything else."""
+    """Return the mapping in a YAML text. Raises UserError, beginning with its source's `name`, for other values."""
     tree = parse_mapping(text, name, "run", "as `dumo show digits` prints it")
-    tree.pop(GROUP_KEY, None)  # of a recipe in the list of recipes, no field of a run
+    # The group of a recipe is not a field of a run.
+    tree.pop(GROUP_KEY, None)
     return tree
 
 

@@ -1,16 +1,16 @@
-"""A published model, from a folder as diffusers saves it, to be tuned (docs/pretrained.md).
+"""The spec of a published model to be tuned, in a folder that diffusers has saved (docs/pretrained.md).
 
-`Pretrained` is the spec. The order of events in `Pretrained.build`:
+The order of events in `Pretrained.build`:
 
-1. `family_of` finds the model's `Family` by its config.json, or refuses the model.
+1. `family_of` returns the model's `Family` by its config.json, or raises UserError for an unsupported model.
 2. `load_model` makes the model from its config.json, and loads the layers that `Dualized` copies or changes.
-3. `_require_fit` and others check that fields, objective and data fit the model.
-4. `text_rows` makes the module of texts, whose rows are loaded once the net is built (`dumo.run.net`).
-5. `Dualized` takes over the model and the texts, and becomes the net.
-6. `weight_loaders` says for each parameter that was not loaded which tensor of the files it is, and as what. `build`
-   loads all of them, mapped from their files where they need no cast; `build_deferred` leaves that to its caller.
+3. `_require_fit` and further checks compare fields, objective and data with the model.
+4. `text_rows` makes the module of texts. Its rows are loaded after the net is built (`dumo.run.net`).
+5. `Dualized` wraps the model and the texts.
+6. `weight_loaders` returns, for each parameter that is not loaded yet, a function that loads it from the files. `build`
+   calls all of them, which maps tensors that need no cast into memory; `build_deferred` leaves this to its caller.
 
-`Pretrained.short` is the spec of a smaller model, for checks that read no weights, and `with_uncoded_weights` is one
+`Pretrained.short` returns the spec of a smaller model, for checks that read no weights, and `with_uncoded_weights` one
 for exports. `model_weights` finds the files of a pipeline's weights.
 """
 
@@ -51,9 +51,11 @@ from dumo.runtime import import_bitsandbytes, require
 from dumo.runtime.limits import FACTOR
 from dumo.types import QUIET, Needs, UserError
 
-HEADS = ("v", "u", "m")  # what an objective may ask for: velocities and flow maps
-TIMES = ("t", "r")  # what an objective may give
-_DEPTH_KEYS = (  # of a config.json: how many blocks of each kind a model has
+# The heads and time inputs that an objective may use.
+HEADS = ("v", "u", "m")
+TIMES = ("t", "r")
+# The keys of a config.json for the numbers of blocks of each kind.
+_DEPTH_KEYS = (
     "num_layers",
     "num_single_layers",
     "num_mmdit_layers",
@@ -68,24 +70,27 @@ _DEPTH_KEYS = (  # of a config.json: how many blocks of each kind a model has
 
 
 class Pretrained(PipelineSpec):
-    """The transformer of the run's pipeline, tuned in full or by adapters; a head for each velocity and flow map."""
+    """The model of the run's pipeline, tuned in full or with adapters. It has a head per velocity and flow map."""
 
     kind: Literal["diffusers"] = "diffusers"
     precondition: ClassVar[Precondition] = "none"
     augment: ClassVar[int] = 0
-    weights: Literal["source", "drawn"] = "source"  # drawn: random weights for the config.json
-    lora: Lora | None = None  # None: all weights are tuned
-    # rad per unit of t: quicker waves of time are cut; None: none are
+    # `drawn` means random weights for the config.json.
+    weights: Literal["source", "drawn"] = "source"
+    # None means full fine-tuning.
+    lora: Lora | None = None
+    # The highest frequency of the time embedding in rad per unit of t. None disables the low-pass filter.
     lowpass: float | None = Field(default=10.0, gt=0, le=FACTOR)
-    guidance: float | None = Field(default=None, ge=0, le=FACTOR)  # the embedded number of a distilled model
-    # Captions as the pipeline reads them; or random codes, one for each class.
+    # The guidance scale that a distilled model embeds.
+    guidance: float | None = Field(default=None, ge=0, le=FACTOR)
+    # Captions, encoded as in the pipeline, or one random code for each class.
     texts: Annotated[PipelineTexts | Codes, Field(discriminator="kind")]
-    # Keep each block's input alone, and compute the rest again in the backward pass.
+    # Activation checkpointing: keep only each block's input, and recompute the rest in the backward pass.
     checkpoint: Checkpointing = Field(default=False, json_schema_extra=QUIET)
 
     @property
     def time_scale(self) -> float:
-        """The quickest wave of time that the net may read, in radians per unit of t."""
+        """The highest frequency of the net's time embedding, in radians per unit of t."""
         frequency = min(self.lowpass or inf, self.family.max_frequency(self.pipeline.config(TRANSFORMER)))
         diffusion = self.diffusion
         if diffusion is None:
@@ -99,7 +104,7 @@ class Pretrained(PipelineSpec):
 
     @property
     def diffusion(self) -> DiffusionToVelocity | None:
-        """The map from the outputs of a model of a diffusion to velocities; None: the model learned a velocity.
+        """The conversion of a diffusion model's output to a velocity. None means that the model predicts a velocity.
 
         Raises UserError as `family_of` and `read_scheduler`.
         """
@@ -109,7 +114,7 @@ class Pretrained(PipelineSpec):
 
     @property
     def side(self) -> int:
-        """The pixels along a side of the pipeline's default image; 0: it is no square, or there is no autoencoder.
+        """The side of the pipeline's default image in pixels, or 0 if it is not square or there is no autoencoder.
 
         Raises UserError as `family_of`.
         """
@@ -123,7 +128,7 @@ class Pretrained(PipelineSpec):
         return Shortened.model_construct(None, **fields).within(self._pipeline)
 
     def with_uncoded_weights(self) -> "Pretrained":
-        """Return a spec whose frozen weights are not coded, but in bf16 if their file is, else in float32."""
+        """Return a spec with frozen weights that are not quantised, but in bf16 if their file is, else in float32."""
         if self.lora is None or self.lora.coding is None:
             return self
         frozen = "float32"
@@ -135,12 +140,12 @@ class Pretrained(PipelineSpec):
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> Dualized:
         """Make a net with the heads of `needs`, for images or latents of `shape`; on the meta device without weights.
 
-        Raises UserError where the model, its weights, the data or the objective do not fit one another.
+        Raises UserError if the model, its weights, the data and the objective are not compatible.
         """
         return load_parameters(*self.build_deferred(needs, shape, classes))
 
     def build_deferred(self, needs: Needs, shape: tuple[int, ...], classes: int) -> tuple[Dualized, Loaders]:
-        """Make the net of `build` with most of its model's parameters on the meta device, and what reads them."""
+        """Make the net of `build` with most parameters on the meta device, and return it with their loaders."""
         _require_known(needs)
         if has_component(self.pipeline.index.get(SECOND_TRANSFORMER)):
             raise UserError(
@@ -179,7 +184,7 @@ class Pretrained(PipelineSpec):
         return net, weight_loaders(net, stored)
 
     def _embedded_guidance(self, family: Family) -> float | None:
-        """Return the guidance that the model embeds, rounded as a pipeline in the dtype of the weights rounds it.
+        """Return the guidance scale that the model embeds, rounded as in a pipeline with the dtype of the weights.
 
         FLUX.1-dev in bf16 embeds 3504 for 1000 times 3.5. Without weights there is no rounding.
         """
@@ -193,8 +198,8 @@ class Pretrained(PipelineSpec):
         rounded = scale * torch.tensor(self.guidance, dtype=dtype, device="cpu")
         return float(rounded) / scale
 
-    def _checkpoint_blocks(self, model: Any, family: Family, texts: Texts) -> None:  # noqa: ANN401, of diffusers
-        """Turn activation checkpointing of blocks on. Raises UserError for a model that cannot."""
+    def _checkpoint_blocks(self, model: Any, family: Family, texts: Texts) -> None:  # noqa: ANN401, a diffusers model
+        """Enable activation checkpointing of blocks. Raises UserError if the model does not support it."""
         kind = model.config["_class_name"]
         if texts.has_mask and not family.keeps_mask_when_checkpointed:
             raise UserError(
@@ -224,7 +229,7 @@ class Pretrained(PipelineSpec):
         return self.texts.build(classes)
 
     def _require_fit(self, family: Family, config: Config, needs: Needs) -> None:
-        """Raise UserError where the fields or the objective do not fit the model."""
+        """Raise UserError if the fields or the objective are not compatible with the model."""
         kind = config["_class_name"]
         subject = f"{FIELD} has a {kind}"
         embeds_guidance = bool(config.get("guidance_embeds"))
@@ -250,38 +255,39 @@ class Pretrained(PipelineSpec):
         return config
 
     def load_model(self, config: Config, family: Family) -> tuple[Any, dict[str, Tensor]]:
-        """Make the model of a config in float32, and map the tensors of its files, by name.
+        """Make the model of a config in float32, and return it with the memory-mapped tensors of its files, by name.
 
-        The last layer and the embedders of time are loaded; all other parameters are on the meta device. There are no
-        tensors if all weights are random (`weights`), or on the meta device, where none are read. Raises UserError
-        where weights are missing or do not fit.
+        The last layer and the time embedders are loaded; all other parameters are on the meta device. There are no
+        tensors if weights are random (`weights`), or if the default device is the meta device. Raises UserError if
+        weights are missing or do not fit.
         """
         import_bitsandbytes()
         diffusers = require("diffusers", "pretrained", "net 'diffusers'")
         model_class = getattr(diffusers, config["_class_name"])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # diffusers', of its own code
+            # diffusers warns about its own code.
+            warnings.simplefilter("ignore", FutureWarning)
             if torch.get_default_device().type == "meta" or self.weights == "drawn":
                 return model_class.from_config(config), {}
             return self._load_stored_model(model_class, config, family)
 
-    def _load_stored_model(self, model_class: Any, config: Config, family: Family) -> tuple[Any, dict[str, Tensor]]:  # noqa: ANN401, of diffusers
-        """Make the model with the weights of its folder, as `load_model`."""
+    def _load_stored_model(self, model_class: Any, config: Config, family: Family) -> tuple[Any, dict[str, Tensor]]:  # noqa: ANN401, a diffusers model
+        """Make the model with the weights of its folder, like `load_model`."""
         from accelerate import init_empty_weights
 
         stored_weights = model_weights(self.pipeline)
         folder = stored_weights.files[0].parent
-        # diffusers maps what it need not cast, and would show a bar of shards
+        # diffusers maps tensors that it does not cast. Hide its progress bar.
         with quietly("diffusers"):
             model, report = stored_weights.build_model(model_class, torch_dtype=stored_weights.dtype)
         with init_empty_weights():
-            # in float32, whatever the file's type
+            # Compute buffers in float32, independent of the file's dtype.
             computed_buffers = dict(model_class.from_config(config).named_buffers())
         unfit_key = first_unfit_key(report)
         if unfit_key is not None:
             raise UserError(f"{folder}: the weights do not fit {CONFIG}: {unfit_key} is missing, unknown or misshapen")
 
-        # diffusers has cast all values to one type, so those of the files are taken instead.
+        # diffusers has cast all tensors to one dtype, so use those of the files instead.
         stored = stored_weights.load()
         loaded_prefixes = tuple(f"{path}." for path in (family.last_layer, *time_embedder_paths(model, family)))
         for path, module in model.named_modules():
@@ -302,9 +308,9 @@ class Pretrained(PipelineSpec):
 
 
 class Shortened(Pretrained):
-    """The spec of a model with fewer blocks and random weights, which `Pretrained.short` makes. It is in no recipe."""
+    """The spec of a model with at most `depth` blocks of each kind and random weights, made by `Pretrained.short`."""
 
-    depth: int  # blocks of each kind at most
+    depth: int
 
     def _build_config(self, config: Config) -> Config:
         """Return the config of the pipeline's model, with fewer blocks."""
@@ -314,30 +320,30 @@ class Shortened(Pretrained):
                 short_config[key] = self._limit_depth(config[key])
         return short_config
 
-    def _limit_depth(self, num_blocks: Any) -> Any:  # noqa: ANN401, a number, a list of them, or null
-        """Return a number of blocks of a config, at most `depth`. null and 0 stay."""
+    def _limit_depth(self, num_blocks: Any) -> Any:  # noqa: ANN401, a number, a list of numbers, or null
+        """Return a number of blocks of a config, limited to `depth`. null and 0 are unchanged."""
         if isinstance(num_blocks, list | tuple):
             return [self._limit_depth(number) for number in num_blocks]
         return min(num_blocks, self.depth) if num_blocks else num_blocks
 
 
 def model_weights(pipeline: Pipeline) -> PartWeights:
-    """Find the weights of a pipeline's model. Raises UserError where there are none, or they are a pickle."""
+    """Find the weights of a pipeline's model. Raises UserError if there are none, or only pickles."""
     pipeline.fetch()
-    way_out = "set net.weights=drawn to start from random ones"
+    way_out = "set net.weights=drawn to start from random weights"
     return require_weights(pipeline.part_folder(TRANSFORMER), DIFFUSERS, FIELD, way_out)
 
 
 def weight_loaders(net: Dualized, stored: Mapping[str, Tensor]) -> Loaders:
-    """For each parameter of a net that is on the meta device, by name, what makes it of the `stored` tensors.
+    """Return, by name, a function for each parameter on the meta device that loads it from the `stored` tensors.
 
-    That is the tensor of its name in the type of the parameter, or the codes of a layer, made of its tensor as it is
-    stored. Without `stored` there are none.
+    It returns the tensor of this name in the parameter's dtype, or the codes of a quantised layer, computed from the
+    stored tensor. Without `stored`, return {}.
     """
     if not stored:
         return {}
     loaders: dict[str, Callable[[], Tensor]] = {}
-    # A layer's codes and scales are made together.
+    # A layer's codes and scales are computed together.
     encode_once = lru_cache(maxsize=1)(encode)
 
     def load_code(name: str, weight: Tensor, coding: Coding) -> Tensor:
@@ -347,7 +353,7 @@ def weight_loaders(net: Dualized, stored: Mapping[str, Tensor]) -> Loaders:
         return codes if name == "weight" else scales
 
     for path, layer in net.model.named_modules():
-        # The layer that an adapter wraps has the path of the adapter in the files.
+        # A layer that an adapter wraps has the adapter's path in the files.
         stored_path = path.removesuffix(".base_layer")
         for name, p in layer.named_parameters(recurse=False, remove_duplicate=False):
             if not p.is_meta:
@@ -361,7 +367,7 @@ def weight_loaders(net: Dualized, stored: Mapping[str, Tensor]) -> Loaders:
 
 
 def _require_known(needs: Needs) -> None:
-    """Raise UserError where an objective needs more than velocities and flow maps at two times."""
+    """Raise UserError if an objective needs more than velocities and flow maps at two times."""
     heads = (*HEADS, "w") if needs.fake_score else HEADS
     unknown = [f"head '{name}'" for name in needs.heads if name not in heads]
     unknown += [f"input '{name}'" for name in needs.names if name not in TIMES]

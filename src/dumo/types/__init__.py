@@ -74,7 +74,7 @@ def marks_of(field: FieldInfo) -> Mapping[str, Any]:
 
 
 class Spec(BaseModel):
-    """A value that says what to build or do; every family is a union of specs, distinguished by `kind`."""
+    """A frozen description of something to build. A field with alternatives is a union of specs, selected by `kind`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -417,21 +417,21 @@ class Readings:
 
 @runtime_checkable
 class Objective(Protocol):
-    """A way to train a net, and to read it afterwards: a frozen spec. dumo uses no attributes of it but these."""
+    """A frozen spec of a training loss and of the functions to sample with. dumo uses only these attributes."""
 
     @property
     def kind(self) -> str:
-        """Its name."""
+        """The name of the objective."""
         ...
 
     @property
     def needs(self) -> Needs:
-        """What it says of itself."""
+        """The requirements of the objective on its net and its loss."""
         ...
 
     @property
     def times(self) -> TimeLaw:
-        """The law of (t, r)."""
+        """The distribution of (t, r)."""
         ...
 
     @property
@@ -440,22 +440,22 @@ class Objective(Protocol):
         ...
 
     def __iter__(self) -> Iterator[tuple[str, object]]:
-        """The fields by name, as pydantic gives them."""
+        """Iterate over the fields as pairs of name and value, like pydantic."""
         ...
 
     def model_copy(self, *, update: Mapping[str, Any]) -> "Objective":
-        """This spec with other values for some fields, unchecked, as pydantic copies it."""
+        """Return a copy with other values for some fields, without validation, like pydantic."""
         ...
 
     def loss(self, net: Net, ref: Frozen, b: NoisyBatch) -> Terms:
-        """The loss of each row of a batch. Pure: it draws and changes nothing.
+        """Return the loss of each row of a batch, without side effects and without drawing random numbers.
 
-        The passes that it makes, and their order, do not depend on the batch's values.
+        The passes of the net, and their order, must not depend on the values in the batch.
         """
         ...
 
     def readings(self, net: Net) -> Readings:
-        """What a net that was trained so can tell a solver. Does not call the net."""
+        """Return the functions of a trained net that a solver can call. This does not call the net."""
         ...
 
 

@@ -215,5 +215,5 @@ def test_diffusers_reads_kohyas_names_of_all_layers(name: str) -> None:
 
 
 def test_a_model_that_was_tuned_in_full_is_no_lora() -> None:
-    with pytest.raises(UserError, match="all weights were tuned"):
+    with pytest.raises(UserError, match="all weights were trained"):
         lora_products(tuned("sd3", lora=False)[1])
