@@ -249,7 +249,7 @@ def test_codes_and_templates_take_the_place_of_captions(here: Path) -> None:
     ("kind", "does"),
     [
         ("QwenImageEditPipeline", "edits an image"),
-        ("QwenImageImg2ImgPipeline", "begins with an image"),
+        ("QwenImageImg2ImgPipeline", "starts from an image"),
         ("FooPipeline", "is not supported"),
     ],
 )

@@ -26,8 +26,10 @@ from dumo.encoders.pipeline_folder import TRANSFORMER, Pipeline
 from dumo.encoders.pipeline_folder import UNET as UNET_PART
 from dumo.types import Array, Sample, UserError
 
-Config = Mapping[str, Any]  # a model's config.json
-Arguments = dict[str, Any]  # of a model's forward, by name
+# A model's config.json.
+Config = Mapping[str, Any]
+# The arguments of a model's forward, by name.
+Arguments = dict[str, Any]
 
 # The highest frequency of a time embedding, in rad per unit of t: nearly all models embed 1000 t.
 MAX_FREQUENCY = 1000.0
@@ -59,7 +61,7 @@ class Inputs:
 
 
 def plain_arguments(inputs: Inputs) -> Arguments:
-    """Return image, time and text tokens, by the names that most models have for them."""
+    """Return image, time and text tokens, with the names that most models use."""
     return {"hidden_states": inputs.x, "timestep": inputs.time, "encoder_hidden_states": inputs.tokens}
 
 
@@ -82,9 +84,9 @@ def flux_arguments(inputs: Inputs) -> Arguments:
 
 
 def kontext_arguments(inputs: Inputs) -> Arguments:
-    """Return the arguments of a FLUX.1, with the tokens of the image that is edited behind those of the sample.
+    """Return the arguments of a FLUX.1, with the tokens of the image to edit after the tokens of the sample.
 
-    Their positions are those of the sample's, but 1 on the first axis.
+    They have the same positions as the sample, except for 1 on the first axis.
     """
     assert inputs.source is not None
     arguments = flux_arguments(inputs)
@@ -98,7 +100,7 @@ def kontext_arguments(inputs: Inputs) -> Arguments:
 def flux2_arguments(inputs: Inputs) -> Arguments:
     """Return image, time and text tokens, with positions on four axes, and the embedded guidance.
 
-    The last axis is the place of a token in its text.
+    The last axis is the position of a token in its text.
     """
     text_positions = inputs.tokens.new_zeros(inputs.tokens.shape[1], 4)
     text_positions[:, 3] = torch.arange(len(text_positions), device=text_positions.device)
@@ -113,7 +115,7 @@ def flux2_arguments(inputs: Inputs) -> Arguments:
 def chroma_arguments(inputs: Inputs) -> Arguments:
     """Return image, time and text tokens, with positions on three axes, and a mask over text and image.
 
-    The mask is of floats, because the blocks add it to the scores of attention.
+    The mask is floating-point, because the blocks add it to the attention scores.
     """
     mask = None
     if inputs.mask is not None:
@@ -133,8 +135,9 @@ def sana_arguments(inputs: Inputs) -> Arguments:
 
 
 def qwen_arguments(inputs: Inputs) -> Arguments:
-    """Return image, time, text tokens and their mask, and the grid, of which the model makes positions."""
-    image_shapes = [(1, *inputs.grid)]  # of one image: frames, rows, columns
+    """Return image, time, text tokens and their mask, and the grid, from which the model computes positions."""
+    # Frames, rows and columns of each image.
+    image_shapes = [(1, *inputs.grid)]
     return {
         **plain_arguments(inputs),
         "encoder_hidden_states_mask": inputs.mask,
@@ -195,7 +198,7 @@ def sdxl_arguments(inputs: Inputs) -> Arguments:
 
 
 def pixart_arguments(inputs: Inputs) -> Arguments:
-    """Return image, time, text tokens and their mask, and no sizes."""
+    """Return image, time, text tokens and their mask, without image sizes."""
     return {
         **plain_arguments(inputs),
         "encoder_attention_mask": inputs.mask_or_ones,
@@ -206,7 +209,7 @@ def pixart_arguments(inputs: Inputs) -> Arguments:
 def pixart_alpha_arguments(inputs: Inputs) -> Arguments:
     """Return image, time, text tokens and their mask, with the image's size in pixels, 8 per latent, and its ratio.
 
-    A model of 512 pixels or fewer has no embedders of sizes, and ignores them.
+    Models for 512 pixels or fewer have no size embedders and ignore them.
     """
     b = len(inputs.tokens)
     height = 8.0 * inputs.x.shape[2]
@@ -224,7 +227,7 @@ def wan_arguments(inputs: Inputs) -> Arguments:
 
 
 def positions(grid: tuple[int, int], axes: int, like: Array) -> Tensor:
-    """The positions of patches, (n, axes), on the device of `like`: axes 1 and 2 are row and column, others are 0."""
+    """Return the positions (n, axes) of patches on the device of `like`: row and column on axes 1 and 2, else 0."""
     rows = torch.arange(grid[0], device=like.device, dtype=torch.float32)
     columns = torch.arange(grid[1], device=like.device, dtype=torch.float32)
     coordinates = rows.new_zeros(*grid, axes)
@@ -234,14 +237,14 @@ def positions(grid: tuple[int, int], axes: int, like: Array) -> Tensor:
 
 
 def pack_latents(x: Sample, grid: tuple[int, int], p: int) -> Array:
-    """Pack x (b, c, h, w) into patches of p x p, (b, n, c p p), row by row, as the pipelines do."""
+    """Pack x (b, c, h, w) into p x p patches (b, n, c p p), row by row, as the pipelines do."""
     b, c = x.shape[:2]
     rows, columns = grid
     return x.reshape(b, c, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5).reshape(b, rows * columns, c * p * p)
 
 
 def unpack_latents(y: Array, grid: tuple[int, int], p: int) -> Array:
-    """Unpack patches y (b, n, c p p) to (b, c, h, w), as `pack_latents` packs them."""
+    """Unpack patches y (b, n, c p p) to (b, c, h, w), the inverse of `pack_latents`."""
     b = y.shape[0]
     rows, columns = grid
     return y.reshape(b, rows, columns, -1, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, -1, rows * p, columns * p)
@@ -313,7 +316,8 @@ class Family:
                 f"{in_channels} channels"
             )
         patch: int | list[int] = config.get("patch_size", config.get("all_patch_size", 1))
-        return patch[-1] if isinstance(patch, list | tuple) else patch  # Wan's: frames, rows, columns
+        # Wan's patches have frames, rows and columns.
+        return patch[-1] if isinstance(patch, list | tuple) else patch
 
     def pooled_width(self, config: Config) -> int:
         """Return the width of the pooled text embedding, or 0 if the model has none. SDXL also embeds six sizes."""
@@ -323,12 +327,12 @@ class Family:
 
 
 def _latent_side(config: Config) -> int:
-    """Return the default side in pixels, from a config with the side in latents of 8 pixels."""
+    """Return the default side in pixels. The config has the side in latents, each 8 pixels."""
     return 8 * config.get("sample_size", 128)
 
 
 def _thousand(config: Config) -> float:
-    """Return 1000, for a model whose time runs from 0 to 1000."""
+    """Return 1000, the time scale of models with times from 0 to 1000."""
     return 1000.0
 
 
@@ -342,7 +346,8 @@ FLUX = "FluxTransformer2DModel"
 FLUX2 = "Flux2Transformer2DModel"
 UNET = "UNet2DConditionModel"
 PIXART = "PixArtTransformer2DModel"
-FAMILIES: dict[str, Family] = {  # by the class of the model
+# By model class.
+FAMILIES: dict[str, Family] = {
     "SD3Transformer2DModel": Family(
         arguments=sd3_arguments,
         pipeline="StableDiffusion3Pipeline",
@@ -523,32 +528,38 @@ KLEIN = replace(FAMILIES[FLUX2], pipeline="Flux2KleinPipeline")
 PIXART_ALPHA = replace(
     FAMILIES[PIXART], arguments=pixart_alpha_arguments, pipeline="PixArtAlphaPipeline", max_text_tokens=120
 )
-VARIANTS = (SDXL, KONTEXT, KLEIN, PIXART_ALPHA)  # of models whose class another family has, too
-PIPELINES = tuple(entry.pipeline for entry in (*FAMILIES.values(), *VARIANTS))  # the classes that dumo accepts
-_ALPHA_SAMPLE_SIZE = 128  # of a PixArt-alpha that reads sizes: PixArtAlphaPipeline passes them to no other
+# Families with the model class of another family.
+VARIANTS = (SDXL, KONTEXT, KLEIN, PIXART_ALPHA)
+# The supported pipeline classes.
+PIPELINES = tuple(entry.pipeline for entry in (*FAMILIES.values(), *VARIANTS))
+# The only sample_size for which PixArtAlphaPipeline passes image sizes to its model.
+_ALPHA_SAMPLE_SIZE = 128
 
-_UNET_PURPOSES = {  # by the channels that a UNet reads
-    9: "fills a part of an image",
+# The purpose of an unsupported UNet, by its number of input channels.
+_UNET_PURPOSES = {
+    9: "inpaints an image",
     8: "edits an image",
-    7: "enlarges an image",
-    5: "follows a depth",
+    7: "upscales an image",
+    5: "uses a depth map",
 }
-PIPELINE_PURPOSES = {  # of variants of a base, by a word in the class of the pipeline
+# The purpose of an unsupported pipeline, by a word in its class name. Kontext without a mask is supported (KONTEXT).
+PIPELINE_PURPOSES = {
     "Edit": "edits an image",
-    "Kontext": "fills a part of an image",  # by a mask: the one without is KONTEXT
-    "KV": "keeps the keys and values of images to edit",
-    "Inpaint": "fills a part of an image",
-    "Fill": "fills a part of an image",
-    "Img2Img": "begins with an image",
-    "ImageToVideo": "begins with an image",
-    "Control": "follows an image",
-    "Layered": "makes layers",
+    "Kontext": "inpaints an image",
+    "KV": "caches the keys and values of images to edit",
+    "Inpaint": "inpaints an image",
+    "Fill": "inpaints an image",
+    "Img2Img": "starts from an image",
+    "ImageToVideo": "starts from an image",
+    "Control": "uses a control image",
+    "Layered": "generates layers",
     "Sprint": "has the path of a consistency model, which is not supported",
 }
 
 
-# Settings in a config.json that dumo knows, of all families. Numbers and lists are sizes, but for those named here.
-_LAYER_SETTINGS = frozenset(  # of layers inside a model, which dumo does not read
+# Settings in a config.json that are known in all families: settings of layers, which dumo does not use, and settings
+# with known values. Other numbers and lists are taken as sizes.
+_LAYER_SETTINGS = frozenset(
     {
         "act_fn",
         "activation_fn",
@@ -578,7 +589,7 @@ _KNOWN_VALUES: dict[str, tuple[Any, ...]] = {
     "flip_sin_to_cos": (True,),
     "freq_shift": (0,),
     "time_max_period": (10_000,),
-    # The sizes of inputs that no text-to-image pipeline passes.
+    # The sizes of inputs that no text-to-image pipeline uses.
     "siglip_feat_dim": (),
     "image_dim": (),
     "added_kv_proj_dim": (),
@@ -591,10 +602,10 @@ _KNOWN_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 def find_family(config: Config, pipeline: str = "") -> Family:
-    """Return the family of a model, by its config.json and the class of its pipeline; "": it has none.
+    """Return the family of a model by its config.json and the class of its pipeline, or "" if it has none.
 
-    Raises UserError, with the way out, for a model of no family, for one with a setting that dumo does not know, and
-    for a variant of a family: a pipeline that makes images of more than a text.
+    Raises UserError for a model without a family, for an unknown setting in the config, and for a pipeline with inputs
+    other than text.
     """
     model_family = _closest_family(config, pipeline)
     if model_family is None:
@@ -608,7 +619,8 @@ def find_family(config: Config, pipeline: str = "") -> Family:
             f"pipeline has a {class_of(config)} with {unknown_key} = {config[unknown_key]!r} in its config.json, "
             "which is not supported: use a pipeline without it"
         )
-    newer_name = pipeline.replace("Text2Img", "")  # Lumina2Text2ImgPipeline became Lumina2Pipeline
+    # diffusers has renamed Lumina2Text2ImgPipeline to Lumina2Pipeline.
+    newer_name = pipeline.replace("Text2Img", "")
     if newer_name in ("", model_family.pipeline):
         return model_family
     purposes = [purpose for word, purpose in PIPELINE_PURPOSES.items() if word in pipeline]
@@ -633,7 +645,7 @@ def family_of(pipeline: Pipeline) -> Family:
 
 
 def _first_unknown_setting(config: Config) -> str | None:
-    """Return the first key of a config.json whose value says something that dumo does not know, or None."""
+    """Return the first key of a config.json with an unknown setting, or None."""
     for key, value in config.items():
         is_size = isinstance(value, int | float | list | tuple) and not isinstance(value, bool)
         if key in _KNOWN_VALUES:
@@ -659,9 +671,9 @@ def is_unet(config: Config) -> bool:
 
 
 def _closest_family(config: Config, pipeline: str) -> Family | None:
-    """Return the family that fits a model best, which may be of another pipeline; None: no family has its class.
+    """Return the best family for a model, possibly of another pipeline, or None if no family has its class.
 
-    Raises UserError for a variant that the pipelines of its class do not run.
+    Raises UserError for a variant that the pipelines of its class do not support.
     """
     model_class = class_of(config)
     if model_class == FLUX and pipeline == KONTEXT.pipeline:
@@ -676,8 +688,9 @@ def _closest_family(config: Config, pipeline: str) -> Family | None:
 
 
 def _flux2_family(config: Config, pipeline: str) -> Family:
-    """Return the family of a FLUX.2: [klein] embeds no guidance. Raises UserError for a [klein] that does."""
-    embeds_guidance = bool(config.get("guidance_embeds", True))  # True is the default of its class
+    """Return the family of a FLUX.2. Raises UserError for a [klein] pipeline with a model that embeds guidance."""
+    # True is the default of the model class.
+    embeds_guidance = bool(config.get("guidance_embeds", True))
     if pipeline == KLEIN.pipeline and embeds_guidance:
         raise UserError(
             f"pipeline is a {pipeline}, which does not pass guidance to its model, but this model embeds it "
@@ -689,13 +702,14 @@ def _flux2_family(config: Config, pipeline: str) -> Family:
 
 
 def _pixart_family(config: Config, pipeline: str) -> Family:
-    """Return the family of a PixArt: alpha reads the sizes of images, if it is of 1024 pixels.
+    """Return the family of a PixArt. A PixArt-alpha for 1024 pixels uses size conditioning.
 
-    Raises UserError for a model that reads sizes which its pipeline does not pass.
+    Raises UserError for a model with size conditioning that its pipeline does not support.
     """
     sample_size = config.get("sample_size", _ALPHA_SAMPLE_SIZE)
     reads_sizes = config.get("use_additional_conditions")
-    if reads_sizes is None:  # as its class decides
+    # null means the default of the model class.
+    if reads_sizes is None:
         reads_sizes = sample_size == _ALPHA_SAMPLE_SIZE
     if reads_sizes and (sample_size != _ALPHA_SAMPLE_SIZE or pipeline == FAMILIES[PIXART].pipeline):
         raise UserError(
@@ -709,11 +723,11 @@ def _pixart_family(config: Config, pipeline: str) -> Family:
 
 
 def _unet_family(config: Config) -> Family:
-    """Return the family of a UNet by its config. Raises UserError for one that reads more than a text and sizes."""
+    """Return the family of a UNet by its config. Raises UserError for inputs other than a sample, text and sizes."""
     in_channels = config.get("in_channels")
     out_channels = config.get("out_channels")
     if in_channels != out_channels:
-        purpose = _UNET_PURPOSES.get(in_channels or 0, "reads more than a sample")
+        purpose = _UNET_PURPOSES.get(in_channels or 0, "has further inputs")
         raise UserError(
             f"pipeline has a UNet with {in_channels} input channels and {out_channels} output channels: it {purpose}, "
             "but only text-to-image pipelines are supported: use the folder of one"
