@@ -72,7 +72,7 @@ def test_the_whole_way(home: Path) -> None:
     [
         (("data.images.classes=17",), ("10 classes", "17")),
         (("data.codec.weights=w.pth",), ("w.pth", "pickle")),
-        (("data.images.side=36",), ("36 pixels", "8")),
+        (("data.images.side=36",), ("got 36", "8 pixels")),
         (("data.images.root=/nowhere",), ("/nowhere",)),
     ],
 )

@@ -129,7 +129,7 @@ def test_a_trajectory_keeps_its_label() -> None:
     """Without labels, u would be the mean over the trajectories of all of them, which is the flow of none."""
     load("moons", [*CMT_ON_MOONS, "objective.drop=0.1"])  # it has no labels
     load("digits-cmt")
-    with pytest.raises(UserError, match=r"objective\.drop = 0\.1: .*'cmt'.* set objective\.drop=0$"):
+    with pytest.raises(UserError, match=r"objective\.drop = 0\.1, .*'cmt'.* set objective\.drop=0$"):
         load("digits-cmt", ["objective.drop=0.1"])
 
 

@@ -178,5 +178,5 @@ def test_a_batch_of_rows_that_change_is_checked() -> None:
 def test_rows_that_this_process_was_not_given_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = Memory.of(GREY)
     monkeypatch.setattr(module, "SOURCES", {})
-    with pytest.raises(UserError, match=r"a numpy:ndarray of Python .* dumo.load\(RUN, data=...\)"):
+    with pytest.raises(UserError, match=r"a Python numpy:ndarray .* dumo.load\(RUN, data=...\)"):
         spec.open()

@@ -140,7 +140,7 @@ def test_some_of_many_real_images_are_not_the_first(folder: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("spoil", "line"),
     [
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'), "no CLIPModel"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'), "not a CLIPModel"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 30), "model.safetensors"),
         (lambda folder: (folder / "tokenizer_config.json").unlink(), "has no tokenizer_config.json"),
         (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), r"pytorch_model.bin"),

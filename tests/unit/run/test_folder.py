@@ -128,7 +128,7 @@ def test_a_new_run_begins_from_a_checkpoint_and_is_resumed_when_it_is_typed_agai
     # The checkpoint that it began from may be gone by the time it is typed again.
     shutil.rmtree(old / "checkpoints/step-00000002")
     assert begin().step == 6
-    with pytest.raises(UserError, match="another run"):
+    with pytest.raises(UserError, match="a different run"):
         train(tiny(), new)
 
 
