@@ -38,6 +38,8 @@ SHORT_FORMS = {
 DEFAULT_KINDS: dict[FieldPath, str] = {("train", "ema"): "exponential"}
 # Fields that are kept when the objective changes, because they belong to the comparison and not to the loss.
 SHARED_BY_OBJECTIVES = ("drop", "guide")
+# Values that turn guidance off where it is not the field `guide`.
+UNGUIDED = {"scale": 1.0, "w": None}
 
 
 def full_overrides(words: Iterable[str]) -> list[str]:
@@ -128,7 +130,10 @@ def _put(tree: dict[str, Any], path: FieldPath, value: object) -> None:
 
 
 def _shared_fields(objective: dict[str, Any], kind: object) -> dict[str, Any]:
-    """Return the fields of an objective that another kind keeps; {} for an unknown kind, which validation reports."""
+    """Return the fields of an objective that another kind keeps; {} for an unknown kind, which validation reports.
+
+    If no conditions are dropped, the other kind is not guided by default, because guidance needs V(null).
+    """
     fields: set[str] = set()
     if branch({"kind": kind}) == OUTSIDE:
         with suppress(UserError):
@@ -137,7 +142,10 @@ def _shared_fields(objective: dict[str, Any], kind: object) -> dict[str, Any]:
     for spec in members(Run.model_fields["objective"].rebuild_annotation()):
         if spec.model_fields["kind"].default == kind:
             fields = {*spec.model_fields}
-    return {name: objective[name] for name in SHARED_BY_OBJECTIVES if name in objective and name in fields}
+    kept = {name: objective[name] for name in SHARED_BY_OBJECTIVES if name in objective and name in fields}
+    if kept.get("drop") == 0:
+        kept |= {name: value for name, value in UNGUIDED.items() if name in fields}
+    return kept
 
 
 def _step(node: dict[str, Any] | list[Any], key: str, path: str) -> Any:  # noqa: ANN401, a YAML tree

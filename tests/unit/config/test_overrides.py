@@ -142,3 +142,13 @@ def test_another_objective_keeps_dropout_and_guidance_and_gets_a_solver(word: st
     # Its own kind changes nothing, and an objective that is written out has nothing of the one before.
     assert load("digits-guided", ["objective=dumo"]) == guided
     assert load("digits-guided", ["objective={kind: flow_matching}"]).objective == FlowMatching()
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("imf", 8.0), ("shortcut", 1.5), ("tvm", 2.0)])
+def test_another_objective_is_not_guided_where_no_label_is_dropped(kind: str, scale: float) -> None:
+    """Its V(null) would never be trained. Where labels are dropped, it has its own default."""
+    plain, dropped = (load(recipe, [f"objective={kind}"]).objective for recipe in ("digits", "digits-guided"))
+    field = "w" if kind == "imf" else "scale"
+    assert getattr(plain, field) == (None if kind == "imf" else 1)
+    assert getattr(dropped, field) == scale
+    assert (plain.drop, dropped.drop > 0) == (0, True)

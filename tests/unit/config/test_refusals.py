@@ -122,7 +122,7 @@ MISFITS = [
     ("digits", HEUN, "evaluate.nfe=[2, 3]", "nfe = 3"),
     ("digits-shortcut", PLANE, "objective.scale=2", "objective.scale"),
     ("moons", ["objective.drop=0.5"], "objective.guide.zeta=0.5", "objective.guide"),
-    ("moons-flow-matching", GUIDED[:1], "objective.kind=imf", "objective.w"),
+    ("moons-flow-matching", ["objective.kind=imf"], "objective.w=8", "objective.w"),
     ("moons-flow-matching", GUIDED[:1], "objective.kind=self_e", "conditions must be dropped"),
     ("digits-self-e", [], "objective.drop=0", "objective.drop=0.1"),
     ("digits-shortcut", [GUIDED[0], "objective.scale=2"], GUIDED[1], "sample.guide.scale"),
