@@ -27,13 +27,13 @@ first 300,000 of their 710,000 steps (S.2), and in the last 160,000 V(null) is p
 image".
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 
 from dumo.objectives.base import (
-    Cond,
     Frozen,
     Jumps,
     LogitNormal,
@@ -45,13 +45,13 @@ from dumo.objectives.base import (
     Readings,
     Sample,
     Terms,
-    Time,
     Times,
     dropout,
     frozen,
     index,
     lift,
     mean_square,
+    mean_velocity,
 )
 
 TINY = 1e-12  # keeps 0 / 0 at t = 0 and at r = t = 1 at 0
@@ -119,9 +119,5 @@ class SelfE(ObjectiveSpec):
         return b.v_t + (x - x_star) / lift(b.t.clamp(min=TINY), x)  # (5)
 
     def readings(self, net: Net) -> Readings:
-        """Return the velocity, which is that of flow matching at r = t, and jumps, without one to the data."""
-
-        def flow_map(x: Sample, t: Time, s: Time, c: Cond) -> Sample:
-            return x - lift(t - s, x) * net(x, c, t=t, r=s)[0]
-
-        return Readings(velocity=lambda x, t, c: net(x, c, t=t, r=t)[0], flow_map=flow_map)
+        """Return those of a mean velocity without the endpoint, because a jump to the data ends at its mean."""
+        return replace(mean_velocity(net), endpoint=None)

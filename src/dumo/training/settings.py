@@ -68,9 +68,8 @@ class Train(Spec):
     keep: int = Field(default=2, ge=1, json_schema_extra=MACHINE)
     # Training ends after this many consecutive steps with a non-finite loss or gradient.
     max_skips: int = Field(default=3, ge=1, json_schema_extra=MACHINE)
-    milestones: tuple[NonNegativeInt, ...] = Field(
-        default=(), json_schema_extra=MACHINE
-    )  # steps whose weights are kept
+    # Steps whose weights are kept.
+    milestones: tuple[NonNegativeInt, ...] = Field(default=(), json_schema_extra=MACHINE)
 
     @model_validator(mode="after")
     def _require_fit(self) -> "Train":
