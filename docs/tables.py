@@ -5,7 +5,8 @@
 A table stands between `<!-- table: zoo -->` and `<!-- end -->`; `with_tables` replaces what is there. A test fails if a
 page differs from this output. `TABLES` has, by the table's name, the file of its results and the function that makes a
 `Table`. Each function groups the rows of the file by arm and writes their scores with errors. Bold are the best arm and
-those not significantly worse; nothing is bold if the standard error of the best exceeds a quarter of its mean.
+those that are neither significantly worse nor more than a quarter behind; nothing is bold if the standard error of the
+best exceeds a quarter of its mean.
 """
 
 import json
@@ -41,8 +42,9 @@ FRONT_NAMES = {
         "DuMo, untuned": "DuMo, the paper's loss (`cifar10-latents`)",
     },
 }
-# The largest standard error, over the mean, of an arm that may be called best.
-MAX_RELATIVE_ERROR = 0.25
+# The largest standard error of an arm that may be called best, over its mean, and the largest difference of its mean
+# from the best one, over the best. An arm with a large error would be called best because nothing tells it apart.
+TOLERANCE = 0.25
 # A seed has failed if its distance exceeds FAILED_RATIO times the median of its arm, or if, on CIFAR-10, the bundled
 # classifier recognizes less than MIN_ACCURACY of its samples.
 FAILED_RATIO = 1.5
@@ -167,19 +169,19 @@ def _score_column(arms: Sequence[ArmRows], nfe: int) -> list[str]:
 
 
 def best_arms(arms: Sequence[ArmScore]) -> list[bool]:
-    """Whether each arm is the best one, or not significantly worse, and known to MAX_RELATIVE_ERROR.
+    """Whether each arm is the best one, or neither significantly worse nor far behind, and known to TOLERANCE.
 
     If the best arm is not known so well, none counts as best: a worse arm with a smaller error would seem to win.
     """
     best = min(arms, key=lambda arm: arm.mean)
     if not _is_precise(best):
         return [False] * len(arms)
-    return [_is_precise(arm) and is_tied(arm, best) for arm in arms]
+    return [_is_precise(arm) and arm.mean <= (1 + TOLERANCE) * best.mean and is_tied(arm, best) for arm in arms]
 
 
 def _is_precise(arm: ArmScore) -> bool:
-    """Return whether the standard error is within MAX_RELATIVE_ERROR of the mean."""
-    return arm.error <= MAX_RELATIVE_ERROR * arm.mean
+    """Return whether the standard error is within TOLERANCE of the mean."""
+    return arm.error <= TOLERANCE * arm.mean
 
 
 def score_by_seed(row: Row, score: str) -> dict[str, float]:
@@ -330,7 +332,7 @@ def scaling_table(results: Results) -> Table:
 def _powers(results: Results) -> dict[tuple[str, int], str]:
     """The power p of each arm at each number of passes, with its error: fitted to each seed, and averaged.
 
-    Seeds with one budget are left out.
+    All seeds are fitted over the same budgets: seeds that lack a budget of another seed are left out.
     """
     curves: dict[tuple[str, int], dict[str, list[Point]]] = {}  # by arm and passes, then by seed
     for row in from_cells(results):
@@ -340,11 +342,9 @@ def _powers(results: Results) -> dict[tuple[str, int], str]:
             curves_of_arm.setdefault(seed, []).append((row["budget"], cell[score], cell[f"{score}_sd"]))
     powers: dict[tuple[str, int], str] = {}
     for key, curves_of_arm in curves.items():
-        fits = [fit_power_law(points) for points in curves_of_arm.values() if len(points) > 1]
-        if fits:
-            powers[key] = with_minus(with_error(fmean(power for power, _ in fits), error_of_mean(fits)))
-        else:
-            powers[key] = ""
+        num_budgets = max(len(points) for points in curves_of_arm.values())
+        fits = [fit_power_law(points) for points in curves_of_arm.values() if len(points) == num_budgets]
+        powers[key] = with_minus(with_error(fmean(power for power, _ in fits), error_of_mean(fits)))
     return powers
 
 

@@ -4,6 +4,7 @@ import runpy
 from math import sqrt
 from pathlib import Path
 from statistics import stdev
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,16 @@ def test_a_seed_fails_far_above_its_median_or_without_a_class() -> None:
 
 def test_an_arm_that_is_level_with_the_best_is_best() -> None:
     assert best_arms([arm(11.0, 21.1, 30.9), arm(10.0, 20.0, 30.0)]) == [False, True]
-    assert best_arms([arm(10.0, 10.0, 10.0), arm(10.0 + 3 - sqrt(3), 10.0 + 3, 10.0 + 3 + sqrt(3))]) == [True, True]
+    assert best_arms([arm(10.0, 10.0, 10.0), arm(10.0, 12.0, 14.0)]) == [True, True]
+
+
+def test_an_arm_far_behind_the_best_is_not_best_however_large_its_error() -> None:
+    best = arm(3.0, 3.5, 3.6, error=0.6)
+    far = arm(18.0, 28.7, 39.4, error=6.1)
+    assert is_tied(far, best)
+    assert best_arms([far, best]) == [False, True]
+    assert best_arms([arm(10.0, 10.0, 10.0), arm(12.5 - sqrt(3), 12.5, 12.5 + sqrt(3))]) == [True, True]
+    assert best_arms([arm(10.0, 10.0, 10.0), arm(12.51 - sqrt(3), 12.51, 12.51 + sqrt(3))]) == [True, False]
 
 
 def test_the_error_of_a_power_is_its_scatter_over_points_redrawn() -> None:
@@ -67,6 +77,18 @@ def test_the_error_of_a_power_is_its_scatter_over_points_redrawn() -> None:
     found = [fit_power_law([(x, y + sd * e, sd) for (x, y, sd), e in zip(points, es, strict=True)])[0] for es in draws]
     assert power == pytest.approx(-1.5)
     assert stdev(found) == pytest.approx(error, rel=0.06)
+
+
+def test_a_power_is_fitted_over_the_same_budgets_for_every_seed() -> None:
+    """A seed with one more budget than the others, there far off the line, is the only one that is fitted."""
+    cells: list[dict[str, Any]] = []
+    for seed, budgets in (("0", (1, 10, 100)), ("1", (1, 10))):
+        for budget in budgets:
+            row = {"nfe": 1, "solver": "hop", "class_mmd": 0.5 if budget == 100 else budget**-0.5, "class_mmd_sd": 0.01}
+            cells.append({"cell": f"arm-{budget}-{seed}", "protocol": "p", "results": [row], "contrast": []})
+    table = [{"arm": "arm", "budget": budget} for budget in (1, 10, 100)]
+    [power] = TOOL["_powers"]({"cells": cells, "table": table}).values()
+    assert power.startswith("−0.15")
 
 
 @pytest.mark.parametrize("name", measured.names())
