@@ -1,7 +1,7 @@
 """Check the compatibility of the specs of a run, and report departures from the papers or models it is based on.
 
 `check` raises UserError for the first mismatch between values. It builds no network and reads no file, unlike
-`dumo.run.check_network`. Only mismatches that would silently train or evaluate wrongly are refused (docs/refusals.md).
+`dumo.run.check_network`. Only mismatches that would silently train or evaluate wrongly are refused.
 
 `check_ranks` and `check_guidance` are also called on their own, with a number of ranks or the guidance of one request.
 `advice` returns lines to print before training.

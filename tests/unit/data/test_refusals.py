@@ -1,4 +1,4 @@
-"""What data refuse: one case per row, with the name that the message must contain (docs/refusals.md)."""
+"""What data refuse: one case per row, with the name that the message must contain."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What encoders, tokenizers and autoencoders refuse: the table of docs/refusals.md, section encoders."""
+"""What encoders, tokenizers and autoencoders refuse."""
 
 import json
 from collections.abc import Callable

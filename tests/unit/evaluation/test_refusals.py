@@ -1,4 +1,4 @@
-"""What evaluation refuses: one case per row, with the name that the message must contain (docs/refusals.md)."""
+"""What evaluation refuses: one case per row, with the name that the message must contain."""
 
 from collections.abc import Callable
 from pathlib import Path

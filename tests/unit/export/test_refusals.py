@@ -1,4 +1,4 @@
-"""What an export refuses: the table of docs/refusals.md, section export."""
+"""What an export refuses."""
 
 import json
 from collections.abc import Callable

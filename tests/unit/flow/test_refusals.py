@@ -1,4 +1,4 @@
-"""What `dumo.Flow` refuses: one case per row, with the name that the message must contain (docs/refusals.md)."""
+"""What `dumo.Flow` refuses: one case per row, with the name that the message must contain."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, cast

@@ -1,4 +1,4 @@
-"""What files, weights and pictures refuse: the table of docs/refusals.md, section io."""
+"""What files, weights and pictures refuse."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What networks refuse: one case per row, with the name that the message must contain (docs/refusals.md)."""
+"""What networks refuse: one case per row, with the name that the message must contain."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What objectives refuse: one case per row, with the name that the message must contain (docs/refusals.md)."""
+"""What objectives refuse: one case per row, with the name that the message must contain."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What is refused because it would go wrong silently (docs/refusals.md), each by a name that the message contains."""
+"""What is refused because it would go wrong silently, each by a name that the message contains."""
 
 from pathlib import Path
 

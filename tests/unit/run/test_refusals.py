@@ -1,4 +1,4 @@
-"""What a run refuses: one case per row, with the name that the message must contain (docs/refusals.md)."""
+"""What a run refuses: one case per row, with the name that the message must contain."""
 
 import shutil
 from collections.abc import Callable

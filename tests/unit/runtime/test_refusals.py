@@ -1,4 +1,4 @@
-"""What the rank, the device and the packages of a process refuse: the table of docs/refusals.md, section runtime."""
+"""What the rank, the device and the packages of a process refuse."""
 
 from collections.abc import Callable
 from importlib import metadata

@@ -1,4 +1,4 @@
-"""What `dumo.testing` refuses: one case per row, with the names that the message must contain (docs/refusals.md)."""
+"""What `dumo.testing` refuses: one case per row, with the names that the message must contain."""
 
 import pytest
 
