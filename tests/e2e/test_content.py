@@ -26,7 +26,7 @@ from unit.run.known import noted
 
 COUNT, SIDE = 40, 16
 NET = {"kind": "dit", "patch": 8, "width": 16, "depth": 1, "attention": 2, "time_scale": 10.0}
-CHANGED = "the data are not those that it was trained on"
+CHANGED = "the data differ from those the run was trained on"
 
 
 def bmp(seed: int) -> bytes:
@@ -131,7 +131,7 @@ def test_the_same_time_and_another_inode_is_refused_as_it_is_read(run: Path, has
     as_folder(root, 100)
     back(root, was)
     done = call("train", run, *LONGER)
-    assert (done.code, "is not what it was when this run read it" in done.err) == (2, True)
+    assert (done.code, "has changed since this run first read it" in done.err) == (2, True)
     assert sum(hashed) == 0
 
 

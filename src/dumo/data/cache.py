@@ -269,7 +269,7 @@ def require_captions(file: Path, captions: Captions) -> None:
     """Raise UserError if a captions.jsonl exists with different captions."""
     if file.exists() and file.read_bytes() != dump_captions(captions):
         raise UserError(
-            f"{file} differs from the images' present captions: {_CAPTIONS_FIX}; runs with the old captions need it"
+            f"{file} differs from the images' current captions: {_CAPTIONS_FIX}; runs with the old captions need it"
         )
 
 

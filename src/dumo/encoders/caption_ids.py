@@ -158,7 +158,7 @@ def _read_json_lines(file: Path) -> list[Prompt]:
         row = parse_json(line, line_place)
         text = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{line_place} has no prompt, as {{'prompt': 'a photo of a bench'}}: {_PROMPTS_HINT}")
+            raise UserError(f"{line_place} has no prompt, such as {{'prompt': 'a photo of a bench'}}: {_PROMPTS_HINT}")
         prompts.append(Prompt(_line_name(i), text.strip(), line))
     return prompts
 

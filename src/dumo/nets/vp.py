@@ -95,8 +95,8 @@ def read_scheduler(config: Mapping[str, Any]) -> DiffusionToVelocity:
     data_share = 1 - schedule.last_time
     if prediction == "epsilon" and data_share < MIN_DATA_SHARE:
         raise UserError(
-            f"{subject} ends with a share {data_share:.1e} of the data, but epsilon-prediction needs at least "
-            f"{MIN_DATA_SHARE:g}: use a model with prediction_type v_prediction, or the scheduler of the training"
+            f"{subject} has a weight of {data_share:.1e} on the data at its last step, but epsilon-prediction needs "
+            f"at least {MIN_DATA_SHARE:g}: use a model with prediction_type v_prediction, or the scheduler of the training"
         )
     return DiffusionToVelocity(schedule, cast(Prediction, prediction))
 

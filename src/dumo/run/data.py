@@ -30,7 +30,7 @@ from dumo.types import UserError
 # The number of rows that are measured: the first of the first epoch in the order of seed 0.
 ROWS = 256
 _FIX = "use another folder with --out, or start a new run on the current data with --from STEP --out NEW"
-_PROBLEM = f"is not what it was when this run read it: put it back as it was, on all ranks alike, {_FIX}"
+_PROBLEM = f"has changed since this run first read it: restore it on all ranks, {_FIX}"
 
 
 class DataFacts(BaseModel):
@@ -102,9 +102,7 @@ def compare_data(data: Data, source: object, folder: Path, last: Checkpoint | No
 
 def changed_data_error(folder: Path, problem: str) -> UserError:
     """Return the error for changed data."""
-    return UserError(
-        f"{folder}: the data are not those that it was trained on ({problem}): put them back as they were, {_FIX}"
-    )
+    return UserError(f"{folder}: the data differ from those the run was trained on ({problem}): restore them, {_FIX}")
 
 
 def require_images(folder: Path, ledger: Ledger, last: Checkpoint) -> None:

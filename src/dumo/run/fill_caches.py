@@ -263,7 +263,7 @@ def _locked_to_fill(folder: Path) -> Generator[None, None, None]:
 def captions(data: Data) -> Sequence[str]:
     """Return the captions of the data, by number. Raise UserError if there are none or they cannot be read."""
     if data.captions is None:
-        raise UserError(f"data '{data.kind}' give no captions to encode: set data.captions, or net.texts=null")
+        raise UserError(f"data '{data.kind}' has no captions to encode: set data.captions, or net.texts=null")
     return data.caption_texts()
 
 

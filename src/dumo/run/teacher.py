@@ -255,9 +255,7 @@ def _call_user_function(teacher: Teacher, run: Run, device: torch.device) -> tup
         function = getattr(importlib.import_module(module), name)
         readings = cast(Readings, function(run, device))
         if readings.velocity is None:
-            raise UserError(
-                f"teacher.source = {teacher.source}: the Readings that it returned has velocity=None: set it"
-            )
+            raise UserError(f"teacher.source = {teacher.source}: it returned Readings with velocity=None: set velocity")
         with torch.no_grad():
             v = readings.velocity(x, t, c)
         if v.shape != x.shape:

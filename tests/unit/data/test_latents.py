@@ -237,7 +237,7 @@ def test_other_captions_are_refused(latents: Maker, tmp_path: Path) -> None:
     fill_caches.encode(data)
     as_lines(root, [*TOLD[:-1], ["another"]])
     other = latents(root, tmp_path / "new", **FILES)
-    with pytest.raises(UserError, match="differs from the images' present captions"):
+    with pytest.raises(UserError, match="differs from the images' current captions"):
         fill_caches.encode(other.model_copy(update={"root": str(tmp_path / "cache")}))
     data.open()  # it knows its own
     file = tmp_path / "cache" / FILE

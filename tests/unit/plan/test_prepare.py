@@ -77,7 +77,7 @@ def test_an_array_and_a_module_make_a_run_that_goes_on(tmp_path: Path, monkeypat
     assert longer.step == 4
     with_its_data = dumo.train(tmp_path / "run", {"train.steps": 5}, data=(COLOURS, CLASSES), device="cpu")
     assert (with_its_data.folder, with_its_data.step) == (tmp_path / "run", 5)
-    with pytest.raises(dumo.UserError, match=r"not those that it was trained on"):
+    with pytest.raises(dumo.UserError, match=r"differ from those the run was trained on"):
         dumo.train(tmp_path / "run", data=(COLOURS[::-1].copy(), CLASSES), device="cpu")
 
 
