@@ -96,7 +96,8 @@ def read_scheduler(config: Mapping[str, Any]) -> DiffusionToVelocity:
     if prediction == "epsilon" and data_share < MIN_DATA_SHARE:
         raise UserError(
             f"{subject} has a weight of {data_share:.1e} on the data at its last step, but epsilon-prediction needs "
-            f"at least {MIN_DATA_SHARE:g}: use a model with prediction_type v_prediction, or the scheduler of the training"
+            f"at least {MIN_DATA_SHARE:g}: use a model with prediction_type v_prediction, or the scheduler that it was "
+            "trained with"
         )
     return DiffusionToVelocity(schedule, cast(Prediction, prediction))
 
