@@ -177,7 +177,8 @@ def test_objectives(here: Path) -> None:
 
 
 @tier("objectives/details")
-def test_details(here: Path) -> None:
+def test_details(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MORE, "sd3-lora", [*TUNED, f"pipeline={save('SD3', here / 'sd3')}"])
     typed("objectives/details", DIGITS)
 
 
